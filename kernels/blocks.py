@@ -1,0 +1,188 @@
+"""A block of queries in scratch: which keys it sees, in which order, and what of the score terms is kept beside it.
+
+Masks are intervals: query i sees keys lo(i) <= j < hi(i), the intersection of a band (causal, window) and of limits
+per query (lengths, segments). The keys of a block then fall into
+
+    [ edge | interior | edge ]      interior: every query of the block sees every key. Wide tiles, nothing to hide.
+                                    edge: column by column, one vector of queries at a time, each over its own keys
+
+so that work is proportional to what is attended, and causal pays 16 x 16 triangles, not 64 x 64 ones.
+"""
+
+import math
+from typing import NamedTuple
+
+from .jit import Doubles, Elements, Indices, Words, apart, inline
+from .scoring import ByteMatrices, Dropout, stage_bias, stage_mask
+from .simd import as_indices, as_words, lanes_of, target, transpose_square, width_of
+from .tiles import Matrices
+
+ROWS, COLS = target().rows, target().cols  # the wide tile, rows of keys by vectors of queries
+TALL = 8  # rows of the narrow tile, one vector wide: enough chains of multiply-adds to hide their latency
+INF = math.inf
+
+
+class AttentionJob(NamedTuple):
+    """What the dense kernels work on; each takes what it needs. H heads in a batch, `heads` B * H in all."""
+
+    query: Matrices
+    key: Matrices
+    value: Matrices
+    output: Matrices
+    lse: Doubles | None  # natural logarithm of the sum of exponentials, (splits, B * H, Lq)
+    grad_output: Matrices | None
+    grad_lse: Doubles | None
+    grad_query: Matrices | None
+    grad_key: Matrices | None
+    grad_value: Matrices | None
+    natural: float | None  # log2(e) where terms need scores in natural units, else scores are in base 2
+    softcap: float | None
+    slopes: Elements | None  # (B * H)
+    bias: Matrices | None
+    mask: ByteMatrices | None
+    dropout: Dropout | None
+    limits: Indices  # (B, Lq, 2): lo, hi
+    limits_batch: int
+    limits_row: int
+    first: int  # key j only if first <= j - i < last
+    last: int
+    offset: int  # ALiBi: query i stands at i + offset
+    scale: float
+    Lq: int
+    Lk: int
+    D: int
+    Dv: int
+    H: int
+    heads: int
+    group: int  # query heads of one key head
+    query_parts: int  # pieces into which tasks divide queries and keys
+    queries_per_part: int
+    key_parts: int
+    keys_per_part: int
+    keys_per_block: int
+    scratch: Elements
+    scratch_step: int
+
+
+class Block(NamedTuple):
+    """Scratch of one block of queries, in rows of `width` elements. One query is one column."""
+
+    query: Elements  # D rows: the queries transposed, times the scale
+    output: Elements  # Dv rows (forward) or D (backward): what is summed for each query
+    grad: Elements  # Dv rows: the output's gradient, transposed (backward)
+    scores: Elements  # one row a key of a chunk: scores, then probabilities
+    dropped: Elements  # the same after dropout (backward)
+    slope: Elements  # the gradient of the scores (backward)
+    additive: Elements  # bias and mask, -inf hides
+    bound: Elements  # one row each, see softmax.py
+    shift: Elements
+    total: Elements
+    factor: Elements
+    near: Elements  # the query sees near <= key < far, counted from the chunk's first key
+    far: Elements
+    position: Elements  # ALiBi: where the query stands, counted likewise
+    lo: Indices  # the same as lo <= key < hi, absolute
+    hi: Indices
+    first: Indices  # for each column of the block: the first and last key that it sees in the chunk
+    last: Indices
+    dice: Words  # two words of randomness a query
+    stage: Elements  # lanes x lanes
+
+
+ONE_ROW_EACH = 24  # rows of the small parts, the last thirteen fields, at most
+
+
+@inline
+def carve(job, slot):
+    """The block's parts in this slot's scratch; `plan.py` counts the same rows."""
+    at = job.scratch + slot * job.scratch_step
+    width, KB = width_of(at), job.keys_per_block
+    wide = max(job.D, job.Dv)
+    query, output, grad = at, at + job.D * width, at + (job.D + wide) * width
+    scores = grad + job.Dv * width
+    dropped, slope, additive = scores + KB * width, scores + 2 * KB * width, scores + 3 * KB * width
+    row = additive + KB * width
+    ints = as_indices(row + 7 * width)
+    return Block(
+        query, output, grad, scores, dropped, slope, additive,
+        row, row + width, row + 2 * width, row + 3 * width, row + 4 * width, row + 5 * width, row + 6 * width,
+        ints, ints + width, ints + 2 * width, ints + (2 * width + COLS),
+        as_words(ints + (2 * width + 2 * COLS)), row + 17 * width,
+    )  # fmt: skip
+
+
+@apart
+def find_keys(b, job, head, q0, nq, first_key, last_key):
+    """lo and hi of each query, within first_key .. last_key; (lowest lo, interior, highest hi) of the block."""
+    width, lanes = width_of(b.query), lanes_of(b.query)
+    limits = job.limits + head // job.H * job.limits_batch
+    lowest, highest, near, far = last_key, first_key, first_key, last_key
+    for i in range(width):
+        lo, hi = last_key, first_key
+        if i < nq:
+            at = (q0 + i) * job.limits_row
+            lo = max(first_key, max(q0 + i + job.first, limits[at]))
+            hi = min(last_key, min(q0 + i + job.last, limits[at + 1]))
+            near, far = max(near, lo), min(far, hi)
+            if lo < hi:
+                lowest, highest = min(lowest, lo), max(highest, hi)
+        b.lo[i], b.hi[i] = lo, hi
+    if near > lowest:
+        near = (near + TALL - 1) // TALL * TALL
+    if far < highest:
+        far = far // TALL * TALL
+    far = near + (far - near) // ROWS * ROWS  # wide tiles have no keys to hide, not even a remainder
+    if far - near < ROWS or nq <= width - lanes:  # too little, or a column without queries
+        near, far = lowest, lowest
+    return lowest, near, far, highest
+
+
+@inline
+def chunk(k0, near, far, highest, KB):
+    """Keys k0 .. k0 + n come next; True if they are in the interior."""
+    end = near if k0 < near else (far if k0 < far else highest)
+    return min(KB, end - k0), near <= k0 and k0 < far
+
+
+@apart
+def place_chunk(b, job, nq, q0, k0, n, whole):
+    """near, far and position of each query, and first and last of each column, counted from key k0."""
+    width, lanes = width_of(b.query), lanes_of(b.query)
+    for i in range(width):
+        b.position[i] = q0 + i + job.offset - k0
+        if not whole:
+            b.near[i], b.far[i] = max(-1, min(n + 1, b.lo[i] - k0)), max(-1, min(n + 1, b.hi[i] - k0))
+    for column in range(COLS):
+        first, last = 0 if whole else n, n if whole else 0
+        for i in range(column * lanes, min(nq, column * lanes + lanes)):
+            lo, hi = max(0, b.lo[i] - k0), min(n, b.hi[i] - k0)
+            if lo < hi:
+                first, last = min(first, lo), max(last, hi)
+        b.first[column], b.last[column] = first, max(first, last)
+
+
+@inline
+def sees(b, additive, k0, j, query):
+    """Does the query of the block see key k0 + j? For the slow paths; the fast ones hide scores."""
+    seen = b.lo[query] <= k0 + j and k0 + j < b.hi[query]
+    if additive is not None:
+        seen = seen and not additive[j * width_of(additive) + query] == -INF
+    return seen
+
+
+@apart
+def stage_additive(b, bias, mask, head, q0, nq, k0, n):
+    """additive[j, query] = bias[query, k0 + j], or -inf where the mask says so; None if there is neither."""
+    if bias is None:
+        if mask is None:
+            return None
+    width, lanes = width_of(b.query), lanes_of(b.query)
+    for i in range(lanes):
+        b.factor[i] = 1
+    for row in range(0, nq, lanes):
+        for j in range(0, n, lanes):
+            rows, keys = min(lanes, nq - row), min(lanes, n - j)
+            stage_bias(b.stage, lanes, bias, head, q0 + row, rows, k0 + j, keys)
+            stage_mask(b.stage, lanes, mask, head, q0 + row, rows, k0 + j, keys)
+            transpose_square(b.additive, j * width + row, width, b.stage, 0, lanes, b.factor, 0)
+    return b.additive

@@ -1,0 +1,356 @@
+"""Compiling, caching, running on threads. The only file that calls Numba's decorators.
+
+A kernel is a serial function `kernel(job, slot, task)` that does one task of a job and owns what it writes. `@kernel`
+compiles it to a C function, once for each element type and each set of optional arguments that are None, when it is
+first needed. One `prange` loop, `_parallel`, serves every kernel: its threads draw task numbers from a shared counter
+until none is left. Which thread does a task changes nothing in it, so results never depend on the number of threads,
+and the serial twin, `_drain`, runs the very same machine code. (One loop for all also halves compiling: Numba compiles
+the body of a `prange` twice, 2.2 of the first prototype's 3.7 s.)
+
+Arguments of a kernel are a NamedTuple of addresses, numbers and smaller such tuples, annotated with the kinds below.
+"""
+
+import contextlib
+import functools
+import hashlib
+import logging
+import math
+import os
+import pathlib
+import pickle
+import struct
+import tempfile
+import threading
+import time
+import typing
+
+import llvmlite
+import numba
+import numpy as np
+from numba import config, prange, types
+from numba.core import caching, ccallback, compiler
+from numba.core.serialize import dumps
+
+from . import simd
+
+Elements = typing.NewType("Elements", int)  # address of elements of the kernel's type
+Indices = typing.NewType("Indices", int)  # address of int64
+Doubles = typing.NewType("Doubles", int)  # address of float64
+Words = typing.NewType("Words", int)  # address of uint32
+Bytes = typing.NewType("Bytes", int)  # address of uint8
+_POINTEES = {Indices: types.int64, Doubles: types.float64, Words: types.uint32, Bytes: types.uint8}
+
+# never nnan or ninf: infinity and NaN are data. No reassociation either: a sum has one order, on every machine.
+_FLAGS = {"nogil": True, "error_model": "numpy", "boundscheck": False}
+NOT_WORTH_A_THREAD = 150_000  # multiply-adds: done before a second thread has woken (2 us)
+
+
+# --- the cache -----------------------------------------------------------------------------------------------------
+_ROOT = pathlib.Path(__file__).resolve().parent
+
+
+@functools.cache
+def _stamp() -> bytes:
+    """What the machine code depends on beside signature and CPU: every kernel source, the compilers, their settings."""
+    digest = hashlib.sha256()
+    for path in sorted(_ROOT.rglob("*.py")):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    settings = [os.environ.get(f"NUMBA_{name}") for name in ("OPT", "SLP_VECTORIZE", "LOOP_VECTORIZE", "BOUNDSCHECK")]
+    digest.update(repr((numba.__version__, llvmlite.__version__, settings)).encode())
+    return digest.digest()
+
+
+@functools.cache
+def cache_folder() -> pathlib.Path | None:
+    """The first of these that can be written: NUMBA_CACHE_DIR, beside the sources, the user's cache. Else None."""
+    if os.environ.get("RUVECTOR_NUMBA_CACHE") == "0":
+        return None
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    own = [pathlib.Path(config.CACHE_DIR) / "ruvector_numba"] if config.CACHE_DIR else []
+    for folder in (*own, _ROOT / "__pycache__", pathlib.Path(home) / "ruvector_numba"):
+        with contextlib.suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+            return folder
+    return None
+
+
+class PackageCache(caching._Cache):
+    """One immutable file for each compiled function, named by the hash of all it depends on.
+
+    Numba's own cache runs stale code when another file changes, can make `import` fail where nothing is writable, and
+    loses entries when two processes write its index. Here there is no index, and whatever goes wrong with a file means
+    compiling again. `hits` and `misses` are for the curious (`ruvector_numba.info`) and the tests.
+    """
+
+    hits = misses = 0
+
+    def __init__(self, function):
+        self._function = function
+
+    cache_path = property(lambda self: str(cache_folder()))
+
+    def _path(self, signature, codegen):
+        f, folder = self._function, cache_folder()
+        if folder is None:
+            return None
+        key = (f.__module__, f.__qualname__, f.__code__.co_firstlineno, str(signature), codegen.magic_tuple())
+        return folder / f"{f.__name__}-{hashlib.sha256(_stamp() + repr(key).encode()).hexdigest()[:32]}.bin"
+
+    def load_overload(self, sig, target_context):
+        target_context.refresh()
+        try:
+            payload = pickle.loads(self._path(sig, target_context.codegen()).read_bytes())
+            result = compiler.CompileResult._rebuild(target_context, *payload)
+        except Exception:  # missing, cut short, rubbish, of another version: compile
+            PackageCache.misses += 1
+            return None
+        PackageCache.hits += 1
+        return result
+
+    def save_overload(self, sig, data):
+        with contextlib.suppress(OSError, AttributeError):
+            path = self._path(sig, data.codegen if hasattr(data, "codegen") else data.library.codegen)
+            handle, name = tempfile.mkstemp(dir=path.parent)
+            with os.fdopen(handle, "wb") as file:
+                file.write(dumps(data._reduce()))
+            os.replace(name, path)
+
+    def enable(self):
+        pass
+
+    def disable(self):
+        pass
+
+    def flush(self):
+        pass
+
+
+# --- jobs ----------------------------------------------------------------------------------------------------------
+COUNTER, REPORT, HEADER = 0, 1, 2  # a job begins with the next task's number and, when checked, "left its bounds"
+_REPORT_HERE = "the address of REPORT"
+
+
+def address(array: np.ndarray):
+    """Where the array's first element lies; when checked, with the bounds of the memory that its strides reach."""
+    at = array.ctypes.data
+    if not simd.CHECKED:
+        return at
+    low, high = np.lib.array_utils.byte_bounds(array) if array.size else (at, at)
+    return (at, low, high, _REPORT_HERE)
+
+
+@functools.cache
+def _fields(job_class) -> tuple:
+    """(name, kind, optional) of each field of a NamedTuple of arguments."""
+    found = []
+    for name, kind in typing.get_type_hints(job_class).items():
+        choices = [c for c in typing.get_args(kind) if c is not type(None)]
+        found.append((name, choices[0] if choices else kind, bool(choices)))
+    return tuple(found)
+
+
+@functools.cache
+def _layout(job_class, element, absent: tuple):
+    """The Numba type of such a job and the `struct` format of each field; `absent` tells which optionals are None."""
+    missing, fields, forms, slot = iter(absent), [], [], 0
+    for name, kind, optional in _fields(job_class):
+        if hasattr(kind, "_fields"):
+            inner, form = _layout(kind, element, ())
+            form = "".join(form)
+        elif kind in (int, float):
+            inner, form = (types.int64, "q") if kind is int else (types.float64, "d")
+        else:
+            inner, form = simd.PointerType(_POINTEES.get(kind, element)), "q" * simd.POINTER_SLOTS
+        fields.append((name, slot, types.none if optional and next(missing) else inner))
+        forms.append(form)
+        slot += len(form)
+    return simd.JobType(job_class.__name__, tuple(fields)), tuple(forms)
+
+
+def _flatten(values, forms):
+    flat = []
+    for value, form in zip(values, forms, strict=True):
+        if value is None:
+            flat += [0] * len(form)
+        elif type(value) in (int, float):
+            flat.append(value)
+        else:  # a smaller tuple; when checked, with pointers that are tuples themselves
+            for part in value:
+                flat += part if type(part) is tuple else (part,)
+    return flat
+
+
+# --- kernels -------------------------------------------------------------------------------------------------------
+_KERNELS: dict[str, "Kernel"] = {}
+_ELEMENT = {np.dtype(np.float32): types.float32, np.dtype(np.float64): types.float64}
+_COMPILING = threading.RLock()
+_log = logging.getLogger("ruvector_numba")
+
+
+class Kernel:
+    """A compiled `kernel(job, slot, task)`; call it with a job and the number of its tasks."""
+
+    def __init__(self, function):
+        functools.update_wrapper(self, function)
+        self._function = function
+        self._job_class = next(iter(typing.get_type_hints(function).values()))
+        self._optional = [i for i, field in enumerate(_fields(self._job_class)) if field[2]]
+        self._compiled: dict = {}
+        self.name = f"{function.__module__.rpartition('.')[2]}.{function.__name__}"
+        _KERNELS[self.name] = self
+
+    def variant(self, element, absent: tuple):
+        """Compile, or load from the cache, for one element type and one set of absent arguments."""
+        key = (element, absent)
+        with _COMPILING:
+            if key not in self._compiled:
+                job, forms = _layout(self._job_class, element, absent)
+                function = _c_function(self._function, types.void(job, types.int64, types.int64))
+                self._compiled[key] = function, forms, struct.Struct("=" + "".join(forms))
+        return self._compiled[key]
+
+    def __call__(self, job, tasks: int, dtype: np.dtype, work: float = math.inf) -> None:
+        """Do tasks 0 .. tasks - 1 of the job. `work`, in multiply-adds, tells whether it pays to wake more threads."""
+        key = _ELEMENT[dtype], tuple([job[i] is None for i in self._optional])
+        function, forms, form = self._compiled.get(key) or self.variant(*key)
+        buffer = np.empty(HEADER + form.size // 8, np.int64)
+        buffer[:HEADER] = 0
+        values = _flatten(job, forms)
+        if simd.CHECKED:
+            report = buffer.ctypes.data + 8 * REPORT
+            values = [report if v is _REPORT_HERE else v for v in values]
+        form.pack_into(buffer, 8 * HEADER, *values)
+        _run(function.address, buffer, tasks, work)
+        if simd.CHECKED and buffer[REPORT]:
+            raise IndexError(f"kernel {self.name} left the bounds of an array")
+
+
+def kernel(function) -> Kernel:
+    """Decorate `function(job, slot, task)`, whose first annotation is the NamedTuple of its arguments."""
+    return Kernel(function)
+
+
+def inline(function):
+    """A function for kernels to call. Numba pastes it into its caller (its own library costs LLVM three times more)."""
+    return numba.njit(**_FLAGS, inline="always")(function)
+
+
+def apart(function):
+    """A function for kernels to call that stays a function: large, called from several places, or mapped over a tile."""
+    return numba.njit(**_FLAGS)(function)
+
+
+def _c_function(function, signature):
+    """As `numba.cfunc`, with the package's cache."""
+    if config.DISABLE_JIT:
+        raise RuntimeError("ruvector_numba needs Numba's compiler: unset NUMBA_DISABLE_JIT")
+    compiled = ccallback.CFunc(function, (signature.args, signature.return_type), locals={}, options=dict(_FLAGS))
+    compiled._cache = PackageCache(function)
+    began = time.perf_counter()
+    compiled.compile()
+    if not compiled.cache_hits and time.perf_counter() - began > 0.3:
+        _say_compiling()
+    return compiled
+
+
+@functools.cache
+def _say_compiling():
+    _log.warning(
+        "ruvector_numba: compiling kernels for this machine, a second or two each, once (kept in %s); "
+        "`ruvector-numba warmup` does it ahead of time",
+        cache_folder() or "no folder, as none can be written",
+    )
+
+
+# --- threads -------------------------------------------------------------------------------------------------------
+def _drain(function, job, tasks, slot):
+    """Draw task numbers from the job's counter until none is left: the serial twin of `_parallel`."""
+    task = simd.draw(job, COUNTER)
+    while task < tasks:
+        simd.call(function, job, HEADER, slot, task)
+        task = simd.draw(job, COUNTER)
+
+
+def _parallel(function, job, tasks, slots):
+    for slot in prange(slots):
+        drain(function, job, tasks, slot)
+
+
+drain = numba.njit(**_FLAGS)(_drain)
+_LOOP = {}
+
+
+def _loop(parallel: bool):
+    """The compiled `_parallel` or `_drain`, made when first needed."""
+    with _COMPILING:
+        if parallel not in _LOOP:
+            function = _parallel if parallel else _drain
+            dispatcher = numba.njit(**_FLAGS, parallel=parallel)(function)
+            dispatcher._cache = PackageCache(function)
+            n = types.int64
+            dispatcher.compile(types.void(n, types.Array(n, 1, "C"), n, n))
+            dispatcher.disable_compile()
+            _LOOP[parallel] = dispatcher
+    return _LOOP[parallel]
+
+
+class _Threads:
+    """When more than one thread may be used, and how many."""
+
+    forked = False  # GNU OpenMP kills a forked child that enters a parallel region
+    one_at_a_time = threading.Lock()  # the workqueue layer aborts the process when two threads use it at once
+    layer: str | None = None
+
+
+def _after_fork():
+    _Threads.forked = True
+    _Threads.one_at_a_time = threading.Lock()
+    global _COMPILING
+    _COMPILING = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+def slots() -> int:
+    """Threads that a kernel may use now, and so the pieces of scratch that it needs."""
+    return numba.get_num_threads()
+
+
+def _run(function: int, job, tasks: int, work: float) -> None:
+    n = min(slots(), tasks)
+    if n <= 1 or work < NOT_WORTH_A_THREAD or _Threads.forked or _is_foreign_thread():
+        (_LOOP.get(False) or _loop(False))(function, job, tasks, 0)
+        return
+    loop = _LOOP.get(True) or _loop(True)
+    if _Threads.layer not in (None, "workqueue"):
+        loop(function, job, tasks, n)
+    elif _Threads.one_at_a_time.acquire(blocking=_Threads.layer is None):
+        try:
+            loop(function, job, tasks, n)
+            _Threads.layer = numba.threading_layer()
+        finally:
+            _Threads.one_at_a_time.release()
+    else:
+        _loop(False)(function, job, tasks, 0)
+
+
+def _is_foreign_thread() -> bool:
+    """A thread that Python did not start is a worker of somebody's parallel loop: do not open another inside it."""
+    return isinstance(threading._active.get(threading.get_ident()), threading._DummyThread | None)
+
+
+# --- scratch -------------------------------------------------------------------------------------------------------
+_local = threading.local()
+
+
+def scratch(elements: int, dtype: np.dtype) -> np.ndarray:
+    """At least `elements` of memory on a 64-byte boundary, kept by this Python thread from call to call."""
+    size = elements * dtype.itemsize + 64
+    slab = getattr(_local, "slab", None)
+    if slab is None or slab.size < size:
+        slab = _local.slab = np.empty(max(size, 1 << 16), np.uint8)
+    start = -slab.ctypes.data % 64
+    return slab[start : start + elements * dtype.itemsize].view(dtype)

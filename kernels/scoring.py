@@ -1,0 +1,143 @@
+"""What happens to a score between q.k and the softmax, and to its gradient on the way back.
+
+    s = scale * q.k  ->  softcap: cap * tanh(s / cap)  ->  + bias  - slope * |position - key|  ->  mask  ->  softmax
+
+Optional terms are None and vanish when the kernel is compiled. Bias and mask arrays come as one block, additive[key,
+query], in which -inf hides. A hidden score is -inf whatever it was: selected, never multiplied, so that NaN stays hidden.
+"""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+from .jit import Bytes, Elements, Indices, Words, apart, inline
+from .simd import absolute, at_least, lanes_of, polynomial, splat, times_power_of_two, transpose_square, where, width_of, nearest
+from .softmax import LOG2E
+
+INF = math.inf
+
+
+class ByteMatrices(NamedTuple):
+    """As `tiles.Matrices`, of bytes: a boolean mask."""
+
+    data: Bytes
+    at: Indices
+    row: int
+    col: int
+
+
+class Dropout(NamedTuple):
+    """A weight is kept where its 32 random bits are at least `threshold`, and then multiplied by `gain`."""
+
+    seed: int
+    threshold: int
+    gain: float
+
+
+# 2**r - 1 over r on [-1/2, 1/2], relative error 2.6e-9 and 5.7e-20
+_SINGLE = (0.6931472149680279, 0.24022652782887738, 0.055503105510137972, 0.0096176929729930623, 0.0013406643902351759, 0.00015594678161326619)
+_DOUBLE = (
+    0.69314718055994530797, 0.2402265069591007114, 0.055504108664821733751, 0.009618129107628561243,
+    0.0013333558146381738154, 0.00015403530393171834663, 0.000015252733864845099229, 1.321548700340765072e-6,
+    1.0178047531180677829e-7, 7.0548148367630282563e-9, 4.4572393137403012724e-10, 2.5855238444590038444e-11,
+)  # fmt: skip
+_LARGE = 60.0  # 2**-60: tanh is 1 to the last bit of a double long before
+
+
+@apart
+def tanh(x):
+    """From e**-2|x| - 1, formed without the 1 and so exact for small x: tanh(|x|) = -u / (u + 2)."""
+    y = at_least(absolute(x) * splat(x, -2 * LOG2E), splat(x, -_LARGE))
+    whole = nearest(y)
+    r, one = y - whole, splat(x, 1.0)
+    power = times_power_of_two(one, whole)
+    u = r * polynomial(r, _SINGLE, _DOUBLE) * power + (power - one)
+    t = (splat(x, 0.0) - u) / (u + splat(x, 2.0))
+    return where(x < splat(x, 0.0), splat(x, 0.0) - t, t)
+
+
+@apart
+def modified(s, softcap, additive, slope, position, key):
+    """One vector of scores through every term that is there."""
+    if softcap is not None:
+        s = splat(s, softcap) * tanh(s / splat(s, softcap))
+    if slope is not None:
+        s = s - splat(s, slope) * absolute(position - key)
+    if additive is not None:
+        s = where(additive <= splat(s, -INF), additive, s + additive)
+    return s
+
+
+@apart
+def visible(s, lo, hi, key):
+    """The score, or -inf where the key is outside lo <= key < hi."""
+    return where((key >= lo) & (key < hi), s, splat(s, -INF))
+
+
+@apart
+def uncapped(s, softcap):
+    """The derivative of the softcap at the score s that came out of it: 1 - (s / cap)**2"""
+    t = s / splat(s, softcap)
+    return splat(s, 1.0) - t * t
+
+
+# --- bias and mask arrays -------------------------------------------------------------------------------------------
+@apart
+def stage_bias(stage, lanes, bias, head, row, rows, key, keys):
+    """stage[r, c] = bias[row + r, key + c], or 0 if there is none"""
+    for r in range(rows):
+        if bias is None:
+            for c in range(lanes):
+                stage[r * lanes + c] = 0
+        else:
+            source = bias.data + (bias.at[head] + (row + r) * bias.row + key * bias.col)
+            if bias.col == 1:
+                for c in range(keys):  # LLVM makes this one load
+                    stage[r * lanes + c] = source[c]
+            else:
+                for c in range(keys):
+                    stage[r * lanes + c] = source[c * bias.col]
+
+
+@apart
+def stage_mask(stage, lanes, mask, head, row, rows, key, keys):
+    """stage[r, c] = -inf where mask[row + r, key + c] is False"""
+    if mask is not None:
+        for r in range(rows):
+            source = mask.data + (mask.at[head] + (row + r) * mask.row + key * mask.col)
+            if mask.col == 1:
+                for c in range(keys):
+                    stage[r * lanes + c] = stage[r * lanes + c] if source[c] else -INF
+            else:
+                for c in range(keys):
+                    stage[r * lanes + c] = stage[r * lanes + c] if source[c * mask.col] else -INF
+
+
+# --- dropout --------------------------------------------------------------------------------------------------------
+@inline
+def _mixed(x):
+    """A 64-bit finaliser (splitmix64): every bit of the result depends on every bit of x."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+@apart
+def throw_dice(dice, width, dropout, head, q0):
+    """Two words for each query of the block, from (seed, head, query) alone: no state, so any order gives the same."""
+    if dropout is not None:
+        for i in range(width):
+            x = _mixed(np.uint64(dropout.seed) + np.uint64(head) * np.uint64(0x9E3779B97F4A7C15))
+            x = _mixed(x + np.uint64(q0 + i) * np.uint64(0xD1B54A32D192ED03))
+            dice[i], dice[width + i] = np.uint32(x & np.uint64(0xFFFFFFFF)), np.uint32(x >> np.uint64(32))
+
+
+@apart
+def thinned(p, dice, more_dice, key, threshold, gain):
+    """p * gain where the 32 bits drawn for (query, key) are at least the threshold, else 0."""
+    x = key * splat(key, 0x9E3779B1) ^ dice
+    x = (x ^ (x >> splat(x, 16))) * splat(x, 0x7FEB352D) ^ more_dice
+    x = (x ^ (x >> splat(x, 15))) * splat(x, 0x846CA68B)
+    x = x ^ (x >> splat(x, 16))
+    return where(x >= splat(x, threshold), p * splat(p, gain), splat(p, 0.0))

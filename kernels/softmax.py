@@ -1,0 +1,108 @@
+"""The softmax of a stream of scores: exp2, and a bound that is rarely raised.
+
+    s (keys, queries)   scores, then probabilities      bound (queries)   no score seen so far is above it
+    l (queries)         sums of the probabilities       shift (queries)   the bound, or 0 while nothing was seen
+
+A probability is 2**(s - shift). The shift need not be the maximum, any bound does; one that is HEADROOM above what was
+seen is hardly ever passed, and only when a score passes it is the past rescaled (FlashAttention-4 has the idea). Each
+query decides for itself, so that its bits never depend on its neighbours.
+"""
+
+from .jit import apart, inline
+from .simd import (
+    at_least,
+    fma,
+    nearest,
+    polynomial,
+    splat,
+    tile_column_max,
+    tile_map,
+    tile_row,
+    tile_store,
+    times_power_of_two,
+    where,
+    width_of,
+)
+
+LOG2E = 1.4426950408889634
+LN2 = 0.6931471805599453
+# The smallest probability that survives is 2**(16 - 126) of the largest. Without headroom, data whose largest score
+# comes late (query equal to key) cost 30 % at L=128.
+HEADROOM = 16.0
+
+# 2**r on [-1/2, 1/2], least relative error (Remez). Single: 1.4e-7, the constant rounded to 1 so that 2**0 is 1.
+_SINGLE = (1.0, 0.69314696706503522, 0.24022119723710720, 0.055507132718556442, 0.0096755413431213274, 0.0013276472631951)
+# Double: 1.8e-17, the constant pinned to 1.
+_DOUBLE = (
+    1.0, 0.69314718055994569675, 0.24022650695910098007, 0.055504108664790394552, 0.0096181291076070023796,
+    0.0013333558153439964747, 0.0001540353044157213033, 0.000015252727385193868197, 1.3215442675329822143e-6,
+    1.0180647659234138888e-7, 7.0725704128144235096e-9, 4.078071929588336665e-10,
+)  # fmt: skip
+_LOWEST_SINGLE, _LOWEST_DOUBLE = (-127.0,), (-1023.0,)  # where the exponent's bits run out, and the result is 0
+
+
+@inline
+def exp2(x):
+    """2**x for x <= 0: exactly 1 at 0, exactly 0 from the lowest exponent down (-inf too), NaN for NaN."""
+    x = at_least(x, polynomial(x, _LOWEST_SINGLE, _LOWEST_DOUBLE))
+    whole = nearest(x)
+    return times_power_of_two(polynomial(x - whole, _SINGLE, _DOUBLE), whole)
+
+
+@inline
+def probability(s, shift, unit):
+    """2**(s - shift), of scores in base 2 (unit None) or e**(s - shift), of natural ones (unit is log2(e))."""
+    if unit is None:
+        return exp2(s - shift)
+    return exp2((s - shift) * splat(s, unit))
+
+
+@inline
+def times(x, y):
+    return x * y
+
+
+@inline
+def plus(x, y):
+    return x + y
+
+
+@inline
+def _raised(before, top):
+    return where(top > before, top + splat(top, HEADROOM), before)
+
+
+@inline
+def _chosen(shift, before, raised):
+    return where(raised > before, raised, shift)
+
+
+@inline
+def _fade(before, raised, unit):
+    """What the past is worth under the new bound: exactly 1 for the queries that keep theirs."""
+    return where(raised > before, probability(before, raised, unit), splat(before, 1.0))
+
+
+@inline
+def _scale_rows(like, x, n, factor):
+    """x[row, :] *= factor for n rows, as wide as the tile `like`"""
+    width = width_of(x)
+    for row in range(n):
+        tile_store(tile_map(times, tile_row(like, x, row * width), (factor,)), x, row * width, width, 1)
+
+
+@apart
+def raise_bound(tile, like, bound, shift, l, s, seen, out, Dv, unit):
+    """Queries with a score in the tile above their bound get a new one; what they have summed so far is rescaled.
+
+    That is l, the `seen` rows of s that wait for their product with the values, and the Dv rows of out.
+    """
+    width = width_of(l)
+    before = tile_row(like, bound, 0)
+    raised = tile_map(_raised, before, (tile_column_max(tile, before),))
+    factor = tile_map(_fade, before, (raised, unit))
+    tile_store(tile_map(_chosen, tile_row(like, shift, 0), (before, raised)), shift, 0, width, 1)
+    tile_store(raised, bound, 0, width, 1)
+    _scale_rows(like, l, 1, factor)
+    _scale_rows(like, s, seen, factor)
+    _scale_rows(like, out, Dv, factor)
