@@ -1,12 +1,10 @@
-"""Dense attention: streaming forward, and its backward right under it.
+"""Dense attention: streaming forward (the backward comes right under it).
 
     query (B * H) x (Lq, D)   key (B * Hk) x (Lk, D)   value (B * Hk) x (Lk, Dv)   output (B * H) x (Lq, Dv)
 
 No array of Lq x Lk elements is ever formed: a task takes a block of queries past the keys, chunk by chunk. A task owns
 what it writes, and the order of every sum depends on the sizes of one head alone.
 """
-
-import math
 
 from .blocks import (
     COLS,
@@ -21,13 +19,13 @@ from .blocks import (
     sees,
     stage_additive,
 )
-from .jit import apart, inline, kernel
-from .scoring import modified, thinned, throw_dice, uncapped, visible
+from .jit import apart, kernel
+from .scoring import modified, thinned, throw_dice, visible
 from .simd import (
     lanes_of,
-    splat,
     tile_column_sum,
     tile_exceeds,
+    tile_lanes,
     tile_load,
     tile_map,
     tile_row,
@@ -35,23 +33,20 @@ from .simd import (
     tile_steps,
     tile_store,
     tile_zeros,
-    where,
     width_of,
 )
-from .softmax import LN2, LOG2E, plus, probability, raise_bound
+from .softmax import plus, probability, raise_bound
 from .tiles import (
-    add_block_times_rows,
     add_columns_times_block,
-    all_finite,
-    dot,
     matrix,
     multiply_add,
+    rows_from,
     transposed,
     transposed_back,
 )
 
 
-@inline
+@apart
 def scores(like, b, column, key, D, j, live, softcap, slope, additive, edge):
     """One tile: key j + r by the queries from `column`, through the terms; -inf where hidden."""
     # s[r, query] = sum_d key[j + r, d] * query[query, d]
@@ -74,9 +69,9 @@ def scores(like, b, column, key, D, j, live, softcap, slope, additive, edge):
 
 # --- forward --------------------------------------------------------------------------------------------------------
 @apart
-def attend(like, b, column, key, value, first, last, D, Dv, k0, job, slope, additive, edge):
+def attend(like, b, column, key, value, first, last, k0, nq, job, slope, additive, edge, careful):
     """The queries from `column`, as many as the tile `like` is wide, attend to keys first .. last of the chunk."""
-    rows, width, total = tile_rows(like), width_of(b.query), b.total + column
+    rows, width, total, D, Dv = tile_rows(like), width_of(b.query), b.total + column, job.D, job.Dv
     for j in range(first, last, rows):
         live, at = min(rows, last - j), j * width + column
         # 1. s = k . q, with its terms
@@ -85,23 +80,34 @@ def attend(like, b, column, key, value, first, last, D, Dv, k0, job, slope, addi
         if tile_exceeds(s, tile_row(like, b.bound, column)):
             waiting = b.scores + (first * width + column)
             raise_bound(
-                s, like, b.bound + column, b.shift + column, total, waiting, j - first, b.output + column, Dv, job.natural
+                s,
+                like,
+                b.bound + column,
+                b.shift + column,
+                total,
+                waiting,
+                j - first,
+                b.output + column,
+                Dv,
+                job.natural,
             )
         p = tile_map(probability, s, (tile_row(like, b.shift, column), job.natural))
         tile_store(tile_map(plus, tile_row(like, total, 0), (tile_column_sum(p),)), total, 0, width, 1)
-        if job.dropout is not None:
-            p = thin(like, p, b, column, k0 + j, job.dropout)
+        p = thin(like, p, b, column, k0 + j, job.dropout)
         tile_store(p, b.scores, at, width, live)
     # 3. out[d, query] += sum_key v[key, d] * p[key, query]
-    if value is not None:
-        waiting = b.scores + (first * width + column)
-        row0 = value.data + first * value.row
-        add_columns_times_block(like, b.output + column, row0, value.row, value.col, Dv, waiting, last - first)
+    waiting = b.scores + (first * width + column)
+    if careful:
+        add_seen_columns(b.output, value, Dv, b, k0, first, last, column, tile_lanes(like), nq, additive)
+    else:
+        add_columns_times_block(like, b.output + column, rows_from(value, first), Dv, waiting, last - first)
 
 
-@inline
+@apart
 def thin(like, p, b, column, key, dropout):
-    """The tile of probabilities, or of their gradients, after dropout."""
+    """The tile of probabilities after dropout, if there is any."""
+    if dropout is None:
+        return p
     width = width_of(b.query)
     dice = tile_row(like, b.dice, column)
     terms = (dice, tile_row(like, b.dice, width + column), tile_steps(like, dice, key), dropout.threshold, dropout.gain)
@@ -109,21 +115,21 @@ def thin(like, p, b, column, key, dropout):
 
 
 @apart
-def add_seen_columns(out, m, D, b, block, k0, first, last, column, nq, additive):
+def add_seen_columns(out, m, D, b, k0, first, last, column, lanes, nq, additive):
     """As `add_columns_times_block` where m may hold NaN or infinity in rows that some queries do not see."""
-    width = width_of(block)
-    for query in range(column, nq):
+    width = width_of(out)
+    for query in range(column, min(nq, column + lanes)):
         for j in range(first, last):
             if sees(b, additive, k0, j, query):
                 for d in range(D):
-                    out[d * width + query] += m.data[j * m.row + d * m.col] * block[j * width + query]
+                    out[d * width + query] += m.data[j * m.row + d * m.col] * b.scores[j * width + query]
 
 
 @apart
 def stream(wide, tall, b, job, head, q0, nq, keys, slope, careful):
     """The block past all its keys; True if some query did not see some key of a chunk."""
     lowest, near, far, highest = keys
-    lanes, D, Dv, k0, some_hidden = lanes_of(b.query), job.D, job.Dv, lowest, False
+    lanes, Dv, k0, some_hidden = lanes_of(b.query), job.Dv, lowest, False
     for i in range(width_of(b.query)):
         b.bound[i], b.shift[i], b.total[i] = -INF, 0, 0
     for i in range(Dv * width_of(b.query)):
@@ -135,12 +141,54 @@ def stream(wide, tall, b, job, head, q0, nq, keys, slope, careful):
         additive = stage_additive(b, job.bias, job.mask, head, q0, nq, k0, n)
         hidden = not whole or additive is not None
         some_hidden = some_hidden or hidden
-        products = None if careful and hidden else value
+        with_care = careful and hidden
         if whole:
-            attend(wide, b, 0, key, value, 0, n, D, Dv, k0, job, slope, additive, None)
+            attend(wide, b, 0, key, value, 0, n, k0, nq, job, slope, additive, None, with_care)
         else:
             for column in range(0, nq, lanes):
                 first, last = b.first[column // lanes], b.last[column // lanes]
-                attend(tall, b, column, key, value, first, last, D, Dv, k0, job, slope, additive, True)
+                attend(tall, b, column, key, value, first, last, k0, nq, job, slope, additive, True, with_care)
         k0 += n
     return some_hidden
+
+
+@kernel
+def forward(job: AttentionJob, slot, task):
+    # task -> one block of queries of one head; the last blocks first, which under a causal mask are the largest
+    head, part = task // job.query_parts, job.query_parts - 1 - task % job.query_parts
+    b = carve(job, slot)
+    width, q0 = width_of(b.query), part * job.queries_per_part
+    nq = min(width, job.Lq - q0)
+    wide, tall = tile_zeros(b.query, ROWS, COLS), tile_zeros(b.query, TALL, 1)
+    keys = find_keys(b, job, head, q0, nq, 0, job.Lk)
+    throw_dice(b.dice, width, job.dropout, head, q0)
+    slope = slope_of(job.slopes, head)
+    # 1. the block's queries, transposed and scaled
+    for i in range(width):
+        b.factor[i] = job.scale
+    transposed(b.query, matrix(job.query, head, q0), nq, job.D, b.factor)
+    # 2. past the keys. A hidden NaN or infinity times a weight of 0 is NaN, and shows: then once more, with care
+    some_hidden = stream(wide, tall, b, job, head, q0, nq, keys, slope, False)
+    if some_hidden and not block_is_finite(b.output, job.Dv, nq):
+        stream(wide, tall, b, job, head, q0, nq, keys, slope, True)
+    # 3. out = sum p v / sum p, and 0 where nothing was seen
+    for i in range(nq):
+        b.factor[i] = 0 if b.total[i] == 0 else 1 / b.total[i]
+    transposed_back(matrix(job.output, head, q0), nq, job.Dv, b.output, b.factor)
+
+
+@apart
+def slope_of(slopes, head):
+    if slopes is None:
+        return None
+    return slopes[head]
+
+
+@apart
+def block_is_finite(block, n, nq):
+    """Are the first nq columns of n rows finite?"""
+    width, total = width_of(block), block[0] * 0
+    for row in range(n):
+        for i in range(nq):
+            total += block[row * width + i] * 0
+    return total == 0

@@ -237,7 +237,7 @@ def inline(function):
 
 
 def apart(function):
-    """A function for kernels to call that stays a function: large, called from several places, or mapped over a tile."""
+    """A function for kernels to call that stays one: large, called from several places, or mapped over a tile."""
     return numba.njit(**_FLAGS)(function)
 
 

@@ -3,7 +3,7 @@
     s = scale * q.k  ->  softcap: cap * tanh(s / cap)  ->  + bias  - slope * |position - key|  ->  mask  ->  softmax
 
 Optional terms are None and vanish when the kernel is compiled. Bias and mask arrays come as one block, additive[key,
-query], in which -inf hides. A hidden score is -inf whatever it was: selected, never multiplied, so that NaN stays hidden.
+query], in which -inf hides. A hidden score is -inf whatever it was: selected, never multiplied, so NaN stays hidden.
 """
 
 import math
@@ -11,8 +11,16 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .jit import Bytes, Elements, Indices, Words, apart, inline
-from .simd import absolute, at_least, lanes_of, polynomial, splat, times_power_of_two, transpose_square, where, width_of, nearest
+from .jit import Bytes, Indices, apart, inline
+from .simd import (
+    absolute,
+    at_least,
+    nearest,
+    polynomial,
+    splat,
+    times_power_of_two,
+    where,
+)
 from .softmax import LOG2E
 
 INF = math.inf
@@ -36,7 +44,10 @@ class Dropout(NamedTuple):
 
 
 # 2**r - 1 over r on [-1/2, 1/2], relative error 2.6e-9 and 5.7e-20
-_SINGLE = (0.6931472149680279, 0.24022652782887738, 0.055503105510137972, 0.0096176929729930623, 0.0013406643902351759, 0.00015594678161326619)
+_SINGLE = (
+    0.6931472149680279, 0.24022652782887738, 0.055503105510137972, 0.0096176929729930623, 0.0013406643902351759,
+    0.00015594678161326619,
+)  # fmt: skip
 _DOUBLE = (
     0.69314718055994530797, 0.2402265069591007114, 0.055504108664821733751, 0.009618129107628561243,
     0.0013333558146381738154, 0.00015403530393171834663, 0.000015252733864845099229, 1.321548700340765072e-6,

@@ -113,7 +113,7 @@ class TileType(types.Type):
 
 
 class JobType(types.Type):
-    """A struct of 8-byte slots behind a pointer; `fields` is a tuple of (name, slot, type), none for an absent value."""
+    """A struct of 8-byte slots behind a pointer; `fields` are (name, slot, type), none for an absent value."""
 
     def __init__(self, name, fields):
         self.fields = {field: (slot, kind) for field, slot, kind in fields}
@@ -514,6 +514,12 @@ def tile_rows(context, tile):
 
 
 @intrinsic
+def tile_lanes(context, tile):
+    """Elements in one row of the tile."""
+    return types.intp(tile), lambda cx, b, sig, args: _count(tile.cols * tile.vector.lanes)
+
+
+@intrinsic
 def lanes_of(context, pointer):
     """Elements in a vector, known when compiling."""
     return types.intp(pointer), lambda cx, b, sig, args: _count(target().lanes(pointer.element.bitwidth // 8))
@@ -631,7 +637,7 @@ def _rank1(b, tile, value, column, places, rows):
 
 @intrinsic
 def tile_rank1(context, tile, column, i, step, live, row, j):
-    """tile[r, :] += column[i + r * step] * row[j :]  for every row r of the tile; rows from `live` on repeat the last"""
+    """tile[r, :] += column[i + r * step] * row[j :]  for every row r; rows from `live` on repeat the last"""
 
     def build(cx, b, sig, args):
         value, column, i, step, live, row, j = args
@@ -739,7 +745,7 @@ def tile_exceeds(context, tile, other):
 
 @intrinsic
 def transpose_square(context, out, o, o_step, x, i, i_step, factor, f):
-    """out[o + c * o_step + r] = x[i + r * i_step + c] * factor[f + c], lanes x lanes, in log2(lanes) stages of shuffles"""
+    """out[o + c * o_step + r] = x[i + r * i_step + c] * factor[f + c], lanes x lanes, in log2(lanes) stages"""
     vector = vector_of(out.element)
 
     def build(cx, b, sig, args):

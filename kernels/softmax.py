@@ -11,7 +11,6 @@ query decides for itself, so that its bits never depend on its neighbours.
 from .jit import apart, inline
 from .simd import (
     at_least,
-    fma,
     nearest,
     polynomial,
     splat,
@@ -31,7 +30,14 @@ LN2 = 0.6931471805599453
 HEADROOM = 16.0
 
 # 2**r on [-1/2, 1/2], least relative error (Remez). Single: 1.4e-7, the constant rounded to 1 so that 2**0 is 1.
-_SINGLE = (1.0, 0.69314696706503522, 0.24022119723710720, 0.055507132718556442, 0.0096755413431213274, 0.0013276472631951)
+_SINGLE = (
+    1.0,
+    0.69314696706503522,
+    0.24022119723710720,
+    0.055507132718556442,
+    0.0096755413431213274,
+    0.0013276472631951,
+)
 # Double: 1.8e-17, the constant pinned to 1.
 _DOUBLE = (
     1.0, 0.69314718055994569675, 0.24022650695910098007, 0.055504108664790394552, 0.0096181291076070023796,

@@ -48,6 +48,12 @@ def matrix(stack, i, first_row):
 
 
 @inline
+def rows_from(m, i):
+    """The matrix without its first i rows."""
+    return Matrix(m.data + i * m.row, m.row, m.col)
+
+
+@inline
 def multiply_add(tile, x, x_next, x_row, live, y, y_next, n):
     """tile[r, :] += sum over t < n of x[t * x_next + r * x_row] * y[t * y_next :]"""
     for t in range(n):
@@ -84,9 +90,7 @@ def add_block_times_rows(like, narrow, out, block, n, m, D, first, last):
             left = min(lanes, D - d)
             tile = tile_load_lanes(narrow, out.data, key * out.row + d, out.row, live, left)
             for query in range(first, last):
-                tile = tile_rank1_lanes(
-                    tile, weights, query - first, width, live, m.data, query * m.row + d, left
-                )
+                tile = tile_rank1_lanes(tile, weights, query - first, width, live, m.data, query * m.row + d, left)
             tile_store_lanes(tile, out.data, key * out.row + d, out.row, live, left)
 
 

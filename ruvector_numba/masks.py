@@ -1,0 +1,699 @@
+"""Who may attend to whom, said by rule and not by a matrix of Lq x Lk.
+
+A mask is one of the objects below, a bool array (True = attend), a float array (added to the scores; -inf hides), or
+any of these joined with ``&``: a query sees a key where every part lets it. The rules cost only what is attended,
+since they reach the kernels as intervals of keys:
+
+>>> from ruvector_numba.masks import Causal, Lengths, Window
+>>> mask = Window(left=1) & Causal() & Lengths(keys=3)
+>>> mask
+Window(left=1, right=None, align='top_left') & Causal(align='top_left') & Lengths(queries=None, keys=3)
+>>> print(mask.to_dense(4, 4).astype(int))
+[[1 0 0 0]
+ [1 1 0 0]
+ [0 1 1 0]
+ [0 0 1 0]]
+
+When queries and keys differ in number, `align` says which corner of the matrix the diagonal goes through: query 0
+sits at key 0 (``"top_left"``, as in torch), or the last query sits at the last key (``"bottom_right"``, as when new
+queries meet a cache of old keys)::
+
+    Causal("top_left")  Causal("bottom_right")        Causal("top_left")  Causal("bottom_right")
+    Lq=2, Lk=5          Lq=2, Lk=5                    Lq=4, Lk=2          Lq=4, Lk=2
+    1 0 0 0 0           1 1 1 1 0                     1 0                 0 0
+    1 1 0 0 0           1 1 1 1 1                     1 1                 0 0
+                                                      1 1                 1 0
+                                                      1 1                 1 1
+
+`resolve` turns whatever a caller passes into a `Visibility`, the form the plan works with.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from functools import reduce
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from .errors import InvalidMaskError
+
+__all__ = ["All", "Causal", "Full", "Lengths", "Mask", "Segments", "Window"]
+
+UNBOUNDED = 1 << 40  # beyond any index, and far from overflow when an index is added to it
+
+Align = Literal["top_left", "bottom_right"]
+Array = NDArray[Any]
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Visibility:
+    """All masks of one call, intersected: a band, an interval of keys per query, a bool array and a float array.
+
+    Query i sees key j where all of these hold, and the float array, if any, is not -inf:
+
+    Attributes
+    ----------
+    first, last : int
+        ``first <= j - i < last``; -UNBOUNDED and UNBOUNDED where there is no limit.
+    offset : int
+        The key at which query 0 sits, for ALiBi: Lk - Lq if a part is aligned bottom_right, else 0.
+    limits : int64 array (*batch or ones, Lq, 2), optional
+        ``limits[..., i, 0] <= j < limits[..., i, 1]``; C-contiguous, and 0 <= lo <= hi <= Lk.
+    allowed : bool array that broadcasts to (*batch, H, Lq, Lk), optional
+        True where i may attend to j. The caller's own array, with its strides, where one was enough.
+    bias : float array that broadcasts to (*batch, H, Lq, Lk), optional
+        Added to the scores. The caller's own array, with its strides.
+    """
+
+    first: int = -UNBOUNDED
+    last: int = UNBOUNDED
+    offset: int = 0
+    limits: NDArray[np.int64] | None = None
+    allowed: NDArray[np.bool_] | None = None
+    bias: Array | None = None
+
+
+NONE = Visibility()
+CAUSAL = Visibility(last=1)
+
+
+class Call(NamedTuple):
+    """The sizes a mask is resolved for."""
+
+    batch: Shape
+    heads: int
+    Lq: int
+    Lk: int
+    dtype: np.dtype[Any]
+
+    @property
+    def scores(self) -> Shape:
+        return (*self.batch, self.heads, self.Lq, self.Lk)
+
+
+def resolve(
+    attn_mask: Mask | ArrayLike | None,
+    is_causal: bool,
+    batch: Shape,
+    heads: int,
+    Lq: int,
+    Lk: int,
+    dtype: np.dtype[Any],
+) -> Visibility:
+    """Check a mask against the sizes of a call and bring it into the form the plan works with.
+
+    Parameters
+    ----------
+    attn_mask : Mask, array_like or None
+        What the caller passed.
+    is_causal : bool
+        Adds ``Causal("top_left")``.
+    batch, heads, Lq, Lk
+        The scores have the shape (*batch, heads, Lq, Lk).
+    dtype : numpy.dtype
+        Of the inputs; a float mask must have the same.
+
+    Raises
+    ------
+    InvalidMaskError
+        If the mask does not fit the sizes, or its dtype is neither bool nor `dtype`.
+    """
+    if attn_mask is None:
+        return CAUSAL if is_causal else NONE
+    call = Call(batch, heads, Lq, Lk, dtype)
+    seen = attn_mask._resolve(call) if isinstance(attn_mask, Mask) else _resolve_array(_mask_array(attn_mask), call)
+    return _meet(seen, CAUSAL) if is_causal else seen
+
+
+class Mask:
+    """Base of the mask objects: immutable, compared by value, closed under ``&``."""
+
+    __slots__ = ()
+    __array_ufunc__ = None  # so that `array & mask` asks __rand__ below and does not loop over the array's elements
+
+    def to_dense(self, Lq: int, Lk: int) -> NDArray[np.bool_]:
+        """The mask as a bool array, True = attend.
+
+        Parameters
+        ----------
+        Lq, Lk : int
+            The number of queries and of keys.
+
+        Returns
+        -------
+        ndarray of bool
+            Shape (Lq, Lk), or (*batch, 1, Lq, Lk) where rows of the batch differ, or whatever an array of the
+            composition adds in front. Passed as ``attn_mask`` it means what the object means, save that a float
+            array keeps only which scores it hides (-inf).
+
+        Examples
+        --------
+        >>> Lengths(keys=[1, 3]).to_dense(2, 3).shape
+        (2, 1, 2, 3)
+        """
+        Lq, Lk = _size("Lq", Lq), _size("Lk", Lk)
+        dense = self._dense(Lq, Lk)
+        return np.array(np.broadcast_to(dense, np.broadcast_shapes(dense.shape, (Lq, Lk))), dtype=bool)
+
+    def _dense(self, Lq: int, Lk: int) -> NDArray[np.bool_]:
+        """A bool array that broadcasts to (*batch, heads, Lq, Lk)."""
+        raise NotImplementedError
+
+    def _resolve(self, call: Call) -> Visibility:
+        raise NotImplementedError
+
+    def __and__(self, other: Mask | ArrayLike | None) -> Mask:
+        return _joined(self, other) if _can_join(other) else NotImplemented
+
+    def __rand__(self, other: ArrayLike | None) -> Mask:
+        return _joined(other, self) if _can_join(other) else NotImplemented
+
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and self._contents() == other._contents()  # type: ignore[attr-defined]
+
+    def __hash__(self) -> int:
+        return hash((type(self), self._contents()))
+
+    def _contents(self) -> tuple[object, ...]:
+        return tuple(_comparable(getattr(self, field.name)) for field in fields(self))  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Full(Mask):
+    """Every query sees every key: the neutral element of ``&``.
+
+    Examples
+    --------
+    >>> Full() & Causal()
+    Causal(align='top_left')
+    """
+
+    def _dense(self, Lq: int, Lk: int) -> NDArray[np.bool_]:
+        return np.ones((Lq, Lk), dtype=bool)
+
+    def _resolve(self, call: Call) -> Visibility:
+        return NONE
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Causal(Mask):
+    """No query sees the future: query i sees keys up to i + offset.
+
+    Parameters
+    ----------
+    align : {"top_left", "bottom_right"}
+        offset is 0, or Lk - Lq.
+
+    Examples
+    --------
+    >>> print(Causal().to_dense(2, 5).astype(int))
+    [[1 0 0 0 0]
+     [1 1 0 0 0]]
+    >>> print(Causal("bottom_right").to_dense(2, 5).astype(int))
+    [[1 1 1 1 0]
+     [1 1 1 1 1]]
+
+    With more queries than keys, the first queries of ``bottom_right`` come before every key and see nothing:
+
+    >>> print(Causal("bottom_right").to_dense(4, 2).astype(int))
+    [[0 0]
+     [0 0]
+     [1 0]
+     [1 1]]
+    """
+
+    align: Align = "top_left"
+
+    def __post_init__(self) -> None:
+        _check_align("Causal", self.align)
+
+    def _dense(self, Lq: int, Lk: int) -> NDArray[np.bool_]:
+        return np.arange(Lk) <= _positions(self.align, Lq, Lk)
+
+    def _resolve(self, call: Call) -> Visibility:
+        offset = _offset(self.align, call.Lq, call.Lk)
+        return Visibility(last=offset + 1, offset=offset) if offset else CAUSAL
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Window(Mask):
+    """A band along the diagonal: query i sees keys from i + offset - left to i + offset + right, both included.
+
+    Parameters
+    ----------
+    left, right : int or None
+        How far a query sees to either side; None is no limit, 0 reaches just its own position.
+    align : {"top_left", "bottom_right"}
+        offset is 0, or Lk - Lq.
+
+    Examples
+    --------
+    >>> print(Window(left=1, right=1).to_dense(3, 5).astype(int))
+    [[1 1 0 0 0]
+     [1 1 1 0 0]
+     [0 1 1 1 0]]
+    >>> print(Window(left=1, right=1, align="bottom_right").to_dense(3, 5).astype(int))
+    [[0 1 1 1 0]
+     [0 0 1 1 1]
+     [0 0 0 1 1]]
+
+    ``Window(right=0)`` is ``Causal()``; ``Window(left=255) & Causal()`` is a sliding window of 256 keys.
+    """
+
+    left: int | None = None
+    right: int | None = None
+    align: Align = "top_left"
+
+    def __post_init__(self) -> None:
+        for name in ("left", "right"):
+            reach = getattr(self, name)
+            if reach is not None:
+                object.__setattr__(self, name, _reach(f"Window.{name}", reach))
+        _check_align("Window", self.align)
+
+    def _dense(self, Lq: int, Lk: int) -> NDArray[np.bool_]:
+        distance = np.arange(Lk) - _positions(self.align, Lq, Lk)
+        left = UNBOUNDED if self.left is None else min(self.left, UNBOUNDED)
+        right = UNBOUNDED if self.right is None else min(self.right, UNBOUNDED)
+        return (-left <= distance) & (distance <= right)
+
+    def _resolve(self, call: Call) -> Visibility:
+        offset = _offset(self.align, call.Lq, call.Lk)
+        first = -UNBOUNDED if self.left is None else max(-UNBOUNDED, offset - self.left)
+        last = UNBOUNDED if self.right is None else min(UNBOUNDED, offset + self.right + 1)
+        return Visibility(first, last, offset)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Lengths(Mask):
+    """Padding at the end: only the first `keys` keys exist, and only the first `queries` queries.
+
+    A query beyond its length sees nothing, so its output is 0.
+
+    Parameters
+    ----------
+    queries, keys : int, array_like of int, or None
+        One length for all, or one per row of the batch (a shape that broadcasts to the batch axes); None is no limit.
+
+    Examples
+    --------
+    >>> print(Lengths(queries=2, keys=3).to_dense(3, 5).astype(int))
+    [[1 1 1 0 0]
+     [1 1 1 0 0]
+     [0 0 0 0 0]]
+    >>> print(Lengths(keys=[1, 3]).to_dense(1, 4)[:, 0, 0].astype(int))  # a batch of two
+    [[1 0 0 0]
+     [1 1 1 0]]
+    """
+
+    queries: int | NDArray[np.int64] | None = None
+    keys: int | NDArray[np.int64] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("queries", "keys"):
+            lengths = getattr(self, name)
+            if lengths is not None:
+                object.__setattr__(self, name, _lengths(f"Lengths.{name}", lengths))
+
+    def _dense(self, Lq: int, Lk: int) -> NDArray[np.bool_]:
+        queries = _within("Lengths.queries", self.queries, "Lq", Lq)
+        keys = _within("Lengths.keys", self.keys, "Lk", Lk)
+        with_heads = (..., None, None, None) if queries.ndim or keys.ndim else (None, None)
+        return (np.arange(Lq)[:, None] < queries[with_heads]) & (np.arange(Lk) < keys[with_heads])
+
+    def _resolve(self, call: Call) -> Visibility:
+        if self.queries is None and self.keys is None:
+            return NONE
+        queries = _within("Lengths.queries", self.queries, "Lq", call.Lq)
+        keys = _within("Lengths.keys", self.keys, "Lk", call.Lk)
+        for name, lengths in (("queries", queries), ("keys", keys)):
+            _check_batch(f"Lengths.{name}", lengths.shape, call)
+        rows = _batch_or_ones(np.broadcast_shapes(queries.shape, keys.shape), call)
+        limits = np.zeros((*rows, call.Lq, 2), dtype=np.int64)
+        limits[..., 1] = np.where(np.arange(call.Lq) < queries[..., None], keys[..., None], 0)
+        return Visibility(limits=limits)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Segments(Mask):
+    """Sequences packed into one: a query sees a key where their ids are equal.
+
+    Ids that lie together in the keys (each in one run, as packing leaves them) become intervals and cost only what is
+    attended; ids that are scattered become a bool array of Lq x Lk.
+
+    Parameters
+    ----------
+    query_ids : array_like of int
+        Shape (Lq,), or (*batch, Lq).
+    key_ids : array_like of int, optional
+        Shape (Lk,), or (*batch, Lk); `query_ids` if left out.
+
+    Examples
+    --------
+    >>> print((Segments([0, 0, 1, 1, 1]) & Causal()).to_dense(5, 5).astype(int))
+    [[1 0 0 0 0]
+     [1 1 0 0 0]
+     [0 0 1 0 0]
+     [0 0 1 1 0]
+     [0 0 1 1 1]]
+    >>> print(Segments(query_ids=[1, 7], key_ids=[0, 0, 1, 1, 1]).to_dense(2, 5).astype(int))  # nobody has id 7
+    [[0 0 1 1 1]
+     [0 0 0 0 0]]
+    """
+
+    query_ids: NDArray[np.int64]
+    key_ids: NDArray[np.int64] | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "query_ids", _ids("Segments.query_ids", self.query_ids))
+        if self.key_ids is not None:
+            object.__setattr__(self, "key_ids", _ids("Segments.key_ids", self.key_ids))
+
+    def _dense(self, Lq: int, Lk: int) -> NDArray[np.bool_]:
+        query_ids, key_ids = self._checked(Lq, Lk)
+        same: NDArray[np.bool_] = query_ids[..., :, None] == key_ids[..., None, :]
+        return same[..., None, :, :] if same.ndim > 2 else same
+
+    def _resolve(self, call: Call) -> Visibility:
+        query_ids, key_ids = self._checked(call.Lq, call.Lk)
+        for name, ids in (("query_ids", query_ids), ("key_ids", key_ids)):
+            _check_batch(f"Segments.{name}", ids.shape[:-1], call)
+        rows = _batch_or_ones(np.broadcast_shapes(query_ids.shape[:-1], key_ids.shape[:-1]), call)
+        query_ids = np.broadcast_to(query_ids, (*rows, call.Lq))
+        key_ids = np.broadcast_to(key_ids, (*rows, call.Lk))
+        limits = np.empty((*rows, call.Lq, 2), dtype=np.int64)
+        for row in np.ndindex(rows):
+            runs = _runs(query_ids[row], key_ids[row])
+            if runs is None:
+                return Visibility(allowed=query_ids[..., None, :, None] == key_ids[..., None, None, :])
+            limits[row] = runs
+        return Visibility(limits=limits)
+
+    def _checked(self, Lq: int, Lk: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        key_ids = self.query_ids if self.key_ids is None else self.key_ids
+        for name, ids, L, size in (("query_ids", self.query_ids, "Lq", Lq), ("key_ids", key_ids, "Lk", Lk)):
+            if ids.shape[-1] != size:
+                default = name == "key_ids" and self.key_ids is None
+                raise InvalidMaskError(
+                    f"Segments.{name} has {ids.shape[-1]} ids for {L} = {size}",
+                    shapes={f"Segments.{name}.shape": ids.shape, L: size},
+                    hint="key_ids is query_ids unless given; give one id per key" if default else None,
+                )
+        return self.query_ids, key_ids
+
+
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
+class All(Mask):
+    """What ``&`` makes: a query sees a key where every part lets it.
+
+    Parameters
+    ----------
+    parts : iterable of Mask, array_like or None
+        Any number of mask objects and bool arrays and at most one float array; None and ``Full()`` add nothing.
+        Arrays are kept, not copied, until a call uses them.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> np.array([True, False, True]) & Causal()
+    bool array (3,) & Causal(align='top_left')
+    """
+
+    parts: tuple[Mask | Array, ...]
+
+    def __init__(self, parts: Iterable[Mask | ArrayLike | None] = ()) -> None:
+        flat: list[Mask | Array] = []
+        for part in parts:
+            if isinstance(part, All):
+                flat.extend(part.parts)
+            elif isinstance(part, Mask):
+                flat.extend(() if isinstance(part, Full) else (part,))
+            elif part is not None:
+                flat.append(_mask_array(part))
+        floats = [part for part in flat if isinstance(part, np.ndarray) and part.dtype.kind == "f"]
+        if len(floats) > 1:
+            raise InvalidMaskError(
+                f"{len(floats)} float arrays in one composition, where one is the limit",
+                shapes={f"float mask {n}": array.shape for n, array in enumerate(floats, 1)},
+                hint="add them yourself and pass the sum: mask & (a + b)",
+            )
+        object.__setattr__(self, "parts", tuple(flat))
+
+    def __repr__(self) -> str:
+        return " & ".join(map(_named, self.parts)) if self.parts else "All(())"
+
+    def _dense(self, Lq: int, Lk: int) -> NDArray[np.bool_]:
+        dense = np.ones((Lq, Lk), dtype=bool)
+        for part in self.parts:
+            other = part._dense(Lq, Lk) if isinstance(part, Mask) else _dense_array(part, Lq, Lk)
+            try:
+                dense = dense & other
+            except ValueError:
+                shapes = {"so far": dense.shape, _named(part): other.shape}
+                raise InvalidMaskError("the parts of a composition do not broadcast", shapes=shapes) from None
+        return dense
+
+    def _resolve(self, call: Call) -> Visibility:
+        seen = (part._resolve(call) if isinstance(part, Mask) else _resolve_array(part, call) for part in self.parts)
+        return reduce(_meet, seen, NONE)
+
+
+# Intersections
+
+
+def _meet(a: Visibility, b: Visibility) -> Visibility:
+    if a is NONE or b is NONE:
+        return b if a is NONE else a
+    if b.bias is not None:
+        a, b = b, a  # at most one of the two has a bias: `All` sees to it
+    return Visibility(
+        max(a.first, b.first),
+        min(a.last, b.last),
+        a.offset or b.offset,  # of the parts of one call, those that have an offset have the same
+        _narrower(a.limits, b.limits),
+        a.allowed if b.allowed is None else b.allowed if a.allowed is None else np.logical_and(a.allowed, b.allowed),
+        a.bias,
+    )
+
+
+def _narrower(a: NDArray[np.int64] | None, b: NDArray[np.int64] | None) -> NDArray[np.int64] | None:
+    if a is None or b is None:
+        return b if a is None else a
+    limits = np.empty(np.broadcast_shapes(a.shape, b.shape), dtype=np.int64)
+    lo, hi = limits[..., 0], limits[..., 1]
+    np.maximum(a[..., 0], b[..., 0], out=lo)
+    np.minimum(a[..., 1], b[..., 1], out=hi)
+    np.maximum(lo, hi, out=hi)  # intervals that do not meet leave an empty one, not one of negative length
+    return limits
+
+
+def _joined(a: Mask | ArrayLike | None, b: Mask | ArrayLike | None) -> Mask:
+    joined = All((a, b))
+    if not joined.parts:
+        return Full()
+    only = joined.parts[0]
+    return only if len(joined.parts) == 1 and isinstance(only, Mask) else joined
+
+
+def _can_join(other: object) -> bool:
+    arrays = (np.ndarray, np.generic, bool, list, tuple)
+    return other is None or isinstance(other, (Mask, *arrays)) or hasattr(other, "__array__")
+
+
+# Arrays as masks
+
+
+def _mask_array(value: object) -> Array:
+    """`value` as a bool or float array in native byte order; the same memory where that is possible."""
+    if isinstance(value, type) and issubclass(value, Mask):
+        raise InvalidMaskError(f"{value.__name__} is a class, not a mask", hint=f"write {value.__name__}(...)")
+    if isinstance(value, np.ma.MaskedArray):
+        raise InvalidMaskError(
+            "a numpy.ma array, whose own mask would be lost", hint="pass mask.filled(...), a plain array"
+        )
+    try:
+        array = np.asarray(value)
+    except (TypeError, ValueError) as error:
+        raise InvalidMaskError(f"not an array: {error}") from None
+    if array.dtype.kind not in "bf":
+        raise InvalidMaskError(
+            f"dtype {array.dtype}; a mask is bool (True = attend) or float (added to the scores)",
+            shapes={"attn_mask.shape": array.shape},
+            hint="attn_mask.astype(bool), if non-zero means attend" if array.dtype.kind in "iu" else None,
+        )
+    if not (array.dtype.isnative and array.flags.aligned):  # kernels read neither
+        array = array.astype(array.dtype.newbyteorder("="))
+    return array
+
+
+def _resolve_array(array: Array, call: Call) -> Visibility:
+    if not _broadcasts(array.shape, call.scores):
+        raise InvalidMaskError(
+            "its shape does not broadcast to that of the scores, (*batch, heads, Lq, Lk)",
+            shapes={"attn_mask.shape": array.shape, "scores.shape": call.scores},
+            hint=_axes_hint(array.shape, call),
+        )
+    if array.dtype.kind == "b":
+        return Visibility(allowed=array)
+    if array.dtype != call.dtype:
+        raise InvalidMaskError(
+            f"a float mask has the dtype of the inputs, but it is {array.dtype} and they are {call.dtype}",
+            shapes={"attn_mask.dtype": array.dtype, "query.dtype": call.dtype},
+            hint=f"cast the mask: attn_mask.astype(np.{call.dtype})",
+        )
+    return Visibility(bias=array)
+
+
+def _dense_array(array: Array, Lq: int, Lk: int) -> NDArray[np.bool_]:
+    if not _broadcasts(array.shape[-2:], (Lq, Lk)):
+        raise InvalidMaskError(
+            "the shape of an array does not broadcast to (..., Lq, Lk)",
+            shapes={"array.shape": array.shape, "(Lq, Lk)": (Lq, Lk)},
+        )
+    return array if array.dtype.kind == "b" else ~np.isneginf(array)
+
+
+def _axes_hint(shape: Shape, call: Call) -> str:
+    """The two mistakes that are made most, and the rule for the rest."""
+    batch, heads, Lq, Lk, _ = call
+    colons = ":, " * len(batch)
+    if batch and shape == (*batch, Lk):
+        return f"one row of keys per batch row is attn_mask[{colons}None, None, :], or masks.Lengths(keys=...)"
+    if batch and shape == (*batch, Lq, Lk):
+        return f"one matrix per batch row, the same for all heads, is attn_mask[{colons}None]"
+    return "axes are matched from the right and may be 1 or missing, as NumPy broadcasts"
+
+
+def _broadcasts(shape: Shape, target: Shape) -> bool:
+    """Whether np.broadcast_to(array of `shape`, target) works."""
+    return len(shape) <= len(target) and all(n in (1, m) for n, m in zip(reversed(shape), reversed(target)))
+
+
+# The parts of the rules
+
+
+def _offset(align: Align, Lq: int, Lk: int) -> int:
+    return Lk - Lq if align == "bottom_right" else 0
+
+
+def _positions(align: Align, Lq: int, Lk: int) -> NDArray[np.int64]:
+    """The key at which each query sits, as a column."""
+    return np.arange(Lq, dtype=np.int64)[:, None] + _offset(align, Lq, Lk)
+
+
+def _runs(query_ids: NDArray[np.int64], key_ids: NDArray[np.int64]) -> NDArray[np.int64] | None:
+    """(Lq, 2): the run of keys that has each query's id, (0, 0) if none has; None if an id is asked for that has two.
+
+    An id no query has may be scattered, as padding is.
+    """
+    Lk = len(key_ids)
+    if Lk == 0:
+        return np.zeros((len(query_ids), 2), dtype=np.int64)
+    starts = np.concatenate(([0], np.flatnonzero(key_ids[1:] != key_ids[:-1]) + 1))
+    ends = np.append(starts[1:], Lk)
+    order = np.argsort(key_ids[starts], kind="stable")
+    ids = key_ids[starts][order]
+    at, past = np.searchsorted(ids, query_ids, "left"), np.searchsorted(ids, query_ids, "right")
+    if (past - at > 1).any():
+        return None
+    found = past > at
+    run = order[np.where(found, at, 0)]
+    return np.where(found[:, None], np.stack((starts[run], ends[run]), axis=-1), 0)
+
+
+def _batch_or_ones(rows: Shape, call: Call) -> Shape:
+    return (1,) * (len(call.batch) - len(rows)) + rows
+
+
+def _within(name: str, lengths: int | NDArray[np.int64] | None, L: str, size: int) -> NDArray[np.int64]:
+    """The lengths as an array, which `size` must hold; None is the whole size."""
+    array = np.asarray(size if lengths is None else lengths, dtype=np.int64)
+    if array.size and (longest := int(array.max())) > size:
+        raise InvalidMaskError(f"{name} has {longest}, more than {L} = {size}", shapes={name: lengths, L: size})
+    return array
+
+
+def _check_batch(name: str, rows: Shape, call: Call) -> None:
+    if not _broadcasts(rows, call.batch):
+        single = "the inputs have no batch axis, so give one for all" if not call.batch else None
+        raise InvalidMaskError(
+            f"{name} does not have one entry per row of the batch",
+            shapes={f"rows of {name}": rows, "batch": call.batch},
+            hint=single or "its leading axes must broadcast to the batch axes of the inputs",
+        )
+
+
+# Checks at construction
+
+
+def _check_align(name: str, align: object) -> None:
+    if not isinstance(align, str) or align not in ("top_left", "bottom_right"):
+        raise InvalidMaskError(f"{name}.align must be 'top_left' or 'bottom_right', got {align!r}")
+
+
+def _integer(name: str, value: object) -> int:
+    try:
+        if isinstance(value, (bool, np.bool_)):
+            raise TypeError
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise InvalidMaskError(f"{name} must be an integer, got {value!r}") from None
+
+
+def _reach(name: str, value: object) -> int:
+    if (reach := _integer(name, value)) < 0:
+        raise InvalidMaskError(f"{name} must not be negative, got {reach}", hint="None means no limit")
+    return reach
+
+
+def _size(name: str, value: object) -> int:
+    if (size := _integer(name, value)) < 0:
+        raise InvalidMaskError(f"{name} must not be negative, got {size}")
+    return size
+
+
+def _integers(name: str, values: object) -> NDArray[np.int64]:
+    """A read-only int64 copy: small next to the work, and safe from later changes."""
+    try:
+        array = np.asarray(values)
+    except (TypeError, ValueError) as error:
+        raise InvalidMaskError(f"{name} is not an array of integers: {error}") from None
+    if array.size and array.dtype.kind not in "iu":
+        raise InvalidMaskError(f"{name} must be integers, got dtype {array.dtype}")
+    if array.dtype.kind == "u" and array.size and int(array.max()) > np.iinfo(np.int64).max:
+        raise InvalidMaskError(f"{name} has {array.max()}, which does not fit an int64")
+    copy = array.astype(np.int64)
+    copy.setflags(write=False)
+    return copy
+
+
+def _lengths(name: str, values: object) -> int | NDArray[np.int64]:
+    array = _integers(name, values)
+    if array.size and (shortest := int(array.min())) < 0:
+        raise InvalidMaskError(f"{name} must not be negative, got {shortest}", hint="None means no limit")
+    return int(array) if array.ndim == 0 else array
+
+
+def _ids(name: str, values: object) -> NDArray[np.int64]:
+    array = _integers(name, values)
+    if array.ndim == 0:
+        raise InvalidMaskError(f"{name} must have one id per position, got the single number {array}")
+    return array
+
+
+# Showing and comparing
+
+
+def _named(part: Mask | Array) -> str:
+    return repr(part) if isinstance(part, Mask) else f"{part.dtype} array {part.shape}"
+
+
+def _comparable(value: object) -> object:
+    if isinstance(value, np.ndarray):
+        return value.shape, value.dtype.str, value.tobytes()
+    return tuple(map(_comparable, value)) if isinstance(value, tuple) else value

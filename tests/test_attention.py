@@ -1,0 +1,144 @@
+"""Dense attention against the plain formula in float64."""
+
+import numpy as np
+import pytest
+from ruvector_numba.kernels import jit
+
+import ruvector_numba as rv
+
+SIZES = [(1, 1, 1, 1), (7, 7, 3, 5), (97, 97, 40, 33), (113, 203, 64, 64), (128, 128, 64, 64), (65, 333, 59, 16)]
+
+
+def formula(query, key, value, is_causal=False, scale=None):
+    """softmax(q k^T * scale) v in float64; what a query may not see is left out, a query that sees nothing gives 0."""
+    query, key, value = (np.asarray(x, np.float64) for x in (query, key, value))
+    group = query.shape[-3] // key.shape[-3] if query.ndim > 2 else 1
+    if group > 1:
+        key, value = np.repeat(key, group, -3), np.repeat(value, group, -3)
+    s = query @ np.swapaxes(key, -1, -2) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    if is_causal:
+        s = np.where(np.tri(*s.shape[-2:], dtype=bool), s, -np.inf)
+    p = np.exp(s - s.max(-1, keepdims=True))
+    return p / p.sum(-1, keepdims=True) @ value
+
+
+def inputs(Lq, Lk, D, Dv, dtype, lead=(2, 3), heads=None):
+    rng = np.random.default_rng(Lq + Lk + D)
+    key_lead = lead if heads is None else (*lead[:-1], heads)
+    shapes = (*lead, Lq, D), (*key_lead, Lk, D), (*key_lead, Lk, Dv)
+    return [rng.standard_normal(shape).astype(dtype) for shape in shapes]
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("size", SIZES)
+def test_equals_the_formula(size, is_causal, dtype):
+    q, k, v = inputs(*size, dtype)
+    got = rv.scaled_dot_product_attention(q, k, v, is_causal=is_causal)
+    assert got.dtype == dtype
+    tolerance = 5e-6 if dtype == np.float32 else 1e-13
+    np.testing.assert_allclose(got, formula(q, k, v, is_causal), rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("lead", [(), (3,), (2, 3), (2, 1, 3)])
+def test_any_number_of_leading_axes(lead):
+    q, k, v = inputs(20, 30, 8, 8, np.float64, lead)
+    np.testing.assert_allclose(rv.scaled_dot_product_attention(q, k, v), formula(q, k, v), atol=1e-13)
+
+
+def test_strided_broadcast_and_read_only_inputs():
+    q, k, v = inputs(50, 70, 24, 24, np.float64)
+    want = formula(q, k, v, True)
+    strided = [np.asarray(np.swapaxes(np.swapaxes(x, -1, -2).copy(), -1, -2)) for x in (q, k, v)]
+    strided[1].flags.writeable = False
+    np.testing.assert_allclose(rv.scaled_dot_product_attention(*strided, is_causal=True), want, atol=1e-13)
+    backwards = [x[..., ::-1, :].copy()[..., ::-1, :] for x in (q, k, v)]
+    np.testing.assert_allclose(rv.scaled_dot_product_attention(*backwards, is_causal=True), want, atol=1e-13)
+    shared = np.broadcast_to(k[:1, :1], k.shape)
+    np.testing.assert_allclose(rv.scaled_dot_product_attention(q, shared, v), formula(q, shared, v), atol=1e-13)
+
+
+def test_grouped_heads():
+    q, k, v = inputs(33, 40, 16, 16, np.float64, (2, 6), heads=2)
+    got = rv.scaled_dot_product_attention(q, k, v, enable_gqa=True, scale=0.3)
+    np.testing.assert_allclose(got, formula(q, k, v, scale=0.3), atol=1e-13)
+    with pytest.raises(rv.DimensionMismatchError, match="enable_gqa"):
+        rv.scaled_dot_product_attention(q, k, v)
+
+
+@pytest.mark.parametrize("poison", [np.nan, np.inf])
+def test_hidden_keys_and_values_cannot_leak(poison):
+    q, k, v = inputs(90, 90, 16, 16, np.float32)
+    clean = rv.scaled_dot_product_attention(q, k, v, is_causal=True)
+    for at in (1, 17, 64, 89):
+        bad_k, bad_v = k.copy(), v.copy()
+        bad_k[..., at, :], bad_v[..., at, :] = np.nan, poison
+        for args in ((q, bad_k, v), (q, k, bad_v), (q, bad_k, bad_v)):
+            got = rv.scaled_dot_product_attention(*args, is_causal=True)
+            np.testing.assert_allclose(got[..., :at, :], clean[..., :at, :], rtol=1e-5, atol=1e-6)
+            assert not np.isfinite(got[..., at:, :]).any()
+
+
+def test_scores_of_any_size_and_late_maxima():
+    q, k, v = inputs(64, 300, 16, 16, np.float64)
+    for factor in (1e-3, 30, 1e4):
+        rising = k * np.linspace(0, factor, 300)[:, None]
+        np.testing.assert_allclose(rv.scaled_dot_product_attention(q, rising, v), formula(q, rising, v), atol=1e-9)
+
+
+def test_bits_do_not_depend_on_threads_or_batch():
+    import numba
+
+    q, k, v = inputs(150, 260, 64, 64, np.float32, (3, 4))
+    most = numba.get_num_threads()
+    want = rv.scaled_dot_product_attention(q, k, v, is_causal=True)
+    try:
+        numba.set_num_threads(1)
+        assert np.array_equal(want, rv.scaled_dot_product_attention(q, k, v, is_causal=True))
+    finally:
+        numba.set_num_threads(most)
+    alone = rv.scaled_dot_product_attention(q[1:2, 2:3], k[1:2, 2:3], v[1:2, 2:3], is_causal=True)
+    assert np.array_equal(want[1:2, 2:3], alone)
+
+
+def test_nothing_to_attend_to():
+    q, k, v = inputs(3, 0, 4, 5, np.float32)
+    assert not rv.scaled_dot_product_attention(q, k, v).any()
+    q, k, v = inputs(0, 3, 4, 5, np.float32)
+    assert rv.scaled_dot_product_attention(q, k, v).shape == (2, 3, 0, 5)
+    q, k, v = inputs(3, 4, 0, 5, np.float64)
+    np.testing.assert_allclose(
+        rv.scaled_dot_product_attention(q, k, v), np.broadcast_to(v.mean(-2, keepdims=True), (2, 3, 3, 5))
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda q, k, v: (q.astype(int), k, v), "query has dtype"),
+        (lambda q, k, v: (q.astype(complex), k, v), "query has dtype"),
+        (lambda q, k, v: (q[0, 0, 0], k, v), "at least two axes"),
+        (lambda q, k, v: (q.astype(np.float32), k, v), "cast them to one dtype"),
+        (lambda q, k, v: (q[..., :2], k, v), "expected 2, got 4"),
+        (lambda q, k, v: (q, k[..., :3, :], v), "one value for each key"),
+        (lambda q, k, v: (q[:1], k, v), "leading axes differ"),
+    ],
+)
+def test_errors_say_what_is_wrong(change, words):
+    with pytest.raises(rv.AttentionError, match=words):
+        rv.scaled_dot_product_attention(*change(*inputs(5, 6, 4, 4, np.float64)))
+
+
+def test_the_cache_survives_rubbish(tmp_path, monkeypatch):
+    folder = jit.cache_folder()
+    monkeypatch.setattr(jit, "cache_folder", lambda: tmp_path)
+    cache = jit.PackageCache(jit._drain)
+    assert folder is None or folder.is_dir()
+
+    class Anything:
+        refresh = staticmethod(lambda: None)
+        codegen = staticmethod(lambda: type("C", (), {"magic_tuple": staticmethod(lambda: ())}))
+
+    assert cache.load_overload("signature", Anything) is None
+    cache._path("signature", Anything.codegen()).write_bytes(b"rubbish")
+    assert cache.load_overload("signature", Anything) is None
