@@ -40,6 +40,7 @@ class AttentionJob(NamedTuple):
     slopes: Elements | None  # (B * H)
     bias: Matrices | None
     mask: ByteMatrices | None
+    additive: int | None  # anything, if there is a bias or a mask
     dropout: Dropout | None
     limits: Indices  # (B, Lq, 2): lo, hi
     limits_batch: int
@@ -171,11 +172,10 @@ def sees(b, additive, k0, j, query):
 
 
 @apart
-def stage_additive(b, bias, mask, head, q0, nq, k0, n):
-    """additive[j, query] = bias[query, k0 + j], or -inf where the mask says so; None if there is neither."""
-    if bias is None:
-        if mask is None:
-            return None
+def stage_additive(b, present, bias, mask, head, q0, nq, k0, n):
+    """b.additive[j, query] = bias[query, k0 + j], or -inf where the mask says so; nothing if neither is present."""
+    if present is None:
+        return
     width, lanes = width_of(b.query), lanes_of(b.query)
     for i in range(lanes):
         b.factor[i] = 1
@@ -185,4 +185,3 @@ def stage_additive(b, bias, mask, head, q0, nq, k0, n):
             stage_bias(b.stage, lanes, bias, head, q0 + row, rows, k0 + j, keys)
             stage_mask(b.stage, lanes, mask, head, q0 + row, rows, k0 + j, keys)
             transpose_square(b.additive, j * width + row, width, b.stage, 0, lanes, b.factor, 0)
-    return b.additive

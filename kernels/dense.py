@@ -22,7 +22,12 @@ from .blocks import (
 from .jit import apart, kernel
 from .scoring import modified, thinned, throw_dice, visible
 from .simd import (
+    fma,
+    given,
+    lane_sum,
     lanes_of,
+    load,
+    load_live,
     tile_column_sum,
     tile_exceeds,
     tile_lanes,
@@ -138,7 +143,8 @@ def stream(wide, tall, b, job, head, q0, nq, keys, slope, careful):
         n, whole = chunk(k0, near, far, highest, job.keys_per_block)
         key, value = matrix(job.key, head, k0), matrix(job.value, head, k0)
         place_chunk(b, job, nq, q0, k0, n, whole)
-        additive = stage_additive(b, job.bias, job.mask, head, q0, nq, k0, n)
+        stage_additive(b, job.additive, job.bias, job.mask, head, q0, nq, k0, n)
+        additive = given(job.additive, b.additive)
         hidden = not whole or additive is not None
         some_hidden = some_hidden or hidden
         with_care = careful and hidden
@@ -162,7 +168,7 @@ def forward(job: AttentionJob, slot, task):
     wide, tall = tile_zeros(b.query, ROWS, COLS), tile_zeros(b.query, TALL, 1)
     keys = find_keys(b, job, head, q0, nq, 0, job.Lk)
     throw_dice(b.dice, width, job.dropout, head, q0)
-    slope = slope_of(job.slopes, head)
+    slope = given(job.slopes, slope_of(job.slopes, head))
     # 1. the block's queries, transposed and scaled
     for i in range(width):
         b.factor[i] = job.scale
@@ -180,15 +186,18 @@ def forward(job: AttentionJob, slot, task):
 @apart
 def slope_of(slopes, head):
     if slopes is None:
-        return None
+        return 0.0
     return slopes[head]
 
 
 @apart
 def block_is_finite(block, n, nq):
-    """Are the first nq columns of n rows finite?"""
-    width, total = width_of(block), block[0] * 0
+    """Are the first nq columns of n rows finite? x * 0 is NaN where it is not."""
+    width, lanes, zero = width_of(block), lanes_of(block), load_live(block, 0, 0)
+    found, rest = zero, block[0] * 0
     for row in range(n):
-        for i in range(nq):
-            total += block[row * width + i] * 0
-    return total == 0
+        for i in range(0, nq // lanes * lanes, lanes):
+            found = fma(load(block, row * width + i), zero, found)
+        for i in range(nq // lanes * lanes, nq):
+            rest += block[row * width + i] * 0
+    return lane_sum(found) + rest == 0

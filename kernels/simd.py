@@ -249,6 +249,13 @@ def _job_attribute(cx, b, job, value, name):
 POINTER_SLOTS = 4 if CHECKED else 1
 
 
+@intrinsic
+def given(context, marker, value):
+    """The value, or None where the marker is None: decided when compiling, so that no optional value is ever made."""
+    kind = types.none if marker is types.none else value
+    return kind(marker, value), lambda cx, b, sig, args: args[1] if kind is value else _unit(cx)
+
+
 # --- Pointer -------------------------------------------------------------------------------------------------------
 def _operator(symbol, accept):
     """Type `symbol` for the argument types that `accept` maps to a result type."""

@@ -4,8 +4,16 @@ The alphabet: B batch, H query heads, Hk key heads, Lq and Lk lengths, D size of
 (..., H, L, D).
 """
 
+from . import masks
 from .dense import scaled_dot_product_attention
-from .errors import AttentionError, DimensionMismatchError, InvalidInputError
+from .errors import AttentionError, DimensionMismatchError, InvalidInputError, InvalidMaskError
 
-__all__ = ["AttentionError", "DimensionMismatchError", "InvalidInputError", "scaled_dot_product_attention"]
+__all__ = [
+    "AttentionError",
+    "DimensionMismatchError",
+    "InvalidInputError",
+    "InvalidMaskError",
+    "masks",
+    "scaled_dot_product_attention",
+]
 __version__ = "0.1.0.dev0"

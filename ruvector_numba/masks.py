@@ -174,7 +174,7 @@ class Mask:
         return _joined(other, self) if _can_join(other) else NotImplemented
 
     def __eq__(self, other: object) -> bool:
-        return type(self) is type(other) and self._contents() == other._contents()  # type: ignore[attr-defined]
+        return type(self) is type(other) and self._contents() == other._contents()
 
     def __hash__(self) -> int:
         return hash((type(self), self._contents()))
@@ -311,14 +311,16 @@ class Lengths(Mask):
      [1 1 1 0]]
     """
 
-    queries: int | NDArray[np.int64] | None = None
-    keys: int | NDArray[np.int64] | None = None
+    queries: ArrayLike | None = None  # kept as an int or a read-only int64 array
+    keys: ArrayLike | None = None
 
     def __post_init__(self) -> None:
         for name in ("queries", "keys"):
             lengths = getattr(self, name)
             if lengths is not None:
                 object.__setattr__(self, name, _lengths(f"Lengths.{name}", lengths))
+        rows = {name: np.asarray(getattr(self, name)).shape for name in ("queries", "keys")}  # of None it is ()
+        _check_rows("Lengths", **rows)
 
     def _dense(self, Lq: int, Lk: int) -> NDArray[np.bool_]:
         queries = _within("Lengths.queries", self.queries, "Lq", Lq)
@@ -366,13 +368,14 @@ class Segments(Mask):
      [0 0 0 0 0]]
     """
 
-    query_ids: NDArray[np.int64]
-    key_ids: NDArray[np.int64] | None = None
+    query_ids: ArrayLike  # kept as a read-only int64 array
+    key_ids: ArrayLike | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "query_ids", _ids("Segments.query_ids", self.query_ids))
         if self.key_ids is not None:
             object.__setattr__(self, "key_ids", _ids("Segments.key_ids", self.key_ids))
+            _check_rows("Segments", query_ids=np.shape(self.query_ids)[:-1], key_ids=np.shape(self.key_ids)[:-1])
 
     def _dense(self, Lq: int, Lk: int) -> NDArray[np.bool_]:
         query_ids, key_ids = self._checked(Lq, Lk)
@@ -395,8 +398,9 @@ class Segments(Mask):
         return Visibility(limits=limits)
 
     def _checked(self, Lq: int, Lk: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        key_ids = self.query_ids if self.key_ids is None else self.key_ids
-        for name, ids, L, size in (("query_ids", self.query_ids, "Lq", Lq), ("key_ids", key_ids, "Lk", Lk)):
+        query_ids = np.asarray(self.query_ids)
+        key_ids = query_ids if self.key_ids is None else np.asarray(self.key_ids)
+        for name, ids, L, size in (("query_ids", query_ids, "Lq", Lq), ("key_ids", key_ids, "Lk", Lk)):
             if ids.shape[-1] != size:
                 default = name == "key_ids" and self.key_ids is None
                 raise InvalidMaskError(
@@ -404,10 +408,10 @@ class Segments(Mask):
                     shapes={f"Segments.{name}.shape": ids.shape, L: size},
                     hint="key_ids is query_ids unless given; give one id per key" if default else None,
                 )
-        return self.query_ids, key_ids
+        return query_ids, key_ids
 
 
-@dataclass(frozen=True, slots=True, eq=False, repr=False)
+@dataclass(frozen=True, slots=True, init=False, eq=False, repr=False)
 class All(Mask):
     """What ``&`` makes: a query sees a key where every part lets it.
 
@@ -467,7 +471,7 @@ class All(Mask):
 
 
 def _meet(a: Visibility, b: Visibility) -> Visibility:
-    if a is NONE or b is NONE:
+    if a is NONE or b is NONE or a is b:
         return b if a is NONE else a
     if b.bias is not None:
         a, b = b, a  # at most one of the two has a bias: `All` sees to it
@@ -571,7 +575,7 @@ def _axes_hint(shape: Shape, call: Call) -> str:
 
 def _broadcasts(shape: Shape, target: Shape) -> bool:
     """Whether np.broadcast_to(array of `shape`, target) works."""
-    return len(shape) <= len(target) and all(n in (1, m) for n, m in zip(reversed(shape), reversed(target)))
+    return len(shape) <= len(target) and all(n in (1, m) for n, m in zip(shape[::-1], target[::-1], strict=False))
 
 
 # The parts of the rules
@@ -610,11 +614,13 @@ def _batch_or_ones(rows: Shape, call: Call) -> Shape:
     return (1,) * (len(call.batch) - len(rows)) + rows
 
 
-def _within(name: str, lengths: int | NDArray[np.int64] | None, L: str, size: int) -> NDArray[np.int64]:
+def _within(name: str, lengths: ArrayLike | None, L: str, size: int) -> NDArray[np.int64]:
     """The lengths as an array, which `size` must hold; None is the whole size."""
     array = np.asarray(size if lengths is None else lengths, dtype=np.int64)
     if array.size and (longest := int(array.max())) > size:
-        raise InvalidMaskError(f"{name} has {longest}, more than {L} = {size}", shapes={name: lengths, L: size})
+        raise InvalidMaskError(
+            f"{name} has {longest}, more than {L} = {size}", shapes={f"{name}.shape": array.shape, L: size}
+        )
     return array
 
 
@@ -629,6 +635,17 @@ def _check_batch(name: str, rows: Shape, call: Call) -> None:
 
 
 # Checks at construction
+
+
+def _check_rows(name: str, **shapes: Shape) -> None:
+    try:
+        np.broadcast_shapes(*shapes.values())
+    except ValueError:
+        first, second = shapes
+        raise InvalidMaskError(
+            f"{name}.{first} and {name}.{second} do not agree on the rows of the batch",
+            shapes={f"rows of {name}.{field}": shape for field, shape in shapes.items()},
+        ) from None
 
 
 def _check_align(name: str, align: object) -> None:

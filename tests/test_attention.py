@@ -142,3 +142,60 @@ def test_the_cache_survives_rubbish(tmp_path, monkeypatch):
     assert cache.load_overload("signature", Anything) is None
     cache._path("signature", Anything.codegen()).write_bytes(b"rubbish")
     assert cache.load_overload("signature", Anything) is None
+
+
+def formula_with_terms(q, k, v, visible, bias, softcap, slopes, offset=0):
+    """As `formula`, with every term; a hidden slot is selected away, a row that sees nothing is 0."""
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    s = q @ np.swapaxes(k, -1, -2) * q.shape[-1] ** -0.5
+    if softcap is not None:
+        s = softcap * np.tanh(s / softcap)
+    if bias is not None:
+        s = s + bias
+    if slopes is not None:
+        i, j = np.arange(s.shape[-2])[:, None], np.arange(s.shape[-1])
+        s = s - slopes[:, None, None] * abs(i + offset - j)
+    s = np.where(np.broadcast_to(visible, s.shape), s, -np.inf)
+    top = s.max(-1, keepdims=True)
+    p = np.exp(s - np.where(np.isfinite(top), top, 0))
+    total = p.sum(-1, keepdims=True)
+    return np.divide(p, total, out=np.zeros_like(p), where=total > 0) @ v
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("terms", [0, 1, 2, 3, 4, 5, 6, 7])
+def test_terms_and_masks(terms, dtype):
+    q, k, v = inputs(75, 150, 16, 24, dtype)
+    rng = np.random.default_rng(terms)
+    softcap = 1.5 if terms & 1 else None
+    slopes = np.array([0.02, 0.1, 0.5]) if terms & 2 else None
+    bias = rng.standard_normal((3, 1, 150)).astype(dtype) if terms & 4 else None
+    allowed = rng.random((2, 1, 75, 150)) < 0.3
+    allowed[:, :, 5] = False
+    window = rv.masks.Window(40, 3) & rv.masks.Lengths(queries=[70, 75], keys=[150, 90])
+    visible = window.to_dense(75, 150)
+    visible = (visible if visible.ndim == 4 else visible[:, None]) & allowed
+    mask = window & allowed if bias is None else window & allowed & bias
+    got = rv.scaled_dot_product_attention(q, k, v, mask, softcap=softcap, alibi_slopes=slopes)
+    want = formula_with_terms(q, k, v, visible, bias, softcap, slopes)
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 if dtype == np.float32 else 1e-12)
+    assert not got[:, :, 5].any()
+    # what is hidden from everybody may be anything
+    k, v = k.copy(), v.copy()
+    k[1, :, 95:], v[1, :, 95:] = np.nan, np.inf
+    again = rv.scaled_dot_product_attention(q, k, v, mask, softcap=softcap, alibi_slopes=slopes)
+    np.testing.assert_allclose(again, want, rtol=0, atol=1e-5 if dtype == np.float32 else 1e-12)
+
+
+def test_finite_values_however_negative_are_data():
+    q, k, v = inputs(9, 12, 4, 4, np.float32)
+    lowest = np.full((9, 12), np.finfo(np.float32).min)
+    want = np.broadcast_to(v.mean(-2, keepdims=True), (2, 3, 9, 4))
+    np.testing.assert_allclose(rv.scaled_dot_product_attention(q, k, v, lowest), want, atol=1e-6)
+    assert not rv.scaled_dot_product_attention(q, k, v, np.full((9, 12), -np.inf, np.float32)).any()
+
+
+def test_integer_masks_are_refused_with_a_hint():
+    q, k, v = inputs(5, 6, 4, 4, np.float64)
+    with pytest.raises(rv.InvalidMaskError, match="bool"):
+        rv.scaled_dot_product_attention(q, k, v, np.ones((5, 6), int))
