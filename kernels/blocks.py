@@ -151,8 +151,8 @@ def place_chunk(b, job, nq, q0, k0, n, whole):
     width, lanes = width_of(b.query), lanes_of(b.query)
     for i in range(width):
         b.position[i] = q0 + i + job.offset - k0
-        if not whole:
-            b.near[i], b.far[i] = max(-1, min(n + 1, b.lo[i] - k0)), max(-1, min(n + 1, b.hi[i] - k0))
+        if not whole:  # at most n: a tile's rows beyond the chunk repeat its last key, and must stay hidden
+            b.near[i], b.far[i] = max(-1, min(n, b.lo[i] - k0)), max(-1, min(n, b.hi[i] - k0))
     for column in range(COLS):
         first, last = 0 if whole else n, n if whole else 0
         for i in range(column * lanes, min(nq, column * lanes + lanes)):

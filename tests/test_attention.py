@@ -199,3 +199,15 @@ def test_integer_masks_are_refused_with_a_hint():
     q, k, v = inputs(5, 6, 4, 4, np.float64)
     with pytest.raises(rv.InvalidMaskError, match="bool"):
         rv.scaled_dot_product_attention(q, k, v, np.ones((5, 6), int))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("left", [0, 1, 3, 5, 12, 37])
+def test_windows_that_begin_anywhere(left, dtype):
+    """A chunk that ends in the middle of a tile repeats its last key there: it must count once."""
+    for right in (0, 1, 6, 20, None):
+        q, k, v = inputs(133, 150, 16, 16, dtype, (1, 1))
+        window = rv.masks.Window(left, right)
+        want = formula_with_terms(q, k, v, window.to_dense(133, 150), None, None, None)
+        got = rv.scaled_dot_product_attention(q, k, v, window)
+        np.testing.assert_allclose(got, want, rtol=0, atol=5e-6 if dtype == np.float32 else 1e-13)
