@@ -12,7 +12,7 @@ so that work is proportional to what is attended, and causal pays 16 x 16 triang
 import math
 from typing import NamedTuple
 
-from .jit import Doubles, Elements, Indices, Words, apart, inline
+from .jit import Elements, Indices, Words, apart, inline
 from .scoring import ByteMatrices, Dropout, stage_bias, stage_mask
 from .simd import as_indices, as_words, lanes_of, target, transpose_square, width_of
 from .tiles import Matrices
@@ -23,18 +23,12 @@ INF = math.inf
 
 
 class AttentionJob(NamedTuple):
-    """What the dense kernels work on; each takes what it needs. H heads in a batch, `heads` B * H in all."""
+    """What the dense kernels work on: sizes, arrays, terms; H heads in a batch."""
 
     query: Matrices
     key: Matrices
     value: Matrices
     output: Matrices
-    lse: Doubles | None  # natural logarithm of the sum of exponentials, (splits, B * H, Lq)
-    grad_output: Matrices | None
-    grad_lse: Doubles | None
-    grad_query: Matrices | None
-    grad_key: Matrices | None
-    grad_value: Matrices | None
     natural: float | None  # log2(e) where terms need scores in natural units, else scores are in base 2
     softcap: float | None
     slopes: Elements | None  # (B * H)
@@ -54,12 +48,7 @@ class AttentionJob(NamedTuple):
     D: int
     Dv: int
     H: int
-    heads: int
-    group: int  # query heads of one key head
-    query_parts: int  # pieces into which tasks divide queries and keys
-    queries_per_part: int
-    key_parts: int
-    keys_per_part: int
+    blocks: int  # blocks of queries in a head: a task is one of them
     keys_per_block: int
     scratch: Elements
     scratch_step: int
@@ -69,11 +58,8 @@ class Block(NamedTuple):
     """Scratch of one block of queries, in rows of `width` elements. One query is one column."""
 
     query: Elements  # D rows: the queries transposed, times the scale
-    output: Elements  # Dv rows (forward) or D (backward): what is summed for each query
-    grad: Elements  # Dv rows: the output's gradient, transposed (backward)
+    output: Elements  # Dv rows: what is summed for each query
     scores: Elements  # one row a key of a chunk: scores, then probabilities
-    dropped: Elements  # the same after dropout (backward)
-    slope: Elements  # the gradient of the scores (backward)
     additive: Elements  # bias and mask, -inf hides
     bound: Elements  # one row each, see softmax.py
     shift: Elements
@@ -90,22 +76,26 @@ class Block(NamedTuple):
     stage: Elements  # lanes x lanes
 
 
-ONE_ROW_EACH = 24  # rows of the small parts, the last thirteen fields, at most
+_SMALL_PARTS = 24  # rows of the parts after `additive`: 21 or fewer on every target, in both types
+
+
+def scratch_rows(D: int, Dv: int, keys_per_block: int) -> int:
+    """Rows of scratch that one slot needs, as `carve` lays them out."""
+    return D + Dv + 2 * keys_per_block + _SMALL_PARTS
 
 
 @inline
 def carve(job, slot):
-    """The block's parts in this slot's scratch; `plan.py` counts the same rows."""
+    """The block's parts in this slot's scratch."""
     at = job.scratch + slot * job.scratch_step
     width, KB = width_of(at), job.keys_per_block
-    wide = max(job.D, job.Dv)
-    query, output, grad = at, at + job.D * width, at + (job.D + wide) * width
-    scores = grad + job.Dv * width
-    dropped, slope, additive = scores + KB * width, scores + 2 * KB * width, scores + 3 * KB * width
+    output = at + job.D * width
+    scores = output + job.Dv * width
+    additive = scores + KB * width
     row = additive + KB * width
     ints = as_indices(row + 7 * width)
     return Block(
-        query, output, grad, scores, dropped, slope, additive,
+        at, output, scores, additive,
         row, row + width, row + 2 * width, row + 3 * width, row + 4 * width, row + 5 * width, row + 6 * width,
         ints, ints + width, ints + 2 * width, ints + (2 * width + COLS),
         as_words(ints + (2 * width + 2 * COLS)), row + 17 * width,

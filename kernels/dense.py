@@ -1,4 +1,4 @@
-"""Dense attention: streaming forward (the backward comes right under it).
+"""Dense attention: streaming forward.
 
     query (B * H) x (Lq, D)   key (B * Hk) x (Lk, D)   value (B * Hk) x (Lk, Dv)   output (B * H) x (Lq, Dv)
 
@@ -22,12 +22,8 @@ from .blocks import (
 from .jit import apart, kernel
 from .scoring import modified, thinned, throw_dice, visible
 from .simd import (
-    fma,
     given,
-    lane_sum,
     lanes_of,
-    load,
-    load_live,
     tile_column_sum,
     tile_exceeds,
     tile_lanes,
@@ -42,7 +38,9 @@ from .simd import (
 )
 from .softmax import plus, probability, raise_bound
 from .tiles import (
+    Matrix,
     add_columns_times_block,
+    all_finite,
     matrix,
     multiply_add,
     rows_from,
@@ -161,9 +159,9 @@ def stream(wide, tall, b, job, head, q0, nq, keys, slope, careful):
 @kernel
 def forward(job: AttentionJob, slot, task):
     # task -> one block of queries of one head; the last blocks first, which under a causal mask are the largest
-    head, part = task // job.query_parts, job.query_parts - 1 - task % job.query_parts
+    head, block = task // job.blocks, job.blocks - 1 - task % job.blocks
     b = carve(job, slot)
-    width, q0 = width_of(b.query), part * job.queries_per_part
+    width, q0 = width_of(b.query), block * width_of(b.query)
     nq = min(width, job.Lq - q0)
     wide, tall = tile_zeros(b.query, ROWS, COLS), tile_zeros(b.query, TALL, 1)
     keys = find_keys(b, job, head, q0, nq, 0, job.Lk)
@@ -175,7 +173,7 @@ def forward(job: AttentionJob, slot, task):
     transposed(b.query, matrix(job.query, head, q0), nq, job.D, b.factor)
     # 2. past the keys. A hidden NaN or infinity times a weight of 0 is NaN, and shows: then once more, with care
     some_hidden = stream(wide, tall, b, job, head, q0, nq, keys, slope, False)
-    if some_hidden and not block_is_finite(b.output, job.Dv, nq):
+    if some_hidden and not all_finite(Matrix(b.output, width, 1), job.Dv, nq):
         stream(wide, tall, b, job, head, q0, nq, keys, slope, True)
     # 3. out = sum p v / sum p, and 0 where nothing was seen
     for i in range(nq):
@@ -188,16 +186,3 @@ def slope_of(slopes, head):
     if slopes is None:
         return 0.0
     return slopes[head]
-
-
-@apart
-def block_is_finite(block, n, nq):
-    """Are the first nq columns of n rows finite? x * 0 is NaN where it is not."""
-    width, lanes, zero = width_of(block), lanes_of(block), load_live(block, 0, 0)
-    found, rest = zero, block[0] * 0
-    for row in range(n):
-        for i in range(0, nq // lanes * lanes, lanes):
-            found = fma(load(block, row * width + i), zero, found)
-        for i in range(nq // lanes * lanes, nq):
-            rest += block[row * width + i] * 0
-    return lane_sum(found) + rest == 0

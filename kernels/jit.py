@@ -80,10 +80,8 @@ class PackageCache(caching._Cache):
 
     Numba's own cache runs stale code when another file changes, can make `import` fail where nothing is writable, and
     loses entries when two processes write its index. Here there is no index, and whatever goes wrong with a file means
-    compiling again. `hits` and `misses` are for the curious (`ruvector_numba.info`) and the tests.
+    compiling again.
     """
-
-    hits = misses = 0
 
     def __init__(self, function):
         self._function = function
@@ -103,9 +101,7 @@ class PackageCache(caching._Cache):
             payload = pickle.loads(self._path(sig, target_context.codegen()).read_bytes())
             result = compiler.CompileResult._rebuild(target_context, *payload)
         except Exception:  # missing, cut short, rubbish, of another version: compile
-            PackageCache.misses += 1
             return None
-        PackageCache.hits += 1
         return result
 
     def save_overload(self, sig, data):
@@ -136,7 +132,9 @@ def address(array: np.ndarray):
     at = array.ctypes.data
     if not simd.CHECKED:
         return at
-    low, high = np.lib.array_utils.byte_bounds(array) if array.size else (at, at)
+    spans = [(n - 1) * stride for n, stride in zip(array.shape, array.strides, strict=True)]
+    low = at + sum(min(s, 0) for s in spans)
+    high = at + sum(max(s, 0) for s in spans) + array.itemsize if array.size else low
     return (at, low, high, _REPORT_HERE)
 
 
@@ -257,8 +255,7 @@ def _c_function(function, signature):
 @functools.cache
 def _say_compiling():
     _log.warning(
-        "ruvector_numba: compiling kernels for this machine, a second or two each, once (kept in %s); "
-        "`ruvector-numba warmup` does it ahead of time",
+        "ruvector_numba: compiling kernels for this machine, some seconds each, once (kept in %s)",
         cache_folder() or "no folder, as none can be written",
     )
 

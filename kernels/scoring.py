@@ -86,13 +86,6 @@ def visible(s, lo, hi, key):
     return where((key >= lo) & (key < hi), s, splat(s, -INF))
 
 
-@apart
-def uncapped(s, softcap):
-    """The derivative of the softcap at the score s that came out of it: 1 - (s / cap)**2"""
-    t = s / splat(s, softcap)
-    return splat(s, 1.0) - t * t
-
-
 # --- bias and mask arrays -------------------------------------------------------------------------------------------
 @apart
 def stage_bias(stage, lanes, bias, head, row, rows, key, keys):

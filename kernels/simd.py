@@ -382,15 +382,6 @@ def where(context, mask, then, otherwise):
 
 
 @intrinsic
-def any_lane(context, mask):
-    def build(cx, b, sig, args):
-        bits = ir.IntType(mask.lanes)
-        return b.icmp_unsigned("!=", b.bitcast(args[0], bits), ir.Constant(bits, 0))
-
-    return types.boolean(mask), build
-
-
-@intrinsic
 def load(context, pointer, offset):
     """pointer[offset : offset + lanes]"""
     vector = vector_of(pointer.element)
@@ -607,32 +598,6 @@ def tile_store(context, tile, pointer, offset, stride, live):
     return types.void(tile, pointer, n, n, n), build
 
 
-@intrinsic
-def tile_load_lanes(context, like, pointer, offset, stride, live, lanes):
-    """As `tile_load`, for a tile one vector wide of which only `lanes` are there; the others are 0."""
-
-    def build(cx, b, sig, args):
-        _, pointer, offset, stride, live, lanes = args
-        rows = _row_offsets(b, like, offset, stride, live)
-        return _collect(b, like, [_masked(b, "load", pointer, row, like.vector, lanes) for row in rows])
-
-    n = types.intp
-    return like(like, pointer, n, n, n, n), build
-
-
-@intrinsic
-def tile_store_lanes(context, tile, pointer, offset, stride, live, lanes):
-    def build(cx, b, sig, args):
-        value, pointer, offset, stride, live, lanes = args
-        rows = _row_offsets(b, tile, offset, stride, live)
-        for r in reversed(range(tile.rows)):
-            _masked(b, "store", pointer, rows[r], tile.vector, lanes, b.extract_value(value, r))
-        return _unit(cx)
-
-    n = types.intp
-    return types.void(tile, pointer, n, n, n, n), build
-
-
 def _rank1(b, tile, value, column, places, rows):
     for r, place in enumerate(places):
         scalar = _splat(b, b.load(_at(b, column, place, _count(1))), tile.vector.lanes)
@@ -653,19 +618,6 @@ def tile_rank1(context, tile, column, i, step, live, row, j):
 
     n = types.intp
     return tile(tile, column, n, n, n, row, n), build
-
-
-@intrinsic
-def tile_rank1_lanes(context, tile, column, i, step, live, row, j, lanes):
-    """As `tile_rank1`, for a tile one vector wide of which only `lanes` of the row are there."""
-
-    def build(cx, b, sig, args):
-        value, column, i, step, live, row, j, lanes = args
-        vectors = [_masked(b, "load", row, j, tile.vector, lanes)]
-        return _rank1(b, tile, value, column, _row_offsets(b, tile, i, step, live), vectors)
-
-    n = types.intp
-    return tile(tile, column, n, n, n, row, n, n), build
 
 
 @intrinsic

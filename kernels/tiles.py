@@ -1,4 +1,4 @@
-"""Products of tiles: five in a forward and backward pass, and all of them the same loop of rank-1 updates.
+"""Products of tiles, all of them the same loop of rank-1 updates.
 
 The lanes of a vector are queries. Scores are kept transposed, s[key, query], in blocks as wide as COLS vectors, so the
 softmax never reduces across lanes, and the left operand of every product is read scalar by scalar from memory as it
@@ -15,12 +15,9 @@ from .simd import (
     load,
     load_live,
     tile_load,
-    tile_load_lanes,
     tile_rank1,
-    tile_rank1_lanes,
     tile_rows,
     tile_store,
-    tile_store_lanes,
     transpose_square,
     width_of,
 )
@@ -73,28 +70,6 @@ def add_columns_times_block(like, out, m, D, block, n):
 
 
 @apart
-def add_block_times_rows(like, narrow, out, block, n, m, D, first, last):
-    """out[key, d] += sum over first <= query < last of block[key, query] * m[query, d]: P . dO, or dS . Q
-
-    Here the lanes are d; `narrow`, one vector wide, does what is left of them.
-    """
-    rows, width, lanes = tile_rows(like), width_of(block), lanes_of(block)
-    for key in range(0, n, rows):
-        live = min(rows, n - key)
-        weights = block + (key * width + first)
-        for d in range(0, D // width * width, width):
-            tile = tile_load(like, out.data, key * out.row + d, out.row, live)
-            tile = multiply_add(tile, weights, 1, width, live, m.data + (first * m.row + d), m.row, last - first)
-            tile_store(tile, out.data, key * out.row + d, out.row, live)
-        for d in range(D // width * width, D, lanes):
-            left = min(lanes, D - d)
-            tile = tile_load_lanes(narrow, out.data, key * out.row + d, out.row, live, left)
-            for query in range(first, last):
-                tile = tile_rank1_lanes(tile, weights, query - first, width, live, m.data, query * m.row + d, left)
-            tile_store_lanes(tile, out.data, key * out.row + d, out.row, live, left)
-
-
-@apart
 def transposed(out, m, n, D, factor):
     """out[d, row] = m[row, d] * factor[0] for n rows; the columns beyond n become 0. `factor` repeats over a vector."""
     width, lanes = width_of(out), lanes_of(out)
@@ -124,19 +99,6 @@ def transposed_back(m, n, D, block, factor):
     for row in range(n):
         for d in range(columns if row < rows else 0, D):
             m.data[row * m.row + d * m.col] = block[d * width + row] * factor[row]
-
-
-@apart
-def dot(x, y, D):
-    """sum over d < D of x[d] * y[d]"""
-    lanes = lanes_of(x)
-    total = load_live(x, 0, 0)
-    for d in range(0, D // lanes * lanes, lanes):
-        total = fma(load(x, d), load(y, d), total)
-    left = D % lanes
-    if left:
-        total = fma(load_live(x, D - left, left), load_live(y, D - left, left), total)
-    return lane_sum(total)
 
 
 @apart

@@ -144,8 +144,8 @@ def _forward(query, key, value, out, seen, scale, softcap, slopes) -> None:
     H = query.shape[-3] if query.ndim > 2 else 1
     group = H // key.shape[-3] if query.ndim > 2 else 1
     heads, width = H * math.prod(batch), target().width(query.itemsize)
-    parts = -(-Lq // width)
-    step = (D + max(D, Dv) + Dv + 4 * _KEYS_PER_BLOCK + blocks.ONE_ROW_EACH) * width
+    count = -(-Lq // width)
+    step = blocks.scratch_rows(D, Dv, _KEYS_PER_BLOCK) * width
     scratch = jit.scratch(step * jit.slots(), query.dtype)
     limits, limits_batch, limits_row = _limits(seen, batch, Lq, Lk)
     natural = None if softcap is None and slopes is None and seen.bias is None else LOG2E
@@ -160,13 +160,11 @@ def _forward(query, key, value, out, seen, scale, softcap, slopes) -> None:
         slopes = np.tile(slopes, heads // H)
     job = blocks.AttentionJob(
         query=_stack(query, 1, keep), key=_stack(key, group, keep), value=_stack(value, group, keep),
-        output=_stack(out, 1, keep), lse=None, grad_output=None, grad_lse=None, grad_query=None, grad_key=None,
-        grad_value=None, natural=natural, softcap=None if softcap is None else float(softcap),
+        output=_stack(out, 1, keep), natural=natural, softcap=None if softcap is None else float(softcap),
         slopes=None if slopes is None else jit.address(slopes), bias=bias, mask=mask,
         additive=None if bias is None and mask is None else 1, dropout=None,
         limits=jit.address(limits), limits_batch=limits_batch, limits_row=limits_row, first=seen.first,
         last=seen.last, offset=seen.offset, scale=scale * (LOG2E if natural is None else 1.0), Lq=Lq, Lk=Lk, D=D,
-        Dv=Dv, H=H, heads=heads, group=group, query_parts=parts, queries_per_part=width, key_parts=1,
-        keys_per_part=Lk, keys_per_block=_KEYS_PER_BLOCK, scratch=jit.address(scratch), scratch_step=step,
+        Dv=Dv, H=H, blocks=count, keys_per_block=_KEYS_PER_BLOCK, scratch=jit.address(scratch), scratch_step=step,
     )  # fmt: skip
-    dense.forward(job, heads * parts, query.dtype, heads * Lq * Lk * (D + Dv))
+    dense.forward(job, heads * count, query.dtype, heads * Lq * Lk * (D + Dv))
