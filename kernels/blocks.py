@@ -12,7 +12,7 @@ so that work is proportional to what is attended, and causal pays 16 x 16 triang
 import math
 from typing import NamedTuple
 
-from .jit import Elements, Indices, Words, apart, inline
+from .jit import Doubles, Elements, Indices, Words, apart, inline
 from .scoring import ByteMatrices, Dropout, stage_bias, stage_mask
 from .simd import as_indices, as_words, lanes_of, target, transpose_square, width_of
 from .tiles import Matrices
@@ -22,13 +22,43 @@ TALL = 8  # rows of the narrow tile, one vector wide: enough chains of multiply-
 INF = math.inf
 
 
+class Gradients(NamedTuple):
+    """What the backward pass is given and makes. A task is some heads of a group, some blocks, some tiles of keys."""
+
+    output: Matrices  # given: the gradient of the output
+    lse: Doubles  # given: the gradient of the logsumexp, (B * H, Lq)
+    query: Matrices  # made; key and value too, whose rows are padded to whole vectors and begin as zeros
+    key: Matrices
+    value: Matrices
+    to_query: int  # make the gradient of the queries; of keys and values
+    to_key: int
+    heads: int  # of one task
+    blocks: int
+    tiles: int
+
+
+class BiasGradient(NamedTuple):
+    """The gradient of a bias, of R rows and C columns that are queries or blocks of them, keys or tiles of them.
+
+    Where an axis of the bias was broadcast a whole block or tile shares one slot, and NumPy adds up the few slots.
+    """
+
+    out: Matrices  # one for each distinct bias matrix
+    begins: Indices  # matrix m belongs to the heads members[begins[m] : begins[m + 1]]
+    members: Indices
+    by_query: int
+    by_key: int
+
+
 class AttentionJob(NamedTuple):
     """What the dense kernels work on: sizes, arrays, terms; H heads in a batch."""
 
     query: Matrices
     key: Matrices
     value: Matrices
-    output: Matrices
+    output: Matrices  # with several splits, one for each
+    lse: Doubles  # (heads, splits, Lq), natural
+    wants_lse: int
     natural: float | None  # log2(e) where terms need scores in natural units, else scores are in base 2
     softcap: float | None
     slopes: Elements | None  # (B * H)
@@ -36,6 +66,8 @@ class AttentionJob(NamedTuple):
     mask: ByteMatrices | None
     additive: int | None  # anything, if there is a bias or a mask
     dropout: Dropout | None
+    gradients: Gradients | None
+    bias_gradient: BiasGradient | None
     limits: Indices  # (B, Lq, 2): lo, hi
     limits_batch: int
     limits_row: int
@@ -48,7 +80,10 @@ class AttentionJob(NamedTuple):
     D: int
     Dv: int
     H: int
-    blocks: int  # blocks of queries in a head: a task is one of them
+    group: int  # query heads that share a key head
+    blocks: int  # blocks of queries in a head
+    splits: int  # parts of the keys, of split_keys each, done apart and merged
+    split_keys: int
     keys_per_block: int
     scratch: Elements
     scratch_step: int
@@ -58,12 +93,13 @@ class Block(NamedTuple):
     """Scratch of one block of queries, in rows of `width` elements. One query is one column."""
 
     query: Elements  # D rows: the queries transposed, times the scale
-    output: Elements  # Dv rows: what is summed for each query
+    output: Elements  # Dv rows: what is summed for each query; backward, D rows of dq
     scores: Elements  # one row a key of a chunk: scores, then probabilities
     additive: Elements  # bias and mask, -inf hides
     bound: Elements  # one row each, see softmax.py
     shift: Elements
-    total: Elements
+    total: Elements  # of the past chunks
+    part: Elements  # of this chunk; the row after `total`
     factor: Elements
     near: Elements  # the query sees near <= key < far, counted from the chunk's first key
     far: Elements
@@ -76,12 +112,33 @@ class Block(NamedTuple):
     stage: Elements  # lanes x lanes
 
 
-_SMALL_PARTS = 24  # rows of the parts after `additive`: 21 or fewer on every target, in both types
+class GradientBlock(NamedTuple):
+    """What the backward pass keeps beside a `Block`."""
+
+    output: Elements  # Dv rows: the gradient of the output, transposed
+    scores: Elements  # one row a key of the tile: the gradient of the scores
+    delta: Elements  # one row: sum over d of output * grad_output, less grad_lse
+    query_rows: Elements  # the block's queries and output gradients as they lie, padded to whole vectors
+    output_rows: Elements
+
+
+_SMALL_PARTS = 25  # rows of the parts after `additive`: 22 or fewer on every target, in both types
 
 
 def scratch_rows(D: int, Dv: int, keys_per_block: int) -> int:
     """Rows of scratch that one slot needs, as `carve` lays them out."""
-    return D + Dv + 2 * keys_per_block + _SMALL_PARTS
+    return D + max(D, Dv) + 2 * keys_per_block + _SMALL_PARTS
+
+
+def padded(D: int, itemsize: int) -> int:
+    """D rounded up to whole vectors."""
+    lanes = target().lanes(itemsize)
+    return -(-D // lanes) * lanes
+
+
+def gradient_rows(D: int, Dv: int, keys_per_block: int, itemsize: int) -> int:
+    """Further rows that the backward pass needs, as `carve_gradients` lays them out."""
+    return Dv + keys_per_block + 1 + padded(D, itemsize) + padded(Dv, itemsize)
 
 
 @inline
@@ -90,22 +147,39 @@ def carve(job, slot):
     at = job.scratch + slot * job.scratch_step
     width, KB = width_of(at), job.keys_per_block
     output = at + job.D * width
-    scores = output + job.Dv * width
+    scores = output + max(job.D, job.Dv) * width
     additive = scores + KB * width
     row = additive + KB * width
-    ints = as_indices(row + 7 * width)
+    ints = as_indices(row + 8 * width)
     return Block(
         at, output, scores, additive,
         row, row + width, row + 2 * width, row + 3 * width, row + 4 * width, row + 5 * width, row + 6 * width,
-        ints, ints + width, ints + 2 * width, ints + (2 * width + COLS),
-        as_words(ints + (2 * width + 2 * COLS)), row + 17 * width,
+        row + 7 * width, ints, ints + width, ints + 2 * width, ints + (2 * width + COLS),
+        as_words(ints + (2 * width + 2 * COLS)), row + 18 * width,
+    )  # fmt: skip
+
+
+@inline
+def carve_gradients(job, slot):
+    """The parts that lie behind those of `carve`."""
+    at = job.scratch + slot * job.scratch_step
+    width, lanes, KB = width_of(at), lanes_of(at), job.keys_per_block
+    output = at + (job.D + max(job.D, job.Dv) + 2 * KB + _SMALL_PARTS) * width
+    scores = output + job.Dv * width
+    delta = scores + KB * width
+    query_rows = delta + width
+    return GradientBlock(
+        output, scores, delta, query_rows, query_rows + (job.D + lanes - 1) // lanes * lanes * width
     )  # fmt: skip
 
 
 @apart
 def find_keys(b, job, head, q0, nq, first_key, last_key):
-    """lo and hi of each query, within first_key .. last_key; (lowest lo, interior, highest hi) of the block."""
-    width, lanes = width_of(b.query), lanes_of(b.query)
+    """lo and hi of each query, within first_key .. last_key.
+
+    Returns the lowest lo and the highest hi, and between them near and far: every query sees the keys near .. far.
+    """
+    width = width_of(b.query)
     limits = job.limits + head // job.H * job.limits_batch
     lowest, highest, near, far = last_key, first_key, first_key, last_key
     for i in range(width):
@@ -118,14 +192,20 @@ def find_keys(b, job, head, q0, nq, first_key, last_key):
             if lo < hi:
                 lowest, highest = min(lowest, lo), max(highest, hi)
         b.lo[i], b.hi[i] = lo, hi
+    return lowest, near, far, highest
+
+
+@inline
+def interior(lowest, near, far, highest, narrow):
+    """near and far, moved inwards to where tiles can begin and end; an empty interval if too little is left."""
     if near > lowest:
         near = (near + TALL - 1) // TALL * TALL
     if far < highest:
         far = far // TALL * TALL
     far = near + (far - near) // ROWS * ROWS  # wide tiles have no keys to hide, not even a remainder
-    if far - near < ROWS or nq <= width - lanes:  # too little, or a column without queries
+    if far - near < ROWS or narrow:
         near, far = lowest, lowest
-    return lowest, near, far, highest
+    return near, far
 
 
 @inline
@@ -141,14 +221,16 @@ def place_chunk(b, job, nq, q0, k0, n, whole):
     width, lanes = width_of(b.query), lanes_of(b.query)
     for i in range(width):
         b.position[i] = q0 + i + job.offset - k0
-        if not whole:  # at most n: a tile's rows beyond the chunk repeat its last key, and must stay hidden
+    if not whole:  # at most n: a tile's rows beyond the chunk repeat its last key, and must stay hidden
+        for i in range(width):
             b.near[i], b.far[i] = max(-1, min(n, b.lo[i] - k0)), max(-1, min(n, b.hi[i] - k0))
     for column in range(COLS):
         first, last = 0 if whole else n, n if whole else 0
-        for i in range(column * lanes, min(nq, column * lanes + lanes)):
-            lo, hi = max(0, b.lo[i] - k0), min(n, b.hi[i] - k0)
-            if lo < hi:
-                first, last = min(first, lo), max(last, hi)
+        if not whole:
+            for i in range(column * lanes, min(nq, column * lanes + lanes)):
+                lo, hi = max(0, b.lo[i] - k0), min(n, b.hi[i] - k0)
+                if lo < hi:
+                    first, last = min(first, lo), max(last, hi)
         b.first[column], b.last[column] = first, max(first, last)
 
 
@@ -159,6 +241,17 @@ def sees(b, additive, k0, j, query):
     if additive is not None:
         seen = seen and not additive[j * width_of(additive) + query] == -INF
     return seen
+
+
+@apart
+def queries_of(b, key, rows, nq):
+    """Which columns of the block have queries that see one of the keys key .. key + rows of the chunk: first, last."""
+    lanes = lanes_of(b.query)
+    first, last = nq, 0
+    for column in range(COLS):
+        if b.first[column] < key + rows and b.last[column] > key:
+            first, last = min(first, column * lanes), min(nq, column * lanes + lanes)
+    return first, max(first, last)
 
 
 @apart

@@ -1,10 +1,12 @@
-"""Dense attention: streaming forward.
+"""Dense attention: streaming forward and backward, the weights, the gradient of a bias.
 
     query (B * H) x (Lq, D)   key (B * Hk) x (Lk, D)   value (B * Hk) x (Lk, Dv)   output (B * H) x (Lq, Dv)
 
 No array of Lq x Lk elements is ever formed: a task takes a block of queries past the keys, chunk by chunk. A task owns
 what it writes, and the order of every sum depends on the sizes of one head alone.
 """
+
+import math
 
 from .blocks import (
     COLS,
@@ -13,14 +15,27 @@ from .blocks import (
     TALL,
     AttentionJob,
     carve,
+    carve_gradients,
     chunk,
     find_keys,
+    interior,
     place_chunk,
+    queries_of,
     sees,
     stage_additive,
 )
-from .jit import apart, kernel
-from .scoring import modified, thinned, throw_dice, visible
+from .jit import apart, inline, kernel
+from .scoring import (
+    biased,
+    biased_gradient,
+    cap_slope,
+    capped,
+    leaned,
+    thinned,
+    throw_dice,
+    visible,
+    visible_gradient,
+)
 from .simd import (
     given,
     lanes_of,
@@ -36,79 +51,49 @@ from .simd import (
     tile_zeros,
     width_of,
 )
-from .softmax import plus, probability, raise_bound
+from .softmax import LN2, LOG2E, plus, probability, raise_bound, times
 from .tiles import (
     Matrix,
+    add_block_times_rows,
     add_columns_times_block,
     all_finite,
+    dot,
     matrix,
     multiply_add,
+    padded_rows,
     rows_from,
     transposed,
     transposed_back,
 )
 
 
+# --- what forward and backward share ---------------------------------------------------------------------------------
 @apart
-def scores(like, b, column, key, D, j, live, softcap, slope, additive, edge):
-    """One tile: key j + r by the queries from `column`, through the terms; -inf where hidden."""
+def scores(like, b, column, key, D, j, live, softcap, slope, additive, edge, slope_of_cap):
+    """One tile: key j + r by the queries from `column`, through the terms; -inf where hidden.
+
+    Where the caller gives it room, the derivative of the softcap is left in slope_of_cap[key, query].
+    """
     # s[r, query] = sum_d key[j + r, d] * query[query, d]
     width, at = width_of(b.query), j * width_of(b.query) + column
     s = multiply_add(like, key.data + j * key.row, key.col, key.row, live, b.query + column, width, D)
-    steps = tile_steps(like, like, j)
+    if softcap is not None:
+        s = tile_map(capped, s, (softcap,))
+        if slope_of_cap is not None:
+            tile_store(tile_map(cap_slope, s, (softcap,)), slope_of_cap, at, width, live)
     if additive is not None:
-        terms = (softcap, tile_load(like, additive, at, width, live), slope, tile_row(like, b.position, column), steps)
-        s = tile_map(modified, s, terms)
-    else:
-        if softcap is not None:
-            s = tile_map(modified, s, (softcap, None, slope, tile_row(like, b.position, column), steps))
-        else:
-            if slope is not None:
-                s = tile_map(modified, s, (None, None, slope, tile_row(like, b.position, column), steps))
+        s = tile_map(biased, s, (tile_load(like, additive, at, width, live),))
+    if slope is not None:
+        s = tile_map(leaned, s, (slope, tile_row(like, b.position, column), tile_steps(like, like, j)))
     if edge is not None:
-        s = tile_map(visible, s, (tile_row(like, b.near, column), tile_row(like, b.far, column), steps))
+        terms = (tile_row(like, b.near, column), tile_row(like, b.far, column), tile_steps(like, like, j))
+        s = tile_map(visible, s, terms)
     return s
-
-
-# --- forward --------------------------------------------------------------------------------------------------------
-@apart
-def attend(like, b, column, key, value, first, last, k0, nq, job, slope, additive, edge, careful):
-    """The queries from `column`, as many as the tile `like` is wide, attend to keys first .. last of the chunk."""
-    rows, width, total, D, Dv = tile_rows(like), width_of(b.query), b.total + column, job.D, job.Dv
-    for j in range(first, last, rows):
-        live, at = min(rows, last - j), j * width + column
-        # 1. s = k . q, with its terms
-        s = scores(like, b, column, key, D, j, live, job.softcap, slope, additive, edge)
-        # 2. p = exp(s - shift), l += sum p
-        if tile_exceeds(s, tile_row(like, b.bound, column)):
-            waiting = b.scores + (first * width + column)
-            raise_bound(
-                s,
-                like,
-                b.bound + column,
-                b.shift + column,
-                total,
-                waiting,
-                j - first,
-                b.output + column,
-                Dv,
-                job.natural,
-            )
-        p = tile_map(probability, s, (tile_row(like, b.shift, column), job.natural))
-        tile_store(tile_map(plus, tile_row(like, total, 0), (tile_column_sum(p),)), total, 0, width, 1)
-        p = thin(like, p, b, column, k0 + j, job.dropout)
-        tile_store(p, b.scores, at, width, live)
-    # 3. out[d, query] += sum_key v[key, d] * p[key, query]
-    waiting = b.scores + (first * width + column)
-    if careful:
-        add_seen_columns(b.output, value, Dv, b, k0, first, last, column, tile_lanes(like), nq, additive)
-    else:
-        add_columns_times_block(like, b.output + column, rows_from(value, first), Dv, waiting, last - first)
 
 
 @apart
 def thin(like, p, b, column, key, dropout):
-    """The tile of probabilities after dropout, if there is any."""
+    """The tile of probabilities, or of their gradients, after dropout, if there is any."""
     if dropout is None:
         return p
     width = width_of(b.query)
@@ -118,24 +103,70 @@ def thin(like, p, b, column, key, dropout):
 
 
 @apart
-def add_seen_columns(out, m, D, b, k0, first, last, column, lanes, nq, additive):
+def add_seen_columns(out, m, D, b, block, k0, first, last, column, lanes, nq, additive):
     """As `add_columns_times_block` where m may hold NaN or infinity in rows that some queries do not see."""
     width = width_of(out)
     for query in range(column, min(nq, column + lanes)):
         for j in range(first, last):
             if sees(b, additive, k0, j, query):
                 for d in range(D):
-                    out[d * width + query] += m.data[j * m.row + d * m.col] * b.scores[j * width + query]
+                    out[d * width + query] += m.data[j * m.row + d * m.col] * block[j * width + query]
+
+
+@apart
+def slope_of(slopes, head):
+    if slopes is None:
+        return 0.0
+    return slopes[head]
+
+
+@apart
+def stand(b, job, head, q0, nq):
+    """Put the block's queries into scratch, transposed and scaled, and throw their dice."""
+    for i in range(lanes_of(b.query)):
+        b.factor[i] = job.scale
+    transposed(b.query, matrix(job.query, head, q0), nq, job.D, b.factor)
+    throw_dice(b.dice, width_of(b.query), job.dropout, head, q0)
+
+
+# --- forward --------------------------------------------------------------------------------------------------------
+@apart
+def attend(like, b, column, key, value, first, last, k0, nq, job, slope, additive, edge, careful):
+    """The queries from `column`, as many as the tile `like` is wide, attend to keys first .. last of the chunk."""
+    rows, width, total, D, Dv = tile_rows(like), width_of(b.query), b.total + column, job.D, job.Dv
+    waiting = b.scores + (first * width + column)
+    for i in range(width, width + tile_lanes(like)):
+        total[i] = 0
+    for j in range(first, last, rows):
+        live, at = min(rows, last - j), j * width + column
+        # 1. s = k . q, with its terms
+        s = scores(like, b, column, key, D, j, live, job.softcap, slope, additive, edge, None)
+        # 2. p = exp(s - shift), l += sum p
+        if tile_exceeds(s, tile_row(like, b.bound, column)):
+            raise_bound(
+                s, like, b.bound + column, b.shift + column, total, waiting, j - first, b.output + column, Dv,
+                job.natural,
+            )  # fmt: skip
+        p = tile_map(probability, s, (tile_row(like, b.shift, column), job.natural))
+        tile_store(tile_map(plus, tile_row(like, total, width), (tile_column_sum(p),)), total, width, width, 1)
+        tile_store(thin(like, p, b, column, k0 + j, job.dropout), b.scores, at, width, live)
+    tile_store(tile_map(plus, tile_row(like, total, 0), (tile_row(like, total, width),)), total, 0, width, 1)
+    # 3. out[d, query] += sum_key v[key, d] * p[key, query]
+    if careful:
+        add_seen_columns(b.output, value, Dv, b, b.scores, k0, first, last, column, tile_lanes(like), nq, additive)
+    else:
+        add_columns_times_block(like, b.output + column, rows_from(value, first), Dv, waiting, last - first)
 
 
 @apart
 def stream(wide, tall, b, job, head, q0, nq, keys, slope, careful):
     """The block past all its keys; True if some query did not see some key of a chunk."""
     lowest, near, far, highest = keys
-    lanes, Dv, k0, some_hidden = lanes_of(b.query), job.Dv, lowest, False
+    lanes, k0, some_hidden = lanes_of(b.query), lowest, False
+    near, far = interior(lowest, near, far, highest, nq <= width_of(b.query) - lanes)
     for i in range(width_of(b.query)):
         b.bound[i], b.shift[i], b.total[i] = -INF, 0, 0
-    for i in range(Dv * width_of(b.query)):
+    for i in range(job.Dv * width_of(b.query)):
         b.output[i] = 0
     while k0 < highest:
         n, whole = chunk(k0, near, far, highest, job.keys_per_block)
@@ -156,21 +187,32 @@ def stream(wide, tall, b, job, head, q0, nq, keys, slope, careful):
     return some_hidden
 
 
+@apart
+def write_lse(out, at, b, nq, unit):
+    """out[at + i] = log(sum over keys of exp(score)), natural; -inf for a query that sees nothing."""
+    for i in range(nq):
+        if b.total[i] == 0:
+            out[at + i] = -INF
+        elif unit is None:
+            out[at + i] = b.shift[i] * LN2 + math.log(b.total[i] * 1.0)
+        else:
+            out[at + i] = b.shift[i] * 1.0 + math.log(b.total[i] * 1.0)
+
+
 @kernel
 def forward(job: AttentionJob, slot, task):
-    # task -> one block of queries of one head; the last blocks first, which under a causal mask are the largest
-    head, block = task // job.blocks, job.blocks - 1 - task % job.blocks
+    # task -> one block of queries of one part of the keys of one head; the last blocks first, which under a causal
+    # mask are the largest
+    part, block = task // job.blocks, job.blocks - 1 - task % job.blocks
+    head, first_key = part // job.splits, part % job.splits * job.split_keys
     b = carve(job, slot)
     width, q0 = width_of(b.query), block * width_of(b.query)
     nq = min(width, job.Lq - q0)
     wide, tall = tile_zeros(b.query, ROWS, COLS), tile_zeros(b.query, TALL, 1)
-    keys = find_keys(b, job, head, q0, nq, 0, job.Lk)
-    throw_dice(b.dice, width, job.dropout, head, q0)
+    keys = find_keys(b, job, head, q0, nq, first_key, min(job.Lk, first_key + job.split_keys))
     slope = given(job.slopes, slope_of(job.slopes, head))
     # 1. the block's queries, transposed and scaled
-    for i in range(width):
-        b.factor[i] = job.scale
-    transposed(b.query, matrix(job.query, head, q0), nq, job.D, b.factor)
+    stand(b, job, head, q0, nq)
     # 2. past the keys. A hidden NaN or infinity times a weight of 0 is NaN, and shows: then once more, with care
     some_hidden = stream(wide, tall, b, job, head, q0, nq, keys, slope, False)
     if some_hidden and not all_finite(Matrix(b.output, width, 1), job.Dv, nq):
@@ -178,11 +220,273 @@ def forward(job: AttentionJob, slot, task):
     # 3. out = sum p v / sum p, and 0 where nothing was seen
     for i in range(nq):
         b.factor[i] = 0 if b.total[i] == 0 else 1 / b.total[i]
-    transposed_back(matrix(job.output, head, q0), nq, job.Dv, b.output, b.factor)
+    transposed_back(matrix(job.output, part, q0), nq, job.Dv, b.output, b.factor)
+    if job.wants_lse:
+        write_lse(job.lse, part * job.Lq + q0, b, nq, job.natural)
+
+
+# --- backward: with p = exp(s - lse),  dv = p^T do,  dp = do v^T,  ds = p (dp - delta),  dq = ds k,  dk = ds^T q --------
+@inline
+def score_gradient(p, dp, delta):
+    return p * (dp - delta)
 
 
 @apart
-def slope_of(slopes, head):
-    if slopes is None:
-        return 0.0
-    return slopes[head]
+def differentiate(like, b, g, column, key, value, first, last, k0, job, slope, additive, edge):
+    """p and ds of the queries from `column` and keys first .. last of the tile, into b.scores and g.scores."""
+    rows, width, D, Dv = tile_rows(like), width_of(b.query), job.D, job.Dv
+    for j in range(first, last, rows):
+        live, at = min(rows, last - j), j * width + column
+        # 1. p = exp(s - lse)
+        s = scores(like, b, column, key, D, j, live, job.softcap, slope, additive, edge, g.scores)
+        p = tile_map(probability, s, (tile_row(like, b.shift, column), job.natural))
+        tile_store(p, b.scores, at, width, live)
+        # 2. dp = v . do, of the weights that dropout kept;  ds = p (dp - delta)
+        dp = multiply_add(like, value.data + j * value.row, value.col, value.row, live, g.output + column, width, Dv)
+        dp = thin(like, dp, b, column, k0 + j, job.dropout)
+        p = tile_load(like, b.scores, at, width, live)
+        ds = tile_map(score_gradient, p, (dp, tile_row(like, g.delta, column)))
+        tile_store(hide_gradient(like, ds, b, g, column, j, live, job.softcap, additive, edge), g.scores, at, width, live)
+        # 3. what dv is made of: the weights that dropout kept
+        if job.dropout is not None:
+            tile_store(thin(like, p, b, column, k0 + j, job.dropout), b.scores, at, width, live)
+
+
+@apart
+def hide_gradient(like, ds, b, g, column, j, live, softcap, additive, edge):
+    """ds back through the softcap, and exactly 0 where hidden."""
+    width, at = width_of(b.query), j * width_of(b.query) + column
+    if softcap is not None:
+        ds = tile_map(times, ds, (tile_load(like, g.scores, at, width, live),))
+    if additive is not None:
+        ds = tile_map(biased_gradient, ds, (tile_load(like, additive, at, width, live),))
+    if edge is not None:
+        terms = (tile_row(like, b.near, column), tile_row(like, b.far, column), tile_steps(like, like, j))
+        ds = tile_map(visible_gradient, ds, terms)
+    return ds
+
+
+@apart
+def add_seen_rows(out, out_row, b, block, k0, n, rows, step, nq, additive):
+    """As `add_block_times_rows` where rows may hold NaN or infinity for queries that do not see some keys."""
+    width = width_of(block)
+    for j in range(n):
+        for query in range(nq):
+            if sees(b, additive, k0, j, query):
+                for d in range(step):
+                    out[j * out_row + d] += block[j * width + query] * rows[query * step + d]
+
+
+@apart
+def add_key_value_gradients(wide, tall, b, g, job, head, k0, n, nq, additive, careful):
+    """dv += p^T do and dk += ds^T q for one tile of keys, each group of keys with the queries that see it."""
+    lanes = lanes_of(b.query)
+    dv, dk = matrix(job.gradients.value, head, k0), matrix(job.gradients.key, head, k0)
+    v_step, k_step = (job.Dv + lanes - 1) // lanes * lanes, (job.D + lanes - 1) // lanes * lanes
+    if careful:
+        add_seen_rows(dv.data, dv.row, b, b.scores, k0, n, g.output_rows, v_step, nq, additive)
+        add_seen_rows(dk.data, dk.row, b, g.scores, k0, n, g.query_rows, k_step, nq, additive)
+        return
+    for j in range(0, n, TALL):
+        rows, at = min(TALL, n - j), j * width_of(b.query)
+        first, last = queries_of(b, j, rows, nq)
+        add_block_times_rows(
+            wide, tall, dv.data + j * dv.row, dv.row, b.scores + at, rows, g.output_rows, v_step, first, last
+        )
+        add_block_times_rows(
+            wide, tall, dk.data + j * dk.row, dk.row, g.scores + at, rows, g.query_rows, k_step, first, last
+        )
+
+
+@apart
+def clear_unseen(b, g, n, nq):
+    """p and ds are 0 for the keys of the tile that no query of a column sees."""
+    width, lanes = width_of(b.query), lanes_of(b.query)
+    for column in range(0, nq, lanes):
+        for j in range(n):
+            if j < b.first[column // lanes] or j >= b.last[column // lanes]:
+                for i in range(column, column + lanes):
+                    b.scores[j * width + i], g.scores[j * width + i] = 0, 0
+
+
+@apart
+def take_tile(wide, tall, b, g, job, head, q0, nq, k0, n, whole, slope):
+    """Fill b.scores with p and g.scores with ds, for the block and the tile of keys k0 .. k0 + n."""
+    lanes, key, value = lanes_of(b.query), matrix(job.key, head, k0), matrix(job.value, head, k0)
+    place_chunk(b, job, nq, q0, k0, n, whole)
+    stage_additive(b, job.additive, job.bias, job.mask, head, q0, nq, k0, n)
+    additive = given(job.additive, b.additive)
+    if whole:
+        differentiate(wide, b, g, 0, key, value, 0, n, k0, job, slope, additive, None)
+    else:
+        clear_unseen(b, g, n, nq)
+        for column in range(0, nq, lanes):
+            first, last = b.first[column // lanes], b.last[column // lanes]
+            differentiate(tall, b, g, column, key, value, first, last, k0, job, slope, additive, True)
+
+
+@apart
+def add_query_gradient(wide, tall, b, g, key, D, k0, n, nq, whole, additive, careful):
+    """dq^T += k^T ds"""
+    lanes, width = lanes_of(b.query), width_of(b.query)
+    if careful:
+        add_seen_columns(b.output, key, D, b, g.scores, k0, 0, n, 0, width, nq, additive)
+    elif whole:
+        add_columns_times_block(wide, b.output, key, D, g.scores, n)
+    else:
+        for column in range(0, nq, lanes):
+            first, last = b.first[column // lanes], b.last[column // lanes]
+            ds = g.scores + (first * width + column)
+            add_columns_times_block(tall, b.output + column, rows_from(key, first), D, ds, last - first)
+
+
+@apart
+def normalise(b, job, at, nq, unit):
+    """b.shift = lse in the scores' unit, rounded; b.total = what the rounding left, so that p = exp(s - shift) * total."""
+    for i in range(nq):
+        lse = job.lse[at + i]
+        b.shift[i] = 0 if lse == -INF else (lse * LOG2E if unit is None else lse)
+        rounded = b.shift[i] * (LN2 if unit is None else 1.0)
+        b.total[i] = 0 if lse == -INF else math.exp(rounded - lse)
+
+
+@apart
+def stand_gradients(b, g, job, head, q0, nq):
+    """The block's output gradients, transposed and by rows, its queries by rows, and delta.
+
+    What rounding took from lse is given back here, to do and delta, where it costs nothing.
+    """
+    width, lanes, Dv = width_of(b.query), lanes_of(b.query), job.Dv
+    v_step, k_step = (Dv + lanes - 1) // lanes * lanes, (job.D + lanes - 1) // lanes * lanes
+    for i in range(width):
+        b.shift[i], b.total[i], g.delta[i] = 0, 0, 0
+    normalise(b, job, head * job.Lq + q0, nq, job.natural)
+    # rows: do * total, and the outputs for a moment, where the transposed do will lie
+    padded_rows(g.output_rows, v_step, matrix(job.gradients.output, head, q0), nq, Dv, b.total)
+    out = matrix(job.output, head, q0)
+    for i in range(nq):
+        lse_part = job.gradients.lse[head * job.Lq + q0 + i] * b.total[i]
+        g.delta[i] = dot(out.data + i * out.row, out.col, g.output_rows + i * v_step, Dv) - lse_part
+        b.factor[i] = job.scale * (LN2 if job.natural is None else 1.0)
+    padded_rows(g.query_rows, k_step, matrix(job.query, head, q0), nq, job.D, b.factor)
+    for i in range(lanes):
+        b.factor[i] = 1
+    transposed(g.output, Matrix(g.output_rows, v_step, 1), nq, Dv, b.factor)
+
+
+@apart
+def gradients_of_block(job, b, g, head, block, first_tile, last_tile):
+    """One block of queries and tiles first .. last of keys: dq of the block, and its share of dk and dv."""
+    width, lanes, KB = width_of(b.query), lanes_of(b.query), job.keys_per_block
+    q0 = block * width
+    nq = min(width, job.Lq - q0)
+    wide, tall = tile_zeros(b.query, ROWS, COLS), tile_zeros(b.query, TALL, 1)
+    lowest, near, far, highest = find_keys(b, job, head, q0, nq, 0, job.Lk)
+    first_tile, last_tile = max(first_tile, lowest // KB), min(last_tile, (highest + KB - 1) // KB)
+    slope, additive = given(job.slopes, slope_of(job.slopes, head)), given(job.additive, b.additive)
+    if first_tile < last_tile:
+        stand(b, job, head, q0, nq)
+        stand_gradients(b, g, job, head, q0, nq)
+    for i in range(job.D * width):
+        b.output[i] = 0
+    some_hidden = lowest < near or far < highest or additive is not None
+    finite = True
+    if some_hidden and first_tile < last_tile:
+        k_step, v_step = (job.D + lanes - 1) // lanes * lanes, (job.Dv + lanes - 1) // lanes * lanes
+        finite = all_finite(Matrix(g.query_rows, k_step, 1), nq, job.D)
+        finite = finite and all_finite(Matrix(g.output_rows, v_step, 1), nq, job.Dv)
+    for tile in range(first_tile, last_tile):
+        k0 = tile * KB
+        n = min(KB, job.Lk - k0)
+        whole = near <= k0 and k0 + n <= far and nq > width - lanes
+        take_tile(wide, tall, b, g, job, head, q0, nq, k0, n, whole, slope)
+        key, careful = matrix(job.key, head, k0), False
+        if not whole or additive is not None:
+            careful = not (finite and all_finite(key, n, job.D))
+        if job.gradients.to_query:
+            add_query_gradient(wide, tall, b, g, key, job.D, k0, n, nq, whole, additive, careful)
+        if job.gradients.to_key:
+            add_key_value_gradients(wide, tall, b, g, job, head, k0, n, nq, additive, careful)
+    if job.gradients.to_query:
+        for i in range(nq):
+            b.factor[i] = job.scale * (LN2 if job.natural is None else 1.0)
+        transposed_back(matrix(job.gradients.query, head, q0), nq, job.D, b.output, b.factor)
+
+
+@kernel
+def backward(job: AttentionJob, slot, task):
+    # task -> some heads of a group, some blocks of queries, some tiles of keys. Whether one task does a whole key head
+    # (five products) or dq and dk, dv are made by smaller tasks apart (seven), each element is summed in one order: dq
+    # over tiles, dk and dv over heads and then blocks
+    b, g, G = carve(job, slot), carve_gradients(job, slot), job.gradients
+    tiles = (job.Lk + job.keys_per_block - 1) // job.keys_per_block
+    tile_groups, block_groups = (tiles + G.tiles - 1) // G.tiles, (job.blocks + G.blocks - 1) // G.blocks
+    first_tile, rest = task % tile_groups * G.tiles, task // tile_groups
+    first_block, heads = (block_groups - 1 - rest % block_groups) * G.blocks, rest // block_groups
+    for head in range(heads * G.heads, heads * G.heads + G.heads):
+        for block in range(first_block, min(job.blocks, first_block + G.blocks)):
+            gradients_of_block(job, b, g, head, block, first_tile, min(tiles, first_tile + G.tiles))
+
+
+@kernel
+def bias_backward(job: AttentionJob, slot, task):
+    # task -> one distinct bias matrix and one block of queries, for all the heads that the matrix was broadcast to
+    b, g, grad, KB = carve(job, slot), carve_gradients(job, slot), job.bias_gradient, job.keys_per_block
+    width, lanes = width_of(b.query), lanes_of(b.query)
+    m, block = task // job.blocks, task % job.blocks
+    q0 = block * width
+    nq = min(width, job.Lq - q0)
+    wide, tall = tile_zeros(b.query, ROWS, COLS), tile_zeros(b.query, TALL, 1)
+    for member in range(grad.begins[m], grad.begins[m + 1]):
+        head = grad.members[member]
+        lowest, near, far, highest = find_keys(b, job, head, q0, nq, 0, job.Lk)
+        slope = given(job.slopes, slope_of(job.slopes, head))
+        if lowest < highest:
+            stand(b, job, head, q0, nq)
+            stand_gradients(b, g, job, head, q0, nq)
+        for tile in range(lowest // KB, (highest + KB - 1) // KB):
+            k0 = tile * KB
+            n = min(KB, job.Lk - k0)
+            whole = near <= k0 and k0 + n <= far and nq > width - lanes
+            take_tile(wide, tall, b, g, job, head, q0, nq, k0, n, whole, slope)
+            row = q0 if grad.by_query else block
+            add_bias_gradient(matrix(grad.out, m, row), grad, g.scores, width, nq, n, k0 if grad.by_key else tile)
+
+
+@apart
+def add_bias_gradient(out, grad, ds, width, nq, n, col):
+    """out[query, col + key] += ds[key, query]; an axis that was broadcast has one slot here."""
+    for j in range(n):
+        for i in range(nq):
+            at = (i if grad.by_query else 0) * out.row + (col + (j if grad.by_key else 0)) * out.col
+            out.data[at] += ds[j * width + i]
+
+
+# --- weights --------------------------------------------------------------------------------------------------------
+@kernel
+def weights(job: AttentionJob, slot, task):
+    # task -> one block of queries of one head; output is (B * H) x (Lq, Lk) and begins as zeros
+    head, block = task // job.blocks, task % job.blocks
+    b = carve(job, slot)
+    width, lanes, q0, KB = width_of(b.query), lanes_of(b.query), block * width_of(b.query), job.keys_per_block
+    nq = min(width, job.Lq - q0)
+    wide, tall = tile_zeros(b.query, ROWS, COLS), tile_zeros(b.query, TALL, 1)
+    lowest, near, far, highest = find_keys(b, job, head, q0, nq, 0, job.Lk)
+    slope, additive = given(job.slopes, slope_of(job.slopes, head)), given(job.additive, b.additive)
+    stand(b, job, head, q0, nq)
+    normalise(b, job, head * job.Lq + q0, nq, job.natural)
+    for k0 in range(lowest // KB * KB, highest, KB):
+        n, key = min(KB, job.Lk - k0), matrix(job.key, head, k0)
+        place_chunk(b, job, nq, q0, k0, n, False)
+        stage_additive(b, job.additive, job.bias, job.mask, head, q0, nq, k0, n)
+        for column in range(0, nq, lanes):
+            first, last = b.first[column // lanes], b.last[column // lanes]
+            for j in range(first, last, TALL):
+                live = min(TALL, last - j)
+                s = scores(tall, b, column, key, job.D, j, live, job.softcap, slope, additive, True, None)
+                p = tile_map(probability, s, (tile_row(tall, b.shift, column), job.natural))
+                tile_store(p, b.scores, j * width + column, width, live)
+            for i in range(column, min(nq, column + lanes)):
+                row = matrix(job.output, head, q0 + i)
+                for j in range(first, last):
+                    row.data[(k0 + j) * row.col] = b.scores[j * width + i] * b.total[i]

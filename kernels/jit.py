@@ -7,7 +7,7 @@ until none is left. Which thread does a task changes nothing in it, so results n
 and the serial twin, `_drain`, runs the very same machine code. (One loop for all also halves compiling: Numba compiles
 the body of a `prange` twice, 2.2 of the first prototype's 3.7 s.)
 
-Arguments of a kernel are a NamedTuple of addresses, numbers and smaller such tuples, annotated with the kinds below.
+Arguments of a kernel are a NamedTuple of arrays, numbers and smaller such tuples, annotated with the kinds below.
 """
 
 import contextlib
@@ -33,11 +33,11 @@ from numba.core.serialize import dumps
 
 from . import simd
 
-Elements = typing.NewType("Elements", int)  # address of elements of the kernel's type
-Indices = typing.NewType("Indices", int)  # address of int64
-Doubles = typing.NewType("Doubles", int)  # address of float64
-Words = typing.NewType("Words", int)  # address of uint32
-Bytes = typing.NewType("Bytes", int)  # address of uint8
+Elements = typing.NewType("Elements", int)  # an array of elements of the kernel's type
+Indices = typing.NewType("Indices", int)  # of int64
+Doubles = typing.NewType("Doubles", int)  # of float64
+Words = typing.NewType("Words", int)  # of uint32
+Bytes = typing.NewType("Bytes", int)  # of uint8
 _POINTEES = {Indices: types.int64, Doubles: types.float64, Words: types.uint32, Bytes: types.uint8}
 
 # never nnan or ninf: infinity and NaN are data. No reassociation either: a sum has one order, on every machine.
@@ -124,18 +124,15 @@ class PackageCache(caching._Cache):
 
 # --- jobs ----------------------------------------------------------------------------------------------------------
 COUNTER, REPORT, HEADER = 0, 1, 2  # a job begins with the next task's number and, when checked, "left its bounds"
-_REPORT_HERE = "the address of REPORT"
 
 
-def address(array: np.ndarray):
-    """Where the array's first element lies; when checked, with the bounds of the memory that its strides reach."""
+def bounds(array: np.ndarray) -> tuple[int, int, int]:
+    """Where the array's first element lies, and the first and one-past-last byte that its strides reach."""
     at = array.ctypes.data
-    if not simd.CHECKED:
-        return at
     spans = [(n - 1) * stride for n, stride in zip(array.shape, array.strides, strict=True)]
     low = at + sum(min(s, 0) for s in spans)
     high = at + sum(max(s, 0) for s in spans) + array.itemsize if array.size else low
-    return (at, low, high, _REPORT_HERE)
+    return at, low, high
 
 
 @functools.cache
@@ -166,17 +163,25 @@ def _layout(job_class, element, absent: tuple):
     return simd.JobType(job_class.__name__, tuple(fields)), tuple(forms)
 
 
-def _flatten(values, forms):
-    flat = []
-    for value, form in zip(values, forms, strict=True):
-        if value is None:
-            flat += [0] * len(form)
-        elif type(value) in (int, float):
-            flat.append(value)
-        else:  # a smaller tuple; when checked, with pointers that are tuples themselves
-            for part in value:
-                flat += part if type(part) is tuple else (part,)
-    return flat
+def _flatten(job) -> tuple[list, tuple]:
+    """The job's 8-byte values in order; the slots to fill in at each launch, with what fills them: names and, when
+    accesses are checked, arrays."""
+    flat: list = []
+    open_slots: list = []
+
+    def add(value, kind):
+        if hasattr(kind, "_fields"):
+            for (_, inner, _), part in zip(_fields(kind), value or (None,) * len(kind._fields), strict=True):
+                add(part, inner)
+            return
+        if type(value) is str or (simd.CHECKED and isinstance(value, np.ndarray)):
+            open_slots.append((value, len(flat)))
+            value = None
+        flat.append(value.ctypes.data if isinstance(value, np.ndarray) else 0 if value is None else value)
+        flat.extend([0] * (0 if kind in (int, float) else simd.POINTER_SLOTS - 1))
+
+    add(job, type(job))
+    return flat, tuple(open_slots)
 
 
 # --- kernels -------------------------------------------------------------------------------------------------------
@@ -205,22 +210,43 @@ class Kernel:
             if key not in self._compiled:
                 job, forms = _layout(self._job_class, element, absent)
                 function = _c_function(self._function, types.void(job, types.int64, types.int64))
-                self._compiled[key] = function, forms, struct.Struct("=" + "".join(forms))
+                self._compiled[key] = function, struct.Struct("=" + "".join(forms))
         return self._compiled[key]
 
-    def __call__(self, job, tasks: int, dtype: np.dtype, work: float = math.inf) -> None:
-        """Do tasks 0 .. tasks - 1 of the job. `work`, in multiply-adds, tells whether it pays to wake more threads."""
+    def prepare(self, job, tasks: int, dtype: np.dtype, work: float = math.inf) -> "Launch":
+        """A job of so many tasks, packed once: fields that hold a name are filled in at each launch, arrays in it are
+        kept. `work`, in multiply-adds, tells whether it pays to wake more threads."""
         key = _ELEMENT[dtype], tuple([job[i] is None for i in self._optional])
-        function, forms, form = self._compiled.get(key) or self.variant(*key)
-        buffer = np.empty(HEADER + form.size // 8, np.int64)
-        buffer[:HEADER] = 0
-        values = _flatten(job, forms)
-        if simd.CHECKED:
-            report = buffer.ctypes.data + 8 * REPORT
-            values = [report if v is _REPORT_HERE else v for v in values]
-        form.pack_into(buffer, 8 * HEADER, *values)
-        _run(function.address, buffer, tasks, work)
-        if simd.CHECKED and buffer[REPORT]:
+        function, form = self._compiled.get(key) or self.variant(*key)
+        values, open_slots = _flatten(job)
+        template = np.zeros(HEADER + form.size // 8, np.int64)
+        form.pack_into(template, 8 * HEADER, *values)
+        return Launch(self.name, function.address, job, template, open_slots, tasks, work)
+
+
+class Launch(typing.NamedTuple):
+    """A packed job: call it with the arrays and whole numbers that its named fields stand for."""
+
+    name: str
+    function: int
+    job: tuple
+    template: np.ndarray
+    open_slots: tuple
+    tasks: int
+    work: float
+
+    def __call__(self, **values) -> None:
+        job = self.template.copy()
+        for name, slot in self.open_slots:
+            value = values[name] if type(name) is str else name
+            if type(value) is int:
+                job[HEADER + slot] = value
+            elif simd.CHECKED:
+                job[HEADER + slot : HEADER + slot + 4] = *bounds(value), job.ctypes.data + 8 * REPORT
+            else:
+                job[HEADER + slot] = value.ctypes.data
+        _run(self.function, job, self.tasks, self.work)
+        if simd.CHECKED and job[REPORT]:
             raise IndexError(f"kernel {self.name} left the bounds of an array")
 
 

@@ -69,21 +69,44 @@ def tanh(x):
 
 
 @apart
-def modified(s, softcap, additive, slope, position, key):
-    """One vector of scores through every term that is there."""
-    if softcap is not None:
-        s = splat(s, softcap) * tanh(s / splat(s, softcap))
-    if slope is not None:
-        s = s - splat(s, slope) * absolute(position - key)
-    if additive is not None:
-        s = where(additive <= splat(s, -INF), additive, s + additive)
-    return s
+def capped(s, softcap):
+    """cap * tanh(s / cap)"""
+    return splat(s, softcap) * tanh(s / splat(s, softcap))
 
 
-@apart
+@inline
+def cap_slope(s, softcap):
+    """The derivative of the cap where it gave s: 1 - tanh**2"""
+    t = s / splat(s, softcap)
+    return splat(s, 1.0) - t * t
+
+
+@inline
+def leaned(s, slope, position, key):
+    """s - slope * |position - key|: ALiBi"""
+    return s - splat(s, slope) * absolute(position - key)
+
+
+@inline
+def biased(s, additive):
+    """s + additive, but -inf hides whatever s was"""
+    return where(additive <= splat(s, -INF), additive, s + additive)
+
+
+@inline
+def biased_gradient(ds, additive):
+    return where(additive <= splat(ds, -INF), splat(ds, 0.0), ds)
+
+
+@inline
 def visible(s, lo, hi, key):
     """The score, or -inf where the key is outside lo <= key < hi."""
     return where((key >= lo) & (key < hi), s, splat(s, -INF))
+
+
+@inline
+def visible_gradient(ds, lo, hi, key):
+    return where((key >= lo) & (key < hi), ds, splat(ds, 0.0))
 
 
 # --- bias and mask arrays -------------------------------------------------------------------------------------------

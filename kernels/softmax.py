@@ -101,7 +101,8 @@ def _scale_rows(like, x, n, factor):
 def raise_bound(tile, like, bound, shift, l, s, seen, out, Dv, unit):
     """Queries with a score in the tile above their bound get a new one; what they have summed so far is rescaled.
 
-    That is l, the `seen` rows of s that wait for their product with the values, and the Dv rows of out.
+    That is the two rows of l (past chunks, this chunk), the `seen` rows of s that wait for their product with the
+    values, and the Dv rows of out.
     """
     width = width_of(l)
     before = tile_row(like, bound, 0)
@@ -109,6 +110,6 @@ def raise_bound(tile, like, bound, shift, l, s, seen, out, Dv, unit):
     factor = tile_map(_fade, before, (raised, unit))
     tile_store(tile_map(_chosen, tile_row(like, shift, 0), (before, raised)), shift, 0, width, 1)
     tile_store(raised, bound, 0, width, 1)
-    _scale_rows(like, l, 1, factor)
+    _scale_rows(like, l, 2, factor)
     _scale_rows(like, s, seen, factor)
     _scale_rows(like, out, Dv, factor)

@@ -11,15 +11,46 @@ if not pathlib.Path(__path__[0], "kernels").is_dir():
     __path__.append(str(pathlib.Path(__path__[0]).parent))
 
 from . import masks  # noqa: E402
-from .dense import scaled_dot_product_attention  # noqa: E402
-from .errors import AttentionError, DimensionMismatchError, InvalidInputError, InvalidMaskError  # noqa: E402
+from .dense import (  # noqa: E402
+    AttentionCache,
+    InputGradients,
+    attention_backward,
+    attention_forward,
+    merge,
+    scaled_dot_product_attention,
+)
+from .errors import (  # noqa: E402
+    AttentionError,
+    DimensionMismatchError,
+    GraphStructureError,
+    InvalidConfigError,
+    InvalidInputError,
+    InvalidMaskError,
+    MatrixOperationError,
+    NumericalInstabilityError,
+    OutOfMemoryError,
+    SparseMatrixError,
+    TrainingError,
+)
 
 __all__ = [
+    "AttentionCache",
     "AttentionError",
     "DimensionMismatchError",
+    "GraphStructureError",
+    "InputGradients",
+    "InvalidConfigError",
     "InvalidInputError",
     "InvalidMaskError",
+    "MatrixOperationError",
+    "NumericalInstabilityError",
+    "OutOfMemoryError",
+    "SparseMatrixError",
+    "TrainingError",
+    "attention_backward",
+    "attention_forward",
     "masks",
+    "merge",
     "scaled_dot_product_attention",
 ]
 __version__ = "0.1.0.dev0"

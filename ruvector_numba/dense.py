@@ -1,108 +1,83 @@
-"""Dense attention on NumPy arrays."""
+"""Dense attention on NumPy arrays: forward, backward, weights, and the union of attentions over disjoint keys."""
+
+from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
-from . import masks
+from . import checks, masks, plan
+from .checks import Array, Call
 from .errors import DimensionMismatchError, InvalidInputError
 
-_FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
-_KEYS_PER_BLOCK = 128  # 128 x 64 scores are 32 KiB and stay near the core; 64 and 96 measured the same within 3 %
-
-
-def _array(name: str, x) -> np.ndarray:
-    a = np.asarray(x)
-    if a.dtype not in _FLOATS or not a.dtype.isnative:
-        raise InvalidInputError(f"{name} has dtype {a.dtype}", hint=f"cast it with {name}.astype(numpy.float32)")
-    if a.ndim < 2:
-        raise InvalidInputError(f"{name} has shape {a.shape}", hint="give (..., L, D), at least two axes")
-    return a if a.flags.aligned else a.copy()
-
-
-def _checked(query, key, value, enable_gqa: bool):
-    query, key, value = _array("query", query), _array("key", key), _array("value", value)
-    shapes = {"query.shape": query.shape, "key.shape": key.shape, "value.shape": value.shape}
-    if not query.dtype == key.dtype == value.dtype:
-        dtypes = {"query.dtype": query.dtype, "key.dtype": key.dtype, "value.dtype": value.dtype}
-        raise InvalidInputError("query, key and value differ in dtype", shapes=dtypes, hint="cast them to one dtype")
-    if query.ndim != key.ndim or key.ndim != value.ndim or query.shape[:-3] != key.shape[:-3]:
-        raise InvalidInputError("the ranks or leading axes differ", shapes=shapes)
-    if query.shape[-1] != key.shape[-1]:
-        raise DimensionMismatchError(query.shape[-1], key.shape[-1], shapes=shapes, hint="query and key share D")
-    if key.shape[:-1] != value.shape[:-1]:
-        raise DimensionMismatchError(key.shape[:-1], value.shape[:-1], shapes=shapes, hint="one value for each key")
-    if query.ndim > 2 and query.shape[-3] != key.shape[-3]:
-        fits = key.shape[-3] > 0 and query.shape[-3] % key.shape[-3] == 0
-        if not (enable_gqa and fits):
-            hint = "heads of query must be a multiple of heads of key" if enable_gqa else "pass enable_gqa=True?"
-            raise DimensionMismatchError(query.shape[-3], key.shape[-3], shapes=shapes, hint=hint)
-    return query, key, value
-
-
-def _checked_terms(scale, softcap, alibi_slopes, D: int, heads: int, dtype):
-    """The scale, softcap and slopes of a call, or a clear error."""
-    if scale is None:
-        scale = 1 / math.sqrt(D) if D else 1.0
-    if not math.isfinite(scale):
-        raise InvalidInputError(f"scale is {scale}", hint="give a finite number, or None for 1 / sqrt(D)")
-    if softcap is not None and not 0 < softcap < math.inf:
-        raise InvalidInputError(f"softcap is {softcap}", hint="give a positive number, or None for no cap")
-    if alibi_slopes is not None:
-        alibi_slopes = np.ascontiguousarray(alibi_slopes, dtype)
-        if alibi_slopes.shape != (heads,):
-            shapes = {"alibi_slopes.shape": alibi_slopes.shape, "expected": (heads,)}
-            raise InvalidInputError("alibi_slopes has the wrong length", shapes=shapes, hint="one slope for each head")
-    return float(scale), softcap, alibi_slopes
-
-
-def _stack(x: np.ndarray, repeat: int, keep: list, stack=None):
-    """The array as the kernels see it: where each matrix begins, and the steps of rows and columns."""
-    from .kernels.jit import address
-    from .kernels.tiles import Matrices
-
-    stack = stack or Matrices
-    at = np.zeros((), np.int64)
-    for axis, (n, stride) in enumerate(zip(x.shape[:-2], x.strides[:-2], strict=True)):
-        steps = np.arange(n, dtype=np.int64) * (stride // x.itemsize)
-        if axis == x.ndim - 3:
-            steps = np.repeat(steps, repeat)
-        at = at[..., None] + steps
-    at = np.ascontiguousarray(at.reshape(-1))
-    keep += [x, at]
-    return stack(address(x), address(at), x.strides[-2] // x.itemsize, x.strides[-1] // x.itemsize)
+__all__ = [
+    "AttentionCache",
+    "InputGradients",
+    "attention_backward",
+    "attention_forward",
+    "merge",
+    "scaled_dot_product_attention",
+]
 
 
 def scaled_dot_product_attention(
-    query, key, value, attn_mask=None, *, is_causal=False, scale=None, enable_gqa=False, softcap=None, alibi_slopes=None
-) -> np.ndarray:
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    attn_mask: masks.Mask | ArrayLike | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    softcap: float | None = None,
+    alibi_slopes: ArrayLike | None = None,
+    seed: int | None = None,
+    out: Array | None = None,
+) -> Array:
     """softmax(query key^T * scale) value, exactly, without forming the Lq x Lk weights.
+
+    The signature and meaning of torch's function of this name, on NumPy arrays; what torch lacks is keyword-only.
 
     Parameters
     ----------
-    query : array (..., H, Lq, D), float32 or float64, of any strides
+    query : array (..., H, Lq, D), float32 or float64
+        Any strides, any number of leading batch axes, or just (L, D).
     key : array (..., Hk, Lk, D)
     value : array (..., Hk, Lk, Dv)
     attn_mask : bool array, float array, or mask of `ruvector_numba.masks`, optional
         Arrays broadcast to (..., H, Lq, Lk). True attends; a float is added to the score, and -inf hides.
+    dropout_p : float
+        The probability that a weight is dropped; the others are multiplied by 1 / (1 - dropout_p).
     is_causal : bool
-        Query i sees keys j <= i only, counted from the top left, as in torch.
+        Query i sees keys j <= i only, counted from the top left, as in torch. Composes with `attn_mask`.
     scale : float, optional
         1 / sqrt(D) by default.
     enable_gqa : bool
         Let H be a multiple of Hk; query head h then uses key head h // (H // Hk).
     softcap : float, optional
-        Scores become softcap * tanh(score / softcap), before anything is added to them.
+        Scores become softcap * tanh(score / softcap), before anything is added to them (Gemma 2).
     alibi_slopes : array (H,), optional
-        slope * |i + offset - j| is subtracted; the offset is 0, or Lk - Lq under a mask aligned bottom_right.
+        slope * |i + offset - j| is subtracted (ALiBi, Press et al. 2022); the offset is 0, or Lk - Lq under a mask
+        aligned bottom_right. Any shape (..., H) that broadcasts over the batch.
+    seed : int, optional
+        Of the dropout: the same seed drops the same weights, on any number of threads. Fresh for each call if None.
+    out : array (..., H, Lq, Dv), optional
+        Where to write the result; it must not overlap an input.
 
     Returns
     -------
-    array (..., H, Lq, Dv). A query that sees no key gets zeros.
+    array (..., H, Lq, Dv)
+        `out`, if given. A query that sees no key gets zeros.
 
     Raises
     ------
     InvalidInputError, InvalidMaskError, DimensionMismatchError
+        Before any work; nothing is modified.
 
     Examples
     --------
@@ -112,59 +87,308 @@ def scaled_dot_product_attention(
     array([[1., 1., 1.],
            [1., 1., 1.]], dtype=float32)
     """
-    query, key, value = _checked(query, key, value, enable_gqa)
-    (Lq, D), (Lk, Dv) = query.shape[-2:], value.shape[-2:]
-    heads = query.shape[-3] if query.ndim > 2 else 1
-    scale, softcap, slopes = _checked_terms(scale, softcap, alibi_slopes, D, heads, query.dtype)
-    seen = masks.resolve(attn_mask, is_causal, query.shape[:-3], heads, Lq, Lk, query.dtype)
-    out = np.zeros((*query.shape[:-1], Dv), query.dtype)
-    if out.size == 0 or Lk == 0:
-        return out
-    if D == 0:  # every score is 0
-        query, key = (np.zeros((*x.shape[:-1], 1), x.dtype) for x in (query, key))
-    _forward(query, key, value, out, seen, scale, softcap, slopes)
-    return out
-
-
-def _limits(seen: masks.Visibility, batch: tuple, Lq: int, Lk: int):
-    """lo, hi of each query as the kernels read it: the array, and its steps from batch to batch and row to row."""
-    if seen.limits is None:
-        return np.array([0, Lk], np.int64), 0, 0
-    limits = np.ascontiguousarray(np.broadcast_to(seen.limits, (*batch, Lq, 2)), np.int64)
-    return limits, 2 * Lq, 2
-
-
-def _forward(query, key, value, out, seen, scale, softcap, slopes) -> None:
-    from .kernels import blocks, dense, jit
-    from .kernels.scoring import ByteMatrices
-    from .kernels.simd import target
-    from .kernels.softmax import LOG2E
-
-    (Lq, D), (Lk, Dv), batch = query.shape[-2:], value.shape[-2:], query.shape[:-3]
-    H = query.shape[-3] if query.ndim > 2 else 1
-    group = H // key.shape[-3] if query.ndim > 2 else 1
-    heads, width = H * math.prod(batch), target().width(query.itemsize)
-    count = -(-Lq // width)
-    step = blocks.scratch_rows(D, Dv, _KEYS_PER_BLOCK) * width
-    scratch = jit.scratch(step * jit.slots(), query.dtype)
-    limits, limits_batch, limits_row = _limits(seen, batch, Lq, Lk)
-    natural = None if softcap is None and slopes is None and seen.bias is None else LOG2E
-    keep: list = []
-    bias = mask = None
-    if seen.bias is not None:
-        bias = _stack(np.broadcast_to(seen.bias, (*batch, H, Lq, Lk)), 1, keep)
-    if seen.allowed is not None:
-        allowed = np.broadcast_to(seen.allowed, (*batch, H, Lq, Lk)).view(np.uint8)
-        mask = _stack(allowed, 1, keep, ByteMatrices)
-    if slopes is not None:
-        slopes = np.tile(slopes, heads // H)
-    job = blocks.AttentionJob(
-        query=_stack(query, 1, keep), key=_stack(key, group, keep), value=_stack(value, group, keep),
-        output=_stack(out, 1, keep), natural=natural, softcap=None if softcap is None else float(softcap),
-        slopes=None if slopes is None else jit.address(slopes), bias=bias, mask=mask,
-        additive=None if bias is None and mask is None else 1, dropout=None,
-        limits=jit.address(limits), limits_batch=limits_batch, limits_row=limits_row, first=seen.first,
-        last=seen.last, offset=seen.offset, scale=scale * (LOG2E if natural is None else 1.0), Lq=Lq, Lk=Lk, D=D,
-        Dv=Dv, H=H, blocks=count, keys_per_block=_KEYS_PER_BLOCK, scratch=jit.address(scratch), scratch_step=step,
+    c = checks.call(
+        query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, softcap, alibi_slopes, seed
     )  # fmt: skip
-    dense.forward(job, heads * count, query.dtype, heads * Lq * Lk * (D + Dv))
+    return _forward(c, None if out is None else checks.output(out, c), wants_lse=False)[0]
+
+
+def attention_forward(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    attn_mask: masks.Mask | ArrayLike | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    softcap: float | None = None,
+    alibi_slopes: ArrayLike | None = None,
+    seed: int | None = None,
+    out: Array | None = None,
+) -> AttentionCache:
+    """As `scaled_dot_product_attention`, and remember what its gradients need.
+
+    The parameters and errors are the same.
+
+    Returns
+    -------
+    AttentionCache
+        With the output, the logsumexp of each query's scores, and the weights on demand.
+
+    Examples
+    --------
+    >>> import numpy as np, ruvector_numba as rv
+    >>> x = np.eye(3)
+    >>> cache = rv.attention_forward(x, x, x, is_causal=True)
+    >>> cache.lse.shape, cache.weights(rows=0)
+    ((3,), array([[1., 0., 0.]]))
+    >>> rv.attention_backward(np.ones((3, 3)), cache).value.sum()
+    9.0
+    """
+    c = checks.call(
+        query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, softcap, alibi_slopes, seed
+    )  # fmt: skip
+    output, lse = _forward(c, None if out is None else checks.output(out, c), wants_lse=True)
+    assert lse is not None
+    return AttentionCache(output, lse.astype(c.query.dtype, copy=False), _call=c, _lse=lse)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AttentionCache:
+    """What a forward pass leaves for the backward pass.
+
+    It refers to the arrays of the call and copies none: they must not change before `attention_backward` or `weights`.
+
+    Attributes
+    ----------
+    output : array (..., H, Lq, Dv)
+    lse : array (..., H, Lq)
+        The natural logarithm of the sum of exp(score) over the keys a query sees; -inf if it sees none.
+    """
+
+    output: Array
+    lse: Array
+    _call: Call = field(repr=False)
+    _lse: Array = field(repr=False)  # float64
+
+    def weights(self, rows: Any = None) -> Array:
+        """The attention weights, exact, computed now.
+
+        Parameters
+        ----------
+        rows : slice, int, or sequence of int, optional
+            Which queries; all by default, which needs memory for Lq x Lk weights.
+
+        Returns
+        -------
+        array (..., H, number of rows, Lk)
+            Before dropout; they sum to 1, or are all 0 where nothing is seen.
+
+        Raises
+        ------
+        OutOfMemoryError
+            If the weights are larger than this machine's memory.
+        InvalidInputError
+            If `rows` is not a selection of queries.
+        """
+        c = self._call
+        chosen = checks.rows(rows, c.query.shape[-2])
+        shape = (*c.query.shape[:-2], len(chosen), c.key.shape[-2])
+        checks.memory(shape, c.query.dtype, "weights")
+        result = np.zeros(shape, c.query.dtype)
+        if result.size:
+            breaks = np.flatnonzero(np.diff(chosen) != 1) + 1
+            edges = [0, *breaks, len(chosen)]
+            for start, stop in zip(edges[:-1], edges[1:], strict=True):
+                first = int(chosen[start])
+                _weights(_queries(c, first, first + stop - start), self._lse[..., first : first + stop - start],
+                         result[..., start:stop, :])  # fmt: skip
+        return result
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class InputGradients:
+    """The gradients of what attention was called with, each of its array's shape and dtype.
+
+    Attributes
+    ----------
+    query, key, value : array
+    bias : array or None
+        Of the float mask, summed over what it was broadcast along; None if there was none.
+    """
+
+    query: Array
+    key: Array
+    value: Array
+    bias: Array | None
+
+
+def attention_backward(
+    grad_output: ArrayLike, cache: AttentionCache, grad_lse: ArrayLike | None = None
+) -> InputGradients:
+    """The gradients of a loss by query, key, value and float mask, given its gradient by the output.
+
+    Parameters
+    ----------
+    grad_output : array (..., H, Lq, Dv)
+        The gradient of the loss with respect to ``cache.output``.
+    cache : AttentionCache
+        Of `attention_forward`.
+    grad_lse : array (..., H, Lq), optional
+        The gradient with respect to ``cache.lse``, if the loss depends on it.
+
+    Returns
+    -------
+    InputGradients
+
+    Raises
+    ------
+    InvalidInputError, DimensionMismatchError
+        If the gradients do not have the shapes and dtype of the results.
+
+    Notes
+    -----
+    Weights are computed again, tile by tile, as in FlashAttention-2 (Dao, 2023); no array of Lq x Lk elements is formed
+    unless a float mask of that size asks for its gradient.
+
+    Examples
+    --------
+    >>> import numpy as np, ruvector_numba as rv
+    >>> x = np.eye(4, dtype=np.float32)
+    >>> gradients = rv.attention_backward(x, rv.attention_forward(x, x, x))
+    >>> gradients.query.shape, gradients.bias
+    ((4, 4), None)
+    """
+    if not isinstance(cache, AttentionCache):
+        raise InvalidInputError(f"cache is a {type(cache).__name__}", hint="give what attention_forward returned")
+    c = cache._call
+    grad = checks.gradient("grad_output", grad_output, cache.output.shape, c.query.dtype)
+    if grad_lse is None:
+        lse = np.zeros(cache.lse.shape)
+    else:
+        lse = checks.gradient("grad_lse", grad_lse, cache.lse.shape, c.query.dtype).astype(np.float64, order="C")
+    return _backward(c, cache.output, cache._lse, grad, lse)
+
+
+def merge(outputs: Sequence[ArrayLike], lses: Sequence[ArrayLike]) -> tuple[Array, Array]:
+    """The attention over all keys, from attentions of the same queries over disjoint parts of the keys. Exact.
+
+    Parameters
+    ----------
+    outputs : sequence of arrays (..., Lq, Dv)
+    lses : sequence of arrays (..., Lq)
+        The logsumexp of each; a part where a query sees nothing has -inf there, and does not count.
+
+    Returns
+    -------
+    output : array (..., Lq, Dv)
+    lse : array (..., Lq)
+
+    Raises
+    ------
+    InvalidInputError, DimensionMismatchError
+
+    Examples
+    --------
+    >>> import numpy as np, ruvector_numba as rv
+    >>> q, k = np.ones((1, 4)), np.arange(24.0).reshape(6, 4) / 10
+    >>> parts = [rv.attention_forward(q, half, half) for half in (k[:2], k[2:])]
+    >>> output, lse = rv.merge([p.output for p in parts], [p.lse for p in parts])
+    >>> np.allclose(output, rv.scaled_dot_product_attention(q, k, k))
+    True
+    """
+    parts, logs = [np.asarray(x) for x in outputs], [np.asarray(x) for x in lses]
+    if not parts or len(parts) != len(logs):
+        hint = "give one lse for each output, and at least one of both"
+        raise InvalidInputError(f"{len(parts)} outputs and {len(logs)} lses", hint=hint)
+    for i, (x, log) in enumerate(zip(parts, logs, strict=True)):
+        shapes = {f"outputs[{i}].shape": x.shape, f"lses[{i}].shape": log.shape, "outputs[0].shape": parts[0].shape}
+        if x.ndim < 2 or x.shape != parts[0].shape or log.shape != x.shape[:-1]:
+            raise DimensionMismatchError(parts[0].shape, x.shape, shapes=shapes, hint="(..., Lq, Dv) and (..., Lq)")
+        if x.dtype.kind != "f" or log.dtype.kind != "f" or x.dtype != parts[0].dtype:
+            dtypes = {f"outputs[{i}].dtype": x.dtype, f"lses[{i}].dtype": log.dtype, "outputs[0].dtype": parts[0].dtype}
+            raise InvalidInputError("outputs and lses are floats of one kind", shapes=dtypes, hint="cast them")
+    output, lse = _merged(np.stack(parts), np.stack(logs).astype(np.float64, copy=False))
+    return output, lse.astype(logs[0].dtype, copy=False)
+
+
+# --- from checked calls to plans -----------------------------------------------------------------------------------
+@np.errstate(all="ignore")  # -inf - -inf is NaN, and such a part is not selected
+def _merged(outputs: Array, lses: Array) -> tuple[Array, Array]:
+    """Merge along the first axis: out = sum exp(lse - total) out, parts that saw nothing left out."""
+    top = lses.max(axis=0)
+    shares = np.where(np.isneginf(lses), 0, np.exp(lses - top))
+    total = shares.sum(axis=0)
+    shares = np.where(shares == 0, 0, shares / total)[..., None]
+    output = np.zeros(outputs.shape[1:])
+    for share, part in zip(shares, outputs, strict=True):
+        output += np.where(share == 0, 0, share * part)
+    return output.astype(outputs.dtype), np.where(total == 0, -np.inf, top + np.log(total))
+
+
+def _forward(c: Call, out: Array | None, wants_lse: bool) -> tuple[Array, Array | None]:
+    """The output, and the logsumexp in float64 where it is wanted."""
+    shape = c.output_shape
+    out = np.empty(shape, c.query.dtype) if out is None else out
+    lse = np.empty(shape[:-1]) if wants_lse else None
+    if 0 in c.query.shape[:-1] or 0 in c.key.shape[:-1]:
+        out[...] = 0
+        return out, None if lse is None else np.full_like(lse, -np.inf)
+    if not (c.query.shape[-1] and shape[-1]):
+        wide, lse = _forward(_with_channels(c), None, wants_lse)
+        out[...] = wide[..., : shape[-1]]
+        return out, lse
+    ready = plan.forward(plan.problem(c, out), wants_lse)
+    if ready.splits == 1:
+        ready(c, output=out, lse=lse)
+        return out, lse
+    heads = math.prod(shape[:-2])
+    parts = np.empty((heads, ready.splits, *shape[-2:]), c.query.dtype)
+    logs = np.empty(parts.shape[:-1])
+    ready(c, output=parts, lse=logs)
+    output, merged_lse = _merged(parts.swapaxes(0, 1), logs.swapaxes(0, 1))
+    out[...] = output.reshape(shape)
+    return out, merged_lse.reshape(shape[:-1])
+
+
+def _with_channels(c: Call) -> Call:
+    """The same attention where D or Dv is 0: scores of 0, values that nobody looks at."""
+
+    def one(x: Array) -> Array:
+        return x if x.shape[-1] else np.zeros((*x.shape[:-1], 1), x.dtype)
+
+    return replace(c, query=one(c.query), key=one(c.key), value=one(c.value))
+
+
+def _backward(c: Call, output: Array, lse: Array, grad_output: Array, grad_lse: Array) -> InputGradients:
+    bias = None if c.seen.bias is None else np.zeros(c.seen.bias.shape, c.query.dtype)
+    D, Dv = c.query.shape[-1], c.value.shape[-1]
+    if 0 in c.query.shape[:-1] or 0 in c.key.shape[:-1]:
+        return InputGradients(np.zeros_like(c.query), np.zeros_like(c.key), np.zeros_like(c.value), bias)
+    if not (D and Dv):
+        none = np.zeros((*output.shape[:-1], 1), output.dtype)
+        wide = _backward(_with_channels(c), output if Dv else none, lse, grad_output if Dv else none, grad_lse)
+        return InputGradients(wide.query[..., :D], wide.key[..., :D], wide.value[..., :Dv], wide.bias)
+    itemsize, problem, layout = c.query.itemsize, plan.problem(c, output), plan.layout(grad_output)
+    query = np.empty(c.query.shape, c.query.dtype)
+    key, value = (np.zeros(plan.padded(x.shape, itemsize), x.dtype) for x in (c.key, c.value))
+    given = dict(output=output, lse=lse, grad_output=grad_output, grad_lse=grad_lse)
+    for ready in plan.backward(problem, layout, plan.threads()):
+        ready(c, grad_query=query, grad_key=key, grad_value=value, **given)
+    if c.seen.bias is not None:
+        ready, shape = plan.bias_backward(problem, layout)
+        made = np.zeros(shape, c.query.dtype)
+        ready(c, grad_bias=made, **given)
+        bias = _summed(made, c.seen.bias.shape)
+    return InputGradients(query, np.ascontiguousarray(key[..., :D]), np.ascontiguousarray(value[..., :Dv]), bias)
+
+
+def _summed(made: Array, shape: tuple[int, ...]) -> Array:
+    """The gradient of a bias of this shape: the few sums that are left where it had one row or one column."""
+    rows, columns = (1, 1, *shape)[-2:]
+    if rows == 1:
+        made = made.sum(axis=1, keepdims=True)
+    if columns == 1:
+        made = made.sum(axis=2, keepdims=True)
+    return made.reshape(shape)
+
+
+def _queries(c: Call, start: int, stop: int) -> Call:
+    """The same call for queries start .. stop only."""
+    seen = c.seen
+
+    def some(x: Array | None) -> Array | None:
+        return x if x is None or x.ndim < 2 or x.shape[-2] == 1 else x[..., start:stop, :]
+
+    there = replace(
+        seen, first=seen.first + start, last=seen.last + start, offset=seen.offset + start, limits=some(seen.limits),
+        allowed=some(seen.allowed), bias=some(seen.bias),
+    )  # fmt: skip
+    return replace(c, query=c.query[..., start:stop, :], seen=there)
+
+
+def _weights(c: Call, lse: Array, result: Array) -> None:
+    c = _with_channels(c)
+    plan.weights(plan.problem(c, result))(c, lse=np.ascontiguousarray(lse), output=result)

@@ -117,11 +117,11 @@ def test_nothing_to_attend_to():
     [
         (lambda q, k, v: (q.astype(int), k, v), "query has dtype"),
         (lambda q, k, v: (q.astype(complex), k, v), "query has dtype"),
-        (lambda q, k, v: (q[0, 0, 0], k, v), "at least two axes"),
-        (lambda q, k, v: (q.astype(np.float32), k, v), "cast them to one dtype"),
+        (lambda q, k, v: (q[0, 0, 0], k, v), "query has 1 axes"),
+        (lambda q, k, v: (q.astype(np.float32), k, v), "cast them to one"),
         (lambda q, k, v: (q[..., :2], k, v), "expected 2, got 4"),
         (lambda q, k, v: (q, k[..., :3, :], v), "one value for each key"),
-        (lambda q, k, v: (q[:1], k, v), "leading axes differ"),
+        (lambda q, k, v: (q[:1], k, v), "batch axes must be equal"),
     ],
 )
 def test_errors_say_what_is_wrong(change, words):

@@ -1,0 +1,270 @@
+"""Every check of a call: from what the user passed to arrays and numbers that the plan can trust, or a clear error."""
+
+from __future__ import annotations
+
+import math
+import numbers
+import secrets
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from . import masks
+from .errors import DimensionMismatchError, InvalidInputError, OutOfMemoryError
+
+Array = NDArray[Any]
+Shape = tuple[int, ...]
+
+FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Call:
+    """One checked call of attention. Key and value heads are as given: G = H // Hk query heads share one."""
+
+    query: Array  # (*batch, H, Lq, D)
+    key: Array  # (*batch, Hk, Lk, D)
+    value: Array  # (*batch, Hk, Lk, Dv)
+    seen: masks.Visibility
+    scale: float
+    softcap: float | None
+    slopes: Array | None  # (*batch or ones, H)
+    dropout: float
+    seed: int
+
+    @property
+    def output_shape(self) -> Shape:
+        return (*self.query.shape[:-1], self.value.shape[-1])
+
+    @property
+    def batch(self) -> Shape:
+        return self.query.shape[:-3]
+
+    @property
+    def heads(self) -> int:
+        return self.query.shape[-3] if self.query.ndim > 2 else 1
+
+    @property
+    def group(self) -> int:
+        return self.heads // self.key.shape[-3] if self.key.ndim > 2 and self.key.shape[-3] else 1
+
+
+def call(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    attn_mask: Any,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+    softcap: float | None,
+    alibi_slopes: ArrayLike | None,
+    seed: int | None,
+) -> Call:
+    """Check the arguments of attention."""
+    query, key, value = _array("query", query), _array("key", key), _array("value", value)
+    if not query.shape[:-2] == key.shape[:-2] == value.shape[:-2] or not query.dtype == key.dtype == value.dtype:
+        _check_heads_and_dtypes(query, key, value, enable_gqa)
+    (Lq, D), (Lk, Dk) = query.shape[-2:], key.shape[-2:]
+    if D != Dk or Lk != value.shape[-2]:
+        _refuse_sizes(query, key, value)
+    heads, batch = query.shape[-3] if query.ndim > 2 else 1, query.shape[:-3]
+    seen = masks.resolve(attn_mask, is_causal, batch, heads, Lq, Lk, query.dtype)
+    if scale is None:
+        scale = 1 / math.sqrt(D) if D else 1.0
+    else:
+        scale = _real("scale", scale)
+        if not math.isfinite(scale):
+            raise InvalidInputError(f"scale is {scale}", hint="give a finite number, or None for 1 / sqrt(D)")
+    if softcap is not None:
+        softcap = _real("softcap", softcap)
+        if not 0 < softcap < math.inf:
+            raise InvalidInputError(f"softcap is {softcap}", hint="give a positive number, or None for no cap")
+    slopes = None if alibi_slopes is None else _slopes(alibi_slopes, batch, heads, query.dtype)
+    if not (type(dropout_p) is float and dropout_p == 0.0):
+        dropout_p = _real("dropout_p", dropout_p)
+        if not 0 <= dropout_p <= 1:
+            raise InvalidInputError(f"dropout_p is {dropout_p}", hint="give a probability, 0 <= dropout_p <= 1")
+    return Call(query, key, value, seen, scale, softcap, slopes, dropout_p, _seed(seed, dropout_p))
+
+
+def _array(name: str, x: ArrayLike) -> Array:
+    """The argument as an array of at least two axes that the kernels can read."""
+    if type(x) is not np.ndarray:
+        x = _from_sequence(name, x)
+    if x.dtype not in FLOATS or not x.dtype.isnative:
+        hint = f"cast it: {name}.astype(numpy.float32)"
+        if x.dtype.kind == "c":
+            hint = f"attention is real: take {name}.real, or stack real and imaginary parts"
+        elif x.dtype.kind in "OSUV":
+            hint = f"give numbers; of objects or text make an array of floats first: numpy.array({name}, float)"
+        raise InvalidInputError(f"{name} has dtype {x.dtype}, not float32 or float64", hint=hint)
+    if x.ndim < 2:
+        raise InvalidInputError(
+            f"{name} has {x.ndim} axes", shapes={f"{name}.shape": x.shape}, hint="give (..., H, L, D), or (L, D)"
+        )
+    return x if x.flags.aligned else x.copy()
+
+
+def _from_sequence(name: str, x: ArrayLike) -> Array:
+    """Lists and other array-likes, as NumPy reads them; lists of whole numbers become float64, as in NumPy's maths."""
+    try:
+        array = np.asarray(x)
+    except ValueError as error:
+        raise InvalidInputError(f"{name} cannot become an array: {error}", hint="give rows of equal length") from None
+    return array.astype(np.float64) if array.dtype.kind in "iu" and not isinstance(x, np.ndarray) else array
+
+
+def _check_heads_and_dtypes(query: Array, key: Array, value: Array, enable_gqa: bool) -> None:
+    shapes = {"query.shape": query.shape, "key.shape": key.shape, "value.shape": value.shape}
+    if not query.dtype == key.dtype == value.dtype:
+        dtypes = {"query.dtype": query.dtype, "key.dtype": key.dtype, "value.dtype": value.dtype}
+        odd = next((n for n, x in (("key", key), ("value", value)) if x.dtype != query.dtype), "key")
+        hint = f"cast them to one: {odd} = {odd}.astype(query.dtype)"
+        raise InvalidInputError("query, key and value differ in dtype", shapes=dtypes, hint=hint)
+    if not query.ndim == key.ndim == value.ndim:
+        raise InvalidInputError(
+            "query, key and value differ in rank", shapes=shapes, hint="add axes: all are (..., H, L, D), or (L, D)"
+        )
+    if query.ndim < 3:
+        return
+    if not query.shape[:-3] == key.shape[:-3] == value.shape[:-3]:
+        hint = "batch axes must be equal; numpy.broadcast_to repeats one without a copy"
+        raise DimensionMismatchError(query.shape[:-3], key.shape[:-3], shapes=shapes, hint=hint)
+    if key.shape[-3] != value.shape[-3]:
+        raise DimensionMismatchError(key.shape[-3], value.shape[-3], shapes=shapes, hint="one value head a key head")
+    heads, key_heads = query.shape[-3], key.shape[-3]
+    divides = key_heads > 0 and heads % key_heads == 0
+    if heads != key_heads and not (enable_gqa and divides):
+        hint = "heads of query must be a multiple of heads of key"
+        if divides:
+            hint = f"to share each key head among {heads // key_heads} query heads, pass enable_gqa=True"
+        raise DimensionMismatchError(heads, key_heads, shapes=shapes, hint=hint)
+
+
+def _refuse_sizes(query: Array, key: Array, value: Array) -> None:
+    shapes = {"query.shape": query.shape, "key.shape": key.shape, "value.shape": value.shape}
+    if query.shape[-1] != key.shape[-1]:
+        hint = "query and key share their last axis, D"
+        raise DimensionMismatchError(query.shape[-1], key.shape[-1], shapes=shapes, hint=hint)
+    hint = "one value for each key: they share the axis before the last, Lk"
+    raise DimensionMismatchError(key.shape[-2], value.shape[-2], shapes=shapes, hint=hint)
+
+
+def _real(name: str, x: object) -> float:
+    if isinstance(x, np.ndarray) and x.ndim == 0:
+        x = x[()]
+    if isinstance(x, bool | np.bool_) or not isinstance(x, numbers.Real):
+        raise InvalidInputError(f"{name} is {x!r}, of type {type(x).__name__}", hint="give one number")
+    return float(x)
+
+
+def _slopes(slopes: ArrayLike, batch: Shape, heads: int, dtype: np.dtype[Any]) -> Array:
+    try:
+        array = np.ascontiguousarray(slopes, dtype=dtype)
+    except (TypeError, ValueError) as error:
+        raise InvalidInputError(f"alibi_slopes: {error}", hint="give one number for each head") from None
+    fits = array.ndim >= 1 and array.shape[-1] == heads
+    try:
+        array = np.ascontiguousarray(np.broadcast_to(array, (*batch, heads))) if fits else array
+    except ValueError:
+        fits = False
+    if not fits:
+        shapes = {"alibi_slopes.shape": np.shape(slopes), "expected": (heads,)}
+        raise InvalidInputError("alibi_slopes has the wrong shape", shapes=shapes, hint="one slope for each query head")
+    if not np.isfinite(array).all():
+        raise InvalidInputError("alibi_slopes is not finite", hint="give finite slopes; 0 for none")
+    return array
+
+
+def _seed(seed: object, dropout: float) -> int:
+    """The seed of the dropout's dice, 64 bits; a fresh one if none was given."""
+    if seed is None:
+        return secrets.randbits(63) if dropout else 0
+    if isinstance(seed, bool | np.bool_) or not isinstance(seed, numbers.Integral) or not 0 <= seed < 1 << 63:
+        raise InvalidInputError(f"seed is {seed!r}", hint="give a whole number, 0 <= seed < 2**63, or None")
+    return int(seed)
+
+
+def output(out: object, c: Call) -> Array | None:
+    """Check the array a result shall go to."""
+    if out is None:
+        return None
+    if not isinstance(out, np.ndarray):
+        raise InvalidInputError(f"out is a {type(out).__name__}", hint="give a NumPy array, numpy.empty(shape, dtype)")
+    if out.shape != c.output_shape:
+        shapes = {"out.shape": out.shape, "expected": c.output_shape}
+        raise DimensionMismatchError(c.output_shape, out.shape, shapes=shapes, hint="out is (..., H, Lq, Dv)")
+    if out.dtype != c.query.dtype or not out.dtype.isnative:
+        dtypes = {"out.dtype": out.dtype, "query.dtype": c.query.dtype}
+        raise InvalidInputError("out has another dtype than query", shapes=dtypes, hint="numpy.empty_like(query)")
+    if not out.flags.writeable or not out.flags.aligned:
+        raise InvalidInputError("out cannot be written to", hint="it is read-only or not aligned: give a fresh array")
+    if any(n > 1 and stride == 0 for n, stride in zip(out.shape, out.strides, strict=True)):
+        raise InvalidInputError("out overlaps itself", hint="it is a broadcast view: give a fresh array")
+    inputs = [("query", c.query), ("key", c.key), ("value", c.value)]
+    inputs += [("attn_mask", x) for x in (c.seen.allowed, c.seen.bias) if x is not None]
+    for name, x in inputs:
+        if _overlap(out, x):
+            raise InvalidInputError(f"out overlaps {name}", hint="inputs are read while out is written: give another array")
+    return out
+
+
+def _overlap(a: Array, b: Array) -> bool:
+    if not np.may_share_memory(a, b):
+        return False
+    try:
+        return bool(np.shares_memory(a, b, max_work=1000))
+    except np.exceptions.TooHardError:  # too entangled to tell
+        return True
+
+
+def gradient(name: str, x: ArrayLike, shape: Shape, dtype: np.dtype[Any]) -> Array:
+    """Check the gradient of a result."""
+    array = np.asarray(x) if type(x) is not np.ndarray else x
+    if array.dtype.kind not in "fiu" or array.dtype.itemsize > 8 or (isinstance(x, np.ndarray) and array.dtype != dtype):
+        hint = f"cast it: {name}.astype(numpy.{dtype})"
+        raise InvalidInputError(f"{name} has dtype {array.dtype}, the call had {dtype}", hint=hint)
+    if array.shape != shape:
+        raise DimensionMismatchError(
+            shape, array.shape, shapes={f"{name}.shape": array.shape, "expected": shape}, hint="the result's own shape"
+        )
+    array = array.astype(dtype, copy=False)
+    return array if array.flags.aligned else array.copy()
+
+
+def rows(rows: Any, Lq: int) -> NDArray[np.int64]:
+    """Which queries: None for all, a slice, one index or several, negative ones from the end; as an array."""
+    if rows is None:
+        return np.arange(Lq)
+    if isinstance(rows, slice):
+        return np.arange(Lq)[rows]
+    found = np.asarray(rows)
+    if found.size == 0:
+        return np.zeros(0, np.int64)
+    if found.dtype.kind not in "iu" or found.ndim > 1:
+        raise InvalidInputError(f"rows is {rows!r}", hint="give a slice, a whole number, or a list of them")
+    found = np.atleast_1d(found).astype(np.int64)
+    if (found < -Lq).any() or (found >= Lq).any():
+        raise InvalidInputError(f"rows go from {found.min()} to {found.max()}", hint=f"there are {Lq} queries")
+    return found % Lq
+
+
+def memory(shape: Shape, dtype: np.dtype[Any], purpose: str) -> None:
+    """Refuse an array that this machine has no memory for."""
+    import os
+
+    size = math.prod(shape) * dtype.itemsize
+    try:
+        present = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return
+    if size > present:
+        hint = f"ask for some of the {purpose}: weights(rows=slice(0, 1000))"
+        raise OutOfMemoryError(size, shapes={f"{purpose} shape": shape, "bytes": size, "memory": present}, hint=hint)
+
+
+__all__ = ["Call", "call", "gradient", "memory", "output", "rows"]

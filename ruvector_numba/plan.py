@@ -1,0 +1,283 @@
+"""From the shapes of a call to jobs for the kernels. What depends on shapes, strides and terms alone is made once.
+
+A plan never looks at an element. It cuts queries into blocks and keys into tiles by the sizes of one head, so that a
+result has the same bits on any number of threads and in any company of other heads and batches.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .checks import Array, Call, Shape
+from .kernels import blocks, decode, dense, jit
+from .kernels.scoring import ByteMatrices, Dropout
+from .kernels.simd import target
+from .kernels.softmax import LOG2E
+from .kernels.tiles import Matrices
+
+FORWARD_KEYS = 128  # in a chunk: 128 x 64 scores are 32 KiB and stay near the core; 64 and 96 measured the same
+BACKWARD_KEYS = 128
+FEW_QUERIES = 0  # from so few on, a product's lanes are keys and channels (kernels/decode.py), not queries
+SPLIT_KEYS = 4096  # one block of queries over more keys than this is cut along the keys, and merged
+
+
+class Layout(NamedTuple):
+    """What a plan knows of an array."""
+
+    shape: Shape
+    strides: tuple[int, ...]
+
+
+class Problem(NamedTuple):
+    """What a plan depends on, hashable."""
+
+    dtype: np.dtype[Any]
+    query: Layout
+    key: Layout
+    value: Layout
+    output: Layout
+    scale: float
+    softcap: float | None
+    slopes: bool
+    dropout: float
+    first: int
+    last: int
+    offset: int
+    limits: Shape | None
+    bias: Layout | None
+    mask: Layout | None
+
+
+def layout(x: Array) -> Layout:
+    return Layout(x.shape, x.strides)
+
+
+def threads() -> int:
+    return jit.slots()
+
+
+def problem(c: Call, output: Array) -> Problem:
+    q, k, v, seen = c.query, c.key, c.value, c.seen
+    return Problem(
+        q.dtype, Layout(q.shape, q.strides), Layout(k.shape, k.strides), Layout(v.shape, v.strides),
+        Layout(output.shape, output.strides), c.scale, c.softcap, c.slopes is not None, c.dropout, seen.first,
+        seen.last, seen.offset, None if seen.limits is None else seen.limits.shape, None if seen.bias is None else layout(seen.bias),
+        None if seen.allowed is None else layout(seen.allowed),
+    )  # fmt: skip
+
+
+def _heads(layout: Layout, rank: int) -> Layout:
+    """As an array of `rank` axes at least, so that there is an axis of heads."""
+    missing = rank - len(layout.shape)
+    return layout if missing <= 0 else Layout((1,) * missing + layout.shape, (0,) * missing + layout.strides)
+
+
+@functools.lru_cache(1024)
+def _starts(layout: Layout, itemsize: int, repeat: int) -> NDArray[np.int64]:
+    """Where each matrix of a stack begins, in elements, each head `repeat` times."""
+    at = np.zeros((), np.int64)
+    for axis, (n, stride) in enumerate(zip(layout.shape[:-2], layout.strides[:-2], strict=True)):
+        steps = np.arange(n, dtype=np.int64) * (stride // itemsize)
+        if axis == len(layout.shape) - 3:
+            steps = np.repeat(steps, repeat)
+        at = at[..., None] + steps
+    return np.ascontiguousarray(at.reshape(-1))
+
+
+def _matrices(name: str, layout: Layout, itemsize: int, repeat: int = 1) -> Matrices:
+    steps = layout.strides[-2] // itemsize, layout.strides[-1] // itemsize
+    return Matrices(name, _starts(layout, itemsize, repeat), *steps)
+
+
+def _broadcast(layout: Layout, shape: Shape) -> Layout:
+    """The layout of numpy.broadcast_to(array, shape)."""
+    missing = len(shape) - len(layout.shape)
+    strides = (0,) * missing + tuple(
+        0 if n == 1 else stride for n, stride in zip(layout.shape, layout.strides, strict=True)
+    )
+    return Layout(shape, strides)
+
+
+def _contiguous(shape: Shape, itemsize: int) -> Layout:
+    strides = [itemsize]
+    for n in shape[:0:-1]:
+        strides.append(strides[-1] * n)
+    return Layout(shape, tuple(reversed(strides)))
+
+
+_NOTHING = np.zeros(1, np.int64)  # what a pointer that is not used points to
+_NOWHERE = Matrices(_NOTHING, _NOTHING, 0, 0)
+
+
+def _job(p: Problem, keys_per_block: int, rows: int, output: Matrices, **more: Any) -> blocks.AttentionJob:
+    """What all jobs of a problem share; `rows` is the scratch that one thread needs."""
+    itemsize, query = p.dtype.itemsize, _heads(p.query, 3)
+    key, value = _heads(p.key, 3), _heads(p.value, 3)
+    batch, (H, Lq, D), (Lk, Dv) = query.shape[:-3], query.shape[-3:], value.shape[-2:]
+    group = H // max(1, key.shape[-3])
+    natural = None if p.softcap is None and not p.slopes and p.bias is None else LOG2E
+    scores, width = (*batch, H, Lq, Lk), target().width(itemsize)
+    bias = None if p.bias is None else _matrices("bias", _broadcast(p.bias, scores), itemsize)
+    mask = None if p.mask is None else ByteMatrices(*_matrices("mask", _broadcast(p.mask, scores), 1))
+    fields = dict(
+        query=_matrices("query", query, itemsize), key=_matrices("key", key, itemsize, group),
+        value=_matrices("value", value, itemsize, group), output=output, lse=_NOTHING, wants_lse=0, natural=natural,
+        softcap=p.softcap, slopes="slopes" if p.slopes else None, bias=bias, mask=mask,
+        additive=None if bias is None and mask is None else 1, dropout=_dropout(p.dropout), gradients=None,
+        bias_gradient=None, limits="limits", limits_batch=0 if p.limits is None else 2 * Lq,
+        limits_row=0 if p.limits is None else 2, first=p.first, last=p.last, offset=p.offset,
+        scale=p.scale * (LOG2E if natural is None else 1.0), Lq=Lq, Lk=Lk, D=D, Dv=Dv, H=H, group=group,
+        blocks=-(-Lq // width), splits=1, split_keys=Lk, keys_per_block=keys_per_block, scratch="scratch",
+        scratch_step=rows * width,
+    )  # fmt: skip
+    return blocks.AttentionJob(**{**fields, **more})
+
+
+def _dropout(p: float) -> Dropout | None:
+    if p == 0:
+        return None
+    if p == 1:
+        return Dropout("seed", (1 << 32) - 1, 0.0)
+    return Dropout("seed", round(p * (1 << 32)), 1 / (1 - p))
+
+
+class Plan(NamedTuple):
+    """A job ready to be launched, and what it still has to be given."""
+
+    launch: jit.Launch
+    scratch: int  # elements that one thread needs
+    limits: NDArray[np.int64] | None  # lo, hi of every query, where no mask says otherwise
+    splits: int = 1
+
+    def __call__(self, c: Call, **arrays: Any) -> None:
+        seen = c.seen
+        if self.limits is None:
+            limits = np.ascontiguousarray(np.broadcast_to(seen.limits, (*c.batch, c.query.shape[-2], 2)), np.int64)
+        else:
+            limits = self.limits
+        self.launch(
+            query=c.query, key=c.key, value=c.value, slopes=c.slopes, seed=c.seed, bias=seen.bias,
+            mask=None if seen.allowed is None else seen.allowed.view(np.uint8), limits=limits,
+            scratch=jit.scratch(self.scratch * jit.slots(), c.query.dtype), **arrays,
+        )  # fmt: skip
+
+
+def _plan(kernel: jit.Kernel, job: blocks.AttentionJob, tasks: int, p: Problem, products: int) -> Plan:
+    heads = len(job.query.at)
+    work = heads * job.Lq * job.Lk * (job.D + job.Dv) * products / 2
+    limits = np.array([0, job.Lk], np.int64) if p.limits is None else None
+    return Plan(kernel.prepare(job, tasks, p.dtype, work), job.scratch_step, limits, job.splits)
+
+
+@functools.lru_cache(512)
+def forward(p: Problem, wants_lse: bool) -> Plan:
+    """Outputs and, if wanted, logsumexps; with several splits (heads, splits, ...) of both, to be merged."""
+    (Lq, D), (Lk, Dv), itemsize = p.query.shape[-2:], p.value.shape[-2:], p.dtype.itemsize
+    few = Lq <= FEW_QUERIES and p.dropout == 0 and p.key.strides[-1] == p.value.strides[-1] == itemsize
+    splits = -(-Lk // SPLIT_KEYS) if Lq <= target().width(itemsize) else 1
+    heads = math.prod(p.query.shape[:-2])
+    layout = _heads(p.output, 3) if splits == 1 else _contiguous((heads, splits, Lq, Dv), itemsize)
+    output = _matrices("output", layout, itemsize)
+    more: dict[str, Any] = dict(splits=splits, split_keys=SPLIT_KEYS if splits > 1 else Lk)
+    if wants_lse or splits > 1:
+        more.update(lse="lse", wants_lse=1)
+    if few:
+        job = _job(p, FORWARD_KEYS, 0, output, **more)
+        rows = decode.scratch_elements(Lq * job.group, D, Dv)
+        job = job._replace(scratch_step=rows)
+        return _plan(decode.forward, job, heads // job.group * splits, p, 2)
+    job = _job(p, FORWARD_KEYS, blocks.scratch_rows(D, Dv, FORWARD_KEYS), output, **more)
+    return _plan(dense.forward, job, heads * job.blocks * splits, p, 2)
+
+
+def padded(shape: Shape, itemsize: int) -> Shape:
+    """The shape of an array whose rows hold whole vectors."""
+    return (*shape[:-1], blocks.padded(shape[-1], itemsize))
+
+
+def _backward_job(p: Problem, **more: Any) -> blocks.AttentionJob:
+    (_, D), (_, Dv), itemsize = p.query.shape[-2:], p.value.shape[-2:], p.dtype.itemsize
+    rows = blocks.scratch_rows(D, Dv, BACKWARD_KEYS) + blocks.gradient_rows(D, Dv, BACKWARD_KEYS, itemsize)
+    return _job(p, BACKWARD_KEYS, rows, _matrices("output", _heads(p.output, 3), itemsize), lse="lse", **more)
+
+
+def _gradients(p: Problem, grad_output: Layout, job: blocks.AttentionJob) -> blocks.Gradients:
+    itemsize, group = p.dtype.itemsize, job.group
+    shapes = [_heads(x, 3).shape for x in (p.query, p.key, p.value)]
+    dq = _contiguous(shapes[0], itemsize)
+    dk, dv = (_contiguous(padded(shape, itemsize), itemsize) for shape in shapes[1:])
+    return blocks.Gradients(
+        output=_matrices("grad_output", _heads(grad_output, 3), itemsize), lse="grad_lse",
+        query=_matrices("grad_query", dq, itemsize), key=_matrices("grad_key", dk, itemsize, group),
+        value=_matrices("grad_value", dv, itemsize, group), to_query=1, to_key=1, heads=group, blocks=job.blocks,
+        tiles=-(-job.Lk // BACKWARD_KEYS),
+    )  # fmt: skip
+
+
+@functools.lru_cache(512)
+def backward(p: Problem, grad_output: Layout, threads: int) -> list[Plan]:
+    """The gradients of query, key and value: in one pass over whole key heads, or in two passes of smaller tasks.
+
+    Both give the same bits, and the second does seven products instead of five: it pays when key heads do not fill the
+    threads.
+    """
+    job = _backward_job(p)
+    g = _gradients(p, grad_output, job)
+    heads = len(job.query.at)
+    key_heads = heads // job.group
+    rounds = -(-key_heads // threads)
+    if 5 * rounds * threads <= 7 * key_heads:
+        return [_plan(dense.backward, job._replace(gradients=g), key_heads, p, 5)]
+    to_query = g._replace(to_key=0, heads=1, blocks=1)
+    to_key = g._replace(to_query=0, tiles=1)
+    return [
+        _plan(dense.backward, job._replace(gradients=to_query), heads * job.blocks, p, 3),
+        _plan(dense.backward, job._replace(gradients=to_key), key_heads * g.tiles, p, 4),
+    ]
+
+
+class BiasPlan(NamedTuple):
+    plan: Plan
+    shape: Shape  # of what the kernel makes: (distinct matrices, queries or blocks, keys or tiles)
+
+
+@functools.lru_cache(128)
+def bias_backward(p: Problem, grad_output: Layout) -> BiasPlan:
+    """The gradient of the float mask, each distinct matrix of it in one place."""
+    assert p.bias is not None
+    job, itemsize = _backward_job(p), p.dtype.itemsize
+    batch, H = _heads(p.query, 3).shape[:-3], job.H
+    shape = (1,) * (len(batch) + 3 - len(p.bias.shape)) + p.bias.shape
+    matrices = math.prod(shape[:-2])
+    owner = np.broadcast_to(np.arange(matrices).reshape(shape[:-2]), (*batch, H)).reshape(-1)
+    members = np.argsort(owner, kind="stable").astype(np.int64)
+    begins = np.searchsorted(owner[members], np.arange(matrices + 1)).astype(np.int64)
+    by_query, by_key = int(shape[-2] != 1 or job.Lq == 1), int(shape[-1] != 1 or job.Lk == 1)
+    made = (
+        matrices,
+        job.Lq if by_query else job.blocks,
+        job.Lk if by_key else -(-job.Lk // BACKWARD_KEYS),
+    )
+    out = _matrices("grad_bias", _contiguous(made, itemsize), itemsize)
+    job = job._replace(
+        gradients=_gradients(p, grad_output, job)._replace(query=_NOWHERE, key=_NOWHERE, value=_NOWHERE),
+        bias_gradient=blocks.BiasGradient(out, begins, members, by_query, by_key),
+    )
+    return BiasPlan(_plan(dense.bias_backward, job, matrices * job.blocks, p, 2), made)
+
+
+@functools.lru_cache(128)
+def weights(p: Problem) -> Plan:
+    """The weights of all queries of the problem, whose output is an array of them."""
+    (_, D), (_, Dv), itemsize = p.query.shape[-2:], p.value.shape[-2:], p.dtype.itemsize
+    output = _matrices("output", _heads(p.output, 3), itemsize)
+    job = _job(p, FORWARD_KEYS, blocks.scratch_rows(D, Dv, FORWARD_KEYS), output, lse="lse")
+    return _plan(dense.weights, job, len(job.query.at) * job.blocks, p, 1)
+
+
+__all__ = ["Problem", "backward", "bias_backward", "forward", "layout", "padded", "problem", "threads", "weights"]
