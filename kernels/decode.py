@@ -1,13 +1,249 @@
-"""Attention of a few queries: memory-bound, so each key and value is read once, whole vectors at a time."""
+"""Attention of a few queries over many keys, bound by memory: each key and value is read once, and lies in the lanes.
 
-from .blocks import AttentionJob
-from .jit import kernel
+    rows (R, D)   the queries of all heads that share a key head: row i * G + g is query i of head g
+    s (R, keys)   their scores over one chunk of keys, then probabilities          out (R, Dv)   what is summed
+
+Here the lanes are channels for the products and keys for the softmax. Every row is done by itself, over its own keys,
+so that its bits depend on nothing else. A part of the keys is a task; parts are merged in their order.
+"""
+
+import math
+from typing import NamedTuple
+
+from .blocks import COLS, INF, ROWS, AttentionJob
+from .jit import Elements, apart, inline, kernel
+from .scoring import biased, capped, leaned
+from .simd import (
+    fma,
+    given,
+    lane_sum,
+    lanes_from,
+    lanes_of,
+    load,
+    load_live,
+    row_sums,
+    splat,
+    store,
+    target,
+    tile_column,
+    tile_load,
+    tile_load_part,
+    tile_map,
+    tile_row,
+    tile_rows,
+    tile_zeros,
+    where,
+    width_of,
+)
+from .softmax import LN2, probability
+from .tiles import add_to, all_finite, matrix, multiply_add, padded_rows, rows_from
 
 
-def scratch_elements(rows: int, D: int, Dv: int) -> int:
-    return 0
+class Rows(NamedTuple):
+    """Scratch of one task. Rows are padded to whole vectors, those of s to the keys of a chunk."""
+
+    query: Elements
+    output: Elements
+    scores: Elements
+    additive: Elements  # of one query and one chunk
+    bound: Elements  # one number a row
+    total: Elements
+    lane: Elements  # one vector
+
+
+def scratch_elements(rows: int, D: int, Dv: int, keys_per_block: int, itemsize: int) -> int:
+    """What `carve` lays out, in elements."""
+    lanes = target().lanes(itemsize)
+    step, v_step = (-(-n // lanes) * lanes for n in (D, Dv))
+    numbers = -(-rows // lanes) * lanes
+    return rows * (step + v_step + keys_per_block) + keys_per_block + 2 * numbers + lanes
+
+
+@inline
+def carve(job, slot, R, step, v_step):
+    lanes, KB = lanes_of(job.scratch), job.keys_per_block
+    query = job.scratch + slot * job.scratch_step
+    output = query + R * step
+    scores = output + R * v_step
+    additive = scores + R * KB
+    bound = additive + KB
+    total = bound + (R + lanes - 1) // lanes * lanes
+    return Rows(query, output, scores, additive, bound, total, total + (R + lanes - 1) // lanes * lanes)
+
+
+@inline
+def _add_product(sum, x, y):
+    return fma(x, y, sum)
+
+
+@apart
+def key_scores(like, key, j, live, query, D):
+    """s[r] = sum over d of key[j + r, d] * query[d], for as many keys as a vector has lanes; those beyond `live` repeat"""
+    lanes, s = lanes_of(query), like
+    for d in range(0, D // lanes * lanes, lanes):
+        terms = (tile_load(like, key.data, j * key.row + d, key.row, live), tile_row(like, query, d))
+        s = tile_map(_add_product, s, terms)
+    if D % lanes:
+        d = D // lanes * lanes
+        part = tile_load_part(like, key.data, j * key.row + d, key.row, live, D - d)
+        s = tile_map(_add_product, s, (part, tile_row(like, query, d)))
+    return row_sums(s)
+
+
+@apart
+def row_scores(like, key, first, last, r, row, D, step, KB, softcap, slope, additive, position):
+    """1. s = q . k through the terms, for the keys first .. last of the chunk; returns the largest."""
+    lanes = lanes_of(r.query)
+    out = r.scores + row * KB
+    top = splat(load(r.query, 0), -INF)
+    for j in range(first, last, lanes):
+        live = min(lanes, last - j)
+        s = key_scores(like, key, j, live, r.query + row * step, D)
+        if softcap is not None:
+            s = capped(s, softcap)
+        if additive is not None:
+            s = biased(s, load_live(additive, j, live))
+        if slope is not None:
+            s = leaned(s, slope, splat(s, position), lanes_from(s, j))
+        s = where(lanes_from(s, 0) < splat(s, live), s, splat(s, -INF))
+        top = where(s > top, s, top)
+        store(s, out, j - first)
+    store(top, r.lane, 0)
+    most = r.lane[0]
+    for i in range(1, lanes):
+        most = max(most, r.lane[i])
+    return most
+
+
+@apart
+def row_softmax(r, row, n, most, KB, v_step, unit):
+    """2. p = exp(s - bound), and what was summed under a lower bound is rescaled."""
+    lanes = lanes_of(r.query)
+    s, out = r.scores + row * KB, r.output + row * v_step
+    if most > r.bound[row]:
+        store(probability(splat(load(s, 0), r.bound[row]), splat(load(s, 0), most), unit), r.lane, 0)
+        factor = r.lane[0]
+        r.bound[row] = most
+        r.total[row] *= factor
+        for d in range(0, v_step, lanes):
+            x = load(out, d)
+            store(x * splat(x, factor), out, d)
+    shift = 0 if r.bound[row] == -INF else r.bound[row]
+    total = load_live(s, 0, 0)
+    for j in range(0, n, lanes):
+        p = probability(load(s, j), splat(total, shift), unit)
+        store(p, s, j)
+        total = total + p
+    r.total[row] += lane_sum(total)
+
+
+@apart
+def add_values(like, out, v_step, p, KB, rows, value, n, Dv):
+    """3. out[row, d] += sum over key < n of p[row, key] * value[key, d], for rows that see the same keys"""
+    width, lanes = width_of(out), lanes_of(out)
+    for row in range(0, rows, tile_rows(like)):
+        live = min(tile_rows(like), rows - row)
+        for d in range(0, Dv // width * width, width):
+            tile = multiply_add(like, p + row * KB, 1, KB, live, value.data + d, value.row, n)
+            add_to(tile, out + row * v_step, d, v_step, live)
+    for row in range(rows):
+        for d in range(Dv // width * width, Dv, lanes):
+            left = min(lanes, Dv - d)
+            sum = load_live(value.data, 0, 0)
+            for key in range(n):
+                sum = fma(splat(sum, p[row * KB + key]), load_live(value.data, key * value.row + d, left), sum)
+            store(load(out, row * v_step + d) + sum, out, row * v_step + d)
+
+
+@apart
+def add_seen_values(out, p, additive, value, n, Dv):
+    """As `add_values` for one row, where values that it does not see may be NaN or infinite."""
+    for key in range(n):
+        if not additive[key] == -INF:
+            for d in range(Dv):
+                out[d] += p[key] * value.data[key * value.row + d]
+
+
+@apart
+def stage_row(additive, bias, mask, head, i, k0, n):
+    """additive[j] = bias[i, k0 + j], or -inf where the mask hides it"""
+    for j in range(n):
+        x = 0.0
+        if bias is not None:
+            x = bias.data[bias.at[head] + i * bias.row + (k0 + j) * bias.col]
+        if mask is not None:
+            if mask.data[mask.at[head] + i * mask.row + (k0 + j) * mask.col] == 0:
+                x = -INF
+        additive[j] = x
+
+
+@apart
+def take_chunk(high, wide, single, r, job, key_head, i, k0, first, last, step, v_step):
+    """Query i of every head of the group past the keys first .. last of the chunk that begins with k0."""
+    G, KB, head0 = job.group, job.keys_per_block, key_head * job.group
+    key, value, n = matrix(job.key, head0, k0), matrix(job.value, head0, k0 + first), last - first
+    finite = True
+    if job.additive is not None:
+        finite = all_finite(value, n, job.Dv)
+    for g in range(G):
+        row, head = i * G + g, head0 + g
+        slope, additive = given(job.slopes, slope_of(job.slopes, head)), given(job.additive, r.additive)
+        if job.additive is not None:
+            stage_row(r.additive, job.bias, job.mask, head, i, k0, last)
+        position = float(i + job.offset - k0)
+        most = row_scores(high, key, first, last, r, row, job.D, step, KB, job.softcap, slope, additive, position)
+        row_softmax(r, row, n, most, KB, v_step, job.natural)
+        if not finite:
+            add_seen_values(r.output + row * v_step, r.scores + row * KB, r.additive + first, value, n, job.Dv)
+    if finite:
+        out, p = r.output + i * G * v_step, r.scores + i * G * KB
+        if G > 1:
+            add_values(wide, out, v_step, p, KB, G, value, n, job.Dv)
+        else:
+            add_values(single, out, v_step, p, KB, G, value, n, job.Dv)
+
+
+@apart
+def slope_of(slopes, head):
+    if slopes is None:
+        return 0.0
+    return slopes[head]
 
 
 @kernel
 def forward(job: AttentionJob, slot, task):
-    pass
+    # task -> one part of the keys of one key head, for all the queries that share it
+    key_head, split = task // job.splits, task % job.splits
+    lanes, G, Lq, KB = lanes_of(job.scratch), job.group, job.Lq, job.keys_per_block
+    R, step, v_step = G * Lq, (job.D + lanes - 1) // lanes * lanes, (job.Dv + lanes - 1) // lanes * lanes
+    r = carve(job, slot, R, step, v_step)
+    high, wide, single = tile_column(r.query), tile_zeros(r.query, ROWS, COLS), tile_zeros(r.query, 1, COLS)
+    for row in range(R):
+        r.lane[0] = job.scale
+        query = rows_from(matrix(job.query, key_head * G + row % G, 0), row // G)
+        padded_rows(r.query + row * step, step, query, 1, job.D, r.lane)
+        r.bound[row], r.total[row] = -INF, 0
+        for d in range(v_step):
+            r.output[row * v_step + d] = 0
+    start, stop = split * job.split_keys, min(job.Lk, (split + 1) * job.split_keys)
+    limits = job.limits + key_head * G // job.H * job.limits_batch
+    for k0 in range(start, stop, KB):
+        for i in range(Lq):
+            lo = max(k0, max(i + job.first, limits[i * job.limits_row]))
+            hi = min(min(stop, k0 + KB), min(i + job.last, limits[i * job.limits_row + 1]))
+            if lo < hi:
+                take_chunk(high, wide, single, r, job, key_head, i, k0, lo - k0, hi - k0, step, v_step)
+    for row in range(R):
+        write_row(job, r, (key_head * G + row % G) * job.splits + split, row // G, row, v_step, job.natural)
+
+
+@apart
+def write_row(job, r, part, i, row, v_step, unit):
+    """out = sum p v / sum p, and 0 where nothing was seen; the logsumexp if wanted."""
+    total = r.total[row]
+    out, factor = rows_from(matrix(job.output, part, 0), i), 0 if total == 0 else 1 / total
+    for d in range(job.Dv):
+        out.data[d * out.col] = r.output[row * v_step + d] * factor
+    if job.wants_lse:
+        shift = 0 if total == 0 else r.bound[row] * (LN2 if unit is None else 1.0)
+        job.lse[part * job.Lq + i] = -INF if total == 0 else shift + math.log(total * 1.0)

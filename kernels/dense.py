@@ -246,7 +246,9 @@ def differentiate(like, b, g, column, key, value, first, last, k0, job, slope, a
         dp = thin(like, dp, b, column, k0 + j, job.dropout)
         p = tile_load(like, b.scores, at, width, live)
         ds = tile_map(score_gradient, p, (dp, tile_row(like, g.delta, column)))
-        tile_store(hide_gradient(like, ds, b, g, column, j, live, job.softcap, additive, edge), g.scores, at, width, live)
+        tile_store(
+            hide_gradient(like, ds, b, g, column, j, live, job.softcap, additive, edge), g.scores, at, width, live
+        )
         # 3. what dv is made of: the weights that dropout kept
         if job.dropout is not None:
             tile_store(thin(like, p, b, column, k0 + j, job.dropout), b.scores, at, width, live)

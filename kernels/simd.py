@@ -465,6 +465,17 @@ def times_power_of_two(context, y, n):
 
 
 @intrinsic
+def lanes_from(context, like, first):
+    """first, first + 1, ... in the lanes of a vector like `like`"""
+
+    def build(cx, b, sig, args):
+        steps = ir.Constant(like.llvm, [float(i) for i in range(like.lanes)])
+        return b.fadd(_splat(b, args[1], like.lanes), steps)
+
+    return like(like, like.element), build
+
+
+@intrinsic
 def lane_sum(context, x):
     """The sum of all lanes, by halves: always in the same order."""
 
@@ -504,6 +515,14 @@ def tile_zeros(context, pointer, rows, cols):
         return None
     tile = TileType(vector_of(pointer.element), rows.literal_value, cols.literal_value)
     return tile(pointer, rows, cols), lambda cx, b, sig, args: ir.Constant(tile.llvm, None)
+
+
+@intrinsic
+def tile_column(context, pointer):
+    """A tile of zeros one vector wide and as high as a vector has lanes."""
+    vector = vector_of(pointer.element)
+    tile = TileType(vector, vector.lanes, 1)
+    return tile(pointer), lambda cx, b, sig, args: ir.Constant(tile.llvm, None)
 
 
 @intrinsic
@@ -551,6 +570,19 @@ def tile_load(context, like, pointer, offset, stride, live):
 
     n = types.intp
     return like(like, pointer, n, n, n), build
+
+
+@intrinsic
+def tile_load_part(context, like, pointer, offset, stride, live, lanes):
+    """As `tile_load` of a tile one vector wide, of which only the first `lanes` are read; the others are 0."""
+
+    def build(cx, b, sig, args):
+        _, pointer, offset, stride, live, lanes = args
+        rows = _row_offsets(b, like, offset, stride, live)
+        return _collect(b, like, [_masked(b, "load", pointer, row, like.vector, lanes) for row in rows])
+
+    n = types.intp
+    return like(like, pointer, n, n, n, n), build
 
 
 @intrinsic
@@ -700,6 +732,27 @@ def tile_exceeds(context, tile, other):
         return b.icmp_unsigned("!=", b.bitcast(found, bits), ir.Constant(bits, 0))
 
     return types.boolean(tile, other), build
+
+
+@intrinsic
+def row_sums(context, tile):
+    """The sum of each row of a tile that is as high as a vector has lanes: as one vector, in log2(lanes) stages."""
+    n = tile.vector.lanes
+
+    def build(cx, b, sig, args):
+        rows = [b.extract_value(args[0], r) for r in range(n)]
+        stage = 1
+        while stage < n:
+            low, high = (
+                ir.Constant(ir.VectorType(_i32, n), [n + c - other if c & stage else c + same for c in range(n)])
+                for other, same in ((stage, 0), (0, stage))
+            )
+            for r in range(0, n, 2 * stage):
+                rows[r] = b.fadd(*(b.shuffle_vector(rows[r], rows[r + stage], lanes) for lanes in (low, high)))
+            stage *= 2
+        return rows[0]
+
+    return (tile.vector(tile), build) if (tile.rows, tile.cols) == (n, 1) else None
 
 
 @intrinsic

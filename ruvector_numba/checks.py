@@ -209,7 +209,9 @@ def output(out: object, c: Call) -> Array | None:
     inputs += [("attn_mask", x) for x in (c.seen.allowed, c.seen.bias) if x is not None]
     for name, x in inputs:
         if _overlap(out, x):
-            raise InvalidInputError(f"out overlaps {name}", hint="inputs are read while out is written: give another array")
+            raise InvalidInputError(
+                f"out overlaps {name}", hint="inputs are read while out is written: give another array"
+            )
     return out
 
 
@@ -225,7 +227,11 @@ def _overlap(a: Array, b: Array) -> bool:
 def gradient(name: str, x: ArrayLike, shape: Shape, dtype: np.dtype[Any]) -> Array:
     """Check the gradient of a result."""
     array = np.asarray(x) if type(x) is not np.ndarray else x
-    if array.dtype.kind not in "fiu" or array.dtype.itemsize > 8 or (isinstance(x, np.ndarray) and array.dtype != dtype):
+    if (
+        array.dtype.kind not in "fiu"
+        or array.dtype.itemsize > 8
+        or (isinstance(x, np.ndarray) and array.dtype != dtype)
+    ):
         hint = f"cast it: {name}.astype(numpy.{dtype})"
         raise InvalidInputError(f"{name} has dtype {array.dtype}, the call had {dtype}", hint=hint)
     if array.shape != shape:
