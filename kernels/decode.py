@@ -78,7 +78,7 @@ def _add_product(sum, x, y):
 
 @apart
 def key_scores(like, key, j, live, query, D):
-    """s[r] = sum over d of key[j + r, d] * query[d], for as many keys as a vector has lanes; those beyond `live` repeat"""
+    """s[r] = sum over d of key[j + r, d] * query[d] for a vector of keys; those from `live` on repeat the last"""
     lanes, s = lanes_of(query), like
     for d in range(0, D // lanes * lanes, lanes):
         terms = (tile_load(like, key.data, j * key.row + d, key.row, live), tile_row(like, query, d))

@@ -214,9 +214,11 @@ def forward(job: AttentionJob, slot, task):
     # 1. the block's queries, transposed and scaled
     stand(b, job, head, q0, nq)
     # 2. past the keys. A hidden NaN or infinity times a weight of 0 is NaN, and shows: then once more, with care
-    some_hidden = stream(wide, tall, b, job, head, q0, nq, keys, slope, False)
-    if some_hidden and not all_finite(Matrix(b.output, width, 1), job.Dv, nq):
-        stream(wide, tall, b, job, head, q0, nq, keys, slope, True)
+    careful, done = False, False
+    while not done:
+        some_hidden = stream(wide, tall, b, job, head, q0, nq, keys, slope, careful)
+        done = careful or not some_hidden or all_finite(Matrix(b.output, width, 1), job.Dv, nq)
+        careful = True
     # 3. out = sum p v / sum p, and 0 where nothing was seen
     for i in range(nq):
         b.factor[i] = 0 if b.total[i] == 0 else 1 / b.total[i]
@@ -225,7 +227,7 @@ def forward(job: AttentionJob, slot, task):
         write_lse(job.lse, part * job.Lq + q0, b, nq, job.natural)
 
 
-# --- backward: with p = exp(s - lse),  dv = p^T do,  dp = do v^T,  ds = p (dp - delta),  dq = ds k,  dk = ds^T q --------
+# --- backward: p = exp(s - lse)  dv = p^T do  dp = do v^T  ds = p (dp - delta)  dq = ds k  dk = ds^T q ----------------
 @inline
 def score_gradient(p, dp, delta):
     return p * (dp - delta)
@@ -344,7 +346,7 @@ def add_query_gradient(wide, tall, b, g, key, D, k0, n, nq, whole, additive, car
 
 @apart
 def normalise(b, job, at, nq, unit):
-    """b.shift = lse in the scores' unit, rounded; b.total = what the rounding left, so that p = exp(s - shift) * total."""
+    """b.shift = lse in the scores' unit, rounded; b.total = what rounding left: p = exp(s - shift) * total."""
     for i in range(nq):
         lse = job.lse[at + i]
         b.shift[i] = 0 if lse == -INF else (lse * LOG2E if unit is None else lse)
@@ -472,7 +474,7 @@ def weights(job: AttentionJob, slot, task):
     b = carve(job, slot)
     width, lanes, q0, KB = width_of(b.query), lanes_of(b.query), block * width_of(b.query), job.keys_per_block
     nq = min(width, job.Lq - q0)
-    wide, tall = tile_zeros(b.query, ROWS, COLS), tile_zeros(b.query, TALL, 1)
+    tall = tile_zeros(b.query, TALL, 1)
     lowest, near, far, highest = find_keys(b, job, head, q0, nq, 0, job.Lk)
     slope, additive = given(job.slopes, slope_of(job.slopes, head)), given(job.additive, b.additive)
     stand(b, job, head, q0, nq)

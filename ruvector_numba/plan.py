@@ -62,11 +62,11 @@ def threads() -> int:
 
 
 def problem(c: Call, output: Array) -> Problem:
-    q, k, v, seen = c.query, c.key, c.value, c.seen
+    seen = c.seen
     return Problem(
-        q.dtype, Layout(q.shape, q.strides), Layout(k.shape, k.strides), Layout(v.shape, v.strides),
-        Layout(output.shape, output.strides), c.scale, c.softcap, c.slopes is not None, c.dropout, seen.first,
-        seen.last, seen.offset, None if seen.limits is None else seen.limits.shape, None if seen.bias is None else layout(seen.bias),
+        c.query.dtype, layout(c.query), layout(c.key), layout(c.value), layout(output), c.scale, c.softcap,
+        c.slopes is not None, c.dropout, seen.first, seen.last, seen.offset,
+        None if seen.limits is None else seen.limits.shape, None if seen.bias is None else layout(seen.bias),
         None if seen.allowed is None else layout(seen.allowed),
     )  # fmt: skip
 
