@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 import secrets
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -20,8 +19,7 @@ Shape = tuple[int, ...]
 FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Call:
+class Call(NamedTuple):
     """One checked call of attention. Key and value heads are as given: G = H // Hk query heads share one."""
 
     query: Array  # (*batch, H, Lq, D)

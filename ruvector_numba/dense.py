@@ -339,7 +339,7 @@ def _with_channels(c: Call) -> Call:
     def one(x: Array) -> Array:
         return x if x.shape[-1] else np.zeros((*x.shape[:-1], 1), x.dtype)
 
-    return replace(c, query=one(c.query), key=one(c.key), value=one(c.value))
+    return c._replace(query=one(c.query), key=one(c.key), value=one(c.value))
 
 
 def _backward(c: Call, output: Array, lse: Array, grad_output: Array, grad_lse: Array) -> InputGradients:
@@ -386,7 +386,7 @@ def _queries(c: Call, start: int, stop: int) -> Call:
         seen, first=seen.first + start, last=seen.last + start, offset=seen.offset + start, limits=some(seen.limits),
         allowed=some(seen.allowed), bias=some(seen.bias),
     )  # fmt: skip
-    return replace(c, query=c.query[..., start:stop, :], seen=there)
+    return c._replace(query=c.query[..., start:stop, :], seen=there)
 
 
 def _weights(c: Call, lse: Array, result: Array) -> None:

@@ -129,7 +129,8 @@ def _job(p: Problem, keys_per_block: int, rows: int, output: Matrices, **more: A
         value=_matrices("value", value, itemsize, group), output=output, lse=_NOTHING, wants_lse=0, natural=natural,
         softcap=p.softcap, slopes="slopes" if p.slopes else None, bias=bias, mask=mask,
         additive=None if bias is None and mask is None else 1, dropout=_dropout(p.dropout), gradients=None,
-        bias_gradient=None, limits="limits", limits_batch=0 if p.limits is None else 2 * Lq,
+        bias_gradient=None, limits=np.array([0, Lk], np.int64) if p.limits is None else "limits",
+        limits_batch=0 if p.limits is None else 2 * Lq,
         limits_row=0 if p.limits is None else 2, first=p.first, last=p.last, offset=p.offset,
         scale=p.scale * (LOG2E if natural is None else 1.0), Lq=Lq, Lk=Lk, D=D, Dv=Dv, H=H, group=group,
         blocks=-(-Lq // width), splits=1, split_keys=Lk, keys_per_block=keys_per_block, scratch="scratch",
@@ -151,27 +152,26 @@ class Plan(NamedTuple):
 
     launch: jit.Launch
     scratch: int  # elements that one thread needs
-    limits: NDArray[np.int64] | None  # lo, hi of every query, where no mask says otherwise
-    splits: int = 1
+    splits: int
 
     def __call__(self, c: Call, **arrays: Any) -> None:
         seen = c.seen
-        if self.limits is None:
-            limits = np.ascontiguousarray(np.broadcast_to(seen.limits, (*c.batch, c.query.shape[-2], 2)), np.int64)
-        else:
-            limits = self.limits
         self.launch(
             query=c.query, key=c.key, value=c.value, slopes=c.slopes, seed=c.seed, bias=seen.bias,
-            mask=None if seen.allowed is None else seen.allowed.view(np.uint8), limits=limits,
+            mask=None if seen.allowed is None else seen.allowed.view(np.uint8),
+            limits=None if seen.limits is None else _every_batch(seen.limits, c),
             scratch=jit.scratch(self.scratch * jit.slots(), c.query.dtype), **arrays,
         )  # fmt: skip
+
+
+def _every_batch(limits: NDArray[np.int64], c: Call) -> NDArray[np.int64]:
+    return np.ascontiguousarray(np.broadcast_to(limits, (*c.batch, c.query.shape[-2], 2)), np.int64)
 
 
 def _plan(kernel: jit.Kernel, job: blocks.AttentionJob, tasks: int, p: Problem, products: int) -> Plan:
     heads = len(job.query.at)
     work = heads * job.Lq * job.Lk * (job.D + job.Dv) * products / 2
-    limits = np.array([0, job.Lk], np.int64) if p.limits is None else None
-    return Plan(kernel.prepare(job, tasks, p.dtype, work), job.scratch_step, limits, job.splits)
+    return Plan(kernel.prepare(job, tasks, p.dtype, work), job.scratch_step, job.splits)
 
 
 @functools.lru_cache(512)
