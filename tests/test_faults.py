@@ -30,7 +30,8 @@ BEYOND_THE_KEYS = """
 import numpy as np, ruvector_numba as rv
 from ruvector_numba import plan
 job = plan._job
-plan._job = lambda *sizes, **more: job(*sizes, **{**more, "Lk": 72, "split_keys": 72})
+beyond = {"Lk": 72, "split_keys": 72, "limits": np.array([0, 72])}
+plan._job = lambda *sizes, **more: job(*sizes, **{**more, **beyond})
 q, longer = np.ones((1, 64, 16), np.float32), np.ones((1, 80, 16), np.float32)
 try:
     rv.scaled_dot_product_attention(q, longer[:, :64], longer[:, :64])
