@@ -1,0 +1,290 @@
+"""Tile: rows x cols vectors that live in registers, and what can be done with them in a kernel."""
+
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+from . import emit
+from .kinds import I32, TileType, VectorType, vector_of
+
+
+def _literals(*values):
+    return all(isinstance(v, types.IntegerLiteral) for v in values)
+
+
+def _collect(b, kind, vectors):
+    t = ir.Constant(kind.llvm, ir.Undefined)
+    for k, v in enumerate(vectors):
+        t = b.insert_value(t, v, k)
+    return t
+
+
+def _cells(kind):
+    return ((r, c) for r in range(kind.rows) for c in range(kind.cols))
+
+
+@intrinsic(prefer_literal=True)
+def tile_zeros(context, pointer, rows, cols):
+    """A tile of zeros of the pointer's elements. Its type carries the shape, so it also says which tile to use."""
+    if not _literals(rows, cols):
+        return None
+    tile = TileType(vector_of(pointer.element), rows.literal_value, cols.literal_value)
+    return tile(pointer, rows, cols), lambda cx, b, sig, args: ir.Constant(tile.llvm, None)
+
+
+@intrinsic
+def tile_column(context, pointer):
+    """A tile of zeros one vector wide and as high as a vector has lanes."""
+    vector = vector_of(pointer.element)
+    tile = TileType(vector, vector.lanes, 1)
+    return tile(pointer), lambda cx, b, sig, args: ir.Constant(tile.llvm, None)
+
+
+@intrinsic
+def tile_rows(context, tile):
+    return types.intp(tile), lambda cx, b, sig, args: emit.count(tile.rows)
+
+
+@intrinsic
+def tile_lanes(context, tile):
+    """Elements in one row of the tile."""
+    return types.intp(tile), lambda cx, b, sig, args: emit.count(tile.cols * tile.vector.lanes)
+
+
+def _row_offsets(b, tile, offset, step, live):
+    """Where the tile's rows begin; rows from `live` on stand for the last live one, so nothing else is touched. The
+    offsets do not change in a loop, and LLVM takes them out of it: remainders cost nothing."""
+    last = b.sub(live, emit.count(1))
+    rows = [emit.count(r) for r in range(tile.rows)]
+    rows = [b.select(b.icmp_signed("<", r, last), r, last) if i else r for i, r in enumerate(rows)]
+    return [b.add(offset, b.mul(step, r)) for r in rows]
+
+
+@intrinsic
+def tile_load(context, like, pointer, offset, stride, live):
+    """tile[r, :] = pointer[offset + r * stride :], of the shape of `like`; rows from `live` on repeat the last"""
+
+    def build(cx, b, sig, args):
+        _, pointer, offset, stride, live = args
+        lanes = like.vector.lanes
+        rows = _row_offsets(b, like, offset, stride, live)
+        places = [b.add(row, emit.count(c * lanes)) for row in rows for c in range(like.cols)]
+        return _collect(b, like, [emit.load(b, pointer, place, like.vector) for place in places])
+
+    n = types.intp
+    return like(like, pointer, n, n, n), build
+
+
+@intrinsic
+def tile_load_part(context, like, pointer, offset, stride, live, lanes):
+    """As `tile_load` of a tile one vector wide, of which only the first `lanes` are read; the others are 0."""
+
+    def build(cx, b, sig, args):
+        _, pointer, offset, stride, live, lanes = args
+        rows = _row_offsets(b, like, offset, stride, live)
+        return _collect(b, like, [emit.masked(b, "load", pointer, row, like.vector, lanes) for row in rows])
+
+    n = types.intp
+    return like(like, pointer, n, n, n, n), build
+
+
+@intrinsic
+def tile_row(context, like, pointer, offset):
+    """One row, pointer[offset :], as wide as `like`; in a `tile_map` it stands under every row."""
+    kind = TileType(vector_of(pointer.element, like.vector.element.bitwidth // 8), 1, like.cols)
+
+    def build(cx, b, sig, args):
+        step = kind.vector.lanes
+        return _collect(
+            b,
+            kind,
+            [emit.load(b, args[1], b.add(args[2], emit.count(c * step)), kind.vector) for c in range(kind.cols)],
+        )
+
+    return kind(like, pointer, types.intp), build
+
+
+@intrinsic
+def tile_steps(context, like, row, first):
+    """One column, of the elements of the tile `row`: first, first + 1, ... as many as `like` has rows; in a `tile_map`
+    it stands beside every column."""
+    kind = TileType(row.vector, like.rows, 1)
+
+    def build(cx, b, sig, args):
+        scalar, add = args[2], b.fadd if isinstance(sig.args[2], types.Float) else b.add
+        steps = [add(scalar, ir.Constant(scalar.type, r)) for r in range(kind.rows)]
+        return _collect(b, kind, [emit.splat(b, x, kind.vector.lanes) for x in steps])
+
+    return kind(like, row, row.vector.element), build
+
+
+@intrinsic
+def tile_store(context, tile, pointer, offset, stride, live):
+    """pointer[offset + r * stride :] = tile[r, :] for the first `live` rows"""
+
+    def build(cx, b, sig, args):
+        value, pointer, offset, stride, live = args
+        rows = _row_offsets(b, tile, offset, stride, live)
+        for r in reversed(range(tile.rows)):  # the last live row is written last: its repeats do not count
+            for c in range(tile.cols):
+                place = b.add(rows[r], emit.count(c * tile.vector.lanes))
+                emit.store(b, b.extract_value(value, r * tile.cols + c), pointer, place, tile.vector)
+        return emit.unit(cx)
+
+    n = types.intp
+    return types.void(tile, pointer, n, n, n), build
+
+
+def _rank1(b, tile, value, column, places, rows):
+    for r, place in enumerate(places):
+        scalar = emit.splat(b, b.load(emit.at(b, column, place, emit.count(1))), tile.vector.lanes)
+        for c in range(tile.cols):
+            k = r * tile.cols + c
+            value = b.insert_value(value, emit.fma(b, scalar, rows[c], b.extract_value(value, k)), k)
+    return value
+
+
+@intrinsic
+def tile_rank1(context, tile, column, i, step, live, row, j):
+    """tile[r, :] += column[i + r * step] * row[j :]  for every row r; rows from `live` on repeat the last"""
+
+    def build(cx, b, sig, args):
+        value, column, i, step, live, row, j = args
+        vectors = [
+            emit.load(b, row, b.add(j, emit.count(c * tile.vector.lanes)), tile.vector) for c in range(tile.cols)
+        ]
+        return _rank1(b, tile, value, column, _row_offsets(b, tile, i, step, live), vectors)
+
+    n = types.intp
+    return tile(tile, column, n, n, n, row, n), build
+
+
+@intrinsic
+def tile_map(context, function, tile, args):
+    """function(vector, *vectors) on every vector of the tile. The other arguments are a tuple of tiles, whose axes of
+    length 1 broadcast, of scalars, and of None. Vector after vector, so that only one chain of temporaries is live."""
+
+    def element(kind):
+        return kind.vector if isinstance(kind, TileType) else kind
+
+    inner = function.get_call_type(context, (tile.vector, *map(element, args.types)), {})
+    kind = TileType(inner.return_type, tile.rows, tile.cols) if isinstance(inner.return_type, VectorType) else None
+    if kind is None:
+        return None
+
+    def build(cx, b, sig, values):
+        body = cx.get_function(function, inner)
+        cx.add_linking_libs(getattr(body, "libs", ()))
+        others = [b.extract_value(values[2], i) for i in range(len(args.types))]
+
+        def pick(other, value, r, c):
+            return b.extract_value(value, other.index(r, c)) if isinstance(other, TileType) else value
+
+        return _collect(
+            b,
+            kind,
+            [
+                body(
+                    b,
+                    [
+                        b.extract_value(values[1], k),
+                        *(pick(other, value, r, c) for other, value in zip(args.types, others, strict=True)),
+                    ],
+                )
+                for k, (r, c) in enumerate(_cells(tile))
+            ],
+        )
+
+    return kind(function, tile, args), build
+
+
+@intrinsic
+def tile_column_sum(context, tile):
+    """The sum of the tile's rows, as a tile of one row."""
+    kind = TileType(tile.vector, 1, tile.cols)
+
+    def build(cx, b, sig, args):
+        sums = [b.extract_value(args[0], c) for c in range(tile.cols)]
+        for k, (_, c) in list(enumerate(_cells(tile)))[tile.cols :]:
+            sums[c] = b.fadd(sums[c], b.extract_value(args[0], k))
+        return _collect(b, kind, sums)
+
+    return kind(tile), build
+
+
+@intrinsic
+def tile_column_max(context, tile, start):
+    """The largest of each column and of `start`, a tile of one row; NaN never wins against it."""
+
+    def build(cx, b, sig, args):
+        tops = [b.extract_value(args[1], c) for c in range(tile.cols)]
+        for k, (_, c) in enumerate(_cells(tile)):
+            x = b.extract_value(args[0], k)
+            tops[c] = b.select(b.fcmp_ordered(">", x, tops[c]), x, tops[c])
+        return _collect(b, start, tops)
+
+    return start(tile, start), build
+
+
+@intrinsic
+def tile_exceeds(context, tile, other):
+    """Is any element of the tile greater than the other tile's?"""
+
+    def build(cx, b, sig, args):
+        found = None
+        for k, (r, c) in enumerate(_cells(tile)):
+            lanes = b.fcmp_ordered(">", b.extract_value(args[0], k), b.extract_value(args[1], other.index(r, c)))
+            found = lanes if found is None else b.or_(found, lanes)
+        bits = ir.IntType(tile.vector.lanes)
+        return b.icmp_unsigned("!=", b.bitcast(found, bits), ir.Constant(bits, 0))
+
+    return types.boolean(tile, other), build
+
+
+@intrinsic
+def row_sums(context, tile):
+    """The sum of each row of a tile that is as high as a vector has lanes: as one vector, in log2(lanes) stages."""
+    n = tile.vector.lanes
+
+    def build(cx, b, sig, args):
+        rows = [b.extract_value(args[0], r) for r in range(n)]
+        stage = 1
+        while stage < n:
+            low, high = (
+                ir.Constant(ir.VectorType(I32, n), [n + c - other if c & stage else c + same for c in range(n)])
+                for other, same in ((stage, 0), (0, stage))
+            )
+            for r in range(0, n, 2 * stage):
+                rows[r] = b.fadd(*(b.shuffle_vector(rows[r], rows[r + stage], lanes) for lanes in (low, high)))
+            stage *= 2
+        return rows[0]
+
+    return (tile.vector(tile), build) if (tile.rows, tile.cols) == (n, 1) else None
+
+
+@intrinsic
+def transpose_square(context, out, o, o_step, x, i, i_step, factor, f):
+    """out[o + c * o_step + r] = x[i + r * i_step + c] * factor[f + c], lanes x lanes, in log2(lanes) stages"""
+    vector = vector_of(out.element)
+
+    def build(cx, b, sig, args):
+        out, o, o_step, x, i, i_step, factor, f = args
+        n, scale = vector.lanes, emit.load(b, factor, f, vector)
+        rows = [b.fmul(emit.load(b, x, b.add(i, b.mul(i_step, emit.count(r))), vector), scale) for r in range(n)]
+        stage = 1
+        while stage < n:
+            low = [n + c - stage if c & stage else c for c in range(n)]
+            high = [n + c if c & stage else c + stage for c in range(n)]
+            for r in range(n):
+                if not r & stage:
+                    rows[r], rows[r + stage] = (
+                        b.shuffle_vector(rows[r], rows[r + stage], ir.Constant(ir.VectorType(I32, n), lanes))
+                        for lanes in (low, high)
+                    )
+            stage *= 2
+        for c in range(n):
+            emit.store(b, rows[c], out, b.add(o, b.mul(o_step, emit.count(c))), vector)
+        return emit.unit(cx)
+
+    n = types.intp
+    return types.void(out, n, n, x, n, n, factor, n), build

@@ -1,0 +1,256 @@
+"""Pointer, Vector and Mask: what can be done with them in a kernel."""
+
+import operator
+
+from llvmlite import ir
+from numba import types
+from numba.core.imputils import lower_builtin
+from numba.core.typing.templates import AbstractTemplate, infer_global, signature
+from numba.extending import intrinsic
+
+from . import emit
+from .kinds import I32, LLVM, MaskType, PointerType, VectorType, vector_of
+from .target import CHECKED, target
+
+
+# --- Pointer -------------------------------------------------------------------------------------------------------
+def _operator(symbol, accept):
+    """Type `symbol` for the argument types that `accept` maps to a result type."""
+
+    @infer_global(symbol)
+    class Template(AbstractTemplate):
+        def generic(self, args, kws):
+            result = accept(*args)
+            if result is not None:
+                return signature(result, *args)
+
+
+def _is(kind, *values):
+    return all(isinstance(v, kind) for v in values)
+
+
+_operator(operator.getitem, lambda p, i: p.element if _is(PointerType, p) and _is(types.Integer, i) else None)
+
+
+@infer_global(operator.setitem)
+class _SetItem(AbstractTemplate):
+    def generic(self, args, kws):
+        if _is(PointerType, args[0]) and _is(types.Integer, args[1]):
+            return signature(types.none, args[0], types.intp, args[0].element)
+
+
+@lower_builtin(operator.getitem, PointerType, types.Integer)
+def _getitem(cx, b, sig, args):
+    index = cx.cast(b, args[1], sig.args[1], types.intp)
+    return b.load(emit.at(b, args[0], index, emit.count(1)))
+
+
+@lower_builtin(operator.setitem, PointerType, types.Integer, types.Any)
+def _setitem(cx, b, sig, args):
+    b.store(args[2], emit.at(b, args[0], args[1], emit.count(1)))
+    return emit.unit(cx)
+
+
+_operator(operator.add, lambda p, n: p if _is(PointerType, p) and _is(types.Integer, n) else None)
+
+
+@lower_builtin(operator.add, PointerType, types.Integer)
+def _advance(cx, b, sig, args):
+    n = cx.cast(b, args[1], sig.args[1], types.intp)
+    if not CHECKED:
+        return b.gep(args[0], [n])
+    return b.insert_value(args[0], b.gep(b.extract_value(args[0], 0), [n]), 0)
+
+
+def _reread(element):
+    """An intrinsic: the same place, read as elements of another kind."""
+
+    @intrinsic
+    def reread(context, pointer):
+        kind = PointerType(element)
+
+        def build(cx, b, sig, args):
+            plain = LLVM[element].as_pointer()
+            if not CHECKED:
+                return b.bitcast(args[0], plain)
+            out = ir.Constant(cx.get_value_type(kind), ir.Undefined)
+            for i in range(4):
+                part = b.extract_value(args[0], i)
+                out = b.insert_value(out, b.bitcast(part, plain) if i < 3 else part, i)
+            return out
+
+        return kind(pointer), build
+
+    return reread
+
+
+as_indices, as_words = _reread(types.int64), _reread(types.uint32)
+
+
+# --- Vector and Mask -----------------------------------------------------------------------------------------------
+def _same(x, y):
+    return x if isinstance(x, VectorType) and x == y else None
+
+
+def _arithmetic(symbol, on_float, on_integer):
+    _operator(symbol, _same)
+
+    @lower_builtin(symbol, VectorType, VectorType)
+    def lower(cx, b, sig, args):
+        name = on_float if isinstance(sig.args[0].element, types.Float) else on_integer
+        return getattr(b, name)(*args)
+
+
+for _symbol, _on_float, _on_integer in (
+    (operator.add, "fadd", "add"),
+    (operator.sub, "fsub", "sub"),
+    (operator.mul, "fmul", "mul"),
+    (operator.truediv, "fdiv", None),
+    (operator.xor, None, "xor"),
+    (operator.rshift, None, "lshr"),
+):
+    _arithmetic(_symbol, _on_float, _on_integer)
+
+
+def _comparison(symbol, sign):
+    _operator(symbol, lambda x, y: MaskType(x.lanes) if _same(x, y) else None)
+
+    @lower_builtin(symbol, VectorType, VectorType)
+    def lower(cx, b, sig, args):
+        is_float = isinstance(sig.args[0].element, types.Float)
+        return (b.fcmp_ordered if is_float else b.icmp_unsigned)(sign, *args)  # false where either is NaN
+
+
+for _symbol, _sign in ((operator.lt, "<"), (operator.le, "<="), (operator.gt, ">"), (operator.ge, ">=")):
+    _comparison(_symbol, _sign)
+
+_operator(operator.and_, lambda x, y: x if _is(MaskType, x, y) else None)
+lower_builtin(operator.and_, MaskType, MaskType)(lambda cx, b, sig, args: b.and_(*args))
+
+
+@intrinsic
+def where(context, mask, then, otherwise):
+    return then(mask, then, otherwise), lambda cx, b, sig, args: b.select(*args)
+
+
+@intrinsic
+def load(context, pointer, offset):
+    """pointer[offset : offset + lanes]"""
+    vector = vector_of(pointer.element)
+    return vector(pointer, types.intp), lambda cx, b, sig, args: emit.load(b, *args, vector)
+
+
+@intrinsic
+def load_live(context, pointer, offset, live):
+    """The first `live` lanes, 0 in the others; reads nothing beyond them."""
+    vector = vector_of(pointer.element)
+    sig = vector(pointer, types.intp, types.intp)
+    return sig, lambda cx, b, sig, args: emit.masked(b, "load", *args[:2], vector, args[2])
+
+
+@intrinsic
+def store(context, value, pointer, offset):
+    def build(cx, b, sig, args):
+        emit.store(b, *args, value)
+        return emit.unit(cx)
+
+    return types.void(value, pointer, types.intp), build
+
+
+@intrinsic
+def splat(context, like, scalar):
+    """`scalar` in every lane of a vector like `like`."""
+    return like(like, like.element), lambda cx, b, sig, args: emit.splat(b, args[1], like.lanes)
+
+
+@intrinsic
+def fma(context, x, y, z):
+    """x * y + z, rounded once where the CPU can."""
+    return x(x, y, z), lambda cx, b, sig, args: emit.fma(b, *args)
+
+
+@intrinsic
+def at_least(context, x, floor):
+    """max(x, floor); NaN in x stays NaN, which is why the order of the arguments matters."""
+    return x(x, floor), lambda cx, b, sig, args: b.select(b.fcmp_ordered("<", *args), args[1], args[0])
+
+
+@intrinsic
+def polynomial(context, x, single, double):
+    """c[0] + c[1] x + c[2] x**2 + ... by Horner's rule, with the coefficients for x's precision."""
+
+    def build(cx, b, sig, args):
+        which, table = (1, single) if x.element == types.float32 else (2, double)
+        scalars = [b.extract_value(args[which], i) for i in range(table.count)]
+        if x.element == types.float32:
+            scalars = [b.fptrunc(c, ir.FloatType()) for c in scalars]
+        *rest, value = [emit.splat(b, c, x.lanes) for c in scalars]
+        for coefficient in reversed(rest):
+            value = emit.fma(b, value, args[0], coefficient)
+        return value
+
+    return x(x, single, double), build
+
+
+@intrinsic
+def absolute(context, x):
+    return x(x), lambda cx, b, sig, args: emit.call(b, "llvm.fabs" + emit.suffix(x.llvm), x.llvm, *args)
+
+
+@intrinsic
+def nearest(context, x):
+    """x rounded to the nearest whole number."""
+    return x(x), lambda cx, b, sig, args: emit.call(b, "llvm.rint" + emit.suffix(x.llvm), x.llvm, *args)
+
+
+@intrinsic
+def times_power_of_two(context, y, n):
+    """y * 2**n for a normal result: n is added to the exponent's bits."""
+
+    def build(cx, b, sig, args):
+        mantissa = 23 if y.element == types.float32 else 52
+        bits = ir.VectorType(ir.IntType(y.element.bitwidth), y.lanes)
+        shift = b.shl(b.fptosi(args[1], bits), emit.fill(bits, mantissa))
+        return b.bitcast(b.add(b.bitcast(args[0], bits), shift), y.llvm)
+
+    return y(y, n), build
+
+
+@intrinsic
+def lanes_from(context, like, first):
+    """first, first + 1, ... in the lanes of a vector like `like`"""
+
+    def build(cx, b, sig, args):
+        steps = ir.Constant(like.llvm, [float(i) for i in range(like.lanes)])
+        return b.fadd(emit.splat(b, args[1], like.lanes), steps)
+
+    return like(like, like.element), build
+
+
+@intrinsic
+def lane_sum(context, x):
+    """The sum of all lanes, by halves: always in the same order."""
+
+    def build(cx, b, sig, args):
+        v, n = args[0], x.lanes
+        while n > 1:
+            n //= 2
+            low, high = (
+                b.shuffle_vector(v, v, ir.Constant(ir.VectorType(I32, n), list(range(k, k + n)))) for k in (0, n)
+            )
+            v = b.fadd(low, high)
+        return b.extract_element(v, ir.Constant(I32, 0))
+
+    return x.element(x), build
+
+
+@intrinsic
+def lanes_of(context, pointer):
+    """Elements in a vector, known when compiling."""
+    return types.intp(pointer), lambda cx, b, sig, args: emit.count(target().lanes(pointer.element.bitwidth // 8))
+
+
+@intrinsic
+def width_of(context, pointer):
+    """Queries in a block, `COLS` vectors of them, known when compiling."""
+    return types.intp(pointer), lambda cx, b, sig, args: emit.count(target().width(pointer.element.bitwidth // 8))
