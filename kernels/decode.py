@@ -27,9 +27,6 @@ from .simd import (
     target,
     tile_column,
     tile_load,
-    tile_load_part,
-    tile_map,
-    tile_row,
     tile_rows,
     tile_zeros,
     where,
@@ -37,6 +34,8 @@ from .simd import (
 )
 from .softmax import LN2, probability
 from .tiles import add_to, all_finite, matrix, multiply_add, padded_rows, rows_from
+
+SUMMED_KEYS = 128  # a sum over more would lose digits: see tiles.add_columns_times_block
 
 
 class Rows(NamedTuple):
@@ -48,7 +47,7 @@ class Rows(NamedTuple):
     additive: Elements  # of one query and one chunk
     bound: Elements  # one number a row
     total: Elements
-    lane: Elements  # one vector
+    lane: Elements  # as many vectors as a vector has lanes
 
 
 def scratch_elements(rows: int, D: int, Dv: int, keys_per_block: int, itemsize: int) -> int:
@@ -56,7 +55,7 @@ def scratch_elements(rows: int, D: int, Dv: int, keys_per_block: int, itemsize: 
     lanes = target().lanes(itemsize)
     step, v_step = (-(-n // lanes) * lanes for n in (D, Dv))
     numbers = -(-rows // lanes) * lanes
-    return rows * (step + v_step + keys_per_block) + keys_per_block + 2 * numbers + lanes
+    return rows * (step + v_step + keys_per_block) + keys_per_block + 2 * numbers + lanes * lanes
 
 
 @inline
@@ -71,23 +70,20 @@ def carve(job, slot, R, step, v_step):
     return Rows(query, output, scores, additive, bound, total, total + (R + lanes - 1) // lanes * lanes)
 
 
-@inline
-def _add_product(sum, x, y):
-    return fma(x, y, sum)
-
-
 @apart
-def key_scores(like, key, j, live, query, D):
+def key_scores(like, key, j, live, query, D, partial):
     """s[r] = sum over d of key[j + r, d] * query[d] for a vector of keys; those from `live` on repeat the last"""
-    lanes, s = lanes_of(query), like
-    for d in range(0, D // lanes * lanes, lanes):
-        terms = (tile_load(like, key.data, j * key.row + d, key.row, live), tile_row(like, query, d))
-        s = tile_map(_add_product, s, terms)
-    if D % lanes:
-        d = D // lanes * lanes
-        part = tile_load_part(like, key.data, j * key.row + d, key.row, live, D - d)
-        s = tile_map(_add_product, s, (part, tile_row(like, query, d)))
-    return row_sums(s)
+    lanes = lanes_of(query)
+    whole = D // lanes * lanes
+    for r in range(lanes):
+        at = (j + min(r, live - 1)) * key.row
+        sum = load_live(query, 0, 0)
+        for d in range(0, whole, lanes):
+            sum = fma(load(key.data, at + d), load(query, d), sum)
+        if whole < D:
+            sum = fma(load_live(key.data, at + whole, D - whole), load(query, whole), sum)
+        store(sum, partial, r * lanes)
+    return row_sums(tile_load(like, partial, 0, lanes, lanes))
 
 
 @apart
@@ -98,7 +94,7 @@ def row_scores(like, key, first, last, r, row, D, step, KB, softcap, slope, addi
     top = splat(load(r.query, 0), -INF)
     for j in range(first, last, lanes):
         live = min(lanes, last - j)
-        s = key_scores(like, key, j, live, r.query + row * step, D)
+        s = key_scores(like, key, j, live, r.query + row * step, D, r.lane)
         if softcap is not None:
             s = capped(s, softcap)
         if additive is not None:
@@ -195,12 +191,12 @@ def take_chunk(high, wide, single, r, job, key_head, i, k0, first, last, step, v
         row_softmax(r, row, n, most, KB, v_step, job.natural)
         if not finite:
             add_seen_values(r.output + row * v_step, r.scores + row * KB, r.additive + first, value, n, job.Dv)
-    if finite:
-        out, p = r.output + i * G * v_step, r.scores + i * G * KB
+    for j in range(0, n if finite else 0, SUMMED_KEYS):
+        out, p, keys = r.output + i * G * v_step, r.scores + i * G * KB + j, min(SUMMED_KEYS, n - j)
         if G > 1:
-            add_values(wide, out, v_step, p, KB, G, value, n, job.Dv)
+            add_values(wide, out, v_step, p, KB, G, rows_from(value, j), keys, job.Dv)
         else:
-            add_values(single, out, v_step, p, KB, G, value, n, job.Dv)
+            add_values(single, out, v_step, p, KB, G, rows_from(value, j), keys, job.Dv)
 
 
 @apart

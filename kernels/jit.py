@@ -13,27 +13,21 @@ Arguments of a kernel are a NamedTuple of arrays, numbers and smaller such tuple
 import contextlib
 import ctypes
 import functools
-import hashlib
 import logging
 import math
 import os
-import pathlib
-import pickle
 import struct
-import tempfile
 import threading
-import time
 import typing
 
-import llvmlite
 import numba
 import numpy as np
 from numba import config, prange, types
-from numba.core import caching, ccallback, codegen, compiler
+from numba.core import ccallback, codegen
 from numba.core.registry import cpu_target
-from numba.core.serialize import dumps
 
 from . import simd
+from .cache import PackageCache, cache_folder
 
 Elements = typing.NewType("Elements", int)  # an array of elements of the kernel's type
 Indices = typing.NewType("Indices", int)  # of int64
@@ -45,83 +39,6 @@ _POINTEES = {Indices: types.int64, Doubles: types.float64, Words: types.uint32, 
 # never nnan or ninf: infinity and NaN are data. No reassociation either: a sum has one order, on every machine.
 _FLAGS = {"nogil": True, "error_model": "numpy", "boundscheck": False}
 NOT_WORTH_A_THREAD = 150_000  # multiply-adds: done before a second thread has woken (2 us)
-
-
-# --- the cache -----------------------------------------------------------------------------------------------------
-_ROOT = pathlib.Path(__file__).resolve().parent
-
-
-@functools.cache
-def _stamp() -> bytes:
-    """What the machine code depends on beside signature and CPU: every kernel source, the compilers, their settings."""
-    digest = hashlib.sha256()
-    for path in sorted(_ROOT.rglob("*.py")):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
-    settings = [os.environ.get(f"NUMBA_{name}") for name in ("OPT", "SLP_VECTORIZE", "LOOP_VECTORIZE", "BOUNDSCHECK")]
-    digest.update(repr((numba.__version__, llvmlite.__version__, settings)).encode())
-    return digest.digest()
-
-
-@functools.cache
-def cache_folder() -> pathlib.Path | None:
-    """The first of these that can be written: NUMBA_CACHE_DIR, beside the sources, the user's cache. Else None."""
-    if os.environ.get("RUVECTOR_NUMBA_CACHE") == "0":
-        return None
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    own = [pathlib.Path(config.CACHE_DIR) / "ruvector_numba"] if config.CACHE_DIR else []
-    for folder in (*own, _ROOT / "__pycache__", pathlib.Path(home) / "ruvector_numba"):
-        with contextlib.suppress(OSError):
-            folder.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=folder).close()
-            return folder
-    return None
-
-
-class PackageCache(caching._Cache):
-    """One immutable file for each compiled function, named by the hash of all it depends on.
-
-    Numba's own cache runs stale code when another file changes, can make `import` fail where nothing is writable, and
-    loses entries when two processes write its index. Here there is no index, and whatever goes wrong with a file means
-    compiling again.
-    """
-
-    def __init__(self, function):
-        self._function = function
-
-    cache_path = property(lambda self: str(cache_folder()))
-
-    def _path(self, signature, codegen):
-        f, folder = self._function, cache_folder()
-        if folder is None:
-            return None
-        key = (f.__module__, f.__qualname__, f.__code__.co_firstlineno, str(signature), codegen.magic_tuple())
-        return folder / f"{f.__name__}-{hashlib.sha256(_stamp() + repr(key).encode()).hexdigest()[:32]}.bin"
-
-    def load_overload(self, sig, target_context):
-        target_context.refresh()
-        try:
-            payload = pickle.loads(self._path(sig, target_context.codegen()).read_bytes())
-            result = compiler.CompileResult._rebuild(target_context, *payload)
-        except Exception:  # missing, cut short, rubbish, of another version: compile
-            return None
-        return result
-
-    def save_overload(self, sig, data):
-        with contextlib.suppress(OSError, AttributeError):
-            path = self._path(sig, data.codegen if hasattr(data, "codegen") else data.library.codegen)
-            handle, name = tempfile.mkstemp(dir=path.parent)
-            with os.fdopen(handle, "wb") as file:
-                file.write(dumps(data._reduce()))
-            os.replace(name, path)
-
-    def enable(self):
-        pass
-
-    def disable(self):
-        pass
-
-    def flush(self):
-        pass
 
 
 # --- jobs ----------------------------------------------------------------------------------------------------------
@@ -231,6 +148,15 @@ class Kernel:
                 self._compiled[key] = function, struct.Struct("=" + "".join(forms))
         return self._compiled[key]
 
+    def variants(self) -> list[str]:
+        """What was compiled so far: the element type and the optional arguments that are there."""
+        names = [_fields(self._job_class)[i][0] for i in self._optional]
+        made = []
+        for element, absent in list(self._compiled):
+            present = [name for name, missing in zip(names, absent, strict=True) if not missing]
+            made.append(f"{self.name}({', '.join([str(element), *present])})")
+        return made
+
     def prepare(self, job, tasks: int, dtype: np.dtype, work: float = math.inf) -> "Launch":
         """A job of so many tasks, packed once: fields that hold a name are filled in at each launch, arrays in it are
         kept. `work`, in multiply-adds, tells whether it pays to wake more threads."""
@@ -337,11 +263,10 @@ def _c_function(function, signature):
         raise RuntimeError("ruvector_numba needs Numba's compiler: unset NUMBA_DISABLE_JIT")
     compiled = ccallback.CFunc(function, (signature.args, signature.return_type), locals={}, options=dict(_FLAGS))
     compiled._cache = PackageCache(function)
-    began = time.perf_counter()
+    if not compiled._cache.holds(compiled._sig):
+        _say_compiling()
     with _parts_uncompiled():
         compiled.compile()
-    if not compiled.cache_hits and time.perf_counter() - began > 0.3:
-        _say_compiling()
     return compiled
 
 
@@ -353,6 +278,11 @@ def _say_compiling():
     )
 
 
+def variants() -> list[str]:
+    """The variants of all kernels that this process has compiled, or loaded from the cache."""
+    return sorted(name for kernel in list(_KERNELS.values()) for name in kernel.variants())
+
+
 # --- threads -------------------------------------------------------------------------------------------------------
 def _drain(function, job, tasks, slot):
     """Draw task numbers from the job's counter until none is left: the serial twin of `_parallel`."""
@@ -362,12 +292,19 @@ def _drain(function, job, tasks, slot):
         task = simd.draw(job, COUNTER)
 
 
-def _parallel(function, job, tasks, slots):
+def _parallel(function, job, tasks, slots, team):
+    before = _numba_threads()
+    if team > 0:
+        _use_numba_threads(team)
     for slot in prange(slots):
         drain(function, job, tasks, slot)
+    _use_numba_threads(before)  # they are the calling thread's own, and its other Numba code counts on them
 
 
 drain = numba.njit(**_FLAGS)(_drain)
+# numba.get_num_threads and set_num_threads cost 1 us each, and as a pointer in the code they could not be cached
+_numba_threads = types.ExternalFunction("get_num_threads", types.intp())
+_use_numba_threads = types.ExternalFunction("set_num_threads", types.void(types.intc))
 _LOOP = {}
 
 
@@ -379,7 +316,7 @@ def _loop(parallel: bool):
             dispatcher = numba.njit(**_FLAGS, parallel=parallel)(function)
             dispatcher._cache = PackageCache(function)
             n = types.int64
-            dispatcher.compile(types.void(n, types.Array(n, 1, "C"), n, n))
+            dispatcher.compile(types.void(n, types.Array(n, 1, "C"), *[n] * (3 if parallel else 2)))
             dispatcher.disable_compile()
             _LOOP[parallel] = dispatcher
     return _LOOP[parallel]
@@ -391,6 +328,7 @@ class _Threads:
     forked = False  # GNU OpenMP kills a forked child that enters a parallel region
     one_at_a_time = threading.Lock()  # the workqueue layer aborts the process when two threads use it at once
     layer: str | None = None
+    team: int | None = None  # of the whole process; 0: as many as Numba has; None: the environment was not asked yet
 
 
 def _after_fork():
@@ -405,21 +343,55 @@ if hasattr(os, "register_at_fork"):
 
 
 def slots() -> int:
-    """Threads that a kernel may use now, and so the pieces of scratch that it needs."""
-    return numba.get_num_threads()
+    """Pieces of scratch that a job needs: one for each thread that might ever run it.
+
+    Not only for those that are in use now: another Python thread may raise their number while a job is laid out. Memory
+    that no thread touches costs nothing.
+    """
+    return config.NUMBA_NUM_THREADS
+
+
+def team() -> int:
+    """The number of threads that was set for the process; 0 where none was, and Numba's own number counts."""
+    if _Threads.team is None:
+        text = os.environ.get("RUVECTOR_NUMBA_THREADS", "").strip()
+        most = config.NUMBA_NUM_THREADS
+        if text and not (text.isdecimal() and 1 <= int(text) <= most):
+            raise ValueError(f"RUVECTOR_NUMBA_THREADS is {text!r}, and must be a whole number from 1 to {most}")
+        _Threads.team = int(text or 0)
+    return _Threads.team
+
+
+def threads() -> int:
+    """Threads that a large kernel called now would use."""
+    return team() or config.NUMBA_NUM_THREADS
+
+
+def set_team(n: int) -> None:
+    """Let kernels use n threads, whichever Python thread calls them; 0 for as many as Numba has."""
+    _Threads.team = n
+
+
+def layer() -> str:
+    """Numba's threading layer: the one in use, or the one asked for while none is needed yet."""
+    try:
+        return numba.threading_layer()
+    except ValueError:
+        return config.THREADING_LAYER
 
 
 def _run(function: int, job, tasks: int, work: float) -> None:
-    n = min(slots(), tasks)
+    size = team()
+    n = min(size or config.NUMBA_NUM_THREADS, tasks)
     if n <= 1 or work < NOT_WORTH_A_THREAD or _Threads.forked or _is_foreign_thread():
         (_LOOP.get(False) or _loop(False))(function, job, tasks, 0)
         return
     loop = _LOOP.get(True) or _loop(True)
     if _Threads.layer not in (None, "workqueue"):
-        loop(function, job, tasks, n)
+        loop(function, job, tasks, n, size)
     elif _Threads.one_at_a_time.acquire(blocking=_Threads.layer is None):
         try:
-            loop(function, job, tasks, n)
+            loop(function, job, tasks, n, size)
             _Threads.layer = numba.threading_layer()
         finally:
             _Threads.one_at_a_time.release()

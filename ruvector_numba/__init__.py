@@ -32,6 +32,7 @@ from .errors import (  # noqa: E402
     SparseMatrixError,
     TrainingError,
 )
+from .runtime import get_num_threads, info, set_num_threads, threads, warmup  # noqa: E402
 
 __all__ = [
     "AttentionCache",
@@ -49,8 +50,13 @@ __all__ = [
     "TrainingError",
     "attention_backward",
     "attention_forward",
+    "get_num_threads",
+    "info",
     "masks",
     "merge",
     "scaled_dot_product_attention",
+    "set_num_threads",
+    "threads",
+    "warmup",
 ]
 __version__ = "0.1.0.dev0"

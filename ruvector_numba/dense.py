@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from . import checks, masks, plan
+from . import checks, masks
 from .checks import Array, Call
 from .errors import DimensionMismatchError, InvalidInputError
 
@@ -310,6 +310,8 @@ def _merged(outputs: Array, lses: Array) -> tuple[Array, Array]:
 
 def _forward(c: Call, out: Array | None, wants_lse: bool) -> tuple[Array, Array | None]:
     """The output, and the logsumexp in float64 where it is wanted."""
+    from . import plan  # at the first call, as it loads the kernels: 60 ms
+
     shape = c.output_shape
     out = np.empty(shape, c.query.dtype) if out is None else out
     lse = np.empty(shape[:-1]) if wants_lse else None
@@ -343,6 +345,8 @@ def _with_channels(c: Call) -> Call:
 
 
 def _backward(c: Call, output: Array, lse: Array, grad_output: Array, grad_lse: Array) -> InputGradients:
+    from . import plan
+
     bias = None if c.seen.bias is None else np.zeros(c.seen.bias.shape, c.query.dtype)
     D, Dv = c.query.shape[-1], c.value.shape[-1]
     if 0 in c.query.shape[:-1] or 0 in c.key.shape[:-1]:
@@ -390,5 +394,7 @@ def _queries(c: Call, start: int, stop: int) -> Call:
 
 
 def _weights(c: Call, lse: Array, result: Array) -> None:
+    from . import plan
+
     c = _with_channels(c)
     plan.weights(plan.problem(c, result))(c, lse=np.ascontiguousarray(lse), output=result)

@@ -22,6 +22,7 @@ from .kernels.tiles import Matrices
 
 FORWARD_KEYS = 128  # in a chunk: 128 x 64 scores are 32 KiB and stay near the core; 64 and 96 measured the same
 BACKWARD_KEYS = 128
+DECODE_KEYS = 1024  # reading falls idle where a chunk ends: 128 keys reach 86 % of the read bandwidth, 1024 97 %
 FEW_QUERIES = 8  # from so few on, a product's lanes are keys and channels (kernels/decode.py), not queries
 SPLIT_KEYS = 4096  # one block of queries over more keys than this is cut along the keys, and merged
 
@@ -58,7 +59,7 @@ def layout(x: Array) -> Layout:
 
 
 def threads() -> int:
-    return jit.slots()
+    return jit.threads()
 
 
 def problem(c: Call, output: Array) -> Problem:
@@ -187,8 +188,8 @@ def forward(p: Problem, wants_lse: bool) -> Plan:
     if wants_lse or splits > 1:
         more.update(lse="lse", wants_lse=1)
     if few:
-        job = _job(p, FORWARD_KEYS, 0, output, **more)
-        step = decode.scratch_elements(Lq * job.group, D, Dv, FORWARD_KEYS, itemsize)
+        job = _job(p, DECODE_KEYS, 0, output, **more)
+        step = decode.scratch_elements(Lq * job.group, D, Dv, DECODE_KEYS, itemsize)
         job = job._replace(scratch_step=step)
         return _plan(decode.forward, job, heads // job.group * splits, p, 2)
     job = _job(p, FORWARD_KEYS, blocks.scratch_rows(D, Dv, FORWARD_KEYS), output, **more)

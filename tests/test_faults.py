@@ -1,8 +1,10 @@
-"""What the engine survives: many Python threads, a forked child, the workqueue layer; and that bounds are checked."""
+"""What the engine survives: many Python threads, a fork, the workqueue layer, Ctrl-C. And that bounds are checked."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -41,6 +43,52 @@ else:
     raise SystemExit("a read beyond the keys went unseen")
 """
 
+MORE_THREADS_MEANWHILE = """
+import numpy as np, ruvector_numba as rv
+from ruvector_numba.kernels import jit
+q = np.random.default_rng(0).standard_normal((3, 2000, 16), dtype=np.float32)
+with rv.threads(1):
+    want = rv.scaled_dot_product_attention(q, q, q)
+scratch = jit.scratch
+def meanwhile(*size):
+    memory = scratch(*size)
+    rv.set_num_threads(8)
+    return memory
+jit.scratch = meanwhile
+with rv.threads(1):
+    assert np.array_equal(want, rv.scaled_dot_product_attention(q, q, q))
+    assert rv.get_num_threads() == 8
+"""
+
+INTERRUPTED = """
+import signal
+import numpy as np, ruvector_numba as rv
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a parent in the background may have it ignored
+long = np.random.default_rng(0).standard_normal((1, 20000, 64), dtype=np.float32)
+short = long[:, :100]
+want = rv.scaled_dot_product_attention(short, short, short)
+print("ready", flush=True)
+try:
+    while True:
+        rv.scaled_dot_product_attention(long, long, long)
+except KeyboardInterrupt:
+    print("interrupted", flush=True)
+assert np.array_equal(want, rv.scaled_dot_product_attention(short, short, short))
+rv.scaled_dot_product_attention(long[:, :1000], long, long)  # on threads
+print("right")
+"""
+
+WITHOUT_COMPILER = """
+import numpy as np, ruvector_numba as rv
+q = np.ones((4, 2), np.float32)
+try:
+    rv.scaled_dot_product_attention(q, q, q)
+except RuntimeError as error:
+    assert "unset NUMBA_DISABLE_JIT" in str(error)
+else:
+    raise SystemExit("attention without a compiler?")
+"""
+
 
 def run(script, **environment):
     done = subprocess.run(
@@ -57,3 +105,26 @@ def test_eight_threads_and_a_forked_child(layer):
 
 def test_bounds_checking_notices_a_read_beyond_an_array():
     run(BEYOND_THE_KEYS, NUMBA_BOUNDSCHECK="1")
+
+
+def test_another_python_thread_may_raise_the_number_of_threads_while_a_call_lays_out_its_scratch():
+    run(MORE_THREADS_MEANWHILE, NUMBA_BOUNDSCHECK="1", NUMBA_NUM_THREADS="8")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGINT for one process there")
+def test_ctrl_c_in_a_long_call_ends_it_and_leaves_everything_usable():
+    child = subprocess.Popen(
+        [sys.executable, "-c", INTERRUPTED], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        assert child.stdout.readline() == "ready\n", child.stderr.read()
+        time.sleep(0.2)  # into the first call
+        child.send_signal(signal.SIGINT)
+        output, errors = child.communicate(timeout=120)
+    finally:
+        child.kill()
+    assert (output, child.returncode) == ("interrupted\nright\n", 0), errors
+
+
+def test_without_numbas_compiler_the_error_says_so():
+    run(WITHOUT_COMPILER, NUMBA_DISABLE_JIT="1")

@@ -36,15 +36,15 @@ def fma(b, x, y, z):
     return b.fadd(b.fmul(x, y), z)  # without the instruction, llvm.fma is a library call for each lane
 
 
-def at(b, pointer, offset, count):
-    """The address of pointer[offset], from which `count` elements may be touched."""
+def at(b, pointer, offset, n):
+    """The address of pointer[offset], from which `n` elements may be touched."""
     if not CHECKED:
         return b.gep(pointer, [offset])
     here, first, end, report = (b.extract_value(pointer, i) for i in range(4))
     place = b.gep(here, [offset])
-    start, stop = b.ptrtoint(place, I64), b.ptrtoint(b.gep(place, [count]), I64)
+    start, stop = b.ptrtoint(place, I64), b.ptrtoint(b.gep(place, [n]), I64)
     low = b.icmp_unsigned("<", start, b.ptrtoint(first, I64))
-    bad = b.and_(b.or_(low, b.icmp_unsigned(">", stop, b.ptrtoint(end, I64))), b.icmp_signed(">", count, count(0)))
+    bad = b.and_(b.or_(low, b.icmp_unsigned(">", stop, b.ptrtoint(end, I64))), b.icmp_signed(">", n, count(0)))
     b.store(b.or_(b.load(report), b.zext(bad, I64)), report)
     return b.select(bad, first, place)
 
