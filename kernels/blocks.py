@@ -27,7 +27,7 @@ class Gradients(NamedTuple):
 
     output: Matrices  # given: the gradient of the output
     lse: Doubles  # given: the gradient of the logsumexp, (B * H, Lq)
-    query: Matrices  # made; key and value too, whose rows are padded to whole vectors and begin as zeros
+    query: Matrices  # made; key and value too, whose rows are padded to whole vectors
     key: Matrices
     value: Matrices
     to_query: int  # make the gradient of the queries; of keys and values

@@ -155,6 +155,13 @@ def padded_rows(out, step, m, n, D, factor):
             out[row * step + d] = 0
 
 
+@apart
+def clear(m, n):
+    """n whole rows of zeros"""
+    for i in range(n * m.row):
+        m.data[i] = 0
+
+
 @inline
 def dot(x, x_step, y, n):
     """sum over d < n of x[d * x_step] * y[d], of rows; y is padded to whole vectors"""

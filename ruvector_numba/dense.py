@@ -357,7 +357,7 @@ def _backward(c: Call, output: Array, lse: Array, grad_output: Array, grad_lse: 
         return InputGradients(wide.query[..., :D], wide.key[..., :D], wide.value[..., :Dv], wide.bias)
     itemsize, problem, layout = c.query.itemsize, plan.problem(c, output), plan.layout(grad_output)
     query = np.empty(c.query.shape, c.query.dtype)
-    key, value = (np.zeros(plan.padded(x.shape, itemsize), x.dtype) for x in (c.key, c.value))
+    key, value = (np.empty(plan.padded(x.shape, itemsize), x.dtype) for x in (c.key, c.value))
     given = dict(output=output, lse=lse, grad_output=grad_output, grad_lse=grad_lse)
     for ready in plan.backward(problem, layout, plan.threads()):
         ready(c, grad_query=query, grad_key=key, grad_value=value, **given)
