@@ -1,7 +1,18 @@
-"""Exact attention on NumPy arrays, compiled by Numba.
+"""Exact attention on NumPy arrays, forward and backward, compiled by Numba.
 
-The alphabet: B batch, H query heads, Hk key heads, Lq and Lk lengths, D size of query and key, Dv of value. Arrays are
-(..., H, L, D).
+>>> import numpy as np, ruvector_numba as rv
+>>> query = key = value = np.random.default_rng(0).standard_normal((2, 8, 100, 64), dtype=np.float32)
+>>> rv.scaled_dot_product_attention(query, key, value, is_causal=True).shape
+(2, 8, 100, 64)
+
+One alphabet, in names and in shapes:
+
+    B batch      H query heads      Hk key heads      G = H // Hk      Lq, Lk lengths      D, Dv channels
+    b h i j d    indices: i is a query, j a key
+    s score      p probability      m row maximum     l row sum        lse = log(sum over keys of exp(s))
+    a gradient is d and a name: dq is that of the query
+
+Arrays are (..., H, L, D).
 """
 
 import pathlib
@@ -59,4 +70,4 @@ __all__ = [
     "threads",
     "warmup",
 ]
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"
