@@ -21,8 +21,8 @@ import pathlib
 if not pathlib.Path(__path__[0], "kernels").is_dir():
     __path__.append(str(pathlib.Path(__path__[0]).parent))
 
-from . import masks  # noqa: E402
-from .dense import (  # noqa: E402
+from . import masks
+from .dense import (
     AttentionCache,
     InputGradients,
     attention_backward,
@@ -30,7 +30,7 @@ from .dense import (  # noqa: E402
     merge,
     scaled_dot_product_attention,
 )
-from .errors import (  # noqa: E402
+from .errors import (
     AttentionError,
     DimensionMismatchError,
     GraphStructureError,
@@ -43,7 +43,7 @@ from .errors import (  # noqa: E402
     SparseMatrixError,
     TrainingError,
 )
-from .runtime import get_num_threads, info, set_num_threads, threads, warmup  # noqa: E402
+from .runtime import get_num_threads, info, set_num_threads, threads, warmup
 
 __all__ = [
     "AttentionCache",

@@ -182,9 +182,10 @@ def _seed(seed: object, dropout: float) -> int:
     """The seed of the dropout's dice, 64 bits; a fresh one if none was given."""
     if seed is None:
         return secrets.randbits(63) if dropout else 0
-    if isinstance(seed, bool | np.bool_) or not isinstance(seed, numbers.Integral) or not 0 <= seed < 1 << 63:
+    is_whole = isinstance(seed, int | np.integer) and not isinstance(seed, bool)
+    if not is_whole or not 0 <= int(seed) < 1 << 63:  # type: ignore[call-overload]
         raise InvalidInputError(f"seed is {seed!r}", hint="give a whole number, 0 <= seed < 2**63, or None")
-    return int(seed)
+    return int(seed)  # type: ignore[call-overload]
 
 
 def output(out: object, c: Call) -> Array | None:
@@ -217,7 +218,7 @@ def _overlap(a: Array, b: Array) -> bool:
     if not np.may_share_memory(a, b):
         return False
     try:
-        return bool(np.shares_memory(a, b, max_work=1000))
+        return bool(np.shares_memory(a, b, max_work=1000))  # type: ignore[arg-type]  # any number will do
     except np.exceptions.TooHardError:  # too entangled to tell
         return True
 

@@ -178,13 +178,11 @@ class AttentionCache:
         shape = (*c.query.shape[:-2], len(chosen), c.key.shape[-2])
         checks.memory(shape, c.query.dtype, "weights")
         result = np.zeros(shape, c.query.dtype)
-        if result.size:
-            breaks = np.flatnonzero(np.diff(chosen) != 1) + 1
-            edges = [0, *breaks, len(chosen)]
-            for start, stop in zip(edges[:-1], edges[1:], strict=True):
-                first = int(chosen[start])
-                _weights(_queries(c, first, first + stop - start), self._lse[..., first : first + stop - start],
-                         result[..., start:stop, :])  # fmt: skip
+        done = 0
+        for run in np.split(chosen, np.flatnonzero(np.diff(chosen) != 1) + 1) if result.size else ():
+            there = slice(int(run[0]), int(run[-1]) + 1)
+            _weights(_queries(c, there), self._lse[..., there], result[..., done : done + len(run), :])
+            done += len(run)
         return result
 
 
@@ -379,18 +377,18 @@ def _summed(made: Array, shape: tuple[int, ...]) -> Array:
     return made.reshape(shape)
 
 
-def _queries(c: Call, start: int, stop: int) -> Call:
-    """The same call for queries start .. stop only."""
-    seen = c.seen
+def _queries(c: Call, rows: slice) -> Call:
+    """The same call for some successive queries only."""
+    seen, start = c.seen, rows.start
 
     def some(x: Array | None) -> Array | None:
-        return x if x is None or x.ndim < 2 or x.shape[-2] == 1 else x[..., start:stop, :]
+        return x if x is None or x.ndim < 2 or x.shape[-2] == 1 else x[..., rows, :]
 
     there = replace(
         seen, first=seen.first + start, last=seen.last + start, offset=seen.offset + start, limits=some(seen.limits),
         allowed=some(seen.allowed), bias=some(seen.bias),
     )  # fmt: skip
-    return c._replace(query=c.query[..., start:stop, :], seen=there)
+    return c._replace(query=c.query[..., rows, :], seen=there)
 
 
 def _weights(c: Call, lse: Array, result: Array) -> None:
