@@ -18,6 +18,7 @@ import numba
 from numba import config
 from numba.core import caching, compiler
 from numba.core.registry import cpu_target
+from numba.core.runtime import rtsys
 from numba.core.serialize import dumps
 
 _ROOT = pathlib.Path(__file__).resolve().parent
@@ -75,7 +76,8 @@ class PackageCache(caching._Cache):
         return any((folder / name).is_file() for folder in _folders()[0])
 
     def load_overload(self, sig, target_context):
-        target_context.refresh()
+        # Symbols that any code may need. Numba refreshes the whole context here, which takes it 0.4 s: it imports SciPy.
+        rtsys.initialize(target_context)
         name = self._name(sig)
         for folder in _folders()[0]:
             with contextlib.suppress(Exception):  # missing, cut short, of another version: the next, or compile
