@@ -21,7 +21,7 @@ from .simd import (
     times_power_of_two,
     where,
 )
-from .softmax import LOG2E
+from .softmax import DOUBLE, LOG2E, SINGLE
 
 INF = math.inf
 
@@ -43,16 +43,6 @@ class Dropout(NamedTuple):
     gain: float
 
 
-# 2**r - 1 over r on [-1/2, 1/2], relative error 2.6e-9 and 5.7e-20
-_SINGLE = (
-    0.6931472149680279, 0.24022652782887738, 0.055503105510137972, 0.0096176929729930623, 0.0013406643902351759,
-    0.00015594678161326619,
-)  # fmt: skip
-_DOUBLE = (
-    0.69314718055994530797, 0.2402265069591007114, 0.055504108664821733751, 0.009618129107628561243,
-    0.0013333558146381738154, 0.00015403530393171834663, 0.000015252733864845099229, 1.321548700340765072e-6,
-    1.0178047531180677829e-7, 7.0548148367630282563e-9, 4.4572393137403012724e-10, 2.5855238444590038444e-11,
-)  # fmt: skip
 _LARGE = 60.0  # 2**-60: tanh is 1 to the last bit of a double long before
 
 
@@ -63,7 +53,7 @@ def tanh(x):
     whole = nearest(y)
     r, one = y - whole, splat(x, 1.0)
     power = times_power_of_two(one, whole)
-    u = r * polynomial(r, _SINGLE, _DOUBLE) * power + (power - one)
+    u = r * polynomial(r, SINGLE, DOUBLE) * power + (power - one)
     t = (splat(x, 0.0) - u) / (u + splat(x, 2.0))
     return where(x < splat(x, 0.0), splat(x, 0.0) - t, t)
 

@@ -29,21 +29,18 @@ LN2 = 0.6931471805599453
 # comes late (query equal to key) cost 30 % at L=128.
 HEADROOM = 16.0
 
-# 2**r on [-1/2, 1/2], least relative error (Remez). Single: 1.4e-7, the constant rounded to 1 so that 2**0 is 1.
-_SINGLE = (
-    1.0,
-    0.69314696706503522,
-    0.24022119723710720,
-    0.055507132718556442,
-    0.0096755413431213274,
-    0.0013276472631951,
-)
-# Double: 1.8e-17, the constant pinned to 1.
-_DOUBLE = (
-    1.0, 0.69314718055994569675, 0.24022650695910098007, 0.055504108664790394552, 0.0096181291076070023796,
-    0.0013333558153439964747, 0.0001540353044157213033, 0.000015252727385193868197, 1.3215442675329822143e-6,
-    1.0180647659234138888e-7, 7.0725704128144235096e-9, 4.078071929588336665e-10,
+# (2**r - 1) / r on [-1/2, 1/2], least relative error (Remez): 2.6e-9 in single precision, 5.7e-20 in double. One term
+# less would do 1.4e-7, all of one sign: on flat weights four times the error of the plain formula.
+SINGLE = (
+    0.6931472149680279, 0.24022652782887738, 0.055503105510137972, 0.0096176929729930623, 0.0013406643902351759,
+    0.00015594678161326619,
 )  # fmt: skip
+DOUBLE = (
+    0.69314718055994530797, 0.2402265069591007114, 0.055504108664821733751, 0.009618129107628561243,
+    0.0013333558146381738154, 0.00015403530393171834663, 0.000015252733864845099229, 1.321548700340765072e-6,
+    1.0178047531180677829e-7, 7.0548148367630282563e-9, 4.4572393137403012724e-10, 2.5855238444590038444e-11,
+)  # fmt: skip
+_ONE_SINGLE, _ONE_DOUBLE = (1.0, *SINGLE), (1.0, *DOUBLE)  # 2**r itself, exactly 1 at 0
 _LOWEST_SINGLE, _LOWEST_DOUBLE = (-127.0,), (-1023.0,)  # where the exponent's bits run out, and the result is 0
 
 
@@ -52,7 +49,7 @@ def exp2(x):
     """2**x for x <= 0: exactly 1 at 0, exactly 0 from the lowest exponent down (-inf too), NaN for NaN."""
     x = at_least(x, polynomial(x, _LOWEST_SINGLE, _LOWEST_DOUBLE))
     whole = nearest(x)
-    return times_power_of_two(polynomial(x - whole, _SINGLE, _DOUBLE), whole)
+    return times_power_of_two(polynomial(x - whole, _ONE_SINGLE, _ONE_DOUBLE), whole)
 
 
 @inline
