@@ -1,14 +1,16 @@
 # What developers run by hand. CI runs .ci/run, which needs nothing from here.
 PYTHON ?= python
+CACHES := $(CURDIR)/build/numba-cache
 
-.PHONY: dev check format test test-avx2
+.PHONY: dev check format test test-avx2 test-bounds bench demo clean
 
-dev:  ## install in place
-	$(PYTHON) -m pip install -e ".[test]" ruff
+dev:  ## install in place, with everything a developer needs
+	$(PYTHON) -m pip install -e ".[dev,demo,perf]"
 
-check:  ## lint
+check:  ## lint and types
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy
 
 format:  ## put sources into the one format
 	$(PYTHON) -m ruff check --fix .
@@ -17,5 +19,18 @@ format:  ## put sources into the one format
 test:  ## the README's test command, on what is installed
 	pytest
 
-test-avx2:  ## the same, compiled for 8 lanes
-	NUMBA_CPU_NAME=haswell NUMBA_CPU_FEATURES= pytest
+test-avx2:  ## the core of the tests, compiled for 8 lanes
+	NUMBA_CPU_NAME=haswell NUMBA_CPU_FEATURES= NUMBA_CACHE_DIR=$(CACHES)/avx2 pytest -m core
+
+test-bounds:  ## the core of the tests on one thread, every access checked
+	NUMBA_BOUNDSCHECK=1 RUVECTOR_NUMBA_THREADS=1 NUMBA_CACHE_DIR=$(CACHES)/bounds pytest -m core
+
+bench:  ## measure against the peers that are installed, and write the README's tables: some 20 minutes
+	$(PYTHON) perf/run.py
+	$(PYTHON) perf/report.py
+
+demo:
+	ruvector-numba demo
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis demo-output

@@ -76,7 +76,7 @@ class PackageCache(caching._Cache):
         return any((folder / name).is_file() for folder in _folders()[0])
 
     def load_overload(self, sig, target_context):
-        # Symbols that any code may need. Numba refreshes the whole context here, which takes it 0.4 s: it imports SciPy.
+        # Symbols that any code may need. Numba refreshes its whole context here: 0.4 s, as that imports SciPy.
         rtsys.initialize(target_context)
         name = self._name(sig)
         for folder in _folders()[0]:

@@ -1,0 +1,58 @@
+"""What is measured, as data: groups of cells with the limits that each has to meet.
+
+A limit on the ratio is to the best peer of the group. One on the share is of the peak measured in the same rounds (of
+the read bandwidth, for a decode), and holds for sequences of 1024 and more, `short_share` for those below 512. Work
+counts attended pairs only.
+"""
+
+import dataclasses
+
+from ruvector_numba.peers import Work
+
+INFERENCE = ("torch", "onnxruntime", "openvino")
+SIZES = ((8, 8, 128, 64), (4, 8, 512, 64), (2, 8, 1024, 64), (1, 8, 4096, 64), (1, 8, 1024, 128))
+ODD_SIZES = ((4, 6, 1000, 80), (2, 8, 1025, 40), (3, 5, 333, 72))
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Cells of one kind: what they are measured against, and what they must reach."""
+
+    name: str
+    works: tuple[Work, ...]
+    peers: tuple[str, ...]
+    must_ratio: float
+    must_share: float | None = None
+    short_share: float | None = None
+
+    def required_share(self, work: Work) -> float | None:
+        """The share of the peak that this work must reach, if any."""
+        if work.is_decode or work.queries >= 1024:
+            return self.must_share
+        return self.short_share if work.queries < 512 else None
+
+
+def _square(sizes: tuple[tuple[int, int, int, int], ...], **terms: bool) -> tuple[Work, ...]:
+    return tuple(Work(batch, heads, length, length, dim, **terms) for batch, heads, length, dim in sizes)
+
+
+GROUPS = (
+    Group("forward", _square(SIZES), (*INFERENCE, "numpy"), 1.0, 0.82, 0.70),
+    Group("causal", _square(SIZES, causal=True), (*INFERENCE, "numpy"), 1.25, 0.72),
+    Group("training", _square(SIZES, backward=True), ("torch",), 1.4, 0.80),
+    Group("causal-training", _square(SIZES, causal=True, backward=True), ("torch",), 1.6, 0.70),
+    Group("odd", _square(ODD_SIZES), INFERENCE, 1.0),
+    Group("spiky", _square((SIZES[0], SIZES[2]), spiky=True), INFERENCE, 1.0),
+    Group("window", (Work(1, 8, 8192, 8192, 64, window=256),), ("torch-flex",), 2.0),
+    Group("decode", (Work(1, 8, 1, 65536, 64),), INFERENCE, 1.0, 0.90),
+)
+
+
+def _tiny(work: Work) -> Work:
+    length, keys = (1, 4096) if work.is_decode else (48, 48)
+    window = None if work.window is None else 9
+    return dataclasses.replace(work, batch=1, heads=2, queries=length, keys=keys, window=window)
+
+
+# The same kinds at sizes that take no time: they show that everything runs and agrees, and nothing about speed.
+SMOKE = tuple(dataclasses.replace(group, works=(_tiny(group.works[0]),)) for group in GROUPS)

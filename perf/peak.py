@@ -1,0 +1,86 @@
+"""The two limits of this machine, measured in the same rounds as the work: multiply-adds, and reading memory.
+
+Both are contestants for `ruvector_numba.bench.compare`, named in its `measuring`. As a script it prints both:
+
+    python perf/peak.py --threads 2
+"""
+
+import argparse
+import concurrent.futures
+import multiprocessing
+import os
+import statistics
+import time
+
+import numba
+import numpy as np
+
+from ruvector_numba.peers import Runner, Work
+
+READ_BYTES = 1 << 28  # far beyond any cache
+
+
+def _one_thread_peak() -> float:
+    import ruvector_numba as rv
+
+    return float(rv.info(measure=True)["peak_gflops"])
+
+
+def fma_peak(_: Work, threads: int) -> Runner:
+    """GFLOP/s of float32 multiply-adds in registers, added up over as many processes as there are threads.
+
+    Processes, since the kernel that measures knows one thread; they run at the same time, so that shared clocks and
+    shared cores count.
+    """
+    if threads == 1:
+        return Runner(_one_thread_peak, measures=True)
+    context = multiprocessing.get_context("spawn")
+    pool = concurrent.futures.ProcessPoolExecutor(threads, context)
+
+    def all_at_once() -> float:
+        waiting = [pool.submit(_one_thread_peak) for _ in range(threads)]
+        return sum(future.result() for future in waiting)
+
+    return Runner(all_at_once, measures=True, keeps=pool)
+
+
+def _or_words(words: np.ndarray) -> np.uint64:
+    """All bits, or-ed: one vector operation for each load, so that memory is what takes the time."""
+    found = np.uint64(0)
+    for word in words:
+        found |= word
+    return found
+
+
+_read = numba.njit(nogil=True)(_or_words)
+
+
+def read_bandwidth(_: Work, threads: int) -> Runner:
+    """GB/s of reading memory once, each thread its own part."""
+    words = np.ones(READ_BYTES // 8, np.uint64)
+    parts = np.array_split(words, threads)
+    pool = concurrent.futures.ThreadPoolExecutor(threads)
+    _read(words[:8])
+
+    def once() -> float:
+        start = time.perf_counter()
+        list(pool.map(_read, parts))
+        return READ_BYTES / (time.perf_counter() - start) / 1e9
+
+    return Runner(lambda: max(once() for _ in range(5)), measures=True, keeps=pool)
+
+
+def main() -> None:
+    """Print both limits."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    threads = parser.parse_args().threads
+    nothing = Work(1, 1, 1, 1, 1)
+    for name, unit, build in (("multiply-adds", "GFLOP/s", fma_peak), ("reading", "GB/s", read_bandwidth)):
+        runner = build(nothing, threads)
+        found = statistics.median(runner.call() for _ in range(5))
+        print(f"{name}: {found:.1f} {unit}, {threads} threads")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+"""From perf/results-*.json to the README's tables, between its markers.
+
+python perf/report.py            rewrite what stands between <!-- perf:begin --> and <!-- perf:end -->
+python perf/report.py --check    only say whether the README is up to date; 1 when it is not
+"""
+
+import argparse
+import json
+import pathlib
+import sys
+from typing import Any
+
+HERE = pathlib.Path(__file__).resolve().parent
+BEGIN, END = "<!-- perf:begin -->", "<!-- perf:end -->"
+OURS, LIMITS = "ruvector-numba", ("peak", "bandwidth")
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.0f}" if value >= 10 else f"{value:.1f}"
+
+
+def _against(value: float | None, must: float | None, text: str) -> str:
+    """A measured value, in bold where it meets its limit, with the limit in brackets where it does not."""
+    if value is None:
+        return "-"
+    if must is None:
+        return text.format(value)
+    return f"**{text.format(value)}**" if value >= must else f"{text.format(value)} ({text.format(must)})"
+
+
+def _rows(results: list[dict[str, Any]], names: list[str]) -> list[str]:
+    rows = []
+    for result in results:
+        scores = {s["name"]: s for s in result["scores"]}
+        ours = scores[OURS]
+        cells = [
+            result["work"] + (" (GB/s)" if result["unit"] == "GB/s" else ""),
+            _number(ours.get("rate")),
+            _against(result["share"], result["must_share"], "{:.0%}"),
+            *(_number(scores.get(n, {}).get("rate")) for n in names),
+            _against(result["ratio"], result["must_ratio"], "{:.2f}"),
+            f"{ours['error']:.0e}" if ours.get("error") is not None else "-",
+        ]
+        rows.append("| " + " | ".join(cells) + " |")
+    return rows
+
+
+def _table(results: list[dict[str, Any]], threads: int) -> str:
+    """One number of threads: a row for each cell, a column for each peer that was measured at least once."""
+    every = dict.fromkeys(s["name"] for r in results for s in r["scores"] if s.get("rate") is not None)
+    names = [n for n in every if n != OURS and n not in LIMITS]
+    heading = ["(batch, heads, length, dim)", OURS, "of the machine", *names, "times the best", "error"]
+    rule = ["---", *["---:"] * (len(heading) - 1)]
+    lines = ["| " + " | ".join(heading) + " |", "| " + " | ".join(rule) + " |", *_rows(results, names)]
+    return f"{threads} thread{'s' if threads > 1 else ''}:\n\n" + "\n".join(lines) + "\n"
+
+
+def markdown(document: dict[str, Any]) -> str:
+    """All tables of one machine, with what they depend on."""
+    machine, results = document["machine"], document["results"]
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    days = sorted({r["measured"][:10] for r in results})
+    when = " to ".join(dict.fromkeys((days[0], days[-1])))
+    parts = [
+        f"**{machine['cpu']}** ({machine['target']}, {machine['lanes']} lanes), {machine['processors']} processors, "
+        f"{machine['system']}, threads by {machine['threading_layer']}; {versions}; {when}.\n",
+        "GFLOP/s in float32, GB/s where it says so. *Of the machine*: the share of the peak measured in the same "
+        "rounds. *Times the best*: how many times as fast as the fastest peer. Both are bold where they reach what "
+        "this project asks of itself, else that stands in brackets. *Error*: the largest, against float64, relative "
+        "to the largest value.\n",
+    ]
+    for threads in sorted({r["threads"] for r in results}):
+        parts.append(_table([r for r in results if r["threads"] == threads], threads))
+    parts += [f"- {caveat}" for caveat in document["caveats"]]
+    return "\n".join(parts) + "\n"
+
+
+def insert(readme: str, text: str) -> str:
+    """The README with `text` between its markers."""
+    before, begin, rest = readme.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise SystemExit(f"README.md needs a line {BEGIN} and, below it, a line {END}")
+    return f"{before}{BEGIN}\n{text.rstrip()}\n{END}{after}"
+
+
+def main() -> int:
+    """Write the README, or check it."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="change nothing; 1 when the README is out of date")
+    parser.add_argument("--readme", type=pathlib.Path, default=HERE.parent / "README.md")
+    parser.add_argument("--results", type=pathlib.Path, default=HERE, metavar="FOLDER")
+    options = parser.parse_args()
+    paths = sorted(options.results.glob("results-*.json"))
+    if not paths:
+        raise SystemExit(f"no results-*.json in {options.results}: run perf/run.py first")
+    before = options.readme.read_text()
+    after = insert(before, "\n".join(markdown(json.loads(path.read_text())) for path in paths))
+    if options.check:
+        print("up to date" if before == after else "out of date: run perf/report.py")
+        return int(before != after)
+    options.readme.write_text(after)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

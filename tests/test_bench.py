@@ -1,0 +1,186 @@
+"""The bench: what is counted, what is right, how blocks become rates; and that contestants who fail are left out."""
+
+import functools
+import importlib.util
+import math
+import time
+
+import contestants
+import numpy as np
+import pytest
+import reference as spec
+
+import ruvector_numba as rv
+from ruvector_numba import bench, peers
+from ruvector_numba.peers import Runner, Unsupported, Work
+
+
+# --- work -------------------------------------------------------------------------------------------------------------
+def visible(work):
+    """The definition: what `bounds` and `pairs` must agree with."""
+    i, j = np.arange(work.queries)[:, None], np.arange(work.keys)
+    seen = np.ones((work.queries, work.keys), bool)
+    if work.causal or work.window is not None:
+        seen &= j <= i
+    if work.window is not None:
+        seen &= i - j < work.window
+    return seen
+
+
+WORKS = [
+    Work(2, 3, 7, 11, 8),
+    Work(1, 2, 9, 9, 4, causal=True),
+    Work(2, 1, 12, 12, 4, window=5),
+    Work(1, 1, 12, 9, 4, causal=True, window=5),
+    Work(1, 1, 3, 5, 2, window=40),
+    Work(1, 2, 6, 6, 4, causal=True, backward=True),
+]
+
+
+@pytest.mark.parametrize("work", WORKS, ids=lambda w: w.name)
+def test_pairs_and_bounds_count_what_is_attended(work):
+    seen = visible(work)
+    low, high = work.bounds(np.arange(work.queries))
+    j = np.arange(work.keys)
+    np.testing.assert_array_equal((low[:, None] <= j) & (j < high[:, None]), seen)
+    assert work.pairs == seen.sum() * work.batch * work.heads
+
+
+def test_flops_are_two_products_forward_and_five_more_backward():
+    forward = Work(2, 3, 10, 10, 16)
+    assert forward.flops == 4 * 2 * 3 * 100 * 16
+    assert Work(2, 3, 10, 10, 16, backward=True).flops == 14 * 2 * 3 * 100 * 16
+    assert Work(2, 3, 10, 10, 16, causal=True).flops == 4 * 2 * 3 * 55 * 16
+    assert forward.rate(1e-3) == pytest.approx(forward.flops / 1e6)
+
+
+def test_a_decode_is_measured_by_the_keys_and_values_it_reads():
+    decode = Work(1, 8, 1, 65536, 64)
+    assert decode.is_decode
+    assert decode.bytes_read == 2 * 8 * 65536 * 64 * 4
+    assert decode.rate(0.01) == pytest.approx(decode.bytes_read / 1e7)
+    assert not Work(1, 8, 1024, 1024, 64).is_decode
+
+
+@pytest.mark.parametrize(
+    ("work", "name"),
+    [
+        (Work(2, 8, 64, 64, 32), "(2, 8, 64, 32) forward"),
+        (Work(2, 8, 1, 64, 32), "(2, 8, 1x64, 32) forward"),
+        (Work(2, 8, 64, 64, 32, causal=True, backward=True), "(2, 8, 64, 32) forward + backward, causal"),
+        (Work(2, 8, 64, 64, 32, causal=True, window=9), "(2, 8, 64, 32) forward, window 9"),
+        (Work(2, 8, 64, 64, 32, spiky=True), "(2, 8, 64, 32) forward, spiky"),
+    ],
+)
+def test_names(work, name):
+    assert work.name == name
+
+
+def test_inputs_are_the_same_each_time_and_spiky_means_query_equals_key():
+    work = Work(1, 2, 6, 6, 4, spiky=True)
+    for a, b in zip(work.inputs(), work.inputs()):
+        np.testing.assert_array_equal(a, b)
+    query, key, *_ = work.inputs()
+    np.testing.assert_array_equal(query, key)
+    assert all(x.dtype == np.float32 for x in work.inputs())
+
+
+# --- what is right ----------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("work", WORKS, ids=lambda w: w.name)
+def test_its_reference_is_the_spec(work):
+    query, key, value, grad = (x.astype(np.float64) for x in work.inputs())
+    want = [spec.attention(query, key, value, visible=visible(work))[0]]
+    if work.backward:
+        gradients = spec.gradients(grad, query, key, value, visible=visible(work))
+        want += [gradients[name] for name in ("query", "key", "value")]
+    for ours, theirs in zip(bench.reference(work, slab=5), want, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-11, atol=1e-13)
+
+
+def test_relative_error():
+    right = [np.array([1.0, -4.0]), np.zeros(2)]
+    assert bench.relative_error([np.array([1.0, -4.0]), np.zeros(2)], right) == 0
+    assert bench.relative_error([np.array([1.5, -4.0]), np.zeros(2)], right) == 0.125
+    assert bench.relative_error([np.array([1.0, -4.0]), np.full(2, 0.1)], right) == pytest.approx(0.1)
+    assert bench.relative_error([np.array([1.0, np.nan]), np.zeros(2)], right) == math.inf
+    assert bench.relative_error([np.ones(3), np.zeros(2)], right) == math.inf
+
+
+# --- peers ------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("work", WORKS, ids=lambda w: w.name)
+@pytest.mark.parametrize("name", [peers.OURS, "numpy"])
+def test_the_adapters_that_are_always_there_are_right(name, work, monkeypatch):
+    """`perf/peers.py` asks the others, each in a process of its own, since they set what cannot be set back."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)  # so that NumPy's keeps its threads
+    with rv.threads(1):
+        runner = peers.PEERS[name](work, 1)
+        assert bench.relative_error(runner.results(runner.call()), bench.reference(work)) < bench.TOLERANCE
+
+
+def test_numpys_adapter_forms_no_scores_that_take_too_long():
+    with pytest.raises(Unsupported, match="512 MiB of scores"):
+        peers.PEERS["numpy"](Work(1, 8, 4096, 4096, 64), 1)
+
+
+def test_those_who_are_here():
+    assert {peers.OURS, "numpy"} <= set(peers.installed()) <= set(peers.PEERS)
+
+
+def test_a_block_is_the_median_of_its_calls():
+    pauses = iter([0.03, 0.0, 0.0, 0.02])
+    assert Runner(lambda: time.sleep(next(pauses))).time(3) < 0.01
+    rates = iter([5.0, 1.0, 3.0, 2.0])
+    assert Runner(lambda: next(rates), measures=True).time(3) == 2.0
+    assert Runner(lambda: 7.0, measures=True).time(1) == 7.0
+
+
+def test_choose_puts_ours_first_and_refuses_what_is_not_there():
+    assert next(iter(bench.choose(None))) == peers.OURS
+    assert list(bench.choose(["numpy"])) == [peers.OURS, "numpy"]
+    assert list(bench.choose(["numpy", peers.OURS])) == [peers.OURS, "numpy"]
+    with pytest.raises(ValueError, match="no peer named 'abacus'"):
+        bench.choose(["abacus"])
+
+
+# --- the comparison, with contestants of our own ----------------------------------------------------------------------
+def test_compare_times_only_right_answers_and_says_why_others_are_missing():
+    builds = {
+        "ours": functools.partial(contestants.answer, 0.0, 0.01),
+        "slow": functools.partial(contestants.answer, 1e-6, 0.03),
+        "wrong": functools.partial(contestants.answer, 0.1, 0.0),
+        "refuses": contestants.refuse,
+        "fails": contestants.fail,
+        "dies": contestants.die,
+        "limit": contestants.rate,
+    }
+    plan = bench.Plan(blocks=3, seconds=0.02, pause=0.0)
+    scores = {s.name: s for s in bench.compare(Work(1, 1, 4, 4, 2), builds, 2, plan, measuring=["limit"])}
+    assert scores["ours"].ratio == 1
+    assert scores["slow"].ratio == pytest.approx(3, rel=0.5)
+    assert len(scores["slow"].blocks) == len(scores["slow"].ratios) == 3
+    assert 0 < scores["slow"].error < 1e-5
+    assert scores["limit"].rate == 84
+    assert math.isnan(scores["limit"].ratio)
+    assert scores["wrong"].skipped.startswith("wrong: its largest relative error is")
+    assert scores["refuses"].skipped == "not on Sundays"
+    assert scores["fails"].skipped == "RuntimeError: no such"
+    assert scores["dies"].skipped == "its process ended with code 3"
+    assert not scores["wrong"].blocks
+
+    plain = scores["refuses"].to_dict()
+    assert plain == {"name": "refuses", "work": "(1, 1, 4, 2) forward", "threads": 2, "skipped": "not on Sundays"}
+
+
+def test_the_table():
+    def score(name, **more):
+        return bench.Score(name, "work", 1, **more)
+
+    rows = [
+        [score("ours", rate=95.4), score("torch", rate=70.2, ratio=1.359), score("numpy", skipped="no gradients")],
+        [score("ours", skipped="wrong"), score("torch", rate=70.2, ratio=math.nan)],
+    ]
+    assert bench.format_table(rows, ["ours", "torch", "numpy"]) == [
+        ["work (batch, heads, length, dim)", "ours", "torch", "numpy"],
+        ["work", "95", "70 (1.36x)", "-"],
+        ["work", "-", "70 (nanx)", "-"],
+    ]

@@ -1,0 +1,44 @@
+"""What the documentation shows is true: the README's code runs, and the examples in the docstrings hold."""
+
+import doctest
+import importlib
+import pathlib
+import re
+
+import pytest
+
+README = pathlib.Path(__file__).resolve().parent.parent / "README.md"
+TEXT = README.read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", TEXT, flags=re.MULTILINE | re.DOTALL)
+
+
+def test_the_python_blocks_run_in_order(capsys):
+    """As a reader would type them, one after the other into one session."""
+    blocks = [code for language, code in BLOCKS if language == "python"]
+    assert len(blocks) >= 4
+    session = {"__name__": "readme"}
+    for number, code in enumerate(blocks, 1):
+        exec(compile(code, f"README.md, Python block {number}", "exec"), session)
+    told = capsys.readouterr().out
+    assert "(2, 8, 512, 64) (2, 8, 512, 64) (2, 8, 512, 64)" in told
+    assert "[[1 0 0 0]\n [1 1 0 0]\n [0 1 1 0]\n [0 0 1 0]]" in told
+    assert "(8, 1, 512)" in told
+    assert "HINT: to share each key head among 4 query heads, pass enable_gqa=True" in told
+
+
+@pytest.mark.parametrize("command", ['pip install ".[demo]" && ruvector-numba demo', 'pip install ".[test]" && pytest'])
+def test_the_two_commands_stand_alone_in_a_block(command):
+    assert [code for _, code in BLOCKS if code.strip() == command]
+
+
+def test_the_first_example_is_short():
+    lines = [line for line in BLOCKS[0][1].splitlines() if line.strip()]
+    assert len(lines) <= 12
+
+
+@pytest.mark.parametrize("name", ["", ".errors", ".masks", ".dense", ".runtime"])
+def test_the_examples_in_the_docstrings_hold(name):
+    module = importlib.import_module("ruvector_numba" + name)
+    failed, tried = doctest.testmod(module)
+    assert failed == 0
+    assert tried or not name
