@@ -124,7 +124,7 @@ def attention_forward(
     >>> cache = rv.attention_forward(x, x, x, is_causal=True)
     >>> cache.lse.shape, cache.weights(rows=0)
     ((3,), array([[1., 0., 0.]]))
-    >>> rv.attention_backward(np.ones((3, 3)), cache).value.sum()
+    >>> float(rv.attention_backward(np.ones((3, 3)), cache).value.sum())
     9.0
     """
     c = checks.call(
