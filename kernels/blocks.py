@@ -234,7 +234,7 @@ def place_chunk(b, job, nq, q0, k0, n, whole):
         b.first[column], b.last[column] = first, max(first, last)
 
 
-@inline
+@apart
 def sees(b, additive, k0, j, query):
     """Does the query of the block see key k0 + j? For the slow paths; the fast ones hide scores."""
     seen = b.lo[query] <= k0 + j and k0 + j < b.hi[query]

@@ -250,7 +250,11 @@ def differentiate(like, b, g, column, key, value, first, last, k0, job, slope, a
         p = tile_load(like, b.scores, at, width, live)
         ds = tile_map(score_gradient, p, (dp, tile_row(like, g.delta, column)))
         tile_store(
-            hide_gradient(like, ds, b, g, column, j, live, job.softcap, additive, edge), g.scores, at, width, live
+            hide_gradient(like, ds, b, g, column, j, live, job.softcap, additive, edge, job.bias_gradient),
+            g.scores,
+            at,
+            width,
+            live,
         )
         # 3. what dv is made of: the weights that dropout kept
         if job.dropout is not None:
@@ -258,10 +262,10 @@ def differentiate(like, b, g, column, key, value, first, last, k0, job, slope, a
 
 
 @apart
-def hide_gradient(like, ds, b, g, column, j, live, softcap, additive, edge):
-    """ds back through the softcap, and exactly 0 where hidden."""
+def hide_gradient(like, ds, b, g, column, j, live, softcap, additive, edge, of_bias):
+    """ds back through the softcap, which a bias comes after, and exactly 0 where hidden."""
     width, at = width_of(b.query), j * width_of(b.query) + column
-    if softcap is not None:
+    if softcap is not None and of_bias is None:
         ds = tile_map(times, ds, (tile_load(like, g.scores, at, width, live),))
     if additive is not None:
         ds = tile_map(biased_gradient, ds, (tile_load(like, additive, at, width, live),))
@@ -499,4 +503,5 @@ def weights(job: AttentionJob, slot, task):
             for i in range(column, min(nq, column + lanes)):
                 row = matrix(job.output, head, q0 + i)
                 for j in range(first, last):
-                    row.data[(k0 + j) * row.col] = b.scores[j * width + i] * b.total[i]
+                    if sees(b, additive, k0, j, i):  # where it does not, NaN in the row may have left NaN
+                        row.data[(k0 + j) * row.col] = b.scores[j * width + i] * b.total[i]

@@ -15,13 +15,14 @@ from .jit import Bytes, Indices, apart, inline
 from .simd import (
     absolute,
     at_least,
+    fma,
     nearest,
     polynomial,
     splat,
     times_power_of_two,
     where,
 )
-from .softmax import DOUBLE, LOG2E, SINGLE
+from .softmax import DOUBLE, SINGLE
 
 INF = math.inf
 
@@ -43,19 +44,25 @@ class Dropout(NamedTuple):
     gain: float
 
 
-_LARGE = 60.0  # 2**-60: tanh is 1 to the last bit of a double long before
+_LARGEST = 21.0  # from there on tanh is 1 to the last bit of a double
+# 2 log2(e) as two numbers whose sum is nearly exact. Rounding the product with |x| once would cost tanh its last two
+# bits where it bends, and what a softcap gives is large.
+_HIGH_SINGLE, _HIGH_DOUBLE = (2.885390043258667,), (2.8853900817779268,)
+_LOW_SINGLE, _LOW_DOUBLE = (3.851926e-08,), (4.0710547481862066e-17,)
 
 
 @apart
 def tanh(x):
-    """From e**-2|x| - 1, formed without the 1 and so exact for small x: tanh(|x|) = -u / (u + 2)."""
-    y = at_least(absolute(x) * splat(x, -2 * LOG2E), splat(x, -_LARGE))
-    whole = nearest(y)
-    r, one = y - whole, splat(x, 1.0)
+    """From u = e**-2|x| - 1, formed without the 1 and so exact for small x: tanh(|x|) = -u / (u + 2)."""
+    high, low = polynomial(x, _HIGH_SINGLE, _HIGH_DOUBLE), polynomial(x, _LOW_SINGLE, _LOW_DOUBLE)
+    zero, one = splat(x, 0.0), splat(x, 1.0)
+    y = at_least(zero - absolute(x), splat(x, -_LARGEST))
+    whole = nearest(y * high)
+    r = fma(y, low, fma(y, high, zero - whole))
     power = times_power_of_two(one, whole)
-    u = r * polynomial(r, SINGLE, DOUBLE) * power + (power - one)
-    t = (splat(x, 0.0) - u) / (u + splat(x, 2.0))
-    return where(x < splat(x, 0.0), splat(x, 0.0) - t, t)
+    u = fma(r * polynomial(r, SINGLE, DOUBLE), power, power - one)
+    t = (zero - u) / (u + splat(x, 2.0))
+    return where(x < zero, zero - t, t)
 
 
 @apart

@@ -1,12 +1,14 @@
 """The softmax of a stream of scores: exp2, and a bound that is rarely raised.
 
-    s (keys, queries)   scores, then probabilities      bound (queries)   no score seen so far is above it
-    l (queries)         sums of the probabilities       shift (queries)   the bound, or 0 while nothing was seen
+    s (keys, queries)   scores, then probabilities      shift (queries)   a score near the largest so far, 0 before any
+    l (queries)         sums of the probabilities       bound (queries)   shift + HEADROOM: no score may be above it
 
-A probability is 2**(s - shift). The shift need not be the maximum, any bound does; one that is HEADROOM above what was
-seen is hardly ever passed, and only when a score passes it is the past rescaled (FlashAttention-4 has the idea). Each
-query decides for itself, so that its bits never depend on its neighbours.
+A probability is 2**(s - shift). The shift need not be the maximum: probabilities may well be above 1. Only when a score
+passes the bound does it become the shift, and the past is rescaled; with headroom that is rare (FlashAttention-4 has
+the idea). Each query decides for itself, so that its bits never depend on its neighbours.
 """
+
+import math
 
 from .jit import apart, inline
 from .simd import (
@@ -25,8 +27,8 @@ from .simd import (
 
 LOG2E = 1.4426950408889634
 LN2 = 0.6931471805599453
-# The smallest probability that survives is 2**(16 - 126) of the largest. Without headroom, data whose largest score
-# comes late (query equal to key) cost 30 % at L=128.
+# Without headroom, data whose largest score comes late (query equal to key) cost 30 % at L=128. The shift itself stays
+# at a score: s - shift is then exact where it matters, and would lose 4 bits if the headroom were within it.
 HEADROOM = 16.0
 
 # (2**r - 1) / r on [-1/2, 1/2], least relative error (Remez): 2.6e-9 in single precision, 5.7e-20 in double. One term
@@ -46,7 +48,7 @@ _LOWEST_SINGLE, _LOWEST_DOUBLE = (-127.0,), (-1023.0,)  # where the exponent's b
 
 @inline
 def exp2(x):
-    """2**x for x <= 0: exactly 1 at 0, exactly 0 from the lowest exponent down (-inf too), NaN for NaN."""
+    """2**x for x <= HEADROOM: exactly 1 at 0, exactly 0 from the lowest exponent down (-inf too), NaN for NaN."""
     x = at_least(x, polynomial(x, _LOWEST_SINGLE, _LOWEST_DOUBLE))
     whole = nearest(x)
     return times_power_of_two(polynomial(x - whole, _ONE_SINGLE, _ONE_DOUBLE), whole)
@@ -76,14 +78,15 @@ def _raised(before, top):
 
 
 @inline
-def _chosen(shift, before, raised):
-    return where(raised > before, raised, shift)
+def _chosen(shift, before, top):
+    return where(top > before, top, shift)
 
 
 @inline
-def _fade(before, raised, unit):
-    """What the past is worth under the new bound: exactly 1 for the queries that keep theirs."""
-    return where(raised > before, probability(before, raised, unit), splat(before, 1.0))
+def _fade(before, top, shift, chosen, unit):
+    """What the past is worth under the new shift: exactly 1 for the queries that keep theirs, 0 if there was none."""
+    one, past = splat(before, 1.0), before > splat(before, -math.inf)
+    return where(top > before, where(past, probability(shift, chosen, unit), splat(before, 0.0)), one)
 
 
 @inline
@@ -103,10 +106,11 @@ def raise_bound(tile, like, bound, shift, l, s, seen, out, Dv, unit):
     """
     width = width_of(l)
     before = tile_row(like, bound, 0)
-    raised = tile_map(_raised, before, (tile_column_max(tile, before),))
-    factor = tile_map(_fade, before, (raised, unit))
-    tile_store(tile_map(_chosen, tile_row(like, shift, 0), (before, raised)), shift, 0, width, 1)
-    tile_store(raised, bound, 0, width, 1)
+    top, old = tile_column_max(tile, before), tile_row(like, shift, 0)
+    new = tile_map(_chosen, old, (before, top))
+    factor = tile_map(_fade, before, (top, old, new, unit))
+    tile_store(new, shift, 0, width, 1)
+    tile_store(tile_map(_raised, before, (top,)), bound, 0, width, 1)
     _scale_rows(like, l, 2, factor)
     _scale_rows(like, s, seen, factor)
     _scale_rows(like, out, Dv, factor)

@@ -7,7 +7,6 @@ Both are contestants for `ruvector_numba.bench.compare`, named in its `measuring
 
 import argparse
 import concurrent.futures
-import multiprocessing
 import os
 import statistics
 import time
@@ -27,19 +26,15 @@ def _one_thread_peak() -> float:
 
 
 def fma_peak(_: Work, threads: int) -> Runner:
-    """GFLOP/s of float32 multiply-adds in registers, added up over as many processes as there are threads.
+    """GFLOP/s of float32 multiply-adds in registers, added up over as many threads as there are.
 
-    Processes, since the kernel that measures knows one thread; they run at the same time, so that shared clocks and
-    shared cores count.
+    The kernel that measures runs without Python's lock. All run at the same time, so that shared clocks and shared
+    cores count.
     """
-    if threads == 1:
-        return Runner(_one_thread_peak, measures=True)
-    context = multiprocessing.get_context("spawn")
-    pool = concurrent.futures.ProcessPoolExecutor(threads, context)
+    pool = concurrent.futures.ThreadPoolExecutor(threads)
 
     def all_at_once() -> float:
-        waiting = [pool.submit(_one_thread_peak) for _ in range(threads)]
-        return sum(future.result() for future in waiting)
+        return sum(pool.map(lambda _: _one_thread_peak(), range(threads)))
 
     return Runner(all_at_once, measures=True, keeps=pool)
 

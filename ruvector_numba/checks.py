@@ -92,7 +92,7 @@ def call(
 def _array(name: str, x: ArrayLike) -> Array:
     """The argument as an array of at least two axes that the kernels can read."""
     if type(x) is not np.ndarray:
-        x = _from_sequence(name, x)
+        x = from_sequence(name, x)
     if x.dtype not in FLOATS or not x.dtype.isnative:
         hint = f"cast it: {name}.astype(numpy.float32)"
         if x.dtype.kind == "c":
@@ -107,7 +107,7 @@ def _array(name: str, x: ArrayLike) -> Array:
     return x if x.flags.aligned else x.copy()
 
 
-def _from_sequence(name: str, x: ArrayLike) -> Array:
+def from_sequence(name: str, x: ArrayLike) -> Array:
     """Lists and other array-likes, as NumPy reads them; lists of whole numbers become float64, as in NumPy's maths."""
     try:
         array = np.asarray(x)
@@ -131,7 +131,8 @@ def _check_heads_and_dtypes(query: Array, key: Array, value: Array, enable_gqa: 
         return
     if not query.shape[:-3] == key.shape[:-3] == value.shape[:-3]:
         hint = "batch axes must be equal; numpy.broadcast_to repeats one without a copy"
-        raise DimensionMismatchError(query.shape[:-3], key.shape[:-3], shapes=shapes, hint=hint)
+        batch = next(x.shape[:-3] for x in (key, value) if x.shape[:-3] != query.shape[:-3])
+        raise DimensionMismatchError(query.shape[:-3], batch, shapes=shapes, hint=hint)
     if key.shape[-3] != value.shape[-3]:
         raise DimensionMismatchError(key.shape[-3], value.shape[-3], shapes=shapes, hint="one value head a key head")
     heads, key_heads = query.shape[-3], key.shape[-3]
@@ -202,7 +203,7 @@ def output(out: object, c: Call) -> Array | None:
         raise InvalidInputError("out has another dtype than query", shapes=dtypes, hint="numpy.empty_like(query)")
     if not out.flags.writeable or not out.flags.aligned:
         raise InvalidInputError("out cannot be written to", hint="it is read-only or not aligned: give a fresh array")
-    if any(n > 1 and stride == 0 for n, stride in zip(out.shape, out.strides, strict=True)):
+    if out.size and any(n > 1 and stride == 0 for n, stride in zip(out.shape, out.strides, strict=True)):
         raise InvalidInputError("out overlaps itself", hint="it is a broadcast view: give a fresh array")
     inputs = [("query", c.query), ("key", c.key), ("value", c.value)]
     inputs += [("attn_mask", x) for x in (c.seen.allowed, c.seen.bias) if x is not None]
@@ -225,7 +226,7 @@ def _overlap(a: Array, b: Array) -> bool:
 
 def gradient(name: str, x: ArrayLike, shape: Shape, dtype: np.dtype[Any]) -> Array:
     """Check the gradient of a result."""
-    array = np.asarray(x) if type(x) is not np.ndarray else x
+    array = x if type(x) is np.ndarray else from_sequence(name, x)
     if (
         array.dtype.kind not in "fiu"
         or array.dtype.itemsize > 8
@@ -245,13 +246,17 @@ def rows(rows: Any, Lq: int) -> NDArray[np.int64]:
     """Which queries: None for all, a slice, one index or several, negative ones from the end; as an array."""
     if rows is None:
         return np.arange(Lq)
-    if isinstance(rows, slice):
-        return np.arange(Lq)[rows]
-    found = np.asarray(rows)
+    hint = "give a slice, a whole number, or a list of them"
+    try:
+        if isinstance(rows, slice):
+            return np.arange(Lq)[rows]
+        found = np.asarray(rows)
+    except (TypeError, ValueError):
+        raise InvalidInputError(f"rows is {rows!r}", hint=hint) from None
     if found.size == 0:
         return np.zeros(0, np.int64)
     if found.dtype.kind not in "iu" or found.ndim > 1:
-        raise InvalidInputError(f"rows is {rows!r}", hint="give a slice, a whole number, or a list of them")
+        raise InvalidInputError(f"rows is {rows!r}", hint=hint)
     found = np.atleast_1d(found).astype(np.int64)
     if (found < -Lq).any() or (found >= Lq).any():
         raise InvalidInputError(f"rows go from {found.min()} to {found.max()}", hint=f"there are {Lq} queries")
@@ -272,4 +277,4 @@ def memory(shape: Shape, dtype: np.dtype[Any], purpose: str) -> None:
         raise OutOfMemoryError(size, shapes={f"{purpose} shape": shape, "bytes": size, "memory": present}, hint=hint)
 
 
-__all__ = ["Call", "call", "gradient", "memory", "output", "rows"]
+__all__ = ["Call", "call", "from_sequence", "gradient", "memory", "output", "rows"]

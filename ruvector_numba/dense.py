@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -178,10 +178,10 @@ class AttentionCache:
         shape = (*c.query.shape[:-2], len(chosen), c.key.shape[-2])
         checks.memory(shape, c.query.dtype, "weights")
         result = np.zeros(shape, c.query.dtype)
-        done = 0
+        lse, done = _lse_of_second_pass(c, self.output, self._lse) if result.size else self._lse, 0
         for run in np.split(chosen, np.flatnonzero(np.diff(chosen) != 1) + 1) if result.size else ():
             there = slice(int(run[0]), int(run[-1]) + 1)
-            _weights(_queries(c, there), self._lse[..., there], result[..., done : done + len(run), :])
+            _weights(_queries(c, there), lse[..., there], result[..., done : done + len(run), :])
             done += len(run)
         return result
 
@@ -277,7 +277,10 @@ def merge(outputs: Sequence[ArrayLike], lses: Sequence[ArrayLike]) -> tuple[Arra
     >>> np.allclose(output, rv.scaled_dot_product_attention(q, k, k))
     True
     """
-    parts, logs = [np.asarray(x) for x in outputs], [np.asarray(x) for x in lses]
+    if not (isinstance(outputs, Iterable) and isinstance(lses, Iterable)):
+        raise InvalidInputError("outputs and lses are sequences of arrays", hint="rv.merge([a, b], [lse_a, lse_b])")
+    parts = [checks.from_sequence(f"outputs[{i}]", x) for i, x in enumerate(outputs)]
+    logs = [checks.from_sequence(f"lses[{i}]", x) for i, x in enumerate(lses)]
     if not parts or len(parts) != len(logs):
         hint = "give one lse for each output, and at least one of both"
         raise InvalidInputError(f"{len(parts)} outputs and {len(logs)} lses", hint=hint)
@@ -306,7 +309,7 @@ def _merged(outputs: Array, lses: Array) -> tuple[Array, Array]:
     return output.astype(outputs.dtype), np.where(total == 0, -np.inf, top + np.log(total))
 
 
-def _forward(c: Call, out: Array | None, wants_lse: bool) -> tuple[Array, Array | None]:
+def _forward(c: Call, out: Array | None, wants_lse: bool, by_tiles: bool = False) -> tuple[Array, Array | None]:
     """The output, and the logsumexp in float64 where it is wanted."""
     from . import plan  # at the first call, as it loads the kernels: 60 ms
 
@@ -317,10 +320,10 @@ def _forward(c: Call, out: Array | None, wants_lse: bool) -> tuple[Array, Array 
         out[...] = 0
         return out, None if lse is None else np.full_like(lse, -np.inf)
     if not (c.query.shape[-1] and shape[-1]):
-        wide, lse = _forward(_with_channels(c), None, wants_lse)
+        wide, lse = _forward(_with_channels(c), None, wants_lse, by_tiles)
         out[...] = wide[..., : shape[-1]]
         return out, lse
-    ready = plan.forward(plan.problem(c, out), wants_lse)
+    ready = plan.forward(plan.problem(c, out), wants_lse, by_tiles)
     if ready.splits == 1:
         ready(c, output=out, lse=lse)
         return out, lse
@@ -331,6 +334,21 @@ def _forward(c: Call, out: Array | None, wants_lse: bool) -> tuple[Array, Array 
     output, merged_lse = _merged(parts.swapaxes(0, 1), logs.swapaxes(0, 1))
     out[...] = output.reshape(shape)
     return out, merged_lse.reshape(shape[:-1])
+
+
+def _lse_of_second_pass(c: Call, output: Array, lse: Array) -> Array:
+    """The logsumexp of the scores as weights and gradients form them.
+
+    For few queries the forward pass sums a score in another order. The two differ by a rounding of the score, which
+    for large scores is too much: weights would no longer sum to 1.
+    """
+    from . import plan
+
+    if not plan.is_few(plan.problem(c, output)):
+        return lse
+    again = _forward(c, None, wants_lse=True, by_tiles=True)[1]
+    assert again is not None
+    return again
 
 
 def _with_channels(c: Call) -> Call:
@@ -356,6 +374,7 @@ def _backward(c: Call, output: Array, lse: Array, grad_output: Array, grad_lse: 
     itemsize, problem, layout = c.query.itemsize, plan.problem(c, output), plan.layout(grad_output)
     query = np.empty(c.query.shape, c.query.dtype)
     key, value = (np.empty(plan.padded(x.shape, itemsize), x.dtype) for x in (c.key, c.value))
+    lse = _lse_of_second_pass(c, output, lse)
     given = dict(output=output, lse=lse, grad_output=grad_output, grad_lse=grad_lse)
     for ready in plan.backward(problem, layout, plan.threads()):
         ready(c, grad_query=query, grad_key=key, grad_value=value, **given)

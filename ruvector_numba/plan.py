@@ -175,11 +175,20 @@ def _plan(kernel: jit.Kernel, job: blocks.AttentionJob, tasks: int, p: Problem, 
     return Plan(kernel.prepare(job, tasks, p.dtype, work), job.scratch_step, job.splits)
 
 
+def is_few(p: Problem) -> bool:
+    """Does the forward pass take the kernel for few queries?"""
+    contiguous = p.key.strides[-1] == p.value.strides[-1] == p.dtype.itemsize
+    return p.query.shape[-2] <= FEW_QUERIES and p.dropout == 0 and contiguous
+
+
 @functools.lru_cache(512)
-def forward(p: Problem, wants_lse: bool) -> Plan:
-    """Outputs and, if wanted, logsumexps; with several splits (heads, splits, ...) of both, to be merged."""
+def forward(p: Problem, wants_lse: bool, by_tiles: bool = False) -> Plan:
+    """Outputs and, if wanted, logsumexps; with several splits (heads, splits, ...) of both, to be merged.
+
+    Few queries have a kernel of their own, unless `by_tiles`.
+    """
     (Lq, D), (Lk, Dv), itemsize = p.query.shape[-2:], p.value.shape[-2:], p.dtype.itemsize
-    few = Lq <= FEW_QUERIES and p.dropout == 0 and p.key.strides[-1] == p.value.strides[-1] == itemsize
+    few = is_few(p) and not by_tiles
     splits = -(-Lk // SPLIT_KEYS) if Lq <= target().width(itemsize) else 1
     heads = math.prod(p.query.shape[:-2])
     layout = _heads(p.output, 3) if splits == 1 else _contiguous((heads, splits, Lq, Dv), itemsize)
@@ -281,4 +290,15 @@ def weights(p: Problem) -> Plan:
     return _plan(dense.weights, job, len(job.query.at) * job.blocks, p, 1)
 
 
-__all__ = ["Problem", "backward", "bias_backward", "forward", "layout", "padded", "problem", "threads", "weights"]
+__all__ = [
+    "Problem",
+    "backward",
+    "bias_backward",
+    "forward",
+    "is_few",
+    "layout",
+    "padded",
+    "problem",
+    "threads",
+    "weights",
+]
