@@ -1,4 +1,4 @@
-"""Dense attention: streaming forward and backward, the weights, the gradient of a bias.
+"""Dense attention: streaming forward and backward.
 
     query (B * H) x (Lq, D)   key (B * Hk) x (Lk, D)   value (B * Hk) x (Lk, Dv)   output (B * H) x (Lq, Dv)
 
@@ -440,68 +440,3 @@ def backward(job: AttentionJob, slot, task):
     for head in range(heads * G.heads, heads * G.heads + G.heads):
         for block in range(first_block, min(job.blocks, first_block + G.blocks)):
             gradients_of_block(job, b, g, head, block, first_tile, min(tiles, first_tile + G.tiles))
-
-
-@kernel
-def bias_backward(job: AttentionJob, slot, task):
-    # task -> one distinct bias matrix and one block of queries, for all the heads that the matrix was broadcast to
-    b, g, grad, KB = carve(job, slot), carve_gradients(job, slot), job.bias_gradient, job.keys_per_block
-    width, lanes = width_of(b.query), lanes_of(b.query)
-    m, block = task // job.blocks, task % job.blocks
-    q0 = block * width
-    nq = min(width, job.Lq - q0)
-    wide, tall = tile_zeros(b.query, ROWS, COLS), tile_zeros(b.query, TALL, 1)
-    for member in range(grad.begins[m], grad.begins[m + 1]):
-        head = grad.members[member]
-        lowest, near, far, highest = find_keys(b, job, head, q0, nq, 0, job.Lk)
-        slope = given(job.slopes, slope_of(job.slopes, head))
-        if lowest < highest:
-            stand(b, job, head, q0, nq)
-            stand_gradients(b, g, job, head, q0, nq)
-        for tile in range(lowest // KB, (highest + KB - 1) // KB):
-            k0 = tile * KB
-            n = min(KB, job.Lk - k0)
-            whole = near <= k0 and k0 + n <= far and nq > width - lanes
-            take_tile(wide, tall, b, g, job, head, q0, nq, k0, n, whole, slope)
-            row = q0 if grad.by_query else block
-            add_bias_gradient(matrix(grad.out, m, row), grad, g.scores, width, nq, n, k0 if grad.by_key else tile)
-
-
-@apart
-def add_bias_gradient(out, grad, ds, width, nq, n, col):
-    """out[query, col + key] += ds[key, query]; an axis that was broadcast has one slot here."""
-    for j in range(n):
-        for i in range(nq):
-            at = (i if grad.by_query else 0) * out.row + (col + (j if grad.by_key else 0)) * out.col
-            out.data[at] += ds[j * width + i]
-
-
-# --- weights --------------------------------------------------------------------------------------------------------
-@kernel
-def weights(job: AttentionJob, slot, task):
-    # task -> one block of queries of one head; output is (B * H) x (Lq, Lk) and begins as zeros
-    head, block = task // job.blocks, task % job.blocks
-    b = carve(job, slot)
-    width, lanes, q0, KB = width_of(b.query), lanes_of(b.query), block * width_of(b.query), job.keys_per_block
-    nq = min(width, job.Lq - q0)
-    tall = tile_zeros(b.query, TALL, 1)
-    lowest, near, far, highest = find_keys(b, job, head, q0, nq, 0, job.Lk)
-    slope, additive = given(job.slopes, slope_of(job.slopes, head)), given(job.additive, b.additive)
-    stand(b, job, head, q0, nq)
-    normalise(b, job, head * job.Lq + q0, nq, job.natural)
-    for k0 in range(lowest // KB * KB, highest, KB):
-        n, key = min(KB, job.Lk - k0), matrix(job.key, head, k0)
-        place_chunk(b, job, nq, q0, k0, n, False)
-        stage_additive(b, job.additive, job.bias, job.mask, head, q0, nq, k0, n)
-        for column in range(0, nq, lanes):
-            first, last = b.first[column // lanes], b.last[column // lanes]
-            for j in range(first, last, TALL):
-                live = min(TALL, last - j)
-                s = scores(tall, b, column, key, job.D, j, live, job.softcap, slope, additive, True, None)
-                p = tile_map(probability, s, (tile_row(tall, b.shift, column), job.natural))
-                tile_store(p, b.scores, j * width + column, width, live)
-            for i in range(column, min(nq, column + lanes)):
-                row = matrix(job.output, head, q0 + i)
-                for j in range(first, last):
-                    if sees(b, additive, k0, j, i):  # where it does not, NaN in the row may have left NaN
-                        row.data[(k0 + j) * row.col] = b.scores[j * width + i] * b.total[i]

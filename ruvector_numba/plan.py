@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .checks import Array, Call, Shape
-from .kernels import blocks, decode, dense, jit
+from .kernels import blocks, decode, dense, jit, pairs
 from .kernels.scoring import ByteMatrices, Dropout
 from .kernels.simd import target
 from .kernels.softmax import LOG2E
@@ -278,7 +278,7 @@ def bias_backward(p: Problem, grad_output: Layout) -> BiasPlan:
         gradients=_gradients(p, grad_output, job)._replace(query=_NOWHERE, key=_NOWHERE, value=_NOWHERE),
         bias_gradient=blocks.BiasGradient(out, begins, members, by_query, by_key),
     )
-    return BiasPlan(_plan(dense.bias_backward, job, matrices * job.blocks, p, 2), made)
+    return BiasPlan(_plan(pairs.bias_backward, job, matrices * job.blocks, p, 2), made)
 
 
 @functools.lru_cache(128)
@@ -287,7 +287,7 @@ def weights(p: Problem) -> Plan:
     (_, D), (_, Dv), itemsize = p.query.shape[-2:], p.value.shape[-2:], p.dtype.itemsize
     output = _matrices("output", _heads(p.output, 3), itemsize)
     job = _job(p, FORWARD_KEYS, blocks.scratch_rows(D, Dv, FORWARD_KEYS), output, lse="lse")
-    return _plan(dense.weights, job, len(job.query.at) * job.blocks, p, 1)
+    return _plan(pairs.weights, job, len(job.query.at) * job.blocks, p, 1)
 
 
 __all__ = [
