@@ -37,13 +37,14 @@ def _stamp() -> bytes:
 
 @functools.cache
 def _folders() -> tuple[tuple[pathlib.Path, ...], pathlib.Path | None]:
-    """Where to read, and where to write: the first that can be written of NUMBA_CACHE_DIR, beside the sources, and the
-    user's cache; those before it can still be read."""
+    """Where to read, and where to write: the first that can be written of NUMBA_CACHE_DIR, the user's cache, and beside
+    the sources; those before it can still be read. (Files beside the sources outlive `pip uninstall`, and what is left
+    of the folder is then imported as an empty package.)"""
     if os.environ.get("RUVECTOR_NUMBA_CACHE") == "0":
         return (), None
     home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     own = (pathlib.Path(config.CACHE_DIR) / "ruvector_numba",) if config.CACHE_DIR else ()
-    folders = (*own, _ROOT / "__pycache__", pathlib.Path(home) / "ruvector_numba")
+    folders = (*own, pathlib.Path(home) / "ruvector_numba", _ROOT / "__pycache__")
     for i, folder in enumerate(folders):
         with contextlib.suppress(OSError):
             folder.mkdir(parents=True, exist_ok=True)

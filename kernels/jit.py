@@ -274,7 +274,7 @@ def _c_function(function, signature):
 def _say_compiling():
     _log.warning(
         "ruvector_numba: compiling kernels for this machine, some seconds each, once (kept in %s)",
-        cache_folder() or "no folder, as none can be written",
+        cache_folder() or "no folder: RUVECTOR_NUMBA_CACHE is 0, or none can be written",
     )
 
 

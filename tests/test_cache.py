@@ -170,18 +170,16 @@ def test_nothing_can_be_written(tmp_path):
 
 
 def test_where_compiled_kernels_are_kept(tmp_path, added):
-    """NUMBA_CACHE_DIR, then beside the sources, then the user's cache."""
+    """NUMBA_CACHE_DIR, then the user's cache, then beside the sources."""
     cache, child = added
     assert child.folder == str(cache / "ruvector_numba") and child.compiled
     package = copy_of_package(tmp_path)
     beside = tmp_path / "ruvector_numba" / "kernels" / "__pycache__"
-    user = {"XDG_CACHE_HOME": str(tmp_path / "user")}
     nowhere = pathlib.Path(os.devnull, "nowhere")
-    assert run(ADD, nowhere, **package, **user).folder == str(beside) and files(beside)
-    shutil.rmtree(beside)
-    beside.touch()
+    user = {"XDG_CACHE_HOME": str(tmp_path / "user")}
     assert run(ADD, nowhere, **package, **user).folder == str(tmp_path / "user" / "ruvector_numba")
     assert files(tmp_path / "user")
+    assert run(ADD, nowhere, **package, XDG_CACHE_HOME=str(nowhere)).folder == str(beside) and files(beside)
 
 
 def test_a_change_in_another_source_compiles_anew(tmp_path, warm):
