@@ -398,20 +398,19 @@ def gradients_of_block(job, b, g, head, block, first_tile, last_tile):
         stand_gradients(b, g, job, head, q0, nq)
     for i in range(job.D * width):
         b.output[i] = 0
-    some_hidden = lowest < near or far < highest or additive is not None
-    finite = True
-    if some_hidden and first_tile < last_tile:
-        k_step, v_step = (job.D + lanes - 1) // lanes * lanes, (job.Dv + lanes - 1) // lanes * lanes
-        finite = all_finite(Matrix(g.query_rows, k_step, 1), nq, job.D)
-        finite = finite and all_finite(Matrix(g.output_rows, v_step, 1), nq, job.Dv)
+    k_step, v_step = (job.D + lanes - 1) // lanes * lanes, (job.Dv + lanes - 1) // lanes * lanes
     for tile in range(first_tile, last_tile):
         k0 = tile * KB
         n = min(KB, job.Lk - k0)
         whole = near <= k0 and k0 + n <= far and nq > width - lanes
         take_tile(wide, tall, b, g, job, head, q0, nq, k0, n, whole, slope)
         key, careful = matrix(job.key, head, k0), False
-        if not whole or additive is not None:
-            careful = not (finite and all_finite(key, n, job.D))
+        if not whole or additive is not None:  # what is not finite, times a p or ds of 0, would reach what it must not
+            careful = not (
+                all_finite(key, n, job.D)
+                and all_finite(Matrix(g.query_rows, k_step, 1), nq, job.D)
+                and all_finite(Matrix(g.output_rows, v_step, 1), nq, job.Dv)
+            )
         if job.gradients.to_query:
             add_query_gradient(wide, tall, b, g, key, job.D, k0, n, nq, whole, additive, careful)
         if job.gradients.to_key:
