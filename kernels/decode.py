@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from .blocks import COLS, INF, ROWS, AttentionJob
 from .jit import Elements, apart, inline, kernel
-from .scoring import biased, capped, leaned
+from .scoring import biased, capped, leaned, slope_of
 from .simd import (
     fma,
     given,
@@ -197,13 +197,6 @@ def take_chunk(high, wide, single, r, job, key_head, i, k0, first, last, step, v
             add_values(wide, out, v_step, p, KB, G, rows_from(value, j), keys, job.Dv)
         else:
             add_values(single, out, v_step, p, KB, G, rows_from(value, j), keys, job.Dv)
-
-
-@apart
-def slope_of(slopes, head):
-    if slopes is None:
-        return 0.0
-    return slopes[head]
 
 
 @kernel

@@ -31,6 +31,7 @@ from .scoring import (
     cap_slope,
     capped,
     leaned,
+    slope_of,
     thinned,
     throw_dice,
     visible,
@@ -112,13 +113,6 @@ def add_seen_columns(out, m, D, b, block, k0, first, last, column, lanes, nq, ad
             if sees(b, additive, k0, j, query):
                 for d in range(D):
                     out[d * width + query] += m.data[j * m.row + d * m.col] * block[j * width + query]
-
-
-@apart
-def slope_of(slopes, head):
-    if slopes is None:
-        return 0.0
-    return slopes[head]
 
 
 @apart

@@ -1,8 +1,9 @@
 """What is made for pairs of a query and a key, by those who ask for it: the weights, and the gradient of a bias."""
 
 from .blocks import COLS, ROWS, TALL, AttentionJob, carve, carve_gradients, find_keys, place_chunk, sees, stage_additive
-from .dense import normalise, scores, slope_of, stand, stand_gradients, take_tile
+from .dense import normalise, scores, stand, stand_gradients, take_tile
 from .jit import apart, kernel
+from .scoring import slope_of
 from .simd import given, lanes_of, tile_map, tile_row, tile_store, tile_zeros, width_of
 from .softmax import probability
 from .tiles import matrix

@@ -78,6 +78,14 @@ def cap_slope(s, softcap):
     return splat(s, 1.0) - t * t
 
 
+@apart
+def slope_of(slopes, head):
+    """The slope of a head, 0 where there are none."""
+    if slopes is None:
+        return 0.0
+    return slopes[head]
+
+
 @inline
 def leaned(s, slope, position, key):
     """s - slope * |position - key|: ALiBi"""
