@@ -76,19 +76,6 @@ def tile_load(context, like, pointer, offset, stride, live):
 
 
 @intrinsic
-def tile_load_part(context, like, pointer, offset, stride, live, lanes):
-    """As `tile_load` of a tile one vector wide, of which only the first `lanes` are read; the others are 0."""
-
-    def build(cx, b, sig, args):
-        _, pointer, offset, stride, live, lanes = args
-        rows = _row_offsets(b, like, offset, stride, live)
-        return _collect(b, like, [emit.masked(b, "load", pointer, row, like.vector, lanes) for row in rows])
-
-    n = types.intp
-    return like(like, pointer, n, n, n, n), build
-
-
-@intrinsic
 def tile_row(context, like, pointer, offset):
     """One row, pointer[offset :], as wide as `like`; in a `tile_map` it stands under every row."""
     kind = TileType(vector_of(pointer.element, like.vector.element.bitwidth // 8), 1, like.cols)
