@@ -15,7 +15,7 @@ from typing import NamedTuple
 from .jit import Doubles, Elements, Indices, Words, apart, inline
 from .scoring import ByteMatrices, Dropout, stage_bias, stage_mask
 from .simd import as_indices, as_words, lanes_of, target, transpose_square, width_of
-from .tiles import Matrices
+from .tiles import Matrices, whole_vectors
 
 ROWS, COLS = target().rows, target().cols  # the wide tile, rows of keys by vectors of queries
 TALL = 8  # rows of the narrow tile, one vector wide: enough chains of multiply-adds to hide their latency
@@ -163,13 +163,13 @@ def carve(job, slot):
 def carve_gradients(job, slot):
     """The parts that lie behind those of `carve`."""
     at = job.scratch + slot * job.scratch_step
-    width, lanes, KB = width_of(at), lanes_of(at), job.keys_per_block
+    width, KB = width_of(at), job.keys_per_block
     output = at + (job.D + max(job.D, job.Dv) + 2 * KB + _SMALL_PARTS) * width
     scores = output + job.Dv * width
     delta = scores + KB * width
     query_rows = delta + width
     return GradientBlock(
-        output, scores, delta, query_rows, query_rows + (job.D + lanes - 1) // lanes * lanes * width
+        output, scores, delta, query_rows, query_rows + whole_vectors(at, job.D) * width
     )  # fmt: skip
 
 

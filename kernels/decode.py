@@ -10,7 +10,7 @@ so that its bits depend on nothing else. A part of the keys is a task; parts are
 import math
 from typing import NamedTuple
 
-from .blocks import COLS, INF, ROWS, AttentionJob
+from .blocks import COLS, INF, ROWS, AttentionJob, padded
 from .jit import Elements, apart, inline, kernel
 from .scoring import biased, capped, leaned, slope_of
 from .simd import (
@@ -33,7 +33,7 @@ from .simd import (
     width_of,
 )
 from .softmax import LN2, probability
-from .tiles import add_to, all_finite, matrix, multiply_add, padded_rows, rows_from
+from .tiles import add_to, all_finite, matrix, multiply_add, padded_rows, rows_from, whole_vectors
 
 SUMMED_KEYS = 128  # a sum over more would lose digits: see tiles.add_columns_times_block
 
@@ -53,21 +53,20 @@ class Rows(NamedTuple):
 def scratch_elements(rows: int, D: int, Dv: int, keys_per_block: int, itemsize: int) -> int:
     """What `carve` lays out, in elements."""
     lanes = target().lanes(itemsize)
-    step, v_step = (-(-n // lanes) * lanes for n in (D, Dv))
-    numbers = -(-rows // lanes) * lanes
+    step, v_step, numbers = (padded(n, itemsize) for n in (D, Dv, rows))
     return rows * (step + v_step + keys_per_block) + keys_per_block + 2 * numbers + lanes * lanes
 
 
 @inline
 def carve(job, slot, R, step, v_step):
-    lanes, KB = lanes_of(job.scratch), job.keys_per_block
+    KB = job.keys_per_block
     query = job.scratch + slot * job.scratch_step
     output = query + R * step
     scores = output + R * v_step
     additive = scores + R * KB
     bound = additive + KB
-    total = bound + (R + lanes - 1) // lanes * lanes
-    return Rows(query, output, scores, additive, bound, total, total + (R + lanes - 1) // lanes * lanes)
+    total = bound + whole_vectors(query, R)
+    return Rows(query, output, scores, additive, bound, total, total + whole_vectors(query, R))
 
 
 @apart
@@ -203,8 +202,8 @@ def take_chunk(high, wide, single, r, job, key_head, i, k0, first, last, step, v
 def forward(job: AttentionJob, slot, task):
     # task -> one part of the keys of one key head, for all the queries that share it
     key_head, split = task // job.splits, task % job.splits
-    lanes, G, Lq, KB = lanes_of(job.scratch), job.group, job.Lq, job.keys_per_block
-    R, step, v_step = G * Lq, (job.D + lanes - 1) // lanes * lanes, (job.Dv + lanes - 1) // lanes * lanes
+    G, Lq, KB = job.group, job.Lq, job.keys_per_block
+    R, step, v_step = G * Lq, whole_vectors(job.scratch, job.D), whole_vectors(job.scratch, job.Dv)
     r = carve(job, slot, R, step, v_step)
     high, wide, single = tile_column(r.query), tile_zeros(r.query, ROWS, COLS), tile_zeros(r.query, 1, COLS)
     for row in range(R):

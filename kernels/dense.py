@@ -66,6 +66,7 @@ from .tiles import (
     rows_from,
     transposed,
     transposed_back,
+    whole_vectors,
 )
 
 
@@ -283,9 +284,8 @@ def add_seen_rows(out, out_row, b, block, k0, n, rows, step, nq, additive):
 @apart
 def add_key_value_gradients(wide, tall, b, g, job, head, k0, n, nq, additive, careful):
     """dv += p^T do and dk += ds^T q for one tile of keys, each group of keys with the queries that see it."""
-    lanes = lanes_of(b.query)
     dv, dk = matrix(job.gradients.value, head, k0), matrix(job.gradients.key, head, k0)
-    v_step, k_step = (job.Dv + lanes - 1) // lanes * lanes, (job.D + lanes - 1) // lanes * lanes
+    v_step, k_step = whole_vectors(b.query, job.Dv), whole_vectors(b.query, job.D)
     if careful:
         add_seen_rows(dv.data, dv.row, b, b.scores, k0, n, g.output_rows, v_step, nq, additive)
         add_seen_rows(dk.data, dk.row, b, g.scores, k0, n, g.query_rows, k_step, nq, additive)
@@ -360,7 +360,7 @@ def stand_gradients(b, g, job, head, q0, nq):
     What rounding took from lse is given back here, to do and delta, where it costs nothing.
     """
     width, lanes, Dv = width_of(b.query), lanes_of(b.query), job.Dv
-    v_step, k_step = (Dv + lanes - 1) // lanes * lanes, (job.D + lanes - 1) // lanes * lanes
+    v_step, k_step = whole_vectors(b.query, Dv), whole_vectors(b.query, job.D)
     for i in range(width):
         b.shift[i], b.total[i], g.delta[i] = 0, 0, 0
     normalise(b, job, head * job.Lq + q0, nq, job.natural)
@@ -392,7 +392,7 @@ def gradients_of_block(job, b, g, head, block, first_tile, last_tile):
         stand_gradients(b, g, job, head, q0, nq)
     for i in range(job.D * width):
         b.output[i] = 0
-    k_step, v_step = (job.D + lanes - 1) // lanes * lanes, (job.Dv + lanes - 1) // lanes * lanes
+    k_step, v_step = whole_vectors(b.query, job.D), whole_vectors(b.query, job.Dv)
     for tile in range(first_tile, last_tile):
         k0 = tile * KB
         n = min(KB, job.Lk - k0)

@@ -54,6 +54,13 @@ def rows_from(m, i):
     return Matrix(m.data + i * m.row, m.row, m.col)
 
 
+@apart
+def whole_vectors(like, n):
+    """n rounded up to whole vectors of the pointer's elements: what a padded row takes."""
+    lanes = lanes_of(like)
+    return (n + lanes - 1) // lanes * lanes
+
+
 @inline
 def multiply_add(tile, x, x_next, x_row, live, y, y_next, n):
     """tile[r, :] += sum over t < n of x[t * x_next + r * x_row] * y[t * y_next :]"""
