@@ -15,6 +15,7 @@ from typing import NamedTuple
 from .jit import Doubles, Elements, Indices, Words, apart, inline
 from .scoring import ByteMatrices, Dropout, stage_bias, stage_mask
 from .simd import as_indices, as_words, lanes_of, target, transpose_square, width_of
+from .softmax import Epsilon
 from .tiles import Matrices, whole_vectors
 
 ROWS, COLS = target().rows, target().cols  # the wide tile, rows of keys by vectors of queries
@@ -66,6 +67,7 @@ class AttentionJob(NamedTuple):
     mask: ByteMatrices | None
     additive: int | None  # anything, if there is a bias or a mask
     dropout: Dropout | None
+    epsilon: Epsilon | None
     gradients: Gradients | None
     bias_gradient: BiasGradient | None
     limits: Indices  # (B, Lq, 2): lo, hi
@@ -101,6 +103,7 @@ class Block(NamedTuple):
     total: Elements  # of the past chunks
     part: Elements  # of this chunk; the row after `total`
     factor: Elements
+    top: Elements  # with an epsilon: the largest score; backward, its probability
     near: Elements  # the query sees near <= key < far, counted from the chunk's first key
     far: Elements
     position: Elements  # ALiBi: where the query stands, counted likewise
@@ -122,7 +125,7 @@ class GradientBlock(NamedTuple):
     output_rows: Elements
 
 
-_SMALL_PARTS = 25  # rows of the parts after `additive`: 22 or fewer on every target, in both types
+_SMALL_PARTS = 25  # rows of the parts after `additive`: 23 or fewer on every target, in both types
 
 
 def scratch_rows(D: int, Dv: int, keys_per_block: int) -> int:
@@ -150,12 +153,12 @@ def carve(job, slot):
     scores = output + max(job.D, job.Dv) * width
     additive = scores + KB * width
     row = additive + KB * width
-    ints = as_indices(row + 8 * width)
+    ints = as_indices(row + 9 * width)
     return Block(
         at, output, scores, additive,
         row, row + width, row + 2 * width, row + 3 * width, row + 4 * width, row + 5 * width, row + 6 * width,
-        row + 7 * width, ints, ints + width, ints + 2 * width, ints + (2 * width + COLS),
-        as_words(ints + (2 * width + 2 * COLS)), row + 18 * width,
+        row + 7 * width, row + 8 * width, ints, ints + width, ints + 2 * width, ints + (2 * width + COLS),
+        as_words(ints + (2 * width + 2 * COLS)), row + 19 * width,
     )  # fmt: skip
 
 

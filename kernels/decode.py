@@ -222,13 +222,18 @@ def forward(job: AttentionJob, slot, task):
             if lo < hi:
                 take_chunk(high, wide, single, r, job, key_head, i, k0, lo - k0, hi - k0, step, v_step)
     for row in range(R):
-        write_row(job, r, (key_head * G + row % G) * job.splits + split, row // G, row, v_step, job.natural)
+        write_row(
+            job, r, (key_head * G + row % G) * job.splits + split, row // G, row, v_step, job.natural, job.epsilon
+        )
 
 
 @apart
-def write_row(job, r, part, i, row, v_step, unit):
+def write_row(job, r, part, i, row, v_step, unit, epsilon):
     """out = sum p v / sum p, and 0 where nothing was seen; the logsumexp if wanted."""
     total = r.total[row]
+    if epsilon is not None:  # here the bound is the largest score
+        epsilon.top[part * job.Lq + i] = r.bound[row]
+        total += 0 if total == 0 else epsilon.value
     out, factor = rows_from(matrix(job.output, part, 0), i), 0 if total == 0 else 1 / total
     for d in range(job.Dv):
         out.data[d * out.col] = r.output[row * v_step + d] * factor

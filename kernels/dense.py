@@ -40,6 +40,10 @@ from .scoring import (
 from .simd import (
     given,
     lanes_of,
+    load,
+    splat,
+    store,
+    tile_column_max,
     tile_column_sum,
     tile_exceeds,
     tile_lanes,
@@ -50,6 +54,7 @@ from .simd import (
     tile_steps,
     tile_store,
     tile_zeros,
+    where,
     width_of,
 )
 from .softmax import LN2, LOG2E, plus, probability, raise_bound, times
@@ -127,6 +132,13 @@ def stand(b, job, head, q0, nq):
 
 # --- forward --------------------------------------------------------------------------------------------------------
 @apart
+def note_top(like, s, b, column, epsilon):
+    """The largest score of each query: the bound and the shift know it only roughly."""
+    if epsilon is not None:
+        tile_store(tile_column_max(s, tile_row(like, b.top, column)), b.top, column, width_of(b.query), 1)
+
+
+@apart
 def attend(like, b, column, key, value, first, last, k0, nq, job, slope, additive, edge, careful):
     """The queries from `column`, as many as the tile `like` is wide, attend to keys first .. last of the chunk."""
     rows, width, total, D, Dv = tile_rows(like), width_of(b.query), b.total + column, job.D, job.Dv
@@ -137,6 +149,7 @@ def attend(like, b, column, key, value, first, last, k0, nq, job, slope, additiv
         live, at = min(rows, last - j), j * width + column
         # 1. s = k . q, with its terms
         s = scores(like, b, column, key, D, j, live, job.softcap, slope, additive, edge, None)
+        note_top(like, s, b, column, job.epsilon)
         # 2. p = exp(s - shift), l += sum p
         if tile_exceeds(s, tile_row(like, b.bound, column)):
             raise_bound(
@@ -161,7 +174,7 @@ def stream(wide, tall, b, job, head, q0, nq, keys, slope, careful):
     lanes, k0, some_hidden = lanes_of(b.query), lowest, False
     near, far = interior(lowest, near, far, highest, nq <= width_of(b.query) - lanes)
     for i in range(width_of(b.query)):
-        b.bound[i], b.shift[i], b.total[i] = -INF, 0, 0
+        b.bound[i], b.shift[i], b.total[i], b.top[i] = -INF, 0, 0, -INF
     for i in range(job.Dv * width_of(b.query)):
         b.output[i] = 0
     while k0 < highest:
@@ -181,6 +194,16 @@ def stream(wide, tall, b, job, head, q0, nq, keys, slope, careful):
                 attend(tall, b, column, key, value, first, last, k0, nq, job, slope, additive, True, with_care)
         k0 += n
     return some_hidden
+
+
+@apart
+def add_epsilon(b, epsilon, at, nq, unit):
+    """l += eps, in the unit that l has: exp(s - shift) and not exp(s - top)."""
+    if epsilon is not None:
+        for i in range(nq):
+            epsilon.top[at + i] = b.top[i]
+            if b.total[i] != 0:
+                b.total[i] += epsilon.value * math.exp((b.top[i] - b.shift[i]) * (LN2 if unit is None else 1.0))
 
 
 @apart
@@ -216,6 +239,7 @@ def forward(job: AttentionJob, slot, task):
         done = careful or not some_hidden or all_finite(Matrix(b.output, width, 1), job.Dv, nq)
         careful = True
     # 3. out = sum p v / sum p, and 0 where nothing was seen
+    add_epsilon(b, job.epsilon, part * job.Lq + q0, nq, job.natural)
     for i in range(nq):
         b.factor[i] = 0 if b.total[i] == 0 else 1 / b.total[i]
     transposed_back(matrix(job.output, part, q0), nq, job.Dv, b.output, b.factor)
@@ -227,6 +251,12 @@ def forward(job: AttentionJob, slot, task):
 @inline
 def score_gradient(p, dp, delta):
     return p * (dp - delta)
+
+
+@inline
+def score_gradient_with_epsilon(p, dp, delta, p_top, eps):
+    """The largest score has more to answer for: it sets how much eps weighs. (If several are, each answers for all.)"""
+    return p * (dp - where(p >= p_top, delta + splat(delta, eps) * delta, delta))
 
 
 @apart
@@ -243,17 +273,21 @@ def differentiate(like, b, g, column, key, value, first, last, k0, job, slope, a
         dp = multiply_add(like, value.data + j * value.row, value.col, value.row, live, g.output + column, width, Dv)
         dp = thin(like, dp, b, column, k0 + j, job.dropout)
         p = tile_load(like, b.scores, at, width, live)
-        ds = tile_map(score_gradient, p, (dp, tile_row(like, g.delta, column)))
-        tile_store(
-            hide_gradient(like, ds, b, g, column, j, live, job.softcap, additive, edge, job.bias_gradient),
-            g.scores,
-            at,
-            width,
-            live,
-        )
+        ds = through_softmax(like, p, dp, b, g, column, job.epsilon)
+        ds = hide_gradient(like, ds, b, g, column, j, live, job.softcap, additive, edge, job.bias_gradient)
+        tile_store(ds, g.scores, at, width, live)
         # 3. what dv is made of: the weights that dropout kept
         if job.dropout is not None:
             tile_store(thin(like, p, b, column, k0 + j, job.dropout), b.scores, at, width, live)
+
+
+@apart
+def through_softmax(like, p, dp, b, g, column, epsilon):
+    delta = tile_row(like, g.delta, column)
+    if epsilon is None:
+        return tile_map(score_gradient, p, (dp, delta))
+    terms = (dp, delta, tile_row(like, b.top, column), epsilon.value)
+    return tile_map(score_gradient_with_epsilon, p, terms)
 
 
 @apart
@@ -354,6 +388,16 @@ def normalise(b, job, at, nq, unit):
 
 
 @apart
+def stand_top(b, epsilon, at, nq, unit):
+    """The probability of each query's largest score, by the function that makes the others: the same bits."""
+    if epsilon is not None:
+        for i in range(width_of(b.query)):
+            b.top[i] = epsilon.top[at + i] if i < nq else -INF
+        for i in range(0, width_of(b.query), lanes_of(b.query)):
+            store(probability(load(b.top, i), load(b.shift, i), unit), b.top, i)
+
+
+@apart
 def stand_gradients(b, g, job, head, q0, nq):
     """The block's output gradients, transposed and by rows, its queries by rows, and delta.
 
@@ -364,6 +408,7 @@ def stand_gradients(b, g, job, head, q0, nq):
     for i in range(width):
         b.shift[i], b.total[i], g.delta[i] = 0, 0, 0
     normalise(b, job, head * job.Lq + q0, nq, job.natural)
+    stand_top(b, job.epsilon, head * job.Lq + q0, nq, job.natural)
     # rows: do * total, and the outputs for a moment, where the transposed do will lie
     padded_rows(g.output_rows, v_step, matrix(job.gradients.output, head, q0), nq, Dv, b.total)
     out = matrix(job.output, head, q0)

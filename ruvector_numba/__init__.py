@@ -22,14 +22,7 @@ if not pathlib.Path(__path__[0], "kernels").is_dir():
     __path__.append(str(pathlib.Path(__path__[0]).parent))
 
 from . import masks
-from .dense import (
-    AttentionCache,
-    InputGradients,
-    attention_backward,
-    attention_forward,
-    merge,
-    scaled_dot_product_attention,
-)
+from .dense import attention_backward, attention_forward, merge, scaled_dot_product_attention
 from .errors import (
     AttentionError,
     DimensionMismatchError,
@@ -43,11 +36,13 @@ from .errors import (
     SparseMatrixError,
     TrainingError,
 )
+from .results import AttentionCache, AttentionGradients, InputGradients
 from .runtime import get_num_threads, info, set_num_threads, threads, warmup
 
 __all__ = [
     "AttentionCache",
     "AttentionError",
+    "AttentionGradients",
     "DimensionMismatchError",
     "GraphStructureError",
     "InputGradients",

@@ -31,6 +31,7 @@ class Call(NamedTuple):
     slopes: Array | None  # (*batch or ones, H)
     dropout: float
     seed: int
+    eps: float = 0.0  # the layers': added to the sum of exp(score - largest score)
 
     @property
     def output_shape(self) -> Shape:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -13,12 +13,13 @@ from numpy.typing import ArrayLike
 from . import checks, masks
 from .checks import Array, Call
 from .errors import DimensionMismatchError, InvalidInputError
+from .results import AttentionCache, InputGradients
 
 __all__ = [
-    "AttentionCache",
-    "InputGradients",
+    "Past",
     "attention_backward",
     "attention_forward",
+    "forward",
     "merge",
     "scaled_dot_product_attention",
 ]
@@ -90,7 +91,7 @@ def scaled_dot_product_attention(
     c = checks.call(
         query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, softcap, alibi_slopes, seed
     )  # fmt: skip
-    return _forward(c, None if out is None else checks.output(out, c), wants_lse=False)[0]
+    return _forward(c, None if out is None else checks.output(out, c), wants_lse=False).output
 
 
 def attention_forward(
@@ -130,77 +131,9 @@ def attention_forward(
     c = checks.call(
         query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, softcap, alibi_slopes, seed
     )  # fmt: skip
-    output, lse = _forward(c, None if out is None else checks.output(out, c), wants_lse=True)
-    assert lse is not None
-    return AttentionCache(output, lse.astype(c.query.dtype, copy=False), _call=c, _lse=lse)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class AttentionCache:
-    """What a forward pass leaves for the backward pass.
-
-    It refers to the arrays of the call and copies none: they must not change before `attention_backward` or `weights`.
-
-    Attributes
-    ----------
-    output : array (..., H, Lq, Dv)
-    lse : array (..., H, Lq)
-        The natural logarithm of the sum of exp(score) over the keys a query sees; -inf if it sees none.
-    """
-
-    output: Array
-    lse: Array
-    _call: Call = field(repr=False)
-    _lse: Array = field(repr=False)  # float64
-
-    def weights(self, rows: Any = None) -> Array:
-        """The attention weights, exact, computed now.
-
-        Parameters
-        ----------
-        rows : slice, int, or sequence of int, optional
-            Which queries; all by default, which needs memory for Lq x Lk weights.
-
-        Returns
-        -------
-        array (..., H, number of rows, Lk)
-            Before dropout; they sum to 1, or are all 0 where nothing is seen.
-
-        Raises
-        ------
-        OutOfMemoryError
-            If the weights are larger than this machine's memory.
-        InvalidInputError
-            If `rows` is not a selection of queries.
-        """
-        c = self._call
-        chosen = checks.rows(rows, c.query.shape[-2])
-        shape = (*c.query.shape[:-2], len(chosen), c.key.shape[-2])
-        checks.memory(shape, c.query.dtype, "weights")
-        result = np.zeros(shape, c.query.dtype)
-        lse, done = _lse_of_second_pass(c, self.output, self._lse) if result.size else self._lse, 0
-        for run in np.split(chosen, np.flatnonzero(np.diff(chosen) != 1) + 1) if result.size else ():
-            there = slice(int(run[0]), int(run[-1]) + 1)
-            _weights(_queries(c, there), lse[..., there], result[..., done : done + len(run), :])
-            done += len(run)
-        return result
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class InputGradients:
-    """The gradients of what attention was called with, each of its array's shape and dtype.
-
-    Attributes
-    ----------
-    query, key, value : array
-    bias : array or None
-        Of the float mask, summed over what it was broadcast along; None if there was none.
-    """
-
-    query: Array
-    key: Array
-    value: Array
-    bias: Array | None
+    result = forward(c, None if out is None else checks.output(out, c))
+    mask = masks.All((attn_mask, masks.Causal())) if is_causal else attn_mask
+    return AttentionCache(c.query, c.key, c.value, mask=mask, output=result.output, lse=result.lse, record=result)
 
 
 def attention_backward(
@@ -239,15 +172,15 @@ def attention_backward(
     >>> gradients.query.shape, gradients.bias
     ((4, 4), None)
     """
-    if not isinstance(cache, AttentionCache):
-        raise InvalidInputError(f"cache is a {type(cache).__name__}", hint="give what attention_forward returned")
-    c = cache._call
-    grad = checks.gradient("grad_output", grad_output, cache.output.shape, c.query.dtype)
-    if grad_lse is None:
-        lse = np.zeros(cache.lse.shape)
-    else:
-        lse = checks.gradient("grad_lse", grad_lse, cache.lse.shape, c.query.dtype).astype(np.float64, order="C")
-    return _backward(c, cache.output, cache._lse, grad, lse)
+    past = cache.record if isinstance(cache, AttentionCache) else cache
+    if not isinstance(past, Past):
+        made_by = "built by hand" if isinstance(cache, AttentionCache) else f"a {type(cache).__name__}"
+        hint = "give what attention_forward returned; a layer's cache goes to the layer's own backward"
+        raise InvalidInputError(f"cache is {made_by if past is None or past is cache else 'of a layer'}", hint=hint)
+    shape, dtype = past.output.shape, past.call.query.dtype
+    grad = checks.gradient("grad_output", grad_output, shape, dtype)
+    lse = None if grad_lse is None else checks.gradient("grad_lse", grad_lse, shape[:-1], dtype)
+    return past.backward(grad, lse)
 
 
 def merge(outputs: Sequence[ArrayLike], lses: Sequence[ArrayLike]) -> tuple[Array, Array]:
@@ -296,6 +229,47 @@ def merge(outputs: Sequence[ArrayLike], lses: Sequence[ArrayLike]) -> tuple[Arra
 
 
 # --- from checked calls to plans -----------------------------------------------------------------------------------
+class Past(NamedTuple):
+    """A checked call and what came of it: what later questions about it need. It copies none of the call's arrays."""
+
+    call: Call
+    output: Array
+    log_sum: Array | None  # (..., H, Lq) float64: the logsumexp, with eps in the sum if the call had one
+    top: Array | None  # (..., H, Lq): the largest scores, in the kernel's unit, if it had
+
+    @property
+    def lse(self) -> Array:
+        assert self.log_sum is not None
+        return self.log_sum.astype(self.call.query.dtype, copy=False)
+
+    def weights(self, rows: Any = None) -> Array:
+        """See `AttentionCache.weights`."""
+        c = self.call
+        chosen = checks.rows(rows, c.query.shape[-2])
+        shape = (*c.query.shape[:-2], len(chosen), c.key.shape[-2])
+        checks.memory(shape, c.query.dtype, "weights")
+        result = np.zeros(shape, c.query.dtype)
+        if result.size:
+            log_sum, done = _by_tiles(self).log_sum, 0
+            assert log_sum is not None
+            for run in np.split(chosen, np.flatnonzero(np.diff(chosen) != 1) + 1):
+                there = slice(int(run[0]), int(run[-1]) + 1)
+                _weights(_queries(c, there), log_sum[..., there], result[..., done : done + len(run), :])
+                done += len(run)
+        return result
+
+    def backward(self, grad_output: Array, grad_lse: Array | None = None) -> InputGradients:
+        """See `attention_backward`; the gradients are checked."""
+        shape = self.output.shape[:-1]
+        lse = np.zeros(shape) if grad_lse is None else grad_lse.astype(np.float64, order="C")
+        return _backward(self, grad_output, lse)
+
+
+def forward(c: Call, out: Array | None = None) -> Past:
+    """A checked call's output, and what its weights and gradients will need."""
+    return _forward(c, out, wants_lse=True)
+
+
 @np.errstate(all="ignore")  # -inf - -inf is NaN, and such a part is not selected
 def _merged(outputs: Array, lses: Array) -> tuple[Array, Array]:
     """Merge along the first axis: out = sum exp(lse - total) out, parts that saw nothing left out."""
@@ -309,46 +283,49 @@ def _merged(outputs: Array, lses: Array) -> tuple[Array, Array]:
     return output.astype(outputs.dtype), np.where(total == 0, -np.inf, top + np.log(total))
 
 
-def _forward(c: Call, out: Array | None, wants_lse: bool, by_tiles: bool = False) -> tuple[Array, Array | None]:
-    """The output, and the logsumexp in float64 where it is wanted."""
+def _forward(c: Call, out: Array | None, wants_lse: bool, by_tiles: bool = False) -> Past:
     from . import plan  # at the first call, as it loads the kernels: 60 ms
 
     shape = c.output_shape
     out = np.empty(shape, c.query.dtype) if out is None else out
     lse = np.empty(shape[:-1]) if wants_lse else None
+    top = np.empty(shape[:-1], c.query.dtype) if c.eps else None
     if 0 in c.query.shape[:-1] or 0 in c.key.shape[:-1]:
         out[...] = 0
-        return out, None if lse is None else np.full_like(lse, -np.inf)
+        return Past(c, out, *(None if x is None else np.full_like(x, -np.inf) for x in (lse, top)))
     if not (c.query.shape[-1] and shape[-1]):
-        wide, lse = _forward(_with_channels(c), None, wants_lse, by_tiles)
-        out[...] = wide[..., : shape[-1]]
-        return out, lse
+        wide = _forward(_with_channels(c), None, wants_lse, by_tiles)
+        out[...] = wide.output[..., : shape[-1]]
+        return wide._replace(call=c, output=out)
     ready = plan.forward(plan.problem(c, out), wants_lse, by_tiles)
     if ready.splits == 1:
-        ready(c, output=out, lse=lse)
-        return out, lse
+        ready(c, output=out, lse=lse, top=top)
+        return Past(c, out, lse, top)
     heads = math.prod(shape[:-2])
     parts = np.empty((heads, ready.splits, *shape[-2:]), c.query.dtype)
-    logs = np.empty(parts.shape[:-1])
-    ready(c, output=parts, lse=logs)
+    logs, tops = np.empty(parts.shape[:-1]), np.empty(parts.shape[:-1], c.query.dtype)
+    ready(c, output=parts, lse=logs, top=tops)
     output, merged_lse = _merged(parts.swapaxes(0, 1), logs.swapaxes(0, 1))
+    if c.eps:
+        top = tops.max(axis=1)
+        log_sum = np.logaddexp(merged_lse, math.log(c.eps) + ready.unit * top)
+        output *= np.exp(np.where(np.isneginf(merged_lse), 0, merged_lse - log_sum))[..., None]
+        merged_lse, top = log_sum, top.reshape(shape[:-1])
     out[...] = output.reshape(shape)
-    return out, merged_lse.reshape(shape[:-1])
+    return Past(c, out, merged_lse.reshape(shape[:-1]), top)
 
 
-def _lse_of_second_pass(c: Call, output: Array, lse: Array) -> Array:
-    """The logsumexp of the scores as weights and gradients form them.
+def _by_tiles(past: Past) -> Past:
+    """The sums and largest scores as weights and gradients form the scores.
 
     For few queries the forward pass sums a score in another order. The two differ by a rounding of the score, which
     for large scores is too much: weights would no longer sum to 1.
     """
     from . import plan
 
-    if not plan.is_few(plan.problem(c, output)):
-        return lse
-    again = _forward(c, None, wants_lse=True, by_tiles=True)[1]
-    assert again is not None
-    return again
+    if not plan.is_few(plan.problem(past.call, past.output)):
+        return past
+    return _forward(past.call, None, wants_lse=True, by_tiles=True)._replace(output=past.output)
 
 
 def _with_channels(c: Call) -> Call:
@@ -360,22 +337,24 @@ def _with_channels(c: Call) -> Call:
     return c._replace(query=one(c.query), key=one(c.key), value=one(c.value))
 
 
-def _backward(c: Call, output: Array, lse: Array, grad_output: Array, grad_lse: Array) -> InputGradients:
+def _backward(past: Past, grad_output: Array, grad_lse: Array) -> InputGradients:
     from . import plan
 
+    c, output = past.call, past.output
     bias = None if c.seen.bias is None else np.zeros(c.seen.bias.shape, c.query.dtype)
     D, Dv = c.query.shape[-1], c.value.shape[-1]
     if 0 in c.query.shape[:-1] or 0 in c.key.shape[:-1]:
         return InputGradients(np.zeros_like(c.query), np.zeros_like(c.key), np.zeros_like(c.value), bias)
     if not (D and Dv):
         none = np.zeros((*output.shape[:-1], 1), output.dtype)
-        wide = _backward(_with_channels(c), output if Dv else none, lse, grad_output if Dv else none, grad_lse)
+        wide_past = past._replace(call=_with_channels(c), output=output if Dv else none)
+        wide = _backward(wide_past, grad_output if Dv else none, grad_lse)
         return InputGradients(wide.query[..., :D], wide.key[..., :D], wide.value[..., :Dv], wide.bias)
     itemsize, problem, layout = c.query.itemsize, plan.problem(c, output), plan.layout(grad_output)
     query = np.empty(c.query.shape, c.query.dtype)
     key, value = (np.empty(plan.padded(x.shape, itemsize), x.dtype) for x in (c.key, c.value))
-    lse = _lse_of_second_pass(c, output, lse)
-    given = dict(output=output, lse=lse, grad_output=grad_output, grad_lse=grad_lse)
+    sums = _by_tiles(past)
+    given = dict(output=output, lse=sums.log_sum, top=sums.top, grad_output=grad_output, grad_lse=grad_lse)
     for ready in plan.backward(problem, layout, plan.threads()):
         ready(c, grad_query=query, grad_key=key, grad_value=value, **given)
     if c.seen.bias is not None:

@@ -17,7 +17,7 @@ from .checks import Array, Call, Shape
 from .kernels import blocks, decode, dense, jit, pairs
 from .kernels.scoring import ByteMatrices, Dropout
 from .kernels.simd import target
-from .kernels.softmax import LOG2E
+from .kernels.softmax import LN2, LOG2E, Epsilon
 from .kernels.tiles import Matrices
 
 FORWARD_KEYS = 128  # in a chunk: 128 x 64 scores are 32 KiB and stay near the core; 64 and 96 measured the same
@@ -46,6 +46,7 @@ class Problem(NamedTuple):
     softcap: float | None
     slopes: bool
     dropout: float
+    eps: float
     first: int
     last: int
     offset: int
@@ -66,7 +67,7 @@ def problem(c: Call, output: Array) -> Problem:
     seen = c.seen
     return Problem(
         c.query.dtype, layout(c.query), layout(c.key), layout(c.value), layout(output), c.scale, c.softcap,
-        c.slopes is not None, c.dropout, seen.first, seen.last, seen.offset,
+        c.slopes is not None, c.dropout, c.eps, seen.first, seen.last, seen.offset,
         None if seen.limits is None else seen.limits.shape, None if seen.bias is None else layout(seen.bias),
         None if seen.allowed is None else layout(seen.allowed),
     )  # fmt: skip
@@ -129,7 +130,8 @@ def _job(p: Problem, keys_per_block: int, rows: int, output: Matrices, **more: A
         query=_matrices("query", query, itemsize), key=_matrices("key", key, itemsize, group),
         value=_matrices("value", value, itemsize, group), output=output, lse=_NOTHING, wants_lse=0, natural=natural,
         softcap=p.softcap, slopes="slopes" if p.slopes else None, bias=bias, mask=mask,
-        additive=None if bias is None and mask is None else 1, dropout=_dropout(p.dropout), gradients=None,
+        additive=None if bias is None and mask is None else 1, dropout=_dropout(p.dropout),
+        epsilon=Epsilon(p.eps, "top") if p.eps else None, gradients=None,
         bias_gradient=None, limits=np.array([0, Lk], np.int64) if p.limits is None else "limits",
         limits_batch=0 if p.limits is None else 2 * Lq,
         limits_row=0 if p.limits is None else 2, first=p.first, last=p.last, offset=p.offset,
@@ -154,6 +156,7 @@ class Plan(NamedTuple):
     launch: jit.Launch
     scratch: int  # elements that one thread needs
     splits: int
+    unit: float  # what a score in the kernel's unit, such as `top`, is worth
 
     def __call__(self, c: Call, **arrays: Any) -> None:
         seen = c.seen
@@ -172,7 +175,9 @@ def _every_batch(limits: NDArray[np.int64], c: Call) -> NDArray[np.int64]:
 def _plan(kernel: jit.Kernel, job: blocks.AttentionJob, tasks: int, p: Problem, products: int) -> Plan:
     heads = len(job.query.at)
     work = heads * job.Lq * job.Lk * (job.D + job.Dv) * products / 2
-    return Plan(kernel.prepare(job, tasks, p.dtype, work), job.scratch_step, job.splits)
+    return Plan(
+        kernel.prepare(job, tasks, p.dtype, work), job.scratch_step, job.splits, LN2 if job.natural is None else 1.0
+    )
 
 
 def is_few(p: Problem) -> bool:
@@ -196,6 +201,8 @@ def forward(p: Problem, wants_lse: bool, by_tiles: bool = False) -> Plan:
     more: dict[str, Any] = dict(splits=splits, split_keys=SPLIT_KEYS if splits > 1 else Lk)
     if wants_lse or splits > 1:
         more.update(lse="lse", wants_lse=1)
+    if p.eps and splits > 1:  # it is one sum: eps is added when the parts are merged
+        more.update(epsilon=Epsilon(0.0, "top"))
     if few:
         job = _job(p, DECODE_KEYS, 0, output, **more)
         step = decode.scratch_elements(Lq * job.group, D, Dv, DECODE_KEYS, itemsize)
@@ -283,10 +290,10 @@ def bias_backward(p: Problem, grad_output: Layout) -> BiasPlan:
 
 @functools.lru_cache(128)
 def weights(p: Problem) -> Plan:
-    """The weights of all queries of the problem, whose output is an array of them."""
+    """The weights of all queries of the problem, whose output is an array of them; eps, if any, is in the logsumexp."""
     (_, D), (_, Dv), itemsize = p.query.shape[-2:], p.value.shape[-2:], p.dtype.itemsize
     output = _matrices("output", _heads(p.output, 3), itemsize)
-    job = _job(p, FORWARD_KEYS, blocks.scratch_rows(D, Dv, FORWARD_KEYS), output, lse="lse")
+    job = _job(p, FORWARD_KEYS, blocks.scratch_rows(D, Dv, FORWARD_KEYS), output, lse="lse", epsilon=None)
     return _plan(pairs.weights, job, len(job.query.at) * job.blocks, p, 1)
 
 

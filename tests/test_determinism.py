@@ -167,7 +167,9 @@ def test_dropout_is_the_seeds_affair():
     cache = case.forward(seed=None)  # and its backward pass throws them again
     got = rv.attention_backward(case.grad_output, cache)
     nudge = 1e-6 * np.random.default_rng(0).standard_normal(case.value.shape)
-    seeded = rv.attention_forward(case.query, case.key, case.value + nudge, **{**case.call, "seed": cache._call.seed})
+    seeded = rv.attention_forward(
+        case.query, case.key, case.value + nudge, **{**case.call, "seed": cache.record.call.seed}
+    )
     change = (case.grad_output * (seeded.output - cache.output)).sum()
     np.testing.assert_allclose(change, (got.value * nudge).sum(), rtol=1e-6)
 

@@ -1,0 +1,178 @@
+"""Linear projections of many rows, with heads split or joined on the way: out = left right + bias.
+
+    left (I, K)   right (K, J)   out (I, J)   bias (J)       all strided, none contiguous, none copied beforehand
+
+A row is a pair (batch, position) and a column a pair (head, channel), each pair with strides of its own. So x W + b is
+written where attention wants it, in (B, H, L, D), and read back from there; and the gradients, dx = dy W^T and
+dW = x^T dy, are the same kernel on transposed views.
+
+Element (i, j) is one sum over k in one order, chunk by chunk: it depends neither on threads nor on how many other rows
+there are. That is why this is not BLAS, whose bits depend on both.
+"""
+
+from typing import NamedTuple
+
+from .blocks import COLS, ROWS
+from .jit import Elements, apart, inline, kernel
+from .simd import lanes_of, load, store, tile_zeros, transpose_square, width_of
+from .tiles import add_to, multiply_add
+
+SUMMED = 256  # of K at a time: a longer chain would lose digits, and 256 x 64 float32 of `right` stay near the core
+
+
+class Pairs(NamedTuple):
+    """A matrix whose rows and columns are pairs: row i is (i // rows, i % rows), column j (j // cols, j % cols)."""
+
+    data: Elements
+    outer_row: int  # strides, in elements
+    row: int
+    outer_col: int
+    col: int
+    rows: int
+    cols: int
+
+
+class ProjectionJob(NamedTuple):
+    left: Pairs  # (I, K), or (K, I) if its rows are the contiguous axis
+    right: Pairs  # (K, J), or (J, K) likewise
+    out: Pairs
+    bias: Elements  # (J,)
+    sums: Elements  # (J,): the sums of the columns of `right`, which for dW = x^T dy are db
+    left_transposed: int
+    right_transposed: int
+    wants_bias: int
+    wants_sums: int
+    I: int
+    J: int
+    K: int
+    task_rows: int
+    task_cols: int
+    scratch: Elements
+    scratch_step: int
+
+
+def scratch_elements(task_rows: int, task_cols: int, width: int, lanes: int) -> int:
+    """What one slot needs: chunks of left and right, the block of out, a row of ones."""
+    return task_rows * SUMMED + SUMMED * width + task_rows * task_cols + lanes
+
+
+@inline
+def row_at(m, i):
+    return i // m.rows * m.outer_row + i % m.rows * m.row
+
+
+@inline
+def column_at(m, j):
+    return j // m.cols * m.outer_col + j % m.cols * m.col
+
+
+@apart
+def copy_lines(out, step, m, i0, n, j0, length):
+    """out[i * step + j] = m[i0 + i, j0 + j]"""
+    lanes = lanes_of(out)
+    for i in range(n):
+        begin, j = row_at(m, i0 + i), 0
+        while j < length:
+            at, run, o = begin + column_at(m, j0 + j), min(length - j, m.cols - (j0 + j) % m.cols), i * step + j
+            whole = run // lanes * lanes if m.col == 1 else 0
+            for t in range(0, whole, lanes):
+                store(load(m.data, at + t), out, o + t)
+            for t in range(whole, run):
+                out[o + t] = m.data[at + t * m.col]
+            j += run
+
+
+@apart
+def copy_transposed(out, step, m, i0, n, j0, length, ones):
+    """out[j * step + i] = m[i0 + i, j0 + j]"""
+    lanes = lanes_of(out)
+    for i in range(0, n, lanes):
+        for j in range(0, length, lanes):
+            one_row = (i0 + i) % m.rows + lanes <= m.rows and i + lanes <= n
+            one_col = (j0 + j) % m.cols + lanes <= m.cols and j + lanes <= length and m.col == 1
+            if one_row and one_col:
+                at = row_at(m, i0 + i) + column_at(m, j0 + j)
+                transpose_square(out, j * step + i, step, m.data, at, m.row, ones, 0)
+            else:
+                for r in range(i, min(n, i + lanes)):
+                    for c in range(j, min(length, j + lanes)):
+                        out[c * step + r] = m.data[row_at(m, i0 + r) + column_at(m, j0 + c)]
+
+
+@apart
+def write_lines(m, i0, n, j0, length, block, step):
+    """m[i0 + i, j0 + j] = block[i * step + j]"""
+    lanes = lanes_of(block)
+    for i in range(n):
+        begin, j = row_at(m, i0 + i), 0
+        while j < length:
+            at, run, o = begin + column_at(m, j0 + j), min(length - j, m.cols - (j0 + j) % m.cols), i * step + j
+            whole = run // lanes * lanes if m.col == 1 else 0
+            for t in range(0, whole, lanes):
+                store(load(block, o + t), m.data, at + t)
+            for t in range(whole, run):
+                m.data[at + t * m.col] = block[o + t]
+            j += run
+
+
+@apart
+def pad(panel, width, n, live):
+    """Columns from `live` on are 0, so that what they are multiplied to is never NaN, nor slow as denormals are."""
+    for k in range(n):
+        for j in range(live, width):
+            panel[k * width + j] = 0
+
+
+@apart
+def add_sums(sums, j0, panel, width, n, live):
+    """sums[j0 + j] += sum over the n rows of the panel"""
+    for j in range(live):
+        total = 0 * panel[0]
+        for k in range(n):
+            total += panel[k * width + j]
+        sums[j0 + j] += total
+
+
+@kernel
+def project(job: ProjectionJob, slot, task):
+    # task -> some rows by some columns of out
+    row_tasks = (job.I + job.task_rows - 1) // job.task_rows
+    i0, j0 = task % row_tasks * job.task_rows, task // row_tasks * job.task_cols
+    ni, nj = min(job.task_rows, job.I - i0), min(job.task_cols, job.J - j0)
+    left = job.scratch + slot * job.scratch_step
+    width, lanes, step = width_of(left), lanes_of(left), job.task_cols
+    panel = left + job.task_rows * SUMMED
+    block = panel + SUMMED * width
+    ones = block + job.task_rows * step
+    tile = tile_zeros(left, ROWS, COLS)
+    for i in range(lanes):
+        ones[i] = 1
+    # 1. out begins as the bias
+    for i in range(ni):
+        for j in range(nj):
+            block[i * step + j] = job.bias[j0 + j] if job.wants_bias else 0
+    for k0 in range(0, job.K, SUMMED):
+        nk = min(SUMMED, job.K - k0)
+        # 2. a chunk of left, as it lies: by rows, or by columns
+        if job.left_transposed:
+            copy_lines(left, job.task_rows, job.left, k0, nk, i0, ni)
+        else:
+            copy_lines(left, SUMMED, job.left, i0, ni, k0, nk)
+        left_k, left_i = (job.task_rows, 1) if job.left_transposed else (1, SUMMED)
+        for j in range(0, nj, width):
+            # 3. a chunk of right, as wide as a tile
+            live = min(width, nj - j)
+            if job.right_transposed:
+                copy_transposed(panel, width, job.right, j0 + j, live, k0, nk, ones)
+            else:
+                copy_lines(panel, width, job.right, k0, nk, j0 + j, live)
+            pad(panel, width, nk, live)
+            if job.wants_sums and i0 == 0:
+                add_sums(job.sums, j0 + j, panel, width, nk, live)
+            # 4. out[i, j] += sum over k of left[i, k] * right[k, j]
+            for i in range(0, ni, ROWS):
+                rows = min(ROWS, ni - i)
+                done = multiply_add(tile, left + i * left_i, left_k, left_i, rows, panel, width, nk)
+                add_to(done, block, i * step + j, step, rows)
+    # 5. to where it belongs
+    write_lines(job.out, i0, ni, j0, nj, block, step)

@@ -1,0 +1,94 @@
+"""Linear projections of rows, with heads split or joined on the way: what the layers are made of besides attention.
+
+Every array here is (B, L, H, C): rows are pairs (batch, position), columns are pairs (head, channel). A plain (B, L, d)
+is one head of d channels, and a weight (d_in, d_out) is a batch of one.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+
+TASK_ROWS = 192  # of out: 192 x 256 float32 of `left` are 192 KiB
+TASK_COLS = 128
+
+
+class _Layout(NamedTuple):
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+class _Problem(NamedTuple):
+    dtype: np.dtype[Any]
+    left: _Layout
+    right: _Layout
+    out: _Layout
+    wants_bias: bool
+    wants_sums: bool
+
+
+_NOTHING = np.zeros(1)
+
+
+def product(left: Array, right: Array, out: Array, bias: Array | None = None, sums: Array | None = None) -> None:
+    """out[i, j] = sum over k of left[i, k] * right[k, j] + bias[j], where each index is a pair.
+
+    `sums`, if given, gets the sum of each column of `right`.
+    """
+    if out.size == 0:
+        if sums is not None:
+            sums[...] = 0
+        return
+    layouts = [_Layout(x.shape, x.strides) for x in (left, right, out)]
+    launch, scratch = _plan(_Problem(out.dtype, *layouts, bias is not None, sums is not None))
+    from .kernels import jit
+
+    if sums is not None:
+        sums[...] = 0
+    launch(
+        left=left, right=right, out=out, bias=_NOTHING if bias is None else bias,
+        sums=_NOTHING if sums is None else sums, scratch=jit.scratch(scratch * jit.slots(), out.dtype),
+    )  # fmt: skip
+
+
+@functools.lru_cache(512)
+def _plan(p: _Problem) -> tuple[Any, int]:
+    from .kernels import projection
+    from .kernels.simd import target
+
+    itemsize = p.dtype.itemsize
+    I, J, K = (a * b for a, b in (p.out.shape[:2], p.out.shape[2:], p.left.shape[2:]))
+    width, lanes = target().width(itemsize), target().lanes(itemsize)
+    rows = -(-I // -(-I // TASK_ROWS))  # as even as can be
+    rows = -(-rows // target().rows) * target().rows
+    cols = -(-min(J, TASK_COLS) // width) * width
+    left, left_transposed = _lines("left", p.left, itemsize)
+    right, right_transposed = _lines("right", p.right, itemsize)
+    scratch = projection.scratch_elements(rows, cols, width, lanes)
+    job = projection.ProjectionJob(
+        left=left, right=right, out=_pairs("out", p.out, itemsize), bias="bias", sums="sums",
+        left_transposed=left_transposed, right_transposed=right_transposed, wants_bias=int(p.wants_bias),
+        wants_sums=int(p.wants_sums), I=I, J=J, K=K, task_rows=rows, task_cols=cols, scratch="scratch",
+        scratch_step=scratch,
+    )  # fmt: skip
+    tasks = -(-I // rows) * -(-J // cols)
+    return projection.project.prepare(job, tasks, p.dtype, I * J * K), scratch
+
+
+def _pairs(name: str, layout: _Layout, itemsize: int) -> Any:
+    from .kernels.projection import Pairs
+
+    return Pairs(name, *(s // itemsize for s in layout.strides), layout.shape[1], layout.shape[3])
+
+
+def _lines(name: str, layout: _Layout, itemsize: int) -> tuple[Any, int]:
+    """The matrix, or its transpose if its rows are the axis that lies contiguous; 1 if so."""
+    if layout.strides[3] != itemsize and layout.strides[1] == itemsize:
+        swapped = _Layout(*((x[2], x[3], x[0], x[1]) for x in layout))
+        return _pairs(name, swapped, itemsize), 1
+    return _pairs(name, layout, itemsize), 0
