@@ -1,0 +1,204 @@
+"""Configurations and layers, built option by option.
+
+>>> from ruvector_numba.builder import AttentionBuilder
+>>> builder = AttentionBuilder().d_model(256).num_heads(4).dropout(0.1)
+>>> builder.build_config().d_k
+64
+>>> builder.causal(True).build_multi_head(seed=0).config.causal
+True
+
+A method sets its option in the builder and returns the builder, so calls can be chained or written one below the
+other. Nothing is checked until something is built; then the whole configuration is. What was built holds a frozen
+configuration: the builder can be changed and used again, and what it built before stays as it is. `copy.copy` gives
+a second builder that starts from the same options.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from .config import Aggregation, AttentionConfig, GraphAttentionConfig
+from .errors import InvalidConfigError
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    from .multi_head import MultiHeadAttention
+    from .scaled_dot_product import ScaledDotProductAttention
+
+__all__ = ["AttentionBuilder", "GraphAttentionBuilder"]
+
+Config = TypeVar("Config", AttentionConfig, GraphAttentionConfig)
+
+
+class _Options:
+    """A method for every option of an `AttentionConfig`, for all builders."""
+
+    _config: AttentionConfig | GraphAttentionConfig
+
+    def _set(self, **options: Any) -> Self:
+        raise NotImplementedError
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}().config({self._config!r})"
+
+    def d_model(self, d_model: int) -> Self:
+        """Set the channels of queries, keys, values and the output; a multiple of `num_heads`."""
+        return self._set(d_model=d_model)
+
+    def num_heads(self, num_heads: int) -> Self:
+        """Set the number of attention heads."""
+        return self._set(num_heads=num_heads)
+
+    def dropout(self, dropout: float) -> Self:
+        """Set the probability, 0 to 1, to drop a weight; in training only."""
+        return self._set(dropout=dropout)
+
+    def use_bias(self, use_bias: bool) -> Self:
+        """Set whether the linear projections add a bias."""
+        return self._set(use_bias=use_bias)
+
+    def scale(self, scale: float | None) -> Self:
+        """Set what scores are multiplied by; None for 1 / sqrt(d_k)."""
+        return self._set(scale=scale)
+
+    def max_seq_len(self, max_seq_len: int | None) -> Self:
+        """Set the longest sequence that is accepted; None for no limit."""
+        return self._set(max_seq_len=max_seq_len)
+
+    def causal(self, causal: bool) -> Self:
+        """Set whether query i sees keys 0 to i only."""
+        return self._set(causal=causal)
+
+    def eps(self, eps: float) -> Self:
+        """Set what is added to the denominator of the softmax; positive."""
+        return self._set(eps=eps)
+
+
+class AttentionBuilder(_Options):
+    """Builds scaled dot-product and multi-head attention; starts from the defaults of `AttentionConfig`.
+
+    Examples
+    --------
+    >>> AttentionBuilder().d_model(64).num_heads(4).scale(0.5).build_config().get_scale()
+    0.5
+    >>> AttentionBuilder().d_model(0).build_config()
+    Traceback (most recent call last):
+        ...
+    ruvector_numba.errors.InvalidConfigError: Invalid configuration: d_model must be greater than 0
+      d_model: 0
+    """
+
+    _config: AttentionConfig
+
+    def __init__(self) -> None:
+        self._config = AttentionConfig()
+
+    def _set(self, **options: Any) -> Self:
+        self._config = replace(self._config, **options)
+        return self
+
+    def config(self, config: AttentionConfig) -> Self:
+        """Set all options at once; `InvalidConfigError` if this is not an `AttentionConfig`."""
+        self._config = _checked("config", AttentionConfig, config)
+        return self
+
+    def build_config(self) -> AttentionConfig:
+        """The configuration with all that was set; `InvalidConfigError` if it is not valid."""
+        self._config.validate()
+        return self._config
+
+    def build_scaled_dot_product(self) -> ScaledDotProductAttention:
+        """Scaled dot-product attention; `InvalidConfigError` if the configuration is not valid."""
+        from .scaled_dot_product import ScaledDotProductAttention
+
+        return ScaledDotProductAttention(self.build_config())
+
+    def build_multi_head(
+        self, seed: int | None = None, kdim: int | None = None, vdim: int | None = None
+    ) -> MultiHeadAttention:
+        """Multi-head attention with fresh parameters.
+
+        Parameters
+        ----------
+        seed : int, optional
+            Of the parameters; the same seed gives the same layer.
+        kdim, vdim : int, optional
+            Channels of keys and of values, if not `d_model`.
+
+        Raises
+        ------
+        InvalidConfigError
+            If the configuration is not valid.
+        """
+        from .multi_head import MultiHeadAttention
+
+        return MultiHeadAttention(self.build_config(), seed, kdim, vdim)
+
+
+class GraphAttentionBuilder(_Options):
+    """Builds configurations of attention on graphs; starts from the defaults of `GraphAttentionConfig`.
+
+    Examples
+    --------
+    >>> builder = GraphAttentionBuilder().d_model(64).num_heads(4).use_edge_features(True).edge_dim(3)
+    >>> builder.aggregation("mean").build_config().base.d_k
+    16
+    """
+
+    _config: GraphAttentionConfig
+
+    def __init__(self) -> None:
+        self._config = GraphAttentionConfig()
+
+    def _set(self, **options: Any) -> Self:
+        return self.base(replace(_checked("base", AttentionConfig, self._config.base), **options))
+
+    def base(self, base: AttentionConfig) -> Self:
+        """Set all that attention on graphs shares with other attention; `InvalidConfigError` for another type."""
+        self._config = replace(self._config, base=_checked("base", AttentionConfig, base))
+        return self
+
+    def use_edge_features(self, use_edge_features: bool) -> Self:
+        """Set whether edges have features that enter the scores; needs `edge_dim`."""
+        self._config = replace(self._config, use_edge_features=use_edge_features)
+        return self
+
+    def edge_dim(self, edge_dim: int | None) -> Self:
+        """Set the channels of the features of an edge."""
+        self._config = replace(self._config, edge_dim=edge_dim)
+        return self
+
+    def aggregation(self, aggregation: Aggregation) -> Self:
+        """Set how what the neighbours send is joined: "sum", "mean" or "max"."""
+        self._config = replace(self._config, aggregation=aggregation)
+        return self
+
+    def normalize(self, normalize: bool) -> Self:
+        """Set whether the coefficients of a node's neighbours are normalised by a softmax."""
+        self._config = replace(self._config, normalize=normalize)
+        return self
+
+    def negative_slope(self, negative_slope: float) -> Self:
+        """Set the slope of the LeakyReLU below zero."""
+        self._config = replace(self._config, negative_slope=negative_slope)
+        return self
+
+    def config(self, config: GraphAttentionConfig) -> Self:
+        """Set all options at once; `InvalidConfigError` if this is not a `GraphAttentionConfig`."""
+        self._config = _checked("config", GraphAttentionConfig, config)
+        return self
+
+    def build_config(self) -> GraphAttentionConfig:
+        """The configuration with all that was set; `InvalidConfigError` if it is not valid, the base included."""
+        self._config.validate()
+        return self._config
+
+
+def _checked(name: str, kind: type[Config], config: Config) -> Config:
+    """Types of whole configurations are checked at once: later methods change one option in them."""
+    if not isinstance(config, kind):
+        hint = f"{kind.__name__}.from_dict reads a dictionary"
+        raise InvalidConfigError(f"{name} must be of type {kind.__name__}, not {type(config).__name__}", hint=hint)
+    return config
