@@ -1,0 +1,175 @@
+"""Named arrays in a safetensors file: numbers and a header of text, never code.
+
+Source of the format: https://huggingface.co/docs/safetensors. Eight bytes give the length of the header, which is JSON:
+for each array its dtype, shape and place, and under ``__metadata__`` texts by name. The arrays' bytes follow.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import secrets
+from collections.abc import Callable, Mapping
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import DimensionMismatchError, InvalidConfigError, InvalidInputError
+
+Array = NDArray[Any]
+Shape = tuple[int, ...]
+
+HEADER_LIMIT = 1 << 20  # bytes; those of a layer are some hundreds
+ITEM_SIZES = {"F32": 4, "F64": 8}
+OURS = "load takes what save wrote"
+
+
+def write(path: str | os.PathLike[str], arrays: Mapping[str, Array], metadata: Mapping[str, str]) -> None:
+    """Write contiguous arrays and texts, whole or not at all.
+
+    Raises
+    ------
+    InvalidInputError
+        If `path` is none, or cannot be written.
+    InvalidConfigError
+        If safetensors is not installed.
+    """
+    library, place = _library(), _place(path)
+    data = library.save(dict(arrays), metadata=dict(metadata))
+    draft = os.path.join(os.path.dirname(place), f".{secrets.token_hex(8)}.tmp")
+    try:
+        with open(draft, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(draft, place)
+    except OSError as error:
+        hint = "is the folder there, and may you write to it?"
+        raise InvalidInputError(f"cannot write {path}: {error.strerror}", hint=hint) from error
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(draft)  # gone already unless something failed
+
+
+def read(
+    path: str | os.PathLike[str], shapes: Mapping[str, Shape], check: Callable[[dict[str, str]], None]
+) -> dict[str, Array]:
+    """Read the arrays of these names and shapes, in this order; nothing is believed that was not checked.
+
+    Parameters
+    ----------
+    path : path
+        The file.
+    shapes : mapping of str to tuple
+        Exactly what arrays there must be. They bound what is read, whatever the file says.
+    check : callable
+        Gets the texts of the header, before any array is read; raises if they do not fit.
+
+    Raises
+    ------
+    InvalidInputError
+        If there is no such file, it is damaged or no safetensors file, or the names, dtypes or numbers are wrong.
+    DimensionMismatchError
+        If an array has another shape.
+    InvalidConfigError
+        If safetensors is not installed.
+    """
+    library, place = _library(), _place(path)
+    try:
+        with open(place, "rb") as file:
+            start, header = _header(path, file)
+            metadata = header.pop("__metadata__", {})
+            if not isinstance(metadata, dict) or not all(isinstance(x, str) for x in metadata.values()):
+                raise _damaged(path, "its metadata are not texts by name")
+            check(metadata)
+            size = _check_entries(path, header, shapes)
+            data = file.read(size + 1)
+    except OSError as error:
+        raise InvalidInputError(f"cannot read {path}: {error.strerror}", hint="is the path right?") from error
+    if len(data) != size:
+        what = f"{size - len(data)} bytes are missing at its end" if len(data) < size else "more follows its arrays"
+        raise _damaged(path, what)
+    try:
+        arrays = library.load(start + data)
+    except Exception as error:  # whatever a library makes of what it cannot read
+        raise _damaged(path, str(error)[:500]) from error
+    for name, x in arrays.items():
+        if not np.isfinite(x).all():
+            raise InvalidInputError(f"{path}: {name} is not finite", hint="the layer was saved after it had diverged")
+    return {name: arrays[name] for name in shapes}
+
+
+def _library() -> Any:
+    try:
+        import safetensors.numpy
+    except ImportError as error:
+        hint = 'pip install "ruvector-numba[files]"'
+        raise InvalidConfigError("to save and load, the package safetensors is needed", hint=hint) from error
+    return safetensors.numpy
+
+
+def _place(path: object) -> str:
+    """Where a path leads, links followed; a number would be taken for an open file."""
+    if not isinstance(path, str | os.PathLike):
+        raise InvalidInputError(f"path is a {type(path).__name__}", hint="give a str or a pathlib.Path")
+    try:
+        place = os.path.realpath(os.fsdecode(path))
+    except ValueError as error:
+        raise InvalidInputError(f"path is {os.fsdecode(path)!r}: {error}", hint="give the path of a file") from None
+    if os.path.exists(place) and not os.path.isfile(place):
+        raise InvalidInputError(f"{place} is not a file", hint="give the path of a file, such as layer.safetensors")
+    return place
+
+
+def _damaged(path: object, what: str) -> InvalidInputError:
+    return InvalidInputError(f"{path} is damaged, or no safetensors file: {what}", hint=OURS)
+
+
+def _header(path: object, file: BinaryIO) -> tuple[bytes, dict[str, Any]]:
+    """The bytes up to the arrays, and the header in them."""
+    length = file.read(8)
+    size = int.from_bytes(length, "little")
+    if len(length) < 8 or size > HEADER_LIMIT:
+        raise _damaged(path, "it has no header" if len(length) < 8 else f"its header would have {size} bytes")
+    text = file.read(size)
+    if len(text) < size:
+        raise _damaged(path, "its header ends early")
+    try:
+        header = json.loads(text.decode("utf-8"), object_pairs_hook=_without_doubles)
+    except (ValueError, RecursionError) as error:
+        raise _damaged(path, f"its header cannot be read: {error}") from error
+    if not isinstance(header, dict):
+        raise _damaged(path, "its header is no JSON object")
+    return length + text, header
+
+
+def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    named = dict(pairs)
+    if len(named) < len(pairs):
+        double = next(name for i, (name, _) in enumerate(pairs) if name in dict(pairs[:i]))
+        raise ValueError(f"{double[:100]!r} is there twice")
+    return named
+
+
+def _check_entries(path: object, header: dict[str, Any], shapes: Mapping[str, Shape]) -> int:
+    """How many bytes the arrays take, if they are the ones wanted. Their places are the library's to check."""
+    if set(header) != set(shapes):
+        names = {"in the file": ", ".join(header)[:500] or "none", "expected": ", ".join(shapes) or "none"}
+        raise InvalidInputError(f"{path} holds other arrays", shapes=names, hint=OURS)
+    dtypes = set()
+    for name, shape in shapes.items():
+        entry = header[name]
+        if not isinstance(entry, dict) or not isinstance(entry.get("shape"), list):
+            raise _damaged(path, f"what it says of {name} makes no sense")
+        theirs = tuple(entry["shape"])
+        if theirs != shape:
+            both = {f"{name} in {path}": str(theirs)[:500], "expected": shape}
+            raise DimensionMismatchError(shape, str(theirs)[:500], shapes=both, hint=OURS)
+        dtypes.add(str(entry.get("dtype"))[:20])
+    if len(dtypes) > 1 or not dtypes <= set(ITEM_SIZES):
+        hint = "cast the arrays to one of them before they are saved"
+        raise InvalidInputError(f"{path} is {' and '.join(sorted(dtypes))}, neither F32 nor F64", hint=hint)
+    return sum(map(math.prod, shapes.values())) * (ITEM_SIZES[dtypes.pop()] if dtypes else 0)

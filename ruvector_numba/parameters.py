@@ -1,0 +1,482 @@
+"""The parameters of a layer: one immutable set of named arrays, and what every layer that has one can do with it.
+
+A set never changes; a layer that learns gets another one, in one assignment. So a thread that reads while another
+trains sees a whole set, the old or the new, and waits for nobody. Writers wait for each other.
+
+A layer puts its arrays into a `ParameterSet`, and `Trainable` gives it the rest:
+
+>>> import numpy as np
+>>> from ruvector_numba.parameters import ParameterSet, Trainable
+>>> class Line(Trainable):
+...     def __init__(self):
+...         self._parameters = ParameterSet({"slope": np.zeros(1), "height": np.zeros(1)})
+...     def loss(self, x, y):
+...         p = self.parameters
+...         error = p["slope"] * x + p["height"] - y
+...         return np.mean(error**2), {"slope": [np.mean(2 * error * x)], "height": [np.mean(2 * error)]}
+>>> line, x = Line(), np.linspace(-1, 1, 20)
+>>> for _ in range(200):
+...     loss, gradients = line.loss(x, 3 * x + 1)
+...     line.update_parameters(gradients, learning_rate=0.1)
+>>> print(line.get_parameters().round(3))
+[3. 1.]
+
+Flat parameters are what `scipy.optimize.minimize` works with. It searches in the dtype it begins with: begin with
+float64, and the layer computes in float64 from then on.
+
+>>> from scipy.optimize import minimize
+>>> def objective(flat):
+...     line.set_parameters(flat)
+...     loss, gradients = line.loss(x, 2 * x - 5)
+...     return loss, ParameterSet(gradients).flat
+>>> best = minimize(objective, line.get_parameters().astype(np.float64), jac=True)
+>>> line.set_parameters(best.x)
+>>> print(line.get_parameters().round(3))
+[ 2. -5.]
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, DTypeLike, NDArray
+
+from . import files
+from .checks import FLOATS, from_sequence
+from .errors import DimensionMismatchError, InvalidConfigError, InvalidInputError, TrainingError
+
+__all__ = ["ParameterSet", "Trainable"]
+
+Array = NDArray[Any]
+Shape = tuple[int, ...]
+
+_writer = threading.RLock()  # one for all layers: a lock of its own would keep a layer from being pickled
+
+
+def _renew_lock() -> None:
+    """In a forked child: whoever held the lock is not there to let it go."""
+    global _writer
+    _writer = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_lock)
+
+
+class ParameterSet(Mapping[str, Array]):
+    """Named arrays that never change: read-only views of one flat array, in the order of the mapping.
+
+    Parameters
+    ----------
+    arrays : mapping of str to array_like
+        Finite, of any shapes, all float32 or all float64; they are copied. Lists become float64.
+
+    Raises
+    ------
+    InvalidInputError
+        If a name is no text, an array is neither float32 nor float64, or they differ in dtype.
+    TrainingError
+        If a number is NaN or infinite.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from ruvector_numba.parameters import ParameterSet
+    >>> layer = ParameterSet({"w": np.ones((2, 3)), "b": np.zeros(3)})
+    >>> layer
+    ParameterSet(float64, 9 numbers: w (2, 3), b (3,))
+    >>> layer["w"].shape, layer.flat.shape
+    ((2, 3), (9,))
+    >>> layer.with_flat(np.arange(9.0))["b"]
+    array([6., 7., 8.])
+    """
+
+    __slots__ = ("_casts", "_flat", "_shapes", "_views")
+
+    _flat: Array
+    _shapes: dict[str, Shape]
+    _views: dict[str, Array]
+    _casts: dict[np.dtype[Any], ParameterSet]
+
+    def __init__(self, arrays: Mapping[str, ArrayLike]) -> None:
+        if not isinstance(arrays, Mapping):
+            hint = 'give names and arrays: {"w": w, "b": b}'
+            raise InvalidInputError(f"parameters are a {type(arrays).__name__}, not a mapping", hint=hint)
+        for name in arrays:
+            if not isinstance(name, str):
+                raise InvalidInputError(f"the parameter name {name!r} is no text", hint="give names of type str")
+        given = {name: floats(name, x) for name, x in arrays.items()}
+        dtypes = {f"{name}.dtype": x.dtype for name, x in given.items()}
+        if len(set(dtypes.values())) > 1:
+            raise InvalidInputError("parameters differ in dtype", shapes=dtypes, hint="cast them to one")
+        flat = np.concatenate([x.ravel() for x in given.values()]) if given else np.empty(0, np.float32)
+        self._adopt(flat, {name: x.shape for name, x in given.items()})
+
+    def _adopt(self, flat: Array, shapes: dict[str, Shape]) -> None:
+        """Take over `flat`, which nobody else may write to."""
+        flat.flags.writeable = False
+        self._flat, self._shapes, self._views, self._casts = flat, shapes, {}, {}
+        start = 0
+        for name, shape in shapes.items():
+            end = start + math.prod(shape)
+            self._views[name] = flat[start:end].reshape(shape)
+            start = end
+        if not np.isfinite(flat).all():
+            name = next(name for name, x in self._views.items() if not np.isfinite(x).all())
+            hint = f"give finite numbers that fit {flat.dtype}; in training, lower the learning rate or clip gradients"
+            raise TrainingError(f"parameter {name!r} is not finite", hint=hint)
+
+    @classmethod
+    def _of(cls, flat: Array, shapes: dict[str, Shape]) -> ParameterSet:
+        self = object.__new__(cls)
+        self._adopt(flat, shapes)
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ParameterSet._of, (self._flat, self._shapes)
+
+    # Views are handed out afresh: an array's own shape could be assigned to.
+    def __getitem__(self, name: str) -> Array:
+        return self._views[name].view()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._shapes)
+
+    def __len__(self) -> int:
+        return len(self._shapes)
+
+    def __eq__(self, other: object) -> bool:
+        """Whether names and their order, shapes, dtype and all numbers are the same."""
+        if not isinstance(other, ParameterSet):
+            return NotImplemented
+        same = list(self._shapes.items()) == list(other._shapes.items()) and self.dtype == other.dtype
+        return same and np.array_equal(self._flat, other._flat)
+
+    __hash__ = None  # type: ignore[assignment]  # equal by value, as arrays are
+
+    def __repr__(self) -> str:
+        names = ", ".join(f"{name} {shape}" for name, shape in self._shapes.items())
+        return f"ParameterSet({self.dtype}, {self._flat.size} numbers{': ' if names else ''}{names})"
+
+    @property
+    def flat(self) -> Array:
+        """All numbers, in order, as a read-only array of one axis."""
+        return self._flat.view()
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """float32 or float64."""
+        return self._flat.dtype
+
+    @property
+    def shapes(self) -> dict[str, Shape]:
+        """The shape of each array, by name."""
+        return dict(self._shapes)
+
+    def with_flat(self, flat: ArrayLike) -> ParameterSet:
+        """A set of the same names and shapes with other numbers.
+
+        Parameters
+        ----------
+        flat : array_like (n,)
+            float32 or float64, which the new set keeps; copied. A list becomes float64.
+
+        Raises
+        ------
+        InvalidConfigError
+            If there are more or fewer numbers than in this set.
+        InvalidInputError
+            If `flat` has other than one axis, or another dtype.
+        TrainingError
+            If a number is NaN or infinite.
+        """
+        array = floats("flat", flat)
+        if array.ndim != 1:
+            hint = "give all parameters in one axis: flat.ravel()"
+            raise InvalidInputError(f"flat has {array.ndim} axes", shapes={"flat.shape": array.shape}, hint=hint)
+        if array.size != self._flat.size:
+            hint = "get_parameters() has the right length and order: " + ", ".join(self)
+            raise InvalidConfigError(f"Expected {self._flat.size} parameters, got {array.size}", hint=hint)
+        return self._of(array.copy(), self._shapes)
+
+    def as_type(self, dtype: DTypeLike) -> ParameterSet:
+        """This set in float32 or float64: itself if it is that already, else a copy that is made only once.
+
+        Raises
+        ------
+        InvalidInputError
+            If `dtype` is another.
+        TrainingError
+            If a number is too large for float32.
+        """
+        try:
+            wanted = np.dtype(dtype)
+        except TypeError as error:
+            raise InvalidInputError(f"dtype is {dtype!r}: {error}", hint="give float32 or float64") from None
+        if wanted not in FLOATS:
+            raise InvalidInputError(f"dtype is {wanted}, not float32 or float64", hint="give one of these")
+        if wanted == self.dtype:
+            return self
+        if wanted not in self._casts:
+            with np.errstate(over="ignore"):
+                cast = self._of(self._flat.astype(wanted), self._shapes)
+            self._casts.setdefault(wanted, cast)
+        return self._casts[wanted]
+
+
+class Trainable:
+    """What every layer with parameters can do. A layer sets `self._parameters`, a `ParameterSet`, when it is made.
+
+    `gradients` below is any object whose `parameters` is a mapping of names to arrays, or such a mapping itself. A name
+    that is missing, or has None, leaves its parameter as it is. Gradients are cast to the dtype of the parameters.
+    Whatever is refused changes nothing.
+    """
+
+    _parameters: ParameterSet
+    _accumulated: tuple[int, Mapping[str, Array]] = (0, MappingProxyType({}))  # how many gradients, float64 sums
+
+    def _change(self, change: Callable[[ParameterSet], ParameterSet]) -> None:
+        """Swap the parameters for what `change` makes of them, with no other writer in between."""
+        with _writer:
+            self._parameters = change(self._parameters)
+
+    @property
+    def parameters(self) -> ParameterSet:
+        """The parameters as they are now. The set stays what it is when the layer learns."""
+        return self._parameters
+
+    def parameter_count(self) -> int:
+        """How many numbers the parameters are."""
+        return self._parameters.flat.size
+
+    def get_parameters(self) -> Array:
+        """A copy of all parameters, (parameter_count(),), in the order of `parameters`."""
+        return self._parameters.flat.copy()
+
+    def set_parameters(self, parameters: ArrayLike | Mapping[str, ArrayLike]) -> None:
+        """Replace all parameters.
+
+        Parameters
+        ----------
+        parameters : array_like (parameter_count(),) or mapping of str to array_like
+            Flat, in the order of `get_parameters`, or every array by its name. float32 or float64; the layer's
+            parameters have this dtype from then on. Copied.
+
+        Raises
+        ------
+        InvalidConfigError
+            If a flat array has the wrong length.
+        DimensionMismatchError
+            If a named array has the wrong shape.
+        InvalidInputError
+            If a name is missing or unknown, or a dtype or the number of axes is wrong.
+        TrainingError
+            If a number is NaN or infinite.
+        """
+        if not isinstance(parameters, Mapping):
+            new = self._parameters.with_flat(parameters)  # of shapes, which never change: no need to lock
+        else:
+            shapes = self._parameters.shapes
+            if set(parameters) != set(shapes):
+                names = {"given": ", ".join(map(str, parameters)), "expected": ", ".join(shapes)}
+                raise InvalidInputError("the parameters have other names", shapes=names, hint="give each by its name")
+            new = ParameterSet({name: parameters[name] for name in shapes})
+            for name, shape in shapes.items():
+                if new[name].shape != shape:
+                    wrong = {f"{name}.shape": new[name].shape, "expected": shape}
+                    raise DimensionMismatchError(shape, new[name].shape, shapes=wrong, hint=f"reshape {name}")
+        self._change(lambda _: new)
+
+    def update_parameters(self, gradients: object, learning_rate: float) -> None:
+        """One step of gradient descent: every parameter p becomes p - learning_rate * dp, in its own dtype.
+
+        Raises
+        ------
+        TrainingError
+            If a gradient is NaN or infinite, has a wrong shape or dtype or an unknown name, if the learning rate is no
+            finite number, or if a parameter would be infinite.
+        """
+        rate = _finite_number("learning_rate", learning_rate)
+
+        def descend(parameters: ParameterSet) -> ParameterSet:
+            named = fitting_gradients(parameters, gradients)
+            with np.errstate(over="ignore", invalid="ignore"):
+                return ParameterSet({n: p - rate * named[n] if n in named else p for n, p in parameters.items()})
+
+        self._change(descend)
+
+    def accumulate(self, gradients: object) -> None:
+        """Add the gradients of one micro-batch to those since `zero_grad`. Sums are kept in float64.
+
+        Raises
+        ------
+        TrainingError
+            As in `update_parameters`.
+        """
+        with _writer:
+            count, sums = self._accumulated
+            named = fitting_gradients(self._parameters, gradients)
+            added = {n: np.asarray(sums.get(n, 0) + np.asarray(g, np.float64)) for n, g in named.items()}
+            self._accumulated = (count + 1, {**sums, **added})
+
+    def mean_gradients(self) -> dict[str, Array]:
+        """The mean over all micro-batches since `zero_grad`, by name, in the dtype of the parameters.
+
+        A micro-batch without a gradient for a name counts as 0; a name that none had is missing.
+
+        Raises
+        ------
+        TrainingError
+            If nothing was accumulated.
+
+        Examples
+        --------
+        >>> from ruvector_numba.parameters import ParameterSet, Trainable
+        >>> layer = Trainable()
+        >>> layer._parameters = ParameterSet({"w": [1.0, 2.0]})
+        >>> layer.accumulate({"w": [1.0, 0.0]})
+        >>> layer.accumulate({"w": [3.0, 1.0]})
+        >>> layer.mean_gradients()
+        {'w': array([2. , 0.5])}
+        >>> layer.zero_grad()
+        """
+        count, sums = self._accumulated
+        if not count:
+            raise TrainingError("no gradients were accumulated", hint="call accumulate(gradients) after zero_grad()")
+        return {name: np.asarray(x / count, self._parameters.dtype) for name, x in sums.items()}
+
+    def zero_grad(self) -> None:
+        """Forget the accumulated gradients."""
+        with _writer:
+            self._accumulated = (0, {})
+
+    def regularization_loss(self, l2_weight: float) -> float:
+        """l2_weight times the sum of the squares of all parameters, summed in float64.
+
+        Raises
+        ------
+        TrainingError
+            If `l2_weight` is no finite number.
+        """
+        return _finite_number("l2_weight", l2_weight) * float(np.sum(np.square(self._parameters.flat, dtype=float)))
+
+    def regularization_gradients(self, l2_weight: float) -> dict[str, Array]:
+        """The gradient of `regularization_loss`, 2 * l2_weight * p, by name.
+
+        Raises
+        ------
+        TrainingError
+            If `l2_weight` is no finite number.
+        """
+        weight = 2 * _finite_number("l2_weight", l2_weight)
+        return {name: np.asarray(weight * p) for name, p in self._parameters.items()}
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the parameters to a safetensors file, with what the layer is in its header.
+
+        A file at `path` is replaced in one step once the new one is whole. Needs ``ruvector-numba[files]``.
+
+        Raises
+        ------
+        InvalidInputError
+            If `path` is none, or cannot be written.
+        InvalidConfigError
+            If safetensors is not installed.
+        """
+        files.write(path, self._parameters, self._file_header())
+
+    def load(self, path: str | os.PathLike[str]) -> None:
+        """Replace all parameters by those in a file that `save` wrote, in the dtype they have there.
+
+        Everything is checked before anything changes. Needs ``ruvector-numba[files]``.
+
+        Raises
+        ------
+        InvalidInputError
+            If there is no such file, it is damaged or no safetensors file, or its names, dtypes or numbers are wrong.
+        DimensionMismatchError
+            If an array in the file has another shape.
+        InvalidConfigError
+            If the file is of another kind of layer or another configuration, or safetensors is not installed.
+        """
+        shapes = self._parameters.shapes
+        arrays = files.read(path, shapes, lambda metadata: self._check_file_header(metadata, str(path)))
+        new = ParameterSet(arrays)
+        self._change(lambda _: new)
+
+    def _file_header(self) -> dict[str, str]:
+        """What a file says about the layer. A class with a configuration adds it, as JSON."""
+        return {"kind": type(self).__name__}
+
+    def _check_file_header(self, metadata: dict[str, str], path: str) -> None:
+        """Raise InvalidConfigError unless a file with this header is one for this layer."""
+        for name, own in self._file_header().items():
+            theirs = metadata.get(name)
+            if theirs != own:
+                both = {"in the file": "nothing" if theirs is None else theirs[:500], "in this object": own}
+                hint = "make the object as it was when the file was saved"
+                raise InvalidConfigError(f"{path} does not fit this object: {name} differs", shapes=both, hint=hint)
+
+
+def fitting_gradients(parameters: Mapping[str, Array], gradients: object) -> dict[str, Array]:
+    """The gradients that there are, by name, finite, of the shapes and dtypes of `parameters`; or a TrainingError."""
+    named = named_gradients(gradients)
+    for name, g in named.items():
+        if name not in parameters:
+            names = {"gradients": ", ".join(map(str, named)), "parameters": ", ".join(parameters)}
+            raise TrainingError(f"there is no parameter {name!r}", shapes=names, hint="are they from another layer?")
+        p = parameters[name]
+        if g.shape != p.shape:
+            shapes = {"gradient.shape": g.shape, "parameter.shape": p.shape}
+            hint = "a gradient has the shape of its parameter"
+            raise TrainingError(f"the gradient of {name!r} has the wrong shape", shapes=shapes, hint=hint)
+        with np.errstate(over="ignore"):
+            named[name] = g = g.astype(p.dtype, copy=False)
+        check_finite(name, g)
+    return named
+
+
+def named_gradients(gradients: object) -> dict[str, Array]:
+    """The gradients that there are, by name, float32 or float64; or a TrainingError."""
+    named = gradients if isinstance(gradients, Mapping) else getattr(gradients, "parameters", None)
+    if not isinstance(named, Mapping):
+        hint = "give what backward() returned, or a mapping of names to arrays"
+        raise TrainingError(f"gradients are a {type(gradients).__name__}", hint=hint)
+    try:
+        return {name: floats(f"the gradient of {name!r}", g) for name, g in named.items() if g is not None}
+    except InvalidInputError as error:
+        raise TrainingError(error.details, hint=error.hint) from None
+
+
+def check_finite(name: str, g: Array) -> None:
+    """Raise TrainingError if a gradient is NaN or infinite."""
+    bad = g.size - np.count_nonzero(np.isfinite(g))
+    if bad:
+        raise TrainingError(
+            f"the gradient of {name!r} is not finite in {bad} of {g.size} places",
+            hint="leave this step out; lower the learning rate if it happens often",
+        )
+
+
+def floats(name: str, x: ArrayLike) -> Array:
+    """The argument as a float32 or float64 array, or an InvalidInputError."""
+    if type(x) is not np.ndarray:
+        x = from_sequence(name, x)
+    if x.dtype not in FLOATS or not x.dtype.isnative:
+        hint = "cast it: x.astype(numpy.float32)"
+        raise InvalidInputError(f"{name} has dtype {x.dtype}, not float32 or float64", hint=hint)
+    return x
+
+
+def _finite_number(name: str, x: object) -> float:
+    number = float(x) if isinstance(x, numbers.Real) and not isinstance(x, bool | np.bool_) else math.nan
+    if not math.isfinite(number):
+        raise TrainingError(f"{name} is {x!r}", hint="give a finite number")
+    return number
