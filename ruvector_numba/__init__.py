@@ -21,7 +21,9 @@ import pathlib
 if not pathlib.Path(__path__[0], "kernels").is_dir():
     __path__.append(str(pathlib.Path(__path__[0]).parent))
 
-from . import masks
+from . import masks, optim
+from .builder import AttentionBuilder, GraphAttentionBuilder
+from .config import AttentionConfig, GraphAttentionConfig, SparseAttentionConfig
 from .dense import attention_backward, attention_forward, merge, scaled_dot_product_attention
 from .errors import (
     AttentionError,
@@ -36,23 +38,41 @@ from .errors import (
     SparseMatrixError,
     TrainingError,
 )
+from .multi_head import MultiHeadAttention
+from .parameters import ParameterSet, Trainable
+from .protocols import Attention, GeometricAttention, GraphAttention, SparseAttention, TrainableAttention
 from .results import AttentionCache, AttentionGradients, InputGradients
 from .runtime import get_num_threads, info, set_num_threads, threads, warmup
+from .scaled_dot_product import ScaledDotProductAttention
 
 __all__ = [
+    "Attention",
+    "AttentionBuilder",
     "AttentionCache",
+    "AttentionConfig",
     "AttentionError",
     "AttentionGradients",
     "DimensionMismatchError",
+    "GeometricAttention",
+    "GraphAttention",
+    "GraphAttentionBuilder",
+    "GraphAttentionConfig",
     "GraphStructureError",
     "InputGradients",
     "InvalidConfigError",
     "InvalidInputError",
     "InvalidMaskError",
     "MatrixOperationError",
+    "MultiHeadAttention",
     "NumericalInstabilityError",
     "OutOfMemoryError",
+    "ParameterSet",
+    "ScaledDotProductAttention",
+    "SparseAttention",
+    "SparseAttentionConfig",
     "SparseMatrixError",
+    "Trainable",
+    "TrainableAttention",
     "TrainingError",
     "attention_backward",
     "attention_forward",
@@ -60,6 +80,7 @@ __all__ = [
     "info",
     "masks",
     "merge",
+    "optim",
     "scaled_dot_product_attention",
     "set_num_threads",
     "threads",

@@ -264,7 +264,7 @@ def rows(rows: Any, Lq: int) -> NDArray[np.int64]:
     return found % Lq
 
 
-def memory(shape: Shape, dtype: np.dtype[Any], purpose: str) -> None:
+def memory(shape: Shape, dtype: np.dtype[Any], purpose: str, hint: str | None = None) -> None:
     """Refuse an array that this machine has no memory for."""
     import os
 
@@ -274,7 +274,7 @@ def memory(shape: Shape, dtype: np.dtype[Any], purpose: str) -> None:
     except (AttributeError, ValueError, OSError):
         return
     if size > present:
-        hint = f"ask for some of the {purpose}: weights(rows=slice(0, 1000))"
+        hint = hint or f"ask for some of the {purpose}: weights(rows=slice(0, 1000))"
         raise OutOfMemoryError(size, shapes={f"{purpose} shape": shape, "bytes": size, "memory": present}, hint=hint)
 
 

@@ -11,7 +11,7 @@ import json
 import math
 import os
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -77,18 +77,12 @@ def read(
     InvalidConfigError
         If safetensors is not installed.
     """
-    library, place = _library(), _place(path)
-    try:
-        with open(place, "rb") as file:
-            start, header = _header(path, file)
-            metadata = header.pop("__metadata__", {})
-            if not isinstance(metadata, dict) or not all(isinstance(x, str) for x in metadata.values()):
-                raise _damaged(path, "its metadata are not texts by name")
-            check(metadata)
-            size = _check_entries(path, header, shapes)
-            data = file.read(size + 1)
-    except OSError as error:
-        raise InvalidInputError(f"cannot read {path}: {error.strerror}", hint="is the path right?") from error
+    library = _library()
+    with _opened(path) as file:
+        start, header, metadata = _header(path, file)
+        check(metadata)
+        size = _check_entries(path, header, shapes)
+        data = file.read(size + 1)
     if len(data) != size:
         what = f"{size - len(data)} bytes are missing at its end" if len(data) < size else "more follows its arrays"
         raise _damaged(path, what)
@@ -100,6 +94,21 @@ def read(
         if not np.isfinite(x).all():
             raise InvalidInputError(f"{path}: {name} is not finite", hint="the layer was saved after it had diverged")
     return {name: arrays[name] for name in shapes}
+
+
+def metadata(path: str | os.PathLike[str]) -> dict[str, str]:
+    """The texts in the header of a file, by name; `InvalidInputError` as in `read`."""
+    with _opened(path) as file:
+        return _header(path, file)[2]
+
+
+@contextlib.contextmanager
+def _opened(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    try:
+        with open(_place(path), "rb") as file:
+            yield file
+    except OSError as error:
+        raise InvalidInputError(f"cannot read {path}: {error.strerror}", hint="is the path right?") from error
 
 
 def _library() -> Any:
@@ -128,8 +137,8 @@ def _damaged(path: object, what: str) -> InvalidInputError:
     return InvalidInputError(f"{path} is damaged, or no safetensors file: {what}", hint=OURS)
 
 
-def _header(path: object, file: BinaryIO) -> tuple[bytes, dict[str, Any]]:
-    """The bytes up to the arrays, and the header in them."""
+def _header(path: object, file: BinaryIO) -> tuple[bytes, dict[str, Any], dict[str, str]]:
+    """The bytes up to the arrays, and in them what is said of each array and the texts."""
     length = file.read(8)
     size = int.from_bytes(length, "little")
     if len(length) < 8 or size > HEADER_LIMIT:
@@ -143,7 +152,10 @@ def _header(path: object, file: BinaryIO) -> tuple[bytes, dict[str, Any]]:
         raise _damaged(path, f"its header cannot be read: {error}") from error
     if not isinstance(header, dict):
         raise _damaged(path, "its header is no JSON object")
-    return length + text, header
+    texts = header.pop("__metadata__", {})
+    if not isinstance(texts, dict) or not all(isinstance(x, str) for x in texts.values()):
+        raise _damaged(path, "its metadata are not texts by name")
+    return length + text, header, texts
 
 
 def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -44,8 +44,8 @@ def product(left: Array, right: Array, out: Array, bias: Array | None = None, su
         if sums is not None:
             sums[...] = 0
         return
-    layouts = [_Layout(x.shape, x.strides) for x in (left, right, out)]
-    launch, scratch = _plan(_Problem(out.dtype, *layouts, bias is not None, sums is not None))
+    a, b, c = (_Layout(x.shape, x.strides) for x in (left, right, out))
+    launch, scratch = _plan(_Problem(out.dtype, a, b, c, bias is not None, sums is not None))
     from .kernels import jit
 
     if sums is not None:

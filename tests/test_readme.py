@@ -36,7 +36,23 @@ def test_the_first_example_is_short():
     assert len(lines) <= 12
 
 
-@pytest.mark.parametrize("name", ["", ".errors", ".masks", ".dense", ".runtime"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        ".builder",
+        ".config",
+        ".dense",
+        ".errors",
+        ".masks",
+        ".multi_head",
+        ".optim",
+        ".parameters",
+        ".protocols",
+        ".runtime",
+        ".scaled_dot_product",
+    ],
+)
 def test_the_examples_in_the_docstrings_hold(name):
     module = importlib.import_module("ruvector_numba" + name)
     failed, tried = doctest.testmod(module)

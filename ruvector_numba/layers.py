@@ -1,0 +1,122 @@
+"""What the layers check and decide alike: their inputs, and who hides from whom.
+
+In a layer a `mask` hides, as in the plan this package follows, in numpy.ma and in torch.nn.MultiheadAttention: True, or
+a number above 0.5. In the functions `attn_mask` attends, as in torch's function. The parameter's name decides.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from . import masks
+from .checks import FLOATS, from_sequence
+from .config import AttentionConfig
+from .errors import DimensionMismatchError, InvalidConfigError, InvalidInputError, InvalidMaskError
+from .results import AttentionCache
+
+__all__ = ["batch", "checked_config", "hidden", "padded", "record_of"]
+
+Array = NDArray[Any]
+Kind = TypeVar("Kind")
+
+
+def checked_config(config: object) -> AttentionConfig:
+    if not isinstance(config, AttentionConfig):
+        hint = "give an AttentionConfig(d_model=..., num_heads=...)"
+        raise InvalidConfigError(f"config is a {type(config).__name__}, not an AttentionConfig", hint=hint)
+    config.validate()
+    return config
+
+
+def record_of(cache: object, kind: type[Kind]) -> Kind | None:
+    """What the layer's forward pass remembered; None in a cache that was built by hand."""
+    hint = "give what this layer's forward_cached returned, or AttentionCache(query, key, value)"
+    if not isinstance(cache, AttentionCache):
+        raise InvalidInputError(f"cache is a {type(cache).__name__}, not an AttentionCache", hint=hint)
+    if cache.record is not None and not isinstance(cache.record, kind):
+        raise InvalidInputError("cache is that of another kind of attention", hint=hint)
+    return cache.record
+
+
+def batch(
+    query: ArrayLike, key: ArrayLike, value: ArrayLike, widths: tuple[int, int, int | None], max_seq_len: int | None
+) -> tuple[Array, Array, Array]:
+    """query (B, Lq, d), key (B, Lk, d) and value (B, Lk, d) of these widths (None: any), of one dtype."""
+    given = {"query": query, "key": key, "value": value}
+    arrays = {name: x if type(x) is np.ndarray else from_sequence(name, x) for name, x in given.items()}
+    shapes = {f"{name}.shape": x.shape for name, x in arrays.items()}
+    for name, x in arrays.items():
+        if x.dtype not in FLOATS or not x.dtype.isnative:
+            hint = f"cast it: {name}.astype(numpy.float32)"
+            raise InvalidInputError(f"{name} has dtype {x.dtype}, not float32 or float64", hint=hint)
+        if x.ndim != 3:
+            hint = "give (batch, length, channels); for one sequence, x[None]"
+            raise InvalidInputError(f"{name} has {x.ndim} axes", shapes=shapes, hint=hint)
+    if len({x.dtype for x in arrays.values()}) > 1:
+        dtypes = {f"{name}.dtype": x.dtype for name, x in arrays.items()}
+        raise InvalidInputError("query, key and value differ in dtype", shapes=dtypes, hint="cast them to one")
+    if len({x.shape[0] for x in arrays.values()}) > 1:
+        hint = "the first axis is the batch; numpy.broadcast_to repeats one without a copy"
+        raise InvalidInputError("Batch sizes must match across Q, K, V", shapes=shapes, hint=hint)
+    if arrays["key"].shape[1] != arrays["value"].shape[1]:
+        hint = "one value for each key"
+        raise InvalidInputError("Key and value sequence lengths must match", shapes=shapes, hint=hint)
+    for (name, x), width in zip(arrays.items(), widths, strict=True):
+        if width is not None and x.shape[2] != width:
+            hint = f"the layer was built for {width} channels of {name}"
+            raise DimensionMismatchError(width, x.shape[2], shapes=shapes, hint=hint)
+        if max_seq_len is not None and x.shape[1] > max_seq_len:
+            hint = "configure a larger max_seq_len, or None for no limit"
+            reason = f"{name} has {x.shape[1]} positions, max_seq_len is {max_seq_len}"
+            raise InvalidInputError(reason, shapes=shapes, hint=hint)
+    query, key, value = (x if x.flags.aligned else x.copy() for x in arrays.values())
+    return query, key, value
+
+
+def hidden(mask: Any, scores: tuple[int, int, int, int], per_head: bool) -> masks.Mask | Array | None:
+    """What the engine is told of a layer's `mask`, for scores (B, H, Lq, Lk)."""
+    if mask is None or isinstance(mask, masks.Mask):
+        return mask
+    array = from_sequence("mask", mask)
+    B, H, Lq, Lk = scores
+    wanted = {"(Lq, Lk)": (Lq, Lk), "(B, Lq, Lk)": (B, Lq, Lk)} | ({"(B, heads, Lq, Lk)": scores} if per_head else {})
+    shapes = {"mask.shape": array.shape, **wanted}
+    if array.dtype.kind not in "biuf":
+        hint = "give True or 1 where a key is hidden"
+        raise InvalidMaskError(f"mask has dtype {array.dtype}", shapes=shapes, hint=hint)
+    full = {2: (Lq, Lk), 3: (B, Lq, Lk), **({4: scores} if per_head else {})}.get(array.ndim)
+    if full is None or any(n not in (1, size) for n, size in zip(array.shape, full, strict=True)):
+        reason = f"Mask shape {array.shape} doesn't match scores shape {full or (B, Lq, Lk)}"
+        raise InvalidMaskError(reason, shapes=shapes, hint="axes may be 1 where all share one mask")
+    return _attending("mask", array if array.ndim != 3 else array[:, None])
+
+
+def padded(key_padding_mask: ArrayLike | None, B: int, Lk: int) -> masks.Mask | Array | None:
+    """What the engine is told of a `key_padding_mask` (B, Lk): lengths, where the hidden keys are the last ones."""
+    if key_padding_mask is None:
+        return None
+    array = from_sequence("key_padding_mask", key_padding_mask)
+    shapes = {"key_padding_mask.shape": array.shape, "(B, Lk)": (B, Lk)}
+    if array.dtype.kind not in "biuf":
+        hint = "give True or 1 where a key is padding"
+        raise InvalidMaskError(f"key_padding_mask has dtype {array.dtype}", shapes=shapes, hint=hint)
+    if array.shape != (B, Lk):
+        raise InvalidMaskError("key_padding_mask has the wrong shape", shapes=shapes, hint="one row for each sequence")
+    seen = _attending("key_padding_mask", array)
+    lengths = seen.sum(axis=1)
+    if (seen == (np.arange(Lk) < lengths[:, None])).all():
+        return masks.Lengths(keys=lengths)
+    return seen[:, None, None, :]
+
+
+def _attending(name: str, array: Array) -> Array:
+    """True where the layer's mask does not hide."""
+    if array.dtype.kind == "b":
+        return ~array
+    if array.size and not array.min() >= 0:  # NaN neither
+        hint = "numbers above 0.5 hide; a mask that is added to scores goes in as rv.masks.All([mask])"
+        raise InvalidMaskError(f"{name} has negative numbers or NaN", hint=hint)
+    return ~(array > 0.5)

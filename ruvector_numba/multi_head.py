@@ -1,0 +1,475 @@
+"""The plan's multi-head attention: four projections around dense attention, with exact gradients of everything."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, DTypeLike, NDArray
+
+from . import checks, dense, files, layers, masks
+from .config import AttentionConfig
+from .errors import InvalidConfigError, InvalidInputError
+from .parameters import ParameterSet, Trainable
+from .projection import product
+from .results import AttentionCache, AttentionGradients
+
+__all__ = ["KeyValueCache", "MultiHeadAttention"]
+
+Array = NDArray[Any]
+
+
+class MultiHeadAttention(Trainable):
+    """Attention of several heads between linear projections (Vaswani et al., 2017), as torch.nn.MultiheadAttention.
+
+    head h of softmax((query w_q + b_q) (key w_k + b_k)^T * scale) (value w_v + b_v), the heads joined, w_o + b_o
+
+    Parameters
+    ----------
+    config : AttentionConfig
+        `d_model`, `num_heads`, `use_bias`, `scale` (1 / sqrt(d_k) if None), `causal`, `max_seq_len`; `dropout` of the
+        weights in training only; `eps`, added to the denominator of the softmax.
+    seed : int, optional
+        Of the initial parameters and the dropout: the same seed, the same layer.
+    kdim, vdim : int, optional
+        Channels of `key` and `value`; d_model if None.
+    dtype : float32 or float64
+        Of the initial parameters. What is computed has the dtype of the inputs, whatever the parameters have.
+
+    Raises
+    ------
+    InvalidConfigError
+
+    Notes
+    -----
+    The parameters are w_q (d_model, d_model), w_k (kdim, d_model), w_v (vdim, d_model), w_o (d_model, d_model), and
+    with `use_bias` b_q, b_k, b_v, b_o (d_model,), in this order wherever they are flat. Weights start Glorot-uniform
+    (Glorot and Bengio, 2010), biases at 0.
+
+    Examples
+    --------
+    >>> import numpy as np, ruvector_numba as rv
+    >>> layer = rv.MultiHeadAttention(rv.AttentionConfig(d_model=32, num_heads=4), seed=0)
+    >>> x = np.random.default_rng(0).standard_normal((2, 10, 32), dtype=np.float32)
+    >>> layer(x).shape
+    (2, 10, 32)
+    >>> output, cache = layer.forward_cached(x, x, x)
+    >>> gradients = layer.backward(output, cache)
+    >>> layer.update_parameters(gradients, learning_rate=0.01)
+    """
+
+    def __init__(
+        self,
+        config: AttentionConfig,
+        seed: int | None = None,
+        kdim: int | None = None,
+        vdim: int | None = None,
+        *,
+        dtype: DTypeLike = np.float32,
+    ) -> None:
+        self.config = layers.checked_config(config)
+        d = config.d_model
+        self.kdim, self.vdim = _width("kdim", kdim, d), _width("vdim", vdim, d)
+        try:
+            self._dice = np.random.default_rng(seed)
+        except (TypeError, ValueError) as error:
+            raise InvalidConfigError(f"seed is {seed!r}: {error}", hint="give a whole number, or None") from None
+        inputs = {"w_q": d, "w_k": self.kdim, "w_v": self.vdim, "w_o": d}
+        initial = {name: _glorot_uniform(self._dice, n, d) for name, n in inputs.items()}
+        if config.use_bias:
+            initial |= {name: np.zeros(d) for name in ("b_q", "b_k", "b_v", "b_o")}
+        self._parameters = ParameterSet(initial).as_type(dtype)
+
+    def __repr__(self) -> str:
+        widths = "".join(f", {n}={w}" for n, w in (("kdim", self.kdim), ("vdim", self.vdim)) if w != self.d_model())
+        return f"MultiHeadAttention({self.config}{widths})"
+
+    def d_model(self) -> int:
+        return self.config.d_model
+
+    def name(self) -> str:
+        return "MultiHeadAttention"
+
+    def supports_masking(self) -> bool:
+        return True
+
+    # --- forward ----------------------------------------------------------------------------------------------------
+    def __call__(
+        self,
+        query: ArrayLike,
+        key: ArrayLike | None = None,
+        value: ArrayLike | None = None,
+        mask: Any = None,
+        *,
+        key_padding_mask: ArrayLike | None = None,
+    ) -> Array:
+        """The output alone, without dropout; no array of Lq x Lk is formed.
+
+        `key` is the query if None, and `value` the key. The rest is as in `forward`.
+        """
+        key = query if key is None else key
+        value = key if value is None else value
+        return self._attend(query, key, value, mask, key_padding_mask, 0.0, None).output
+
+    def forward(
+        self,
+        query: ArrayLike,
+        key: ArrayLike,
+        value: ArrayLike,
+        mask: Any = None,
+        *,
+        key_padding_mask: ArrayLike | None = None,
+    ) -> tuple[Array, Array]:
+        """The output and the weights, averaged over the heads, without dropout.
+
+        Parameters
+        ----------
+        query : array (B, Lq, d_model), float32 or float64
+        key : array (B, Lk, kdim)
+        value : array (B, Lk, vdim)
+        mask : array (Lq, Lk), (B, Lq, Lk) or (B, heads, Lq, Lk), or mask of `ruvector_numba.masks`, optional
+            In an array True, or a number above 0.5, **hides**; axes of 1 are shared. A mask object says who attends, as
+            everywhere; a float array that is to be added to the scores goes in as ``rv.masks.All([array])``. With
+            `causal` in the configuration query i sees keys j <= i at most, for any Lq and Lk.
+        key_padding_mask : array (B, Lk), optional
+            True, or a number above 0.5, hides the key from all queries. If the last keys are hidden, nothing is spent
+            on them.
+
+        Returns
+        -------
+        output : array (B, Lq, d_model)
+            b_o where a query sees nothing.
+        weights : array (B, Lq, Lk)
+            `head_weights` gives them per head; a call of the layer, and `forward_cached`, form none.
+
+        Raises
+        ------
+        InvalidInputError, DimensionMismatchError, InvalidMaskError
+        """
+        record = self._attend(query, key, value, mask, key_padding_mask, 0.0, None)
+        return record.output, record.weights()
+
+    def head_weights(
+        self,
+        query: ArrayLike,
+        key: ArrayLike,
+        value: ArrayLike,
+        mask: Any = None,
+        *,
+        key_padding_mask: ArrayLike | None = None,
+        rows: Any = None,
+    ) -> Array:
+        """The weights of each head, (B, heads, Lq or the number of `rows`, Lk), without dropout.
+
+        `rows` selects queries, as in `AttentionCache.weights`. The rest is as in `forward`.
+        """
+        return self._attend(query, key, value, mask, key_padding_mask, 0.0, None).past.weights(rows)
+
+    def forward_cached(
+        self,
+        query: ArrayLike,
+        key: ArrayLike,
+        value: ArrayLike,
+        mask: Any = None,
+        training: bool = True,
+        *,
+        key_padding_mask: ArrayLike | None = None,
+        seed: int | None = None,
+    ) -> tuple[Array, AttentionCache]:
+        """The output, and what `backward` needs; with dropout if `training`. No array of Lq x Lk is formed.
+
+        `seed` decides what is dropped; without it, the layer's own generator does. The rest is as in `forward`.
+        """
+        if training and seed is None:
+            seed = int(self._dice.integers(1 << 63))
+        dropout = self.config.dropout if training else 0.0
+        record = self._attend(query, key, value, mask, key_padding_mask, dropout, seed)
+        output, lse = record.output, record.past.lse
+        q, k, v = record.inputs
+        return output, AttentionCache(q, k, v, mask=mask, output=output, lse=lse, record=record)
+
+    def _attend(
+        self,
+        query: ArrayLike,
+        key: ArrayLike,
+        value: ArrayLike,
+        mask: Any,
+        key_padding_mask: ArrayLike | None,
+        dropout: float,
+        seed: int | None,
+    ) -> _Record:
+        config, H = self.config, self.config.num_heads
+        inputs = layers.batch(query, key, value, (config.d_model, self.kdim, self.vdim), config.max_seq_len)
+        (B, Lq, _), Lk = inputs[0].shape, inputs[1].shape[1]
+        seen: Any = layers.hidden(mask, (B, H, Lq, Lk), per_head=True)
+        if key_padding_mask is not None:
+            seen = masks.All([seen, layers.padded(key_padding_mask, B, Lk)])
+        parameters = self._parameters.as_type(inputs[0].dtype)
+        q, k, v = (_heads(x, parameters, name, H) for x, name in zip(inputs, "qkv", strict=True))
+        c = checks.call(q, k, v, seen, dropout, config.causal, config.get_scale(), False, None, None, seed)
+        return _output(c._replace(eps=config.eps), inputs, parameters)
+
+    # --- backward ---------------------------------------------------------------------------------------------------
+    def backward(self, grad_output: ArrayLike, cache: AttentionCache) -> AttentionGradients:
+        """The gradients of a loss by all parameters and inputs, given its gradient by the output. Exact.
+
+        Parameters
+        ----------
+        grad_output : array (B, Lq, d_model)
+        cache : AttentionCache
+            Of `forward_cached`, of this layer or another: the gradients are those of what was computed then, with the
+            parameters of then and the same weights dropped. Or built by hand, see there.
+
+        Returns
+        -------
+        AttentionGradients
+            In the dtype of the inputs.
+
+        Raises
+        ------
+        InvalidInputError, DimensionMismatchError
+        """
+        record = layers.record_of(cache, _Record)
+        if record is None:
+            record = self._attend(cache.query, cache.key, cache.value, cache.mask, None, 0.0, None)
+        grad = checks.gradient("grad_output", grad_output, record.output.shape, record.output.dtype)
+        return record.backward(grad)
+
+    # --- decoding ---------------------------------------------------------------------------------------------------
+    def new_cache(self, batch: int, max_len: int, dtype: DTypeLike | None = None) -> KeyValueCache:
+        """Room for the keys and values of sequences that grow step by step.
+
+        Parameters
+        ----------
+        batch : int
+            Number of sequences.
+        max_len : int
+            The most positions that each can have.
+        dtype : float32 or float64, optional
+            Of the inputs to come; that of the parameters if None.
+
+        Raises
+        ------
+        InvalidInputError
+        """
+        for name, n in (("batch", batch), ("max_len", max_len)):
+            if isinstance(n, bool) or not isinstance(n, int | np.integer) or n < 0:
+                raise InvalidInputError(f"{name} is {n!r}", hint="give a whole number")
+        if self.kdim != self.d_model() or self.vdim != self.d_model():
+            hint = "keys and values come from the same input as queries: kdim and vdim must be d_model"
+            raise InvalidInputError(f"kdim is {self.kdim} and vdim {self.vdim}: no step-by-step decoding", hint=hint)
+        kind = self._parameters.as_type(self._parameters.dtype if dtype is None else dtype).dtype
+        shape = (int(batch), self.config.num_heads, int(max_len), self.config.d_k)
+        checks.memory((2, *shape), kind, "keys and values", hint="fewer positions, or a smaller batch")
+        return KeyValueCache(np.zeros(shape, kind), np.zeros(shape, kind))
+
+    def step(self, x: ArrayLike, cache: KeyValueCache) -> Array:
+        """Take the next positions of each sequence: the same as a causal pass over all so far, to rounding.
+
+        A position sees itself and those before it, whether or not the configuration is `causal`.
+
+        Parameters
+        ----------
+        x : array (B, n, d_model)
+            The next n positions, one or more; a whole prompt at first, say.
+        cache : KeyValueCache
+            Of `new_cache`; their keys and values are added to it.
+
+        Returns
+        -------
+        array (B, n, d_model)
+
+        Raises
+        ------
+        InvalidInputError, DimensionMismatchError
+            If the cache is full, say. Then it is as it was.
+
+        Examples
+        --------
+        >>> import numpy as np, ruvector_numba as rv
+        >>> layer = rv.MultiHeadAttention(rv.AttentionConfig(d_model=16, num_heads=2, causal=True), seed=0)
+        >>> x = np.random.default_rng(0).standard_normal((1, 6, 16), dtype=np.float32)
+        >>> cache = layer.new_cache(batch=1, max_len=100)
+        >>> steps = [layer.step(x[:, i : i + 1], cache) for i in range(6)]
+        >>> np.allclose(np.concatenate(steps, axis=1), layer(x), atol=1e-6)
+        True
+        """
+        config, H = self.config, self.config.num_heads
+        if not isinstance(cache, KeyValueCache):
+            raise InvalidInputError(f"cache is a {type(cache).__name__}", hint="give what new_cache returned")
+        new, _, _ = layers.batch(x, x, x, (config.d_model,) * 3, None)
+        cache.check(new, H, config)
+        start, stop = cache.length, cache.length + new.shape[1]
+        parameters = self._parameters.as_type(new.dtype)
+        query = _heads(new, parameters, "q", H)
+        for name, past in (("k", cache.keys), ("v", cache.values)):
+            _heads(new, parameters, name, H, out=past[:, :, start:stop])
+        keys, values = cache.keys[:, :, :stop], cache.values[:, :, :stop]
+        seen = masks.Causal("bottom_right") if new.shape[1] > 1 else None
+        c = checks.call(query, keys, values, seen, 0.0, False, config.get_scale(), False, None, None, None)
+        output = _output(c._replace(eps=config.eps), (new, new, new), parameters).output
+        cache.length = stop
+        return output
+
+    # --- files ------------------------------------------------------------------------------------------------------
+    def _file_header(self) -> dict[str, str]:
+        widths = {"kdim": self.kdim, "vdim": self.vdim}
+        return {"kind": self.name(), "config": self.config.to_json(), "widths": json.dumps(widths)}
+
+    @classmethod
+    def from_file(cls, path: str) -> MultiHeadAttention:
+        """The layer that `save` wrote to a file, with the configuration that it had.
+
+        Raises
+        ------
+        InvalidInputError, InvalidConfigError, DimensionMismatchError
+            If the file is missing, damaged, or not one of this kind of layer.
+        """
+        header = files.metadata(path)
+        try:
+            widths = json.loads(header.get("widths", ""))
+            config, kdim, vdim = AttentionConfig.from_json(header["config"]), widths["kdim"], widths["vdim"]
+        except (KeyError, TypeError, ValueError) as error:
+            hint = "give a file that MultiHeadAttention.save wrote"
+            raise InvalidConfigError(f"{path} does not describe a MultiHeadAttention", hint=hint) from error
+        layer = cls(config, kdim=kdim, vdim=vdim)
+        layer.load(path)
+        return layer
+
+
+@dataclass(eq=False)
+class KeyValueCache:
+    """The keys and values of all positions so far, for `MultiHeadAttention.step`.
+
+    Attributes
+    ----------
+    keys, values : array (B, heads, max_len, d_k)
+        Those of the first `length` positions are filled.
+    length : int
+    """
+
+    keys: Array
+    values: Array
+    length: int = 0
+
+    def __repr__(self) -> str:
+        B, H, most, d_k = self.keys.shape
+        return f"KeyValueCache({self.length} of {most} positions, batch {B}, {H} heads of {d_k})"
+
+    def check(self, x: Array, heads: int, config: AttentionConfig) -> None:
+        """Raise unless x can be added."""
+        B, H, most, d_k = self.keys.shape
+        shapes = {"x.shape": x.shape, "cache": self}
+        if x.dtype != self.keys.dtype:
+            hint = f"cast x, or ask for new_cache(batch, max_len, dtype=numpy.{x.dtype})"
+            raise InvalidInputError(f"x is {x.dtype}, the cache is {self.keys.dtype}", shapes=shapes, hint=hint)
+        if x.shape[0] != B or (H, d_k) != (heads, config.d_k):
+            hint = "the cache was made for another batch, or by another layer"
+            raise InvalidInputError("x does not fit the cache", shapes=shapes, hint=hint)
+        longest = most if config.max_seq_len is None else min(most, config.max_seq_len)
+        if self.length + x.shape[1] > longest:
+            hint = "ask new_cache for more, or configure a larger max_seq_len"
+            reason = f"{self.length} positions and {x.shape[1]} more: the most is {longest}"
+            raise InvalidInputError(reason, shapes=shapes, hint=hint)
+
+
+# --- the passes ------------------------------------------------------------------------------------------------------
+class _Record(NamedTuple):
+    """What a pass was computed from and with."""
+
+    inputs: tuple[Array, Array, Array]
+    parameters: ParameterSet
+    past: dense.Past  # of the heads
+    joined: Array  # (B, Lq, heads, d_k): what w_o is applied to
+    output: Array
+
+    def weights(self, rows: Any = None) -> Array:
+        """Averaged over the heads: (B, rows, Lk), some rows at a time, so that the heads' own need little room."""
+        B, H, Lq, Lk = *self.past.output.shape[:3], self.past.call.key.shape[2]
+        chosen = checks.rows(rows, Lq)
+        checks.memory((B, len(chosen), Lk), self.output.dtype, "weights")
+        result = np.zeros((B, len(chosen), Lk), self.output.dtype)
+        at_once = max(1, (1 << 22) // max(1, B * H * Lk))
+        for i in range(0, len(chosen), at_once):
+            result[:, i : i + at_once] = self.past.weights(chosen[i : i + at_once]).mean(axis=1)
+        return result
+
+    def backward(self, grad: Array) -> AttentionGradients:
+        B, Lq, d = grad.shape
+        H, d_k = self.joined.shape[2:]
+        # output = joined w_o + b_o
+        w_o = self.parameters["w_o"].reshape(H, d_k, 1, d)
+        grad_joined = np.empty((B, H, Lq, d_k), grad.dtype)
+        product(grad[:, :, None], _transposed(w_o), grad_joined.transpose(0, 2, 1, 3))
+        made = {"o": _weight_gradients(self.joined.reshape(B, Lq, 1, d), grad[:, :, None])}
+        # joined = attention of the heads
+        g = self.past.backward(grad_joined)
+        # heads = inputs w + b
+        dx = []
+        for x, name, dy in zip(self.inputs, "qkv", (g.query, g.key, g.value), strict=True):
+            w = self.parameters[f"w_{name}"].reshape(1, x.shape[2], H, d_k)
+            dx.append(np.empty_like(x, order="C"))
+            product(dy.transpose(0, 2, 1, 3), _transposed(w), dx[-1][:, :, None])
+            made[name] = _weight_gradients(x[:, :, None], dy.transpose(0, 2, 1, 3))
+        parts: dict[str, Array] = {}
+        for name, whole in zip("qkvo", ("query", "key", "value", "output"), strict=True):
+            parts[f"{whole}_weights"], bias = made[name]
+            if f"b_{name}" in self.parameters:
+                parts[f"{whole}_bias"] = bias
+        dq, dk, dv = dx
+        return AttentionGradients(**parts, query=dq, key=dk, value=dv, bias=g.bias)
+
+
+def _heads(x: Array, parameters: ParameterSet, name: str, H: int, out: Array | None = None) -> Array:
+    """x w + b of one of q, k, v: (B, heads, L, d_k)."""
+    w, b = parameters[f"w_{name}"], parameters.get(f"b_{name}")
+    (B, L, n), d = x.shape, w.shape[1]
+    out = np.empty((B, H, L, d // H), x.dtype) if out is None else out
+    product(x[:, :, None], w.reshape(1, n, H, d // H), out.transpose(0, 2, 1, 3), b)
+    return out
+
+
+def _output(c: checks.Call, inputs: tuple[Array, Array, Array], parameters: ParameterSet) -> _Record:
+    """Attention of the heads, written joined, and the last projection."""
+    B, H, Lq, d_k = c.query.shape
+    d = H * d_k
+    joined = np.empty((B, Lq, H, d_k), c.query.dtype)
+    past = dense.forward(c, joined.transpose(0, 2, 1, 3))
+    output = np.empty((B, Lq, d), joined.dtype)
+    product(
+        joined.reshape(B, Lq, 1, d), parameters["w_o"].reshape(1, d, 1, d), output[:, :, None], parameters.get("b_o")
+    )
+    return _Record(inputs, parameters, past, joined, output)
+
+
+def _transposed(x: Array) -> Array:
+    """Rows, which are pairs, for columns."""
+    return x.transpose(2, 3, 0, 1)
+
+
+def _weight_gradients(x: Array, dy: Array) -> tuple[Array, Array]:
+    """dw = x^T dy and db = sum dy, for (B, L, H, C) arrays."""
+    n, m = x.shape[2] * x.shape[3], dy.shape[2] * dy.shape[3]
+    dw, db = np.empty((n, m), x.dtype), np.empty(m, x.dtype)
+    product(_transposed(x), dy, dw.reshape(*x.shape[2:], *dy.shape[2:]), sums=db)
+    with np.errstate(all="ignore"):
+        finite = np.isfinite(dw.sum())
+    if not finite:  # NaN in a row that nobody saw, whose dy is 0, must not reach dw: 0 * NaN is NaN
+        unused = (dy == 0).all(axis=(2, 3), keepdims=True)
+        product(_transposed(np.where(unused, 0, x)), dy, dw.reshape(*x.shape[2:], *dy.shape[2:]))
+    return dw, db
+
+
+def _glorot_uniform(rng: np.random.Generator, fan_in: int, fan_out: int) -> Array:
+    limit = np.sqrt(6 / (fan_in + fan_out))
+    return rng.uniform(-limit, limit, (fan_in, fan_out))
+
+
+def _width(name: str, n: object, d_model: int) -> int:
+    if n is None:
+        return d_model
+    if isinstance(n, bool) or not isinstance(n, int | np.integer) or n <= 0:
+        raise InvalidConfigError(f"{name} must be a whole number greater than 0, got {n!r}", hint="None means d_model")
+    return int(n)

@@ -1,0 +1,152 @@
+"""The plan's scaled dot-product attention: one head on (B, L, d_model), without parameters."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from . import checks, dense, layers
+from .config import AttentionConfig
+from .parameters import ParameterSet, Trainable
+from .results import AttentionCache, AttentionGradients
+
+__all__ = ["ScaledDotProductAttention"]
+
+Array = NDArray[Any]
+
+
+class _Record(NamedTuple):
+    past: dense.Past
+
+    def weights(self, rows: Any = None) -> Array:
+        return self.past.weights(rows)[:, 0]
+
+
+class ScaledDotProductAttention(Trainable):
+    """softmax(query key^T * scale) value for sequences of d_model channels (Vaswani et al., 2017).
+
+    Parameters
+    ----------
+    config : AttentionConfig
+        `scale` is 1 / sqrt(d_model / num_heads) unless given; `dropout` counts in training only; `eps` is added to the
+        denominator of the softmax. There are no heads here and nothing is projected: see `MultiHeadAttention`.
+    seed : int, optional
+        Of the dropout.
+
+    Raises
+    ------
+    InvalidConfigError
+
+    Examples
+    --------
+    >>> import numpy as np, ruvector_numba as rv
+    >>> attention = rv.ScaledDotProductAttention(rv.AttentionConfig(d_model=8, num_heads=1, causal=True))
+    >>> x = np.random.default_rng(0).standard_normal((2, 5, 8), dtype=np.float32)
+    >>> output, weights = attention.forward(x, x, x)
+    >>> output.shape, weights.shape, float(weights[0, 0, 1])
+    ((2, 5, 8), (2, 5, 5), 0.0)
+    """
+
+    def __init__(self, config: AttentionConfig, seed: int | None = None) -> None:
+        self.config = layers.checked_config(config)
+        self._parameters = ParameterSet({})
+        self._dice = np.random.default_rng(seed)
+
+    def __repr__(self) -> str:
+        return f"ScaledDotProductAttention({self.config})"
+
+    def d_model(self) -> int:
+        return self.config.d_model
+
+    def name(self) -> str:
+        return "ScaledDotProductAttention"
+
+    def supports_masking(self) -> bool:
+        return True
+
+    def forward(self, query: ArrayLike, key: ArrayLike, value: ArrayLike, mask: Any = None) -> tuple[Array, Array]:
+        """The output and the weights, without dropout.
+
+        Parameters
+        ----------
+        query : array (B, Lq, d_model), float32 or float64
+        key : array (B, Lk, d_model)
+        value : array (B, Lk, Dv), of any Dv
+        mask : array (Lq, Lk) or (B, Lq, Lk), or mask of `ruvector_numba.masks`, optional
+            In an array True, or a number above 0.5, **hides**; axes of 1 are shared. With `causal` in the configuration
+            query i sees keys j <= i at most, for any Lq and Lk.
+
+        Returns
+        -------
+        output : array (B, Lq, Dv)
+            0 where a query sees nothing.
+        weights : array (B, Lq, Lk)
+            `forward_cached` forms no such array.
+
+        Raises
+        ------
+        InvalidInputError, DimensionMismatchError, InvalidMaskError
+        """
+        past = self._attend(query, key, value, mask, 0.0, None)
+        return past.output[:, 0], past.weights()[:, 0]
+
+    def forward_cached(
+        self,
+        query: ArrayLike,
+        key: ArrayLike,
+        value: ArrayLike,
+        mask: Any = None,
+        training: bool = True,
+        *,
+        seed: int | None = None,
+    ) -> tuple[Array, AttentionCache]:
+        """The output, and what `backward` needs; with dropout if `training`.
+
+        `seed` decides what is dropped; without it, the layer's own generator does. The rest is as in `forward`.
+        """
+        if training and seed is None:
+            seed = int(self._dice.integers(1 << 63))
+        past = self._attend(query, key, value, mask, self.config.dropout if training else 0.0, seed)
+        c, output = past.call, past.output[:, 0]
+        q, k, v = (x[:, 0] for x in (c.query, c.key, c.value))
+        return output, AttentionCache(q, k, v, mask=mask, output=output, lse=past.lse[:, 0], record=_Record(past))
+
+    def backward(self, grad_output: ArrayLike, cache: AttentionCache) -> AttentionGradients:
+        """The gradients of query, key and value, given that of the output (B, Lq, Dv).
+
+        Parameters
+        ----------
+        grad_output : array (B, Lq, Dv)
+        cache : AttentionCache
+            Of `forward_cached`, or built by hand.
+
+        Raises
+        ------
+        InvalidInputError, DimensionMismatchError
+        """
+        record = layers.record_of(cache, _Record)
+        if record is None:
+            past = self._attend(cache.query, cache.key, cache.value, cache.mask, 0.0, None)
+        else:
+            past = record.past
+        B, _, Lq, Dv = past.output.shape
+        grad = checks.gradient("grad_output", grad_output, (B, Lq, Dv), past.output.dtype)
+        g = past.backward(grad[:, None])
+        return AttentionGradients(query=g.query[:, 0], key=g.key[:, 0], value=g.value[:, 0], bias=g.bias)
+
+    def _attend(
+        self, query: ArrayLike, key: ArrayLike, value: ArrayLike, mask: Any, dropout: float, seed: int | None
+    ) -> dense.Past:
+        config = self.config
+        query, key, value = layers.batch(query, key, value, (config.d_model, config.d_model, None), config.max_seq_len)
+        B, Lq, Lk = *query.shape[:2], key.shape[1]
+        seen = layers.hidden(mask, (B, 1, Lq, Lk), per_head=False)
+        q, k, v = (x[:, None] for x in (query, key, value))
+        scale = config.get_scale()
+        c = checks.call(q, k, v, seen, dropout, config.causal, scale, False, None, None, seed)
+        return dense.forward(c._replace(eps=config.eps))
+
+    def _file_header(self) -> dict[str, str]:
+        return {"kind": self.name(), "config": self.config.to_json()}
