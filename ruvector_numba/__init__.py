@@ -21,7 +21,7 @@ import pathlib
 if not pathlib.Path(__path__[0], "kernels").is_dir():
     __path__.append(str(pathlib.Path(__path__[0]).parent))
 
-from . import masks, optim
+from . import functional, masks, optim
 from .builder import AttentionBuilder, GraphAttentionBuilder
 from .config import AttentionConfig, GraphAttentionConfig, SparseAttentionConfig
 from .dense import attention_backward, attention_forward, merge, scaled_dot_product_attention
@@ -76,6 +76,7 @@ __all__ = [
     "TrainingError",
     "attention_backward",
     "attention_forward",
+    "functional",
     "get_num_threads",
     "info",
     "masks",

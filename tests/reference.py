@@ -16,7 +16,7 @@ With `dtype` the same formula runs in another precision: `naive32` and `naive32_
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -51,6 +51,7 @@ def attention(
     slopes: ArrayLike | None = None,
     offset: int = 0,
     keep: ArrayLike | None = None,
+    eps: float = 0.0,
     dtype: DTypeLike = np.float64,
 ) -> tuple[Array, Array, Array]:
     """Exact attention.
@@ -65,6 +66,8 @@ def attention(
         ALiBi: slope * abs(i + offset - j) is taken off.
     keep : float, broadcasts as bias does
         What dropout multiplies the weights with: 0, or 1 / (1 - p).
+    eps : float
+        What the layers add to the sum of exp(score - largest score).
     dtype
         The precision of every step.
 
@@ -77,7 +80,7 @@ def attention(
         Before dropout; they sum to 1, or are all 0 for an empty row, and are 0 where not seen.
     """
     s = _scores(query, key, value, visible, bias, scale, softcap, slopes, offset, np.dtype(dtype))
-    weights, lse = _softmax(s)
+    weights, lse = _softmax(s, eps)
     return _selected_product(_dropped(weights, keep), s.value, s.seen), lse, weights
 
 
@@ -129,6 +132,35 @@ def gradients(
         "value": _summed_over_groups(dv, np.shape(value)),
         "scores": ds,
     }
+
+
+def multi_head(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    parameters: Mapping[str, ArrayLike],
+    heads: int,
+    **terms: Any,
+) -> tuple[Array, Array]:
+    """Multi-head attention on (B, L, channels): heads of x w + b attend, are joined, and go through w_o.
+
+    Returns
+    -------
+    output : (B, Lq, d)
+    weights : (B, heads, Lq, Lk)
+    """
+    p = {name: np.asarray(x, np.float64) for name, x in parameters.items()}
+
+    def projected(x: ArrayLike, name: str) -> Array:
+        y: Array = np.asarray(x, np.float64) @ p[f"w_{name}"] + p.get(f"b_{name}", 0)
+        return y
+
+    def split(x: Array) -> Array:
+        return np.swapaxes(x.reshape(*x.shape[:2], heads, -1), 1, 2)
+
+    q, k, v = (split(projected(x, name)) for x, name in ((query, "q"), (key, "k"), (value, "v")))
+    output, _, weights = attention(q, k, v, **terms)
+    return projected(np.swapaxes(output, 1, 2).reshape(*np.shape(query)[:2], -1), "o"), weights
 
 
 def naive32(query: Array, key: Array, value: Array, **terms: Any) -> tuple[Array, Array, Array]:
@@ -194,12 +226,13 @@ def _scores(
     return Scores(q, k, v, scale, through_cap, seen, np.where(seen, s, -np.inf).astype(dtype))
 
 
-def _softmax(s: Scores) -> tuple[Array, Array]:
+def _softmax(s: Scores, eps: float = 0.0) -> tuple[Array, Array]:
     """The weights and the logarithm of their denominator."""
     maximum = s.final.max(axis=-1, keepdims=True, initial=-np.inf)
     shift = np.where(np.isneginf(maximum), 0, maximum)  # an empty row: exp(-inf - 0) is 0, exp(-inf + inf) is not
     e = np.exp(s.final - shift)
     total = e.sum(axis=-1, keepdims=True)
+    total = np.where(total == 0, 0, total + e.dtype.type(eps))
     weights = np.where(s.seen & (total != 0), e / total, 0)
     return weights, (np.log(total) + shift)[..., 0]
 

@@ -44,6 +44,7 @@ def test_the_first_example_is_short():
         ".config",
         ".dense",
         ".errors",
+        ".functional",
         ".masks",
         ".multi_head",
         ".optim",

@@ -1,0 +1,521 @@
+"""Multi-head attention: the formula, its gradients, masks, parameters, decoding, files, threads, bad inputs."""
+
+import copy
+import itertools
+import pickle
+import threading
+import tracemalloc
+
+import numpy as np
+import pytest
+import reference
+from cases import keep_matrix
+
+import ruvector_numba as rv
+
+DTYPES = [np.float64, np.float32]
+
+
+def layer(d_model=24, num_heads=3, seed=0, kdim=None, vdim=None, dtype=np.float64, **settings):
+    config = rv.AttentionConfig(d_model=d_model, num_heads=num_heads, **settings)
+    made = rv.MultiHeadAttention(config, seed, kdim, vdim, dtype=dtype)
+    if config.use_bias:  # they begin as 0, which hides mistakes
+        rng = np.random.default_rng(9)
+        biases = {name: rng.standard_normal(d_model).astype(dtype) for name in ("b_q", "b_k", "b_v", "b_o")}
+        made.set_parameters({**made.parameters, **biases})
+    return made
+
+
+def draw(Lq=9, Lk=13, d=24, kdim=None, vdim=None, B=2, dtype=np.float64, seed=0):
+    rng = np.random.default_rng([Lq, Lk, seed])
+    shapes = (Lq, d), (Lk, kdim or d), (Lk, vdim or d)
+    return [rng.standard_normal((B, *shape)).astype(dtype) for shape in shapes]
+
+
+def agrees(got, exact, dtype):
+    np.testing.assert_allclose(got, exact, rtol=0, atol={np.float64: 2e-13, np.float32: 5e-6}[dtype] * abs(exact).max())
+
+
+class TestThePlansOwnTests:
+    def test_multi_head_attention_basic(self):
+        attention = rv.MultiHeadAttention(rv.AttentionConfig(d_model=512, num_heads=8))
+        x = np.full((2, 10, 512), 0.1, np.float32)
+        output, weights = attention.forward(x, x, x)
+        assert output.shape == (2, 10, 512) and weights.shape == (2, 10, 10)
+
+    def test_parameter_count(self):
+        config = rv.AttentionConfig(d_model=512, num_heads=8, use_bias=True)
+        assert rv.MultiHeadAttention(config).parameter_count() == 4 * 512 * 512 + 4 * 512
+
+    def test_builder_pattern_invalid_config_dimension_mismatch(self):
+        assert rv.AttentionBuilder().d_model(256).num_heads(4).dropout(0.1).build_multi_head().d_model() == 256
+        for d_model in (0, 255):
+            with pytest.raises(rv.InvalidConfigError):
+                rv.AttentionBuilder().d_model(d_model).num_heads(8).build_multi_head()
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("size", "settings"),
+    [
+        ((9, 13), {}),
+        ((13, 9), {"causal": True}),
+        ((1, 20), {"use_bias": False}),
+        ((130, 97), {"kdim": 10, "vdim": 31}),
+        ((5, 5), {"d_model": 96, "num_heads": 8, "eps": 0.3, "scale": 0.2}),
+    ],
+)
+def test_forward_is_the_formula(size, settings, dtype):
+    attention = layer(dtype=dtype, **settings)
+    q, k, v = draw(*size, settings.get("d_model", 24), settings.get("kdim"), settings.get("vdim"), dtype=dtype)
+    config = attention.config
+    terms = {"scale": config.get_scale(), "eps": config.eps}
+    terms["visible"] = np.tri(*size, dtype=bool) if config.causal else None
+    exact, weights = reference.multi_head(q, k, v, attention.parameters, config.num_heads, **terms)
+    output, averaged = attention.forward(q, k, v)
+    assert output.dtype == averaged.dtype == dtype
+    agrees(output, exact, dtype)
+    agrees(averaged, weights.mean(axis=1), dtype)
+    agrees(attention.head_weights(q, k, v), weights, dtype)
+    agrees(attention.head_weights(q, k, v, rows=[0]), weights[:, :, [0]], dtype)
+    np.testing.assert_array_equal(attention(q, k, v), output)
+    cached, cache = attention.forward_cached(q, k, v, training=False)
+    np.testing.assert_array_equal(cached, output)
+    np.testing.assert_array_equal(cache.attention_weights, averaged)
+
+
+def test_self_attention_and_shared_values_can_be_called_briefly():
+    attention, (q, k, _) = layer(), draw()
+    np.testing.assert_array_equal(attention(q), attention(q, q, q))
+    np.testing.assert_array_equal(attention(q, k), attention(q, k, k))
+
+
+def test_bert_can_be_built_and_has_the_right_scale():
+    attention = rv.MultiHeadAttention(rv.AttentionConfig(d_model=768, num_heads=12), 0)
+    assert attention.config.get_scale() == 1 / 8
+    x = np.random.default_rng(0).standard_normal((1, 4, 768))
+    exact, _ = reference.multi_head(x, x, x, attention.parameters, 12, eps=1e-6)
+    agrees(attention(x), exact, np.float64)
+
+
+# --- gradients --------------------------------------------------------------------------------------------------------
+@pytest.mark.core
+@pytest.mark.parametrize(
+    ("settings", "terms"),
+    [
+        ({}, {}),
+        ({"causal": True, "use_bias": False, "eps": 0.5}, {}),
+        ({"kdim": 3, "vdim": 7, "dropout": 0.3}, {"seed": 4}),
+        ({}, {"key_padding_mask": np.arange(6) >= np.array([[6], [2]])}),
+        ({}, {"mask": np.random.default_rng(1).random((2, 2, 5, 6)) < 0.4}),
+    ],
+)
+def test_all_gradients_are_central_differences(settings, terms):
+    attention = layer(4, 2, **settings)
+    arrays = draw(5, 6, 4, settings.get("kdim"), settings.get("vdim"))
+    do = np.random.default_rng(4).standard_normal((2, 5, 4))
+
+    def run(parameters, q, k, v):
+        attention.set_parameters(parameters)
+        return attention.forward_cached(q, k, v, training="seed" in terms, **terms)
+
+    start = attention.get_parameters()
+    g = attention.backward(do, run(start, *arrays)[1])
+    given = [start, *arrays]
+    wanted = [
+        reference.central_differences(
+            lambda x, i=i: float((run(*(x if n == i else a for n, a in enumerate(given)))[0] * do).sum()), given[i]
+        )
+        for i in range(4)
+    ]
+    assert list(g.parameters) == list(attention.parameters)
+    flat = np.concatenate([x.ravel() for x in g.parameters.values()])
+    for got, exact in zip((flat, g.query, g.key, g.value), wanted):
+        np.testing.assert_allclose(got, exact, atol=5e-9)
+
+
+def test_the_plans_eight_fields_have_the_shapes_of_the_parameters():
+    attention = layer(kdim=5, vdim=6)
+    q, k, v = draw(kdim=5, vdim=6)
+    g = attention.backward(q, attention.forward_cached(q, k, v)[1])
+    assert [x.shape for x in g.parameters.values()] == list(attention.parameters.shapes.values())
+    assert g.query_weights is g.parameters["w_q"] and g.output_bias is g.parameters["b_o"] and g.bias is None
+    unbiased = layer(use_bias=False)
+    q, k, v = draw()
+    assert unbiased.backward(q, unbiased.forward_cached(q, k, v)[1]).key_bias is None
+
+
+def test_dropout_drops_the_weights_of_the_seed_and_is_replayed():
+    attention, (q, k, v) = layer(dropout=0.4), draw()
+    output, cache = attention.forward_cached(q, k, v, seed=11)
+    keep = keep_matrix((2, 3), 9, 13, 0.4, 11)
+    exact, weights = reference.multi_head(q, k, v, attention.parameters, 3, keep=keep, eps=1e-6)
+    agrees(output, exact, np.float64)
+    agrees(cache.weights(), weights.mean(axis=1), np.float64)
+    first, again = (attention.backward(output, cache) for _ in range(2))
+    np.testing.assert_array_equal(first.key_weights, again.key_weights)
+    drawn = [layer(dropout=0.4).forward_cached(q, k, v)[0] for _ in range(2)]
+    np.testing.assert_array_equal(*drawn)  # the layer's own seed
+    assert (attention.forward_cached(q, k, v)[0] != attention.forward_cached(q, k, v)[0]).any()
+
+
+def test_a_cache_is_answered_by_what_it_was_computed_with():
+    attention, (q, k, v) = layer(), draw()
+    output, cache = attention.forward_cached(q, k, v, training=False)
+    before = attention.backward(output, cache)
+    attention.update_parameters(before, 0.1)
+    other = layer(seed=5, causal=True)
+    for late in (attention.backward(output, cache), other.backward(output, cache)):
+        np.testing.assert_array_equal(late.value_weights, before.value_weights)
+        np.testing.assert_array_equal(late.query, before.query)
+
+
+def test_a_cache_made_by_hand():
+    attention, (q, k, v) = layer(), draw()
+    hides = np.random.default_rng(1).random((2, 9, 13)) < 0.3
+    output, weights = attention.forward(q, k, v, hides)
+    g = attention.backward(output, rv.AttentionCache(q, k, v, weights, hides))
+    same = attention.backward(output, attention.forward_cached(q, k, v, hides, training=False)[1])
+    for name in ("query_weights", "key_bias", "value"):
+        np.testing.assert_array_equal(getattr(g, name), getattr(same, name))
+
+
+# --- masks ------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("shape", [(9, 13), (2, 9, 13), (2, 1, 13), (2, 3, 9, 13), (2, 1, 1, 13), (1, 3, 9, 1)])
+@pytest.mark.parametrize("padded", [False, True])
+def test_masks_hide(shape, padded):
+    attention, (q, k, v) = layer(), draw()
+    hides = np.random.default_rng(2).random(shape) < 0.4
+    padding = np.arange(13) >= np.array([[13], [8]])
+    visible = ~(hides[:, None] if hides.ndim == 3 else hides) & (~padding[:, None, None] if padded else True)
+    exact, weights = reference.multi_head(q, k, v, attention.parameters, 3, visible=visible, eps=1e-6)
+    output, averaged = attention.forward(q, k, v, hides, key_padding_mask=padding if padded else None)
+    agrees(output, exact, np.float64)
+    agrees(averaged, weights.mean(axis=1), np.float64)
+
+
+@pytest.mark.parametrize("kind", [bool, np.float32, np.int64])
+@pytest.mark.parametrize("scattered", [False, True])
+def test_padding_of_any_place_and_kind(scattered, kind):
+    attention, (q, k, v) = layer(), draw()
+    padding = np.arange(13) >= np.array([[13], [0]])
+    if scattered:
+        padding = np.random.default_rng(3).random((2, 13)) < 0.5
+    exact, _ = reference.multi_head(q, k, v, attention.parameters, 3, visible=~padding[:, None, None], eps=1e-6)
+    output = attention(q, k, v, key_padding_mask=padding.astype(kind))
+    agrees(output, exact, np.float64)
+    if not scattered:
+        np.testing.assert_array_equal(output[1], np.broadcast_to(attention.parameters["b_o"], (9, 24)))
+
+
+@pytest.mark.core
+def test_padding_may_hold_nan_forward_and_backward():
+    attention, (q, k, v) = layer(), draw()
+    padding = np.arange(13) >= np.array([[13], [8]])
+    clean, cache = attention.forward_cached(q, k, v, training=False, key_padding_mask=padding)
+    wanted = attention.backward(clean, cache)
+    k[1, 8:], v[1, 8:] = np.nan, np.inf
+    output, cache = attention.forward_cached(q, k, v, training=False, key_padding_mask=padding)
+    np.testing.assert_array_equal(output, clean)
+    g = attention.backward(output, cache)
+    for name, x in {**g.parameters, "query": g.query, "key": g.key, "value": g.value}.items():
+        same = wanted.parameters[name] if name in wanted.parameters else getattr(wanted, name)
+        np.testing.assert_allclose(x, same, rtol=1e-12, atol=1e-13, err_msg=name)
+
+
+def test_a_float_array_in_a_mask_object_is_added_and_has_a_gradient():
+    attention, (q, k, v) = layer(), draw()
+    bias = np.random.default_rng(2).standard_normal((3, 9, 13))
+    output, cache = attention.forward_cached(q, k, v, rv.masks.All([bias]), training=False)
+    exact, _ = reference.multi_head(q, k, v, attention.parameters, 3, bias=bias, eps=1e-6)
+    agrees(output, exact, np.float64)
+    assert attention.backward(output, cache).bias.shape == bias.shape
+
+
+@pytest.mark.parametrize(
+    ("masks", "words"),
+    [
+        ({"mask": np.zeros((6, 9, 13), bool)}, "Mask shape (6, 9, 13) doesn't match scores shape (2, 9, 13)"),
+        ({"mask": np.zeros((2, 4, 9, 13), bool)}, "(B, heads, Lq, Lk): (2, 3, 9, 13)"),
+        ({"mask": np.where(np.tri(9, 13), 0, -np.inf)}, "rv.masks.All([mask])"),
+        ({"mask": rv.masks.Lengths(keys=[1, 2, 3])}, "keys"),
+        ({"key_padding_mask": np.zeros(13, bool)}, "key_padding_mask has the wrong shape"),
+        ({"key_padding_mask": np.zeros((13, 2), bool)}, "(B, Lk)"),
+        ({"key_padding_mask": np.full((2, 13), -np.inf)}, "key_padding_mask has negative numbers"),
+        ({"key_padding_mask": np.full((2, 13), "x")}, "dtype <U1"),
+    ],
+)
+def test_bad_masks(masks, words):
+    for call in (layer().forward, layer().forward_cached, layer(), layer().head_weights):
+        with pytest.raises(rv.InvalidMaskError) as caught:
+            call(*draw(), **masks)
+        assert words in str(caught.value)
+
+
+# --- parameters -------------------------------------------------------------------------------------------------------
+def test_flat_order_and_shapes():
+    attention = layer(4, 2, kdim=3, vdim=5)
+    names = ["w_q", "w_k", "w_v", "w_o", "b_q", "b_k", "b_v", "b_o"]
+    assert list(attention.parameters) == names
+    assert attention.parameters.shapes["w_k"] == (3, 4) and attention.parameters.shapes["w_v"] == (5, 4)
+    flat = np.concatenate([attention.parameters[name].ravel() for name in names])
+    np.testing.assert_array_equal(attention.get_parameters(), flat)
+    assert attention.parameter_count() == flat.size == (4 + 3 + 5 + 4) * 4 + 4 * 4
+
+
+def test_parameters_begin_glorot_uniform_and_seeded():
+    config = rv.AttentionConfig(d_model=256, num_heads=4)
+    a, b, c = (rv.MultiHeadAttention(config, seed, kdim=64).parameters for seed in (1, 1, 2))
+    assert a == b and a != c and a.dtype == np.float32
+    for name, fan_in in (("w_q", 256), ("w_k", 64), ("w_o", 256)):
+        limit = (6 / (fan_in + 256)) ** 0.5
+        assert 0.99 * limit < np.abs(a[name]).max() <= np.float32(limit)
+        assert abs(a[name].std() * 3**0.5 / limit - 1) < 0.02
+    assert not a["b_q"].any()
+
+
+def test_what_is_computed_has_the_dtype_of_the_inputs():
+    single = layer(dtype=np.float32)
+    assert single(draw()[0]).dtype == np.float64 and single.parameters.dtype == np.float32
+    output, cache = single.forward_cached(*draw())
+    single.update_parameters(single.backward(output, cache), 0.1)
+    assert single.parameters.dtype == np.float32
+
+
+def test_training_with_micro_batches_is_training_with_the_batch():
+    attention, (q, k, v) = layer(dropout=0.0), draw(B=4)
+    target = np.random.default_rng(5).standard_normal(q.shape)
+
+    def gradients(rows):
+        output, cache = attention.forward_cached(q[rows], k[rows], v[rows])
+        return attention.backward(2 * (output - target[rows]) / output[:1].size / len(output), cache)
+
+    whole = gradients(slice(None)).parameters
+    for rows in (slice(0, 2), slice(2, 4)):
+        attention.accumulate(gradients(rows))
+    for name, mean in attention.mean_gradients().items():
+        np.testing.assert_allclose(mean, whole[name], rtol=1e-10, atol=1e-14)
+    attention.zero_grad()
+    losses = []
+    for _ in range(50):
+        losses.append(float(((attention(q, k, v) - target) ** 2).mean()))
+        attention.update_parameters(gradients(slice(None)), 0.5)
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_readers_always_see_a_whole_set():
+    """Eight threads compute while one trains: with all biases of a set equal, so are the outputs of a masked row."""
+    attention, (q, k, v) = layer(), draw(3, 5)
+    nothing = np.ones((3, 5), bool)
+    zeros = {name: np.zeros(shape) for name, shape in attention.parameters.shapes.items()}
+    torn, done = [], threading.Event()
+
+    def write():
+        for n in itertools.count():
+            if done.is_set():
+                return
+            attention.set_parameters({name: x + n for name, x in zeros.items()})
+
+    def read():
+        for _ in range(100):
+            output, cache = attention.forward_cached(q, k, v, nothing)
+            flat = attention.get_parameters()
+            if len(np.unique(output)) != 1 or len(np.unique(flat)) != 1:
+                torn.append(output)
+            attention.backward(output, cache)
+
+    attention.set_parameters(zeros)
+    writer, readers = threading.Thread(target=write), [threading.Thread(target=read) for _ in range(8)]
+    for thread in (writer, *readers):
+        thread.start()
+    for thread in readers:
+        thread.join()
+    done.set()
+    writer.join()
+    assert not torn
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, "shape", "name"])
+def test_bad_gradients_change_nothing(bad):
+    attention, (q, k, v) = layer(), draw()
+    g = attention.backward(q, attention.forward_cached(q, k, v)[1]).parameters
+    g["b_o"] = g["b_o"][:3] if bad == "shape" else g["b_o"]
+    if bad == "name":
+        g["b_x"] = g["b_o"]
+    elif bad != "shape":
+        g["b_o"][3] = bad
+    before = attention.parameters
+    for call in (lambda: attention.update_parameters(g, 0.1), lambda: attention.accumulate(g)):
+        with pytest.raises(rv.TrainingError):
+            call()
+    assert attention.parameters is before
+
+
+# --- decoding ---------------------------------------------------------------------------------------------------------
+@pytest.mark.core
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("pieces", [[1] * 21, [20, 1], [5, 9, 7], [0, 21]])
+def test_steps_are_the_causal_pass(pieces, dtype):
+    attention = layer(causal=True, dtype=dtype)
+    x = draw(21, dtype=dtype)[0]
+    cache = attention.new_cache(2, 30)
+    ends = np.cumsum(pieces)
+    outputs = [attention.step(x[:, end - n : end], cache) for n, end in zip(pieces, ends)]
+    agrees(np.concatenate(outputs, axis=1), attention(x), dtype)
+    assert cache.length == 21 and repr(cache) == "KeyValueCache(21 of 30 positions, batch 2, 3 heads of 8)"
+
+
+def test_bad_steps_leave_the_cache_as_it_was():
+    attention, x = layer(max_seq_len=8), draw(6)[0]
+    cache = attention.new_cache(batch=2, max_len=10)
+    attention.step(x, cache)
+    for bad, words in (
+        (draw(3)[0], "6 positions and 3 more: the most is 8"),
+        (x[:1], "another batch, or by another layer"),
+        (x.astype(np.float32), "new_cache(batch, max_len, dtype=numpy.float32)"),
+        (x[..., :5], "expected 24, got 5"),
+        (x[0], "query has 2 axes"),
+    ):
+        with pytest.raises(rv.AttentionError) as caught:
+            attention.step(bad, cache)
+        assert words in str(caught.value) and cache.length == 6
+    with pytest.raises(rv.InvalidInputError, match="cache is a list"):
+        attention.step(x, [])
+    with pytest.raises(rv.InvalidInputError, match="another layer"):
+        layer(16, 2).step(draw(1, d=16)[0], cache)
+    for batch, most in ((-1, 5), (2, 1.5), (True, 3)):
+        with pytest.raises(rv.InvalidInputError, match="whole number"):
+            attention.new_cache(batch, most)
+    with pytest.raises(rv.OutOfMemoryError):
+        attention.new_cache(1 << 20, 1 << 20)
+    with pytest.raises(rv.InvalidInputError, match="kdim is 5"):
+        layer(kdim=5).new_cache(1, 1)
+
+
+# --- bits, memory, copies ---------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_threads_and_company_change_no_bit(dtype):
+    attention = layer(64, 4, dtype=dtype, dropout=0.0, causal=True)
+    x = draw(70, d=64, B=5, dtype=dtype)[0]
+
+    def everything(x):
+        output, cache = attention.forward_cached(x, x, x)
+        g = attention.backward(output, cache)
+        return output, cache.weights(), g.query, g.key, g.value, *g.parameters.values()
+
+    two = everything(x)
+    with rv.threads(1):
+        one = everything(x)
+    assert [a.tobytes() for a in one] == [b.tobytes() for b in two]
+    alone = everything(x[3:4])
+    for a, b in zip(alone[:5], two[:5]):
+        assert a.tobytes() == b[3:4].tobytes()
+
+
+def test_no_array_of_all_pairs_is_formed():
+    attention = layer(16, 1, dtype=np.float32, max_seq_len=None)
+    x = draw(6000, d=16, B=1, dtype=np.float32)[0]
+    attention.backward(x[:, :9], attention.forward_cached(x[:, :9], x[:, :9], x[:, :9])[1])
+    tracemalloc.start()
+    output, cache = attention.forward_cached(x, x, x)
+    attention.backward(output, cache)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 40 * x.nbytes < 6000 * 6000 * 4 / 4
+
+
+def test_copies_pickles_and_files(tmp_path):
+    attention, x = layer(dtype=np.float32, kdim=24, causal=True), draw(dtype=np.float32)[0]
+    wanted = attention(x)
+    for other in (copy.deepcopy(attention), pickle.loads(pickle.dumps(attention))):
+        np.testing.assert_array_equal(other(x), wanted)
+        other.set_parameters(2 * other.get_parameters())
+        np.testing.assert_array_equal(attention(x), wanted)
+    pytest.importorskip("safetensors")
+    path = tmp_path / "layer.safetensors"
+    attention.save(path)
+    from_file = rv.MultiHeadAttention.from_file(path)
+    assert from_file.config == attention.config and from_file.parameters == attention.parameters
+    other = layer(dtype=np.float32, seed=3, causal=True)
+    other.load(path)
+    np.testing.assert_array_equal(other(x), wanted)
+    different = layer(dtype=np.float32, num_heads=2, causal=True)
+    before = different.parameters
+    with pytest.raises(rv.InvalidConfigError):
+        different.load(path)
+    assert different.parameters is before
+    rv.ScaledDotProductAttention(attention.config).save(path)
+    for refuse in (attention.load, rv.MultiHeadAttention.from_file):
+        with pytest.raises(rv.AttentionError):
+            refuse(path)
+
+
+def test_it_says_what_it_is():
+    attention = layer(kdim=5)
+    protocol: rv.TrainableAttention = attention
+    assert isinstance(protocol, rv.Attention) and isinstance(protocol, rv.TrainableAttention)
+    assert (attention.name(), attention.d_model(), attention.supports_masking()) == ("MultiHeadAttention", 24, True)
+    assert "num_heads=3" in repr(attention) and repr(attention).endswith(", kdim=5)")
+
+
+# --- bad inputs -------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("kind", "words", "change"),
+    [
+        (rv.InvalidInputError, "Batch sizes must match across Q, K, V", lambda q, k, v: (q[:1], k, v)),
+        (rv.InvalidInputError, "Key and value sequence lengths must match", lambda q, k, v: (q, k, v[:, :5])),
+        (rv.DimensionMismatchError, "expected 24, got 23", lambda q, k, v: (q[..., :23], k, v)),
+        (rv.DimensionMismatchError, "24 channels of value", lambda q, k, v: (q, k, v[..., :23])),
+        (rv.InvalidInputError, "query has 2 axes", lambda q, k, v: (q[0], k, v)),
+        (rv.InvalidInputError, "key has dtype int64", lambda q, k, v: (q, k.astype(np.int64), v)),
+        (rv.InvalidInputError, "differ in dtype", lambda q, k, v: (q, k, v.astype(np.float32))),
+        (rv.InvalidInputError, "query has 50 positions, max_seq_len is 40", lambda q, k, v: (draw(50)[0], k, v)),
+    ],
+)
+def test_bad_inputs(kind, words, change):
+    attention = layer(max_seq_len=40)
+    for call in (attention.forward, attention.forward_cached, attention, attention.head_weights):
+        with pytest.raises(kind) as caught:
+            call(*change(*draw()))
+        assert words in str(caught.value)
+
+
+def test_bad_gradient_caches_and_settings():
+    attention, (q, k, v) = layer(), draw()
+    output, cache = attention.forward_cached(q, k, v)
+    with pytest.raises(rv.DimensionMismatchError, match="grad_output"):
+        attention.backward(output[0], cache)
+    with pytest.raises(rv.InvalidInputError, match="grad_output has dtype float32"):
+        attention.backward(output.astype(np.float32), cache)
+    with pytest.raises(rv.InvalidInputError, match="another kind of attention"):
+        attention.backward(output, rv.attention_forward(q, k, v))
+    with pytest.raises(rv.InvalidInputError, match="not an AttentionCache"):
+        attention.backward(output, None)
+    with pytest.raises(rv.InvalidInputError, match="rows"):
+        cache.weights(rows=[99])
+    for bad, words in (
+        ({"d_model": 10}, "divisible"),
+        ({"kdim": 0}, "kdim must be a whole number greater than 0"),
+        ({"vdim": 2.5}, "vdim"),
+        ({"seed": "x"}, "seed"),
+        ({"eps": 0.0}, "eps must be positive"),
+        ({"dropout": float("nan")}, "dropout"),
+    ):
+        with pytest.raises(rv.InvalidConfigError) as caught:
+            layer(**bad)
+        assert words in str(caught.value)
+    with pytest.raises(rv.InvalidInputError, match="dtype is float16"):
+        layer(dtype=np.float16, use_bias=False)
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 4), (2, 0, 4), (2, 4, 0)])
+def test_nothing_to_attend_to_or_by(shape):
+    B, Lq, Lk = shape
+    attention, (q, k, v) = layer(), draw(Lq, Lk, B=B)
+    output, cache = attention.forward_cached(q, k, v)
+    np.testing.assert_array_equal(output, np.broadcast_to(attention.parameters["b_o"], q.shape))
+    g = attention.backward(np.ones_like(output), cache)
+    np.testing.assert_array_equal(g.output_bias, np.full(24, float(B * Lq)))
+    assert not any(x.any() for x in (g.query, g.key, g.value, g.query_weights, g.key_bias))
+    assert attention.forward(q, k, v)[1].shape == shape

@@ -1,0 +1,95 @@
+"""The projections beneath the layers: one kernel for x W + b with heads split or joined, and for its gradients."""
+
+import numpy as np
+import pytest
+from cases import close
+
+import ruvector_numba as rv
+from ruvector_numba.projection import product
+
+# (B, L, heads, channels a head, channels in): whole vectors and odd ones, one chunk of the sum and several
+SIZES = [(1, 1, 1, 1, 1), (2, 13, 3, 20, 33), (3, 200, 2, 64, 300), (1, 7, 4, 16, 600), (2, 130, 5, 8, 17)]
+DTYPES = [np.float64, np.float32]
+
+
+def arrays(size, dtype):
+    B, L, H, C, n = size
+    rng = np.random.default_rng(size)
+    x, w, b, dy = ((B, L, n), (n, H * C), (H * C,), (B, H, L, C))
+    return [rng.standard_normal(shape).astype(dtype) for shape in (x, w, b, dy)]
+
+
+def heads(x, H):
+    """(B, L, H * C) as (B, H, L, C)"""
+    return x.reshape(*x.shape[:2], H, -1).swapaxes(1, 2)
+
+
+def agree(got, left, right, add=0.0):
+    exact = left.astype(np.float64) @ right + add
+    naive = (left @ right + np.asarray(add, left.dtype)) if left.dtype == np.float32 else None
+    close("product", got, exact, naive, slack=16)
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", SIZES)
+class TestProducts:
+    def test_forward_splits_heads(self, size, dtype):
+        B, L, H, C, n = size
+        x, w, b, _ = arrays(size, dtype)
+        out = np.full((B, H, L, C), np.nan, dtype)
+        product(x[:, :, None], w.reshape(1, n, H, C), out.swapaxes(1, 2), b)
+        agree(out.swapaxes(1, 2).reshape(B * L, -1), x.reshape(B * L, n), w, b)
+
+    def test_gradient_of_the_input_joins_heads(self, size, dtype):
+        B, L, H, C, n = size
+        _, w, _, dy = arrays(size, dtype)
+        dx = np.full((B, L, n), np.nan, dtype)
+        product(dy.swapaxes(1, 2), w.reshape(1, n, H, C).transpose(2, 3, 0, 1), dx[:, :, None])
+        agree(dx.reshape(B * L, n), dy.swapaxes(1, 2).reshape(B * L, -1), w.T)
+
+    def test_gradients_of_the_weight_and_the_bias(self, size, dtype):
+        B, L, H, C, n = size
+        x, _, _, dy = arrays(size, dtype)
+        dw, db = np.full((n, H * C), np.nan, dtype), np.full(H * C, np.nan, dtype)
+        product(x[:, :, None].transpose(2, 3, 0, 1), dy.swapaxes(1, 2), dw.reshape(1, n, H, C), sums=db)
+        rows = dy.swapaxes(1, 2).reshape(B * L, -1)
+        agree(dw, x.reshape(B * L, n).T, rows)
+        agree(db[None], np.ones((1, B * L), dtype), rows)
+
+
+@pytest.mark.core
+def test_rows_of_any_strides():
+    x = np.random.default_rng(0).standard_normal((4, 60, 40))
+    w = np.random.default_rng(1).standard_normal((20, 48))
+    for view in (x[::2, ::3, ::2], x[::-1, ::-1, :20], np.broadcast_to(x[:, :1, :20], (4, 9, 20)), x.T[:20].T):
+        view.flags.writeable = False
+        out = np.empty((*view.shape[:2], 48))
+        product(view[:, :, None], w.T.copy().T.reshape(1, 20, 6, 8), out.reshape(*view.shape[:2], 6, 8))
+        close("product", out, view @ w)
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_has_the_same_bits_alone_in_company_and_on_any_number_of_threads(dtype):
+    x, w, b, _ = arrays((4, 300, 2, 64, 256), dtype)
+
+    def project(rows):
+        out = np.empty((*rows.shape[:2], 128), dtype)
+        product(rows[:, :, None], w[None].reshape(1, 256, 1, 128), out[:, :, None], b)
+        return out
+
+    whole = project(x)
+    with rv.threads(1):
+        assert project(x).tobytes() == whole.tobytes()
+    for b0, l0, l1 in ((0, 0, 1), (3, 7, 21), (2, 190, 300)):
+        part = project(x[b0 : b0 + 1, l0:l1])
+        assert part.tobytes() == whole[b0 : b0 + 1, l0:l1].tobytes()
+
+
+def test_nothing_to_do():
+    w = np.ones((1, 5, 1, 3))
+    product(np.ones((0, 4, 1, 5)), w, np.empty((0, 4, 1, 3)))
+    db, dw = np.full(3, np.nan), np.full((1, 5, 1, 3), np.nan)
+    product(np.ones((0, 4, 1, 5)).transpose(2, 3, 0, 1), np.ones((0, 4, 1, 3)), dw, sums=db)
+    assert not dw.any() and not db.any()
