@@ -16,6 +16,7 @@ Arrays are (..., H, L, D).
 """
 
 import pathlib
+from typing import Any
 
 # In a checkout the kernels lie beside this folder; an installed package holds them.
 if not pathlib.Path(__path__[0], "kernels").is_dir():
@@ -88,3 +89,11 @@ __all__ = [
     "warmup",
 ]
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name == "interop":  # for those who have the other libraries
+        import importlib
+
+        return importlib.import_module(".interop", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

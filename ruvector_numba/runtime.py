@@ -241,6 +241,16 @@ def _forward_backward(query: Array, key: Array, value: Array, **options: Any) ->
     rv.attention_backward(np.ones_like(cache.output), cache)
 
 
+def _layer(query: Array, key: Array, value: Array, dropout: float) -> None:
+    import ruvector_numba as rv
+
+    attention = rv.MultiHeadAttention(rv.AttentionConfig(_HEADS * _D, _HEADS, dropout))
+    x = query.reshape(1, -1, _HEADS * _D)
+    output, cache = attention.forward_cached(x, x, x)
+    attention.backward(output, cache)
+    attention.step(x[:, :1], attention.new_cache(1, 1, x.dtype))
+
+
 def _no_options(_: np.dtype[Any]) -> Options:
     return {}
 
@@ -272,6 +282,8 @@ _CALLS = (
     *(_Call(f"forward {name}", options=options) for name, options in _TERMS.items()),
     _Call("decode", queries=1, keys=_KEYS),
     *(_Call(f"backward {name}", _forward_backward, options) for name, options in _TERMS.items()),
+    _Call("layer", _layer, lambda _: {"dropout": 0.0}),
+    _Call("layer with dropout", _layer, lambda _: {"dropout": 0.1}),
 )
 
 

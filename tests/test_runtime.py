@@ -235,6 +235,11 @@ def test_warmup_compiles_what_common_calls_need_and_tells_how_far_it_is():
     rv.attention_backward(x, cache)
     rv.scaled_dot_product_attention(x[:, :, :1], x, x, is_causal=True)
     rv.scaled_dot_product_attention(x, x, x, softcap=10.0)
+    layer = rv.MultiHeadAttention(rv.AttentionConfig(d_model=64, num_heads=2, causal=True))
+    row = np.ones((2, 40, 64), np.float32)
+    for training in (False, True):
+        layer.backward(row, layer.forward_cached(row, row, row, training=training)[1])
+    layer.step(row[:, :1], layer.new_cache(2, 5))
     assert rv.info()["compiled"] == compiled
 
 
