@@ -40,6 +40,7 @@ class ProjectionJob(NamedTuple):
     sums: Elements  # (J,): the sums of the columns of `right`, which for dW = x^T dy are db
     left_transposed: int
     right_transposed: int
+    right_in_place: int  # read it where it lies: for so few rows that copying it would cost more than it gains
     wants_bias: int
     wants_sums: int
     I: int
@@ -124,12 +125,12 @@ def pad(panel, width, n, live):
 
 
 @apart
-def add_sums(sums, j0, panel, width, n, live):
+def add_sums(sums, j0, panel, step, n, live):
     """sums[j0 + j] += sum over the n rows of the panel"""
     for j in range(live):
         total = 0 * panel[0]
         for k in range(n):
-            total += panel[k * width + j]
+            total += panel[k * step + j]
         sums[j0 + j] += total
 
 
@@ -161,18 +162,21 @@ def project(job: ProjectionJob, slot, task):
         left_k, left_i = (job.task_rows, 1) if job.left_transposed else (1, SUMMED)
         for j in range(0, nj, width):
             # 3. a chunk of right, as wide as a tile
-            live = min(width, nj - j)
-            if job.right_transposed:
+            live, y, y_next = min(width, nj - j), panel, width
+            if job.right_in_place and live == width:
+                y, y_next = job.right.data + (k0 * job.right.row + j0 + j), job.right.row
+            elif job.right_transposed:
                 copy_transposed(panel, width, job.right, j0 + j, live, k0, nk, ones)
             else:
                 copy_lines(panel, width, job.right, k0, nk, j0 + j, live)
-            pad(panel, width, nk, live)
+            if live < width:
+                pad(panel, width, nk, live)
             if job.wants_sums and i0 == 0:
-                add_sums(job.sums, j0 + j, panel, width, nk, live)
+                add_sums(job.sums, j0 + j, y, y_next, nk, live)
             # 4. out[i, j] += sum over k of left[i, k] * right[k, j]
             for i in range(0, ni, ROWS):
                 rows = min(ROWS, ni - i)
-                done = multiply_add(tile, left + i * left_i, left_k, left_i, rows, panel, width, nk)
+                done = multiply_add(tile, left + i * left_i, left_k, left_i, rows, y, y_next, nk)
                 add_to(done, block, i * step + j, step, rows)
     # 5. to where it belongs
     write_lines(job.out, i0, ni, j0, nj, block, step)

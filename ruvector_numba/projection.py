@@ -16,6 +16,7 @@ Array = NDArray[Any]
 
 TASK_ROWS = 192  # of out: 192 x 256 float32 of `left` are 192 KiB
 TASK_COLS = 128
+FEW_ROWS = 16  # up to so many, `right` is read where it lies
 
 
 class _Layout(NamedTuple):
@@ -70,9 +71,10 @@ def _plan(p: _Problem) -> tuple[Any, int]:
     left, left_transposed = _lines("left", p.left, itemsize)
     right, right_transposed = _lines("right", p.right, itemsize)
     scratch = projection.scratch_elements(rows, cols, width, lanes)
+    in_place = I <= FEW_ROWS and not right_transposed and right.col == 1 and (right.rows, right.cols) == (K, J)
     job = projection.ProjectionJob(
         left=left, right=right, out=_pairs("out", p.out, itemsize), bias="bias", sums="sums",
-        left_transposed=left_transposed, right_transposed=right_transposed, wants_bias=int(p.wants_bias),
+        left_transposed=left_transposed, right_transposed=right_transposed, right_in_place=int(in_place), wants_bias=int(p.wants_bias),
         wants_sums=int(p.wants_sums), I=I, J=J, K=K, task_rows=rows, task_cols=cols, scratch="scratch",
         scratch_step=scratch,
     )  # fmt: skip
@@ -83,7 +85,13 @@ def _plan(p: _Problem) -> tuple[Any, int]:
 def _pairs(name: str, layout: _Layout, itemsize: int) -> Any:
     from .kernels.projection import Pairs
 
-    return Pairs(name, *(s // itemsize for s in layout.strides), layout.shape[1], layout.shape[3])
+    outer_row, row, outer_col, col = (s // itemsize for s in layout.strides)
+    rows, cols = layout.shape[1], layout.shape[3]
+    if outer_row == rows * row or layout.shape[0] == 1:
+        rows *= layout.shape[0]  # one even run: no pairs
+    if outer_col == cols * col or layout.shape[2] == 1:
+        cols *= layout.shape[2]
+    return Pairs(name, outer_row, row, outer_col, col, rows, cols)
 
 
 def _lines(name: str, layout: _Layout, itemsize: int) -> tuple[Any, int]:
