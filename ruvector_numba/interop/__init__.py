@@ -1,0 +1,20 @@
+"""Neighbours: what else holds tensors, and how it works with this package. Nothing of theirs is loaded before use.
+
+`load_torch_state` and `to_torch_state` exchange parameters with ``torch.nn.MultiheadAttention``, as arrays;
+``interop.torch.attention`` is attention on torch's tensors, with gradients for its autograd.
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+from .states import load_torch_state, to_torch_state
+
+__all__ = ["load_torch_state", "to_torch_state"]
+
+
+def __getattr__(name: str) -> ModuleType:
+    if name == "torch":
+        return importlib.import_module(".torch", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
