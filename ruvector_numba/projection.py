@@ -75,8 +75,8 @@ def _plan(p: _Problem) -> tuple[Any, int]:
     job = projection.ProjectionJob(
         left=left, right=right, out=_pairs("out", p.out, itemsize), bias="bias", sums="sums",
         left_transposed=left_transposed, right_transposed=right_transposed, right_in_place=int(in_place),
-        wants_bias=int(p.wants_bias), wants_sums=int(p.wants_sums), I=I, J=J, K=K, task_rows=rows, task_cols=cols, scratch="scratch",
-        scratch_step=scratch,
+        wants_bias=int(p.wants_bias), wants_sums=int(p.wants_sums), I=I, J=J, K=K,
+        task_rows=rows, task_cols=cols, scratch="scratch", scratch_step=scratch,
     )  # fmt: skip
     tasks = -(-I // rows) * -(-J // cols)
     return projection.project.prepare(job, tasks, p.dtype, I * J * K), scratch
