@@ -14,6 +14,7 @@ from .config import AttentionConfig
 from .errors import InvalidConfigError, InvalidInputError
 from .parameters import ParameterSet, Trainable
 from .projection import product
+from .protocols import TrainableAttention
 from .results import AttentionCache, AttentionGradients
 
 __all__ = ["KeyValueCache", "MultiHeadAttention"]
@@ -21,7 +22,7 @@ __all__ = ["KeyValueCache", "MultiHeadAttention"]
 Array = NDArray[Any]
 
 
-class MultiHeadAttention(Trainable):
+class MultiHeadAttention(Trainable, TrainableAttention):
     """Attention of several heads between linear projections (Vaswani et al., 2017), as torch.nn.MultiheadAttention.
 
     head h of softmax((query w_q + b_q) (key w_k + b_k)^T * scale) (value w_v + b_v), the heads joined, w_o + b_o
@@ -91,9 +92,6 @@ class MultiHeadAttention(Trainable):
 
     def name(self) -> str:
         return "MultiHeadAttention"
-
-    def supports_masking(self) -> bool:
-        return True
 
     # --- forward ----------------------------------------------------------------------------------------------------
     def __call__(

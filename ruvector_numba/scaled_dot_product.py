@@ -10,6 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 from . import checks, dense, layers
 from .config import AttentionConfig
 from .parameters import ParameterSet, Trainable
+from .protocols import TrainableAttention
 from .results import AttentionCache, AttentionGradients
 
 __all__ = ["ScaledDotProductAttention"]
@@ -24,7 +25,7 @@ class _Record(NamedTuple):
         return self.past.weights(rows)[:, 0]
 
 
-class ScaledDotProductAttention(Trainable):
+class ScaledDotProductAttention(Trainable, TrainableAttention):
     """softmax(query key^T * scale) value for sequences of d_model channels (Vaswani et al., 2017).
 
     Parameters
@@ -62,9 +63,6 @@ class ScaledDotProductAttention(Trainable):
 
     def name(self) -> str:
         return "ScaledDotProductAttention"
-
-    def supports_masking(self) -> bool:
-        return True
 
     def forward(self, query: ArrayLike, key: ArrayLike, value: ArrayLike, mask: Any = None) -> tuple[Array, Array]:
         """The output and the weights, without dropout.

@@ -453,8 +453,7 @@ def test_copies_pickles_and_files(tmp_path):
 
 def test_it_says_what_it_is():
     attention = layer(kdim=5)
-    protocol: rv.TrainableAttention = attention
-    assert isinstance(protocol, rv.Attention) and isinstance(protocol, rv.TrainableAttention)
+    assert isinstance(attention, rv.Attention) and isinstance(attention, rv.TrainableAttention)
     assert (attention.name(), attention.d_model(), attention.supports_masking()) == ("MultiHeadAttention", 24, True)
     assert "num_heads=3" in repr(attention) and repr(attention).endswith(", kdim=5)")
 

@@ -211,8 +211,7 @@ def test_it_has_no_parameters():
 
 def test_it_says_what_it_is():
     attention = layer()
-    protocol: rv.TrainableAttention = attention
-    assert isinstance(protocol, rv.Attention) and isinstance(protocol, rv.TrainableAttention)
+    assert isinstance(attention, rv.Attention) and isinstance(attention, rv.TrainableAttention)
     assert (attention.name(), attention.d_model(), attention.supports_masking()) == (
         "ScaledDotProductAttention", 16, True,
     )  # fmt: skip
