@@ -9,12 +9,13 @@ between them: for ratios trust `run.py`.
 """
 
 import argparse
+import dataclasses
 import functools
 
 import pyperf
 from cells import GROUPS
 
-from ruvector_numba.peers import PEERS, Runner, Unsupported, Work
+from ruvector_numba.peers import PEERS, Runner, Unsupported, Work, adapters
 
 
 def _pass_on(command: list[str], options: argparse.Namespace) -> None:
@@ -27,7 +28,7 @@ def _pass_on(command: list[str], options: argparse.Namespace) -> None:
 @functools.cache
 def _runner(peer: str, work: Work, threads: int) -> Runner:
     """Set up in the worker process that needs it, and only there."""
-    return PEERS[peer](work, threads)
+    return adapters(work)[peer](work, threads)
 
 
 def _time(loops: int, peer: str, work: Work, threads: int) -> float:
@@ -40,7 +41,9 @@ def _time(loops: int, peer: str, work: Work, threads: int) -> float:
 
 def _can(peer: str, work: Work) -> bool:
     """Cheap for all but the work itself: adapters refuse before they set anything up."""
-    tiny = Work(1, 1, 8, 8, 8, work.causal, work.window, work.backward, work.spiky)
+    if peer not in adapters(work):
+        return False
+    tiny = dataclasses.replace(work, batch=1, heads=1, queries=8, keys=8, dim=8)
     try:
         _runner(peer, tiny, 1)
     except Unsupported:

@@ -11,6 +11,7 @@ from ruvector_numba.peers import Work
 
 INFERENCE = ("torch", "onnxruntime", "openvino")
 SIZES = ((8, 8, 128, 64), (4, 8, 512, 64), (2, 8, 1024, 64), (1, 8, 4096, 64), (1, 8, 1024, 128))
+LAYER_SIZES = ((8, 8, 128, 64), (4, 8, 512, 64), (1, 12, 2048, 64))  # of 512, 512 and 768 channels
 ODD_SIZES = ((4, 6, 1000, 80), (2, 8, 1025, 40), (3, 5, 333, 72))
 
 
@@ -44,6 +45,8 @@ GROUPS = (
     Group("odd", _square(ODD_SIZES), INFERENCE, 1.0),
     Group("spiky", _square((SIZES[0], SIZES[2]), spiky=True), INFERENCE, 1.0),
     Group("window", (Work(1, 8, 8192, 8192, 64, window=256),), ("torch-flex",), 2.0),
+    Group("layer", _square(LAYER_SIZES, layer=True), ("torch",), 1.0),  # these two aim at 1.4
+    Group("layer-training", _square(LAYER_SIZES, layer=True, backward=True), ("torch",), 1.0),
     Group("decode", (Work(1, 8, 1, 65536, 64),), INFERENCE, 1.0, 0.90),
 )
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from cells import SMOKE
 
 from ruvector_numba.bench import Plan, Score, compare
-from ruvector_numba.peers import PEERS, installed
+from ruvector_numba.peers import adapters, installed
 
 _PACKAGES = {"torch-flex": "torch"}
 
@@ -33,9 +33,11 @@ def versions(names: Sequence[str]) -> dict[str, str]:
 def verify(threads: int = 2) -> list[Score]:
     """One small piece of work of each kind through every adapter, against the float64 reference."""
     scores = []
-    builds = {name: PEERS[name] for name in installed()}
+    here = installed()
     for group in SMOKE:
-        scores += compare(group.works[0], builds, threads, Plan(blocks=0, seconds=0.01))
+        work = group.works[0]
+        builds = {name: build for name, build in adapters(work).items() if name in here}
+        scores += compare(work, builds, threads, Plan(blocks=0, seconds=0.01))
     return scores
 
 

@@ -1,6 +1,6 @@
 """Measure the cells of `cells.py` against the peers that are installed, and write them down.
 
-    python perf/run.py                          all cells, on one and on two threads: some 20 minutes
+    python perf/run.py                          all cells, on one and on two threads: some 25 minutes
     python perf/run.py --groups causal decode   some of them; the others keep what an earlier run found
     python perf/run.py --smoke --output build   everything once at tiny sizes: shows that it works, nothing of speed
 
@@ -25,7 +25,7 @@ from peers import versions
 
 import ruvector_numba as rv
 from ruvector_numba.bench import Plan, Score, compare
-from ruvector_numba.peers import OURS, PEERS, Build, Work, installed
+from ruvector_numba.peers import OURS, PEERS, Build, Work, adapters, installed
 
 HERE = pathlib.Path(__file__).resolve().parent
 CAVEATS = (
@@ -36,8 +36,12 @@ CAVEATS = (
     "numpy and ruvector-numba allocate theirs in each call.",
     "numpy is the plain formula, on the same number of BLAS threads; it is left out where it would form more than "
     "256 MiB of scores.",
-    "A share of the peak counts attended pairs only, and is of the float32 multiply-adds that this machine did in "
-    "registers in the same rounds; that of a decode is of the memory that the same number of threads read.",
+    "A layer is self-attention with its four projections and their biases, and its gradients are those of the input "
+    "and of all parameters: rv.MultiHeadAttention beside torch.nn.MultiheadAttention with need_weights=False, which "
+    "is the fastest of its modes in each cell: eval, train, and train with the length first.",
+    "A share of the peak counts attended pairs and projections only, and is of the float32 multiply-adds that this "
+    "machine did in registers in the same rounds; that of a decode is of the memory that the same number of threads "
+    "read.",
     "Compiling is not counted: it happens once on a machine.",
 )
 
@@ -69,10 +73,10 @@ def best_peer(scores: list[Score]) -> Score | None:
 
 def measure(group: cells.Group, work: Work, threads: int, plan: Plan, extra: list[str]) -> dict[str, Any]:
     """One cell: our score, the peers', the machine's limit in the same rounds, and what follows from them."""
-    here = installed()
-    names = [OURS, *(n for n in (*group.peers, *extra) if n in here)]
+    here, known = installed(), adapters(work)
+    names = [OURS, *(n for n in (*group.peers, *extra) if n in here and n in known)]
     limit = "bandwidth" if work.is_decode else "peak"
-    builds: dict[str, Build] = {n: PEERS[n] for n in names}
+    builds: dict[str, Build] = {n: known[n] for n in names}
     builds[limit] = peak.read_bandwidth if work.is_decode else peak.fma_peak
     scores = compare(work, builds, threads, plan, measuring=[limit])
     ours, machine_limit, best = scores[0], scores[-1], best_peer(scores)

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from .peers import OURS, PEERS, Build, Runner, Unsupported, Work, installed
+from .peers import OURS, PEERS, Build, Runner, Unsupported, Work, installed, layer_results
 
 __all__ = ["QUICK_WORKS", "Plan", "Score", "choose", "compare", "format_table", "reference", "relative_error"]
 
@@ -49,13 +49,8 @@ def _slab(work: Work, arrays: list[np.ndarray], rows: slice) -> list[np.ndarray]
     return [output, ds @ key, ds.T @ query[rows], p.T @ grad[rows]]
 
 
-@functools.lru_cache(maxsize=1)
-def reference(work: Work, slab: int = 512) -> list[np.ndarray]:
-    """[output] or [output, dquery, dkey, dvalue] in float64, head by head and a slab of queries at a time.
-
-    The last one is kept, since work is often measured on one thread and then on several.
-    """
-    inputs = work.inputs()
+def _attention(work: Work, inputs: list[np.ndarray], slab: int) -> list[np.ndarray]:
+    """Head by head and a slab of queries at a time."""
     found = [np.zeros(x.shape) for x in (inputs[0], *inputs[:3])[: 4 if work.backward else 1]]
     for head in np.ndindex(work.batch, work.heads):
         doubles = [x[head].astype(np.float64) for x in inputs]
@@ -68,6 +63,41 @@ def reference(work: Work, slab: int = 512) -> list[np.ndarray]:
                 found[2][head] += gradients[1]
                 found[3][head] += gradients[2]
     return found
+
+
+def _layer(work: Work, slab: int) -> list[np.ndarray]:
+    """Self-attention between projections, each y = x w + b, so that dx = dy w^T, dw = x^T dy and db = sum dy."""
+    x, grad, parameters = work.layer_inputs()
+    p = {name: array.astype(np.float64) for name, array in parameters.items()}
+    x, grad = (array.astype(np.float64).reshape(-1, work.channels) for array in (x, grad))
+
+    def split(y: np.ndarray) -> np.ndarray:
+        return y.reshape(work.batch, work.queries, work.heads, work.dim).swapaxes(1, 2)
+
+    def join(y: np.ndarray) -> np.ndarray:
+        return y.swapaxes(1, 2).reshape(-1, work.channels)
+
+    inputs = [split(x @ p[f"w_{n}"] + p[f"b_{n}"]) for n in "qkv"]
+    joined, *above = (join(y) for y in _attention(work, [*inputs, split(grad @ p["w_o"].T)], slab))
+    shape = (work.batch, work.queries, work.channels)
+    output = (joined @ p["w_o"] + p["b_o"]).reshape(shape)
+    if not work.backward:
+        return [output]
+    gradients = {"w_o": joined.T @ grad, "b_o": grad.sum(axis=0)}
+    dx = np.zeros_like(x)
+    for n, dy in zip("qkv", above, strict=True):
+        dx += dy @ p[f"w_{n}"].T
+        gradients |= {f"w_{n}": x.T @ dy, f"b_{n}": dy.sum(axis=0)}
+    return layer_results(output, dx.reshape(shape), gradients)
+
+
+@functools.lru_cache(maxsize=1)
+def reference(work: Work, slab: int = 512) -> list[np.ndarray]:
+    """[output] or [output, dquery, dkey, dvalue] in float64; with gradients of a layer, what `layer_results` lists.
+
+    The last one is kept, since work is often measured on one thread and then on several.
+    """
+    return _layer(work, slab) if work.layer else _attention(work, work.inputs(), slab)
 
 
 def relative_error(results: list[np.ndarray], expected: list[np.ndarray]) -> float:

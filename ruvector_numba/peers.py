@@ -11,12 +11,12 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
-__all__ = ["OURS", "PEERS", "Build", "Runner", "Unsupported", "Work", "installed"]
+__all__ = ["OURS", "PEERS", "Build", "Runner", "Unsupported", "Work", "adapters", "installed", "layer_results"]
 
 OURS = "ruvector-numba"
 _LARGEST_SCORES = 1 << 28  # bytes of Lq x Lk scores: more would take a library that forms them too long to wait for
@@ -31,7 +31,9 @@ class Work:
     """One cell of the tables: attention of float32 arrays, forward or with gradients.
 
     `window=w` lets a query attend to w keys, the last of them its own: i - w < j <= i. `spiky` makes queries equal to
-    keys, so that rows are dominated by one weight: a trick that is free on random data may not be free there.
+    keys, so that rows are dominated by one weight: a trick that is free on random data may not be free there. `layer`
+    is self-attention of heads * dim channels between its four projections; gradients are then of the input and of all
+    parameters.
     """
 
     batch: int
@@ -43,6 +45,7 @@ class Work:
     window: int | None = None
     backward: bool = False
     spiky: bool = False
+    layer: bool = False
 
     @property
     def name(self) -> str:
@@ -53,6 +56,7 @@ class Work:
             "causal" if self.causal and self.window is None else "",
             f"window {self.window}" if self.window is not None else "",
             "spiky" if self.spiky else "",
+            "layer" if self.layer else "",
         ]
         return f"({self.batch}, {self.heads}, {lengths}, {self.dim}) " + ", ".join(t for t in terms if t)
 
@@ -71,8 +75,17 @@ class Work:
 
     @property
     def flops(self) -> float:
-        """Two products forward and five backward, each a multiply and an add for each attended pair and channel."""
-        return (4.0 + 10.0 * self.backward) * self.pairs * self.dim
+        """Two products forward and five backward, each a multiply and an add for each attended pair and channel.
+
+        Of a layer, four projections more: a product each, and two more backward.
+        """
+        projections = (8.0 + 16.0 * self.backward) * self.batch * self.queries * self.channels**2
+        return (4.0 + 10.0 * self.backward) * self.pairs * self.dim + self.layer * projections
+
+    @property
+    def channels(self) -> int:
+        """Of a layer: its d_model."""
+        return self.heads * self.dim
 
     @property
     def bytes_read(self) -> float:
@@ -98,10 +111,21 @@ class Work:
             query = np.resize(key, few)
         return [query, key, value, grad]
 
+    def layer_inputs(self) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+        """A layer's input, its output's gradient, and its parameters as rv.MultiHeadAttention names them."""
+        rng = np.random.default_rng(0)
+        d = self.channels
+        x, grad = (rng.standard_normal((self.batch, self.queries, d), dtype=np.float32) for _ in range(2))
+        shapes = {f"w_{n}": (d, d) for n in "qkvo"} | {f"b_{n}": (d,) for n in "qkvo"}
+        parameters = {n: rng.standard_normal(s, dtype=np.float32) for n, s in shapes.items()}
+        return x, grad, {n: p / np.float32(math.sqrt(d)) for n, p in parameters.items()}
+
 
 @dataclasses.dataclass
 class Runner:
     """`call` is timed; `results` turns what it returned into [output] or [output, dquery, dkey, dvalue].
+
+    A layer's results with gradients are those of `layer_results`.
 
     With `measures`, `call` is no work to be timed: it returns a rate that it has measured itself (see perf/peak.py).
     """
@@ -336,6 +360,90 @@ def _jax(work: Work, threads: int) -> Runner:
     )
 
 
+# --- adapters of layers -----------------------------------------------------------------------------------------------
+def layer_results(output: np.ndarray, dx: np.ndarray, gradients: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+    """What is compared of a layer's backward pass.
+
+    The gradient of b_k is 0, softmax being what it is: its rounding errors are judged beside the gradient of b_q.
+    """
+    weights = [gradients[f"w_{n}"] for n in "qkvo"]
+    return [output, dx, *weights, np.stack([gradients["b_q"], gradients["b_k"]]), gradients["b_v"], gradients["b_o"]]
+
+
+def _ruvector_layer(work: Work, threads: int) -> Runner:
+    import ruvector_numba as rv
+
+    rv.set_num_threads(threads)
+    x, grad, parameters = work.layer_inputs()
+    settings: dict[str, Any] = {"dropout": 0.0, "max_seq_len": None, "eps": 1e-12}  # the others have no eps
+    layer = rv.MultiHeadAttention(rv.AttentionConfig(work.channels, work.heads, **settings), seed=0)
+    layer.set_parameters(parameters)
+    if not work.backward:
+        return Runner(lambda: [layer(x)])
+
+    def both() -> tuple[np.ndarray, np.ndarray, Any]:
+        output, cache = layer.forward_cached(x, x, x)
+        g: Any = layer.backward(grad, cache)
+        dx = g.query + g.key
+        dx += g.value
+        return output, dx, g
+
+    return Runner(both, lambda found: layer_results(found[0], found[1], found[2].parameters))
+
+
+def _torch_module(work: Work, training: bool, batch_first: bool) -> Runner:
+    """torch.nn.MultiheadAttention in one of its modes, on inputs as that one likes them."""
+    import torch
+
+    x, grad, parameters = work.layer_inputs()
+    module = torch.nn.MultiheadAttention(work.channels, work.heads, batch_first=batch_first).train(training)
+    state = {
+        "in_proj_weight": np.concatenate([parameters[f"w_{n}"].T for n in "qkv"]),
+        "in_proj_bias": np.concatenate([parameters[f"b_{n}"] for n in "qkv"]),
+        "out_proj.weight": np.ascontiguousarray(parameters["w_o"].T),
+        "out_proj.bias": parameters["b_o"],
+    }
+    module.load_state_dict({name: torch.from_numpy(p) for name, p in state.items()})
+
+    def turned(array: np.ndarray) -> np.ndarray:
+        return array if batch_first else np.ascontiguousarray(array.swapaxes(0, 1))
+
+    leaf, above = (torch.from_numpy(turned(array)) for array in (x, grad))
+
+    def forward() -> Any:
+        with torch.inference_mode():
+            return module(leaf, leaf, leaf, need_weights=False)[0]
+
+    if not work.backward:
+        return Runner(forward, lambda output: [turned(output.numpy())])
+    leaf.requires_grad_()
+
+    def both() -> list[Any]:
+        leaf.grad = None
+        module.zero_grad(set_to_none=True)
+        output = module(leaf, leaf, leaf, need_weights=False)[0]
+        output.backward(above)
+        return [output, leaf.grad, *(p.grad for p in module.parameters())]
+
+    def results(found: list[Any]) -> list[np.ndarray]:
+        output, dx, w_in, b_in, w_out, b_out = (t.detach().numpy() for t in found)
+        gradients = {"w_o": w_out.T, "b_o": b_out}
+        for n, w, b in zip("qkv", np.split(w_in, 3), np.split(b_in, 3), strict=True):
+            gradients |= {f"w_{n}": w.T, f"b_{n}": b}
+        return layer_results(turned(output), turned(dx), gradients)
+
+    return Runner(both, results)
+
+
+def _torch_layer(work: Work, threads: int) -> Runner:
+    """The fastest of its modes on this work: eval has a fused path, train takes the parts, and likes length first."""
+    import torch
+
+    torch.set_num_threads(threads)
+    modes = ((False, True), (True, True), (True, False))
+    return min((_torch_module(work, *mode) for mode in modes), key=lambda runner: runner.time(3))
+
+
 Build = Callable[[Work, int], Runner]
 PEERS: dict[str, Build] = {
     "ruvector-numba": _ruvector,
@@ -346,7 +454,13 @@ PEERS: dict[str, Build] = {
     "jax": _jax,
     "numpy": _numpy,
 }
+LAYERS: dict[str, Build] = {"ruvector-numba": _ruvector_layer, "torch": _torch_layer}
 _NEEDS = {"torch-flex": ("torch",), "onnxruntime": ("onnxruntime", "onnx"), "ruvector-numba": ("ruvector_numba",)}
+
+
+def adapters(work: Work) -> dict[str, Build]:
+    """Those of this kind of work, whether or not they are installed."""
+    return LAYERS if work.layer else PEERS
 
 
 def installed() -> list[str]:

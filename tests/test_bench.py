@@ -1,5 +1,6 @@
 """The bench: what is counted, what is right, how blocks become rates; and that contestants who fail are left out."""
 
+import dataclasses
 import functools
 import importlib.util
 import math
@@ -35,6 +36,7 @@ WORKS = [
     Work(1, 1, 3, 5, 2, window=40),
     Work(1, 2, 6, 6, 4, causal=True, backward=True),
 ]
+LAYERS = [Work(2, 3, 7, 7, 4, layer=True), Work(2, 3, 7, 7, 4, layer=True, backward=True)]
 
 
 @pytest.mark.parametrize("work", WORKS, ids=lambda w: w.name)
@@ -54,6 +56,13 @@ def test_flops_are_two_products_forward_and_five_more_backward():
     assert forward.rate(1e-3) == pytest.approx(forward.flops / 1e6)
 
 
+def test_flops_of_a_layer_are_those_of_four_projections_more():
+    batch, length, d_model = 2, 10, 48
+    projections, attention = 4 * 2 * batch * length * d_model**2, 4 * batch * length**2 * d_model
+    assert Work(2, 3, 10, 10, 16, layer=True).flops == projections + attention
+    assert Work(2, 3, 10, 10, 16, layer=True, backward=True).flops == 3 * projections + 3.5 * attention
+
+
 def test_a_decode_is_measured_by_the_keys_and_values_it_reads():
     decode = Work(1, 8, 1, 65536, 64)
     assert decode.is_decode
@@ -70,6 +79,7 @@ def test_a_decode_is_measured_by_the_keys_and_values_it_reads():
         (Work(2, 8, 64, 64, 32, causal=True, backward=True), "(2, 8, 64, 32) forward + backward, causal"),
         (Work(2, 8, 64, 64, 32, causal=True, window=9), "(2, 8, 64, 32) forward, window 9"),
         (Work(2, 8, 64, 64, 32, spiky=True), "(2, 8, 64, 32) forward, spiky"),
+        (Work(2, 8, 64, 64, 32, layer=True, backward=True), "(2, 8, 64, 32) forward + backward, layer"),
     ],
 )
 def test_names(work, name):
@@ -85,6 +95,14 @@ def test_inputs_are_the_same_each_time_and_spiky_means_query_equals_key():
     assert all(x.dtype == np.float32 for x in work.inputs())
 
 
+def test_inputs_of_a_layer_are_the_same_each_time():
+    (x, grad, parameters), again = LAYERS[1].layer_inputs(), LAYERS[1].layer_inputs()
+    assert x.shape == grad.shape == (2, 7, 12)
+    for a, b in zip((x, grad, *parameters.values()), (*again[:2], *again[2].values())):
+        assert a.dtype == np.float32
+        np.testing.assert_array_equal(a, b)
+
+
 # --- what is right ----------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("work", WORKS, ids=lambda w: w.name)
 def test_its_reference_is_the_spec(work):
@@ -95,6 +113,35 @@ def test_its_reference_is_the_spec(work):
         want += [gradients[name] for name in ("query", "key", "value")]
     for ours, theirs in zip(bench.reference(work, slab=5), want, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-11, atol=1e-13)
+
+
+def test_its_reference_of_a_layer_is_the_spec():
+    """With gradients by central differences; the loss is the sum of output * grad."""
+    work = Work(1, 2, 4, 4, 3, layer=True, backward=True)
+    x, grad, parameters = work.layer_inputs()
+
+    def output(**changed):
+        given = {"x": x, **parameters, **changed}
+        y = given.pop("x")
+        return spec.multi_head(y, y, y, given, work.heads)[0]
+
+    def slope(name):
+        start = x if name == "x" else parameters[name]
+        return spec.central_differences(lambda at: (output(**{name: at}) * grad).sum(), start)
+
+    forward = dataclasses.replace(work, backward=False)
+    np.testing.assert_allclose(bench.reference(forward, slab=3)[0], output(), rtol=1e-12, atol=1e-13)
+    want = peers.layer_results(output(), slope("x"), {name: slope(name) for name in parameters})
+    for ours, theirs in zip(bench.reference(work, slab=3), want, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-7 * abs(theirs).max())
+
+
+@pytest.mark.parametrize("wrong", range(9))
+def test_every_result_of_a_layer_counts(wrong):
+    right = bench.reference(LAYERS[1])
+    assert len(right) == 9
+    found = [x * 1.01 if n == wrong else x for n, x in enumerate(right)]
+    assert bench.relative_error(found, right) == pytest.approx(0.01)
 
 
 def test_relative_error():
@@ -115,6 +162,18 @@ def test_the_adapters_that_are_always_there_are_right(name, work, monkeypatch):
     with rv.threads(1):
         runner = peers.PEERS[name](work, 1)
         assert bench.relative_error(runner.results(runner.call()), bench.reference(work)) < bench.TOLERANCE
+
+
+@pytest.mark.parametrize("work", LAYERS, ids=lambda w: w.name)
+def test_our_adapter_of_a_layer_is_right(work):
+    with rv.threads(1):
+        runner = peers.adapters(work)[peers.OURS](work, 1)
+        assert bench.relative_error(runner.results(runner.call()), bench.reference(work)) < bench.TOLERANCE
+
+
+def test_only_some_have_layers():
+    assert list(peers.adapters(LAYERS[0])) == [peers.OURS, "torch"]
+    assert peers.adapters(WORKS[0]) is peers.PEERS
 
 
 def test_numpys_adapter_forms_no_scores_that_take_too_long():
