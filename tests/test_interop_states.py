@@ -1,4 +1,4 @@
-"""States of torch.nn.MultiheadAttention, as arrays written by hand: torch itself is not needed."""
+"""States of torch.nn.MultiheadAttention: arrays written by hand, and those of torch itself where it is installed."""
 
 import subprocess
 import sys
@@ -239,3 +239,91 @@ def test_without_torch_it_says_what_to_install(monkeypatch):
     monkeypatch.delitem(vars(interop), "torch", raising=False)
     with pytest.raises(ModuleNotFoundError, match="pip install torch"):
         interop.torch  # noqa: B018
+
+
+# With torch's own layer, where there is torch
+
+
+@pytest.fixture
+def torch():
+    return pytest.importorskip("torch")
+
+
+TORCH_KINDS = [
+    {},
+    {"bias": False},
+    {"kdim": 6},
+    {"vdim": 10},
+    {"kdim": 4, "vdim": 6, "bias": False},
+    {"kdim": 8, "vdim": 8},
+]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("kind", TORCH_KINDS, ids=str)
+def test_a_layer_of_torch_and_one_with_its_state_do_the_same(kind, dtype, torch):
+    dtype = getattr(torch, dtype)
+    torch.manual_seed(0)
+    theirs = torch.nn.MultiheadAttention(8, 2, batch_first=True, **kind).to(dtype)
+    with torch.no_grad():
+        for p in theirs.parameters():
+            p.normal_()
+    config = rv.AttentionConfig(d_model=8, num_heads=2, use_bias=kind.get("bias", True), dropout=0.0, eps=1e-30)
+    mine = rv.MultiHeadAttention(config, kdim=kind.get("kdim"), vdim=kind.get("vdim"))
+    state = theirs.state_dict()
+    load_torch_state(mine, state)
+    query, key, value = (torch.randn(3, L, n, dtype=dtype) for L, n in ((5, 8), (7, mine.kdim), (7, mine.vdim)))
+    wanted, weights = theirs(query, key, value)
+    got = mine.forward(query.numpy(), key.numpy(), value.numpy())
+    for x, w in zip(got, (wanted, weights), strict=True):
+        assert x.dtype == w.detach().numpy().dtype
+        np.testing.assert_allclose(x, w.detach().numpy(), rtol=0, atol=1e-12 if dtype == torch.float64 else 2e-5)
+    back = {name: torch.from_numpy(x) for name, x in to_torch_state(mine).items()}
+    assert list(back) == list(state)
+    assert all(torch.equal(back[name], x) and back[name].dtype == dtype for name, x in state.items())
+    theirs.load_state_dict(back, strict=True)
+
+
+def test_parameters_that_require_gradients_are_read(torch):
+    theirs = torch.nn.MultiheadAttention(8, 2)
+    mine = rv.MultiHeadAttention(rv.AttentionConfig(d_model=8, num_heads=2))
+    load_torch_state(mine, dict(theirs.named_parameters()))
+    np.testing.assert_array_equal(to_torch_state(mine)["in_proj_weight"], theirs.in_proj_weight.detach().numpy())
+
+
+@pytest.mark.parametrize(
+    ("layer", "error", "words"),
+    [
+        (lambda torch: torch.nn.MultiheadAttention(8, 2, add_bias_kv=True), InvalidConfigError, "add_bias_kv"),
+        (lambda torch: torch.nn.MultiheadAttention(8, 2, bias=False), InvalidConfigError, "no biases"),
+        (lambda torch: torch.nn.MultiheadAttention(8, 2, vdim=4), InvalidConfigError, r"v_proj_weight.shape: \(8, 4\)"),
+        (lambda torch: torch.nn.MultiheadAttention(12, 2), DimensionMismatchError, r"\(24, 8\), got \(36, 12\)"),
+        (
+            lambda torch: torch.nn.MultiheadAttention(8, 2).bfloat16(),
+            InvalidInputError,
+            r"cannot become an array: .*BFloat16",
+        ),
+        (lambda torch: torch.nn.MultiheadAttention(8, 2).half(), InvalidInputError, "dtype float16"),
+        (lambda torch: torch.nn.TransformerEncoderLayer(8, 2), InvalidInputError, r"removeprefix\('self_attn.'\)"),
+    ],
+    ids=["bias_k", "no bias", "vdim", "embed_dim", "bfloat16", "half", "model"],
+)
+def test_states_that_do_not_fit(layer, error, words, torch):
+    mine = rv.MultiHeadAttention(rv.AttentionConfig(d_model=8, num_heads=2))
+    before = mine.parameters
+    with pytest.raises(error, match=words):
+        load_torch_state(mine, layer(torch).state_dict())
+    with pytest.raises(InvalidInputError, match="state is a"):
+        load_torch_state(mine, layer(torch))
+    with pytest.raises(InvalidInputError, match="mha is a"):
+        load_torch_state(layer(torch), layer(torch).state_dict())
+    assert mine.parameters is before
+
+
+def test_the_hint_for_a_whole_model_works(torch):
+    model = torch.nn.TransformerEncoderLayer(8, 2)
+    mine = rv.MultiHeadAttention(rv.AttentionConfig(d_model=8, num_heads=2))
+    with pytest.raises(InvalidInputError) as caught:
+        load_torch_state(mine, model.state_dict())
+    expression = caught.value.hint[caught.value.hint.index("{") :]
+    load_torch_state(mine, eval(expression, {"state": model.state_dict()}))
