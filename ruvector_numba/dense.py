@@ -258,11 +258,11 @@ class Past(NamedTuple):
                 done += len(run)
         return result
 
-    def backward(self, grad_output: Array, grad_lse: Array | None = None) -> InputGradients:
-        """See `attention_backward`; the gradients are checked."""
+    def backward(self, grad_output: Array, grad_lse: Array | None = None, wants_bias: bool = True) -> InputGradients:
+        """See `attention_backward`; the gradients are checked. That of a bias costs a pass of its own."""
         shape = self.output.shape[:-1]
         lse = np.zeros(shape) if grad_lse is None else grad_lse.astype(np.float64, order="C")
-        return _backward(self, grad_output, lse)
+        return _backward(self, grad_output, lse, wants_bias and self.call.seen.bias is not None)
 
 
 def forward(c: Call, out: Array | None = None) -> Past:
@@ -337,18 +337,19 @@ def _with_channels(c: Call) -> Call:
     return c._replace(query=one(c.query), key=one(c.key), value=one(c.value))
 
 
-def _backward(past: Past, grad_output: Array, grad_lse: Array) -> InputGradients:
+def _backward(past: Past, grad_output: Array, grad_lse: Array, wants_bias: bool) -> InputGradients:
     from . import plan
 
     c, output = past.call, past.output
-    bias = None if c.seen.bias is None else np.zeros(c.seen.bias.shape, c.query.dtype)
+    shape_of_bias = () if c.seen.bias is None else c.seen.bias.shape
+    bias = np.zeros(shape_of_bias, c.query.dtype) if wants_bias else None
     D, Dv = c.query.shape[-1], c.value.shape[-1]
     if 0 in c.query.shape[:-1] or 0 in c.key.shape[:-1]:
         return InputGradients(np.zeros_like(c.query), np.zeros_like(c.key), np.zeros_like(c.value), bias)
     if not (D and Dv):
         none = np.zeros((*output.shape[:-1], 1), output.dtype)
         wide_past = past._replace(call=_with_channels(c), output=output if Dv else none)
-        wide = _backward(wide_past, grad_output if Dv else none, grad_lse)
+        wide = _backward(wide_past, grad_output if Dv else none, grad_lse, wants_bias)
         return InputGradients(wide.query[..., :D], wide.key[..., :D], wide.value[..., :Dv], wide.bias)
     itemsize, problem, layout = c.query.itemsize, plan.problem(c, output), plan.layout(grad_output)
     query = np.empty(c.query.shape, c.query.dtype)
@@ -357,11 +358,11 @@ def _backward(past: Past, grad_output: Array, grad_lse: Array) -> InputGradients
     given = dict(output=output, lse=sums.log_sum, top=sums.top, grad_output=grad_output, grad_lse=grad_lse)
     for ready in plan.backward(problem, layout, plan.threads()):
         ready(c, grad_query=query, grad_key=key, grad_value=value, **given)
-    if c.seen.bias is not None:
+    if wants_bias:
         ready, shape = plan.bias_backward(problem, layout)
         made = np.zeros(shape, c.query.dtype)
         ready(c, grad_bias=made, **given)
-        bias = _summed(made, c.seen.bias.shape)
+        bias = _summed(made, shape_of_bias)
     return InputGradients(query, np.ascontiguousarray(key[..., :D]), np.ascontiguousarray(value[..., :Dv]), bias)
 
 

@@ -118,7 +118,8 @@ class _Attention(torch.autograd.Function):  # type: ignore[misc]  # torch comes 
     def backward(ctx: Any, grad_output: Any) -> Any:
         query, key, value, tensor_mask, output, lse = ctx.saved_tensors
         attn_mask = ctx.rule if tensor_mask is None else tensor_mask
-        gradients = _Gradients.apply(grad_output, query, key, value, attn_mask, output, lse, ctx.options)
+        wants_bias = ctx.needs_input_grad[3]
+        gradients = _Gradients.apply(grad_output, query, key, value, attn_mask, output, lse, ctx.options, wants_bias)
         return *(g if needs else None for g, needs in zip(gradients, ctx.needs_input_grad, strict=False)), None, None
 
 
@@ -132,10 +133,12 @@ class _Gradients(torch.autograd.Function):  # type: ignore[misc]
     @staticmethod
     def forward(
         ctx: Any, grad_output: Any, query: Any, key: Any, value: Any, attn_mask: Any, output: Any, lse: Any,
-        options: dict[str, Any],
+        options: dict[str, Any], wants_bias: bool,
     ) -> Any:  # fmt: skip
         call = checks.call(*_arrays(query, key, value, attn_mask), **options)
-        g = dense.Past(call, _array(output), log_sum=_array(lse), top=None).backward(_array(grad_output))
+        g = dense.Past(call, _array(output), log_sum=_array(lse), top=None).backward(
+            _array(grad_output), None, wants_bias
+        )
         return tuple(None if x is None else torch.from_numpy(x) for x in (g.query, g.key, g.value, g.bias))
 
     @staticmethod
