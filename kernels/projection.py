@@ -127,11 +127,18 @@ def pad(panel, width, n, live):
 @apart
 def add_sums(sums, j0, panel, step, n, live):
     """sums[j0 + j] += sum over the n rows of the panel"""
-    for j in range(live):
-        total = 0 * panel[0]
-        for k in range(n):
-            total += panel[k * step + j]
-        sums[j0 + j] += total
+    lanes = lanes_of(panel)
+    whole = live // lanes * lanes
+    for j in range(0, whole, lanes):
+        total = load(panel, j)
+        for k in range(1, n):
+            total = total + load(panel, k * step + j)
+        store(load(sums, j0 + j) + total, sums, j0 + j)
+    for j in range(whole, live):
+        rest = panel[j]
+        for k in range(1, n):
+            rest += panel[k * step + j]
+        sums[j0 + j] += rest
 
 
 @kernel
