@@ -284,7 +284,7 @@ def _merged(outputs: Array, lses: Array) -> tuple[Array, Array]:
 
 
 def _forward(c: Call, out: Array | None, wants_lse: bool, by_tiles: bool = False) -> Past:
-    from . import plan  # at the first call, as it loads the kernels: 60 ms
+    from .plan import dense as plan  # at the first call, as it loads the kernels: 60 ms
 
     shape = c.output_shape
     out = np.empty(shape, c.query.dtype) if out is None else out
@@ -321,7 +321,7 @@ def _by_tiles(past: Past) -> Past:
     For few queries the forward pass sums a score in another order. The two differ by a rounding of the score, which
     for large scores is too much: weights would no longer sum to 1.
     """
-    from . import plan
+    from .plan import dense as plan
 
     if not plan.is_few(plan.problem(past.call, past.output)):
         return past
@@ -338,7 +338,7 @@ def _with_channels(c: Call) -> Call:
 
 
 def _backward(past: Past, grad_output: Array, grad_lse: Array, wants_bias: bool) -> InputGradients:
-    from . import plan
+    from .plan import dense as plan
 
     c, output = past.call, past.output
     shape_of_bias = () if c.seen.bias is None else c.seen.bias.shape
@@ -391,7 +391,7 @@ def _queries(c: Call, rows: slice) -> Call:
 
 
 def _weights(c: Call, lse: Array, result: Array) -> None:
-    from . import plan
+    from .plan import dense as plan
 
     c = _with_channels(c)
     plan.weights(plan.problem(c, result))(c, lse=np.ascontiguousarray(lse), output=result)

@@ -220,7 +220,7 @@ def softmax(scores: ArrayLike, eps: float = 0.0) -> Array:
            [1. , 0. ],
            [0. , 0. ]])
     """
-    from . import functional_plan as plan
+    from .plan import functional as plan
 
     scores, eps = _array("scores", scores, "(..., Lq, Lk)"), _eps(eps)
     weights = np.empty(scores.shape, scores.dtype)
@@ -256,7 +256,7 @@ def softmax_backward(grad_weights: ArrayLike, weights: ArrayLike, eps: float = 0
     >>> softmax_backward([[1.0, 0.0, np.nan]], [[0.5, 0.5, 0.0]])
     array([[ 0.25, -0.25,  0.  ]])
     """
-    from . import functional_plan as plan
+    from .plan import functional as plan
 
     weights, eps = _array("weights", weights, "(..., Lq, Lk)"), _eps(eps)
     grad = checks.gradient("grad_weights", grad_weights, weights.shape, weights.dtype)
@@ -334,7 +334,7 @@ def weighted_sum_backward(grad_output: ArrayLike, weights: ArrayLike, value: Arr
 
 def _product(left: Array, right: Array, scale: float = 1.0, selects: bool = False) -> Array:
     """left right * scale; `selects` where 0 in left adds nothing."""
-    from . import functional_plan as plan  # at the first call, as it loads the kernels
+    from .plan import functional as plan  # at the first call, as it loads the kernels
 
     out = np.empty((*left.shape[:-1], right.shape[-1]), left.dtype)
     if out.size:
@@ -344,7 +344,7 @@ def _product(left: Array, right: Array, scale: float = 1.0, selects: bool = Fals
 
 def _masked(x: Array, seen: masks.Visibility, adds: bool) -> Array:
     """Where seen x, plus the bias if it `adds`; elsewhere -inf, or else 0."""
-    from . import functional_plan as plan
+    from .plan import functional as plan
 
     out = np.empty(x.shape, x.dtype)
     if out.size == 0:

@@ -6,36 +6,9 @@ is one head of d channels, and a weight (d_in, d_out) is a batch of one.
 
 from __future__ import annotations
 
-import functools
-from typing import Any, NamedTuple
+from .checks import Array
 
-import numpy as np
-from numpy.typing import NDArray
-
-Array = NDArray[Any]
-
-# Of out, what one task makes: each reads its rows of `left` and columns of `right` once, so large tasks read less, and
-# 192 x 384 float32 just stay near the core (102 GFLOP/s; 192 x 128: 97). Small ones where they would not fill threads.
-TASKS = ((192, 384), (96, 128), (48, 64))
-FEW_ROWS = 16  # up to so many, `right` is read where it lies
-
-
-class _Layout(NamedTuple):
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-
-
-class _Problem(NamedTuple):
-    dtype: np.dtype[Any]
-    left: _Layout
-    right: _Layout
-    out: _Layout
-    wants_bias: bool
-    wants_sums: bool
-    threads: int  # the sizes of tasks change no bit
-
-
-_NOTHING = np.zeros(1)
+__all__ = ["product"]
 
 
 def product(left: Array, right: Array, out: Array, bias: Array | None = None, sums: Array | None = None) -> None:
@@ -47,65 +20,9 @@ def product(left: Array, right: Array, out: Array, bias: Array | None = None, su
         if sums is not None:
             sums[...] = 0
         return
-    from .kernels import jit  # at the first call, as it loads Numba
+    from .plan import projection as plan  # at the first call, as it loads the kernels
 
-    a, b, c = (_Layout(x.shape, x.strides) for x in (left, right, out))
-    launch, scratch = _plan(_Problem(out.dtype, a, b, c, bias is not None, sums is not None, jit.threads()))
+    ready = plan.product(left, right, out, bias is not None, sums is not None)
     if sums is not None:
         sums[...] = 0
-    launch(
-        left=left, right=right, out=out, bias=_NOTHING if bias is None else bias,
-        sums=_NOTHING if sums is None else sums, scratch=jit.scratch(scratch * jit.slots(), out.dtype),
-    )  # fmt: skip
-
-
-@functools.lru_cache(512)
-def _plan(p: _Problem) -> tuple[Any, int]:
-    from .kernels import projection
-    from .kernels.simd import target
-
-    itemsize = p.dtype.itemsize
-    I, J, K = (a * b for a, b in (p.out.shape[:2], p.out.shape[2:], p.left.shape[2:]))
-    width, lanes = target().width(itemsize), target().lanes(itemsize)
-    for most in TASKS:
-        rows, cols = _evenly(I, most[0], target().rows), _evenly(J, most[1], width)
-        tasks = -(-I // rows) * -(-J // cols)
-        if tasks >= 4 * p.threads:
-            break
-    left, left_transposed = _lines("left", p.left, itemsize)
-    right, right_transposed = _lines("right", p.right, itemsize)
-    scratch = projection.scratch_elements(rows, cols, width, lanes)
-    in_place = I <= FEW_ROWS and not right_transposed and right.col == 1 and (right.rows, right.cols) == (K, J)
-    job = projection.ProjectionJob(
-        left=left, right=right, out=_pairs("out", p.out, itemsize), bias="bias", sums="sums",
-        left_transposed=left_transposed, right_transposed=right_transposed, right_in_place=int(in_place),
-        wants_bias=int(p.wants_bias), wants_sums=int(p.wants_sums), I=I, J=J, K=K,
-        task_rows=rows, task_cols=cols, scratch="scratch", scratch_step=scratch,
-    )  # fmt: skip
-    return projection.project.prepare(job, tasks, p.dtype, I * J * K), scratch
-
-
-def _evenly(n: int, most: int, unit: int) -> int:
-    """The size of parts of n, as few and as even as can be, whole units each."""
-    part = -(-n // -(-n // most))
-    return -(-part // unit) * unit
-
-
-def _pairs(name: str, layout: _Layout, itemsize: int) -> Any:
-    from .kernels.projection import Pairs
-
-    outer_row, row, outer_col, col = (s // itemsize for s in layout.strides)
-    rows, cols = layout.shape[1], layout.shape[3]
-    if outer_row == rows * row or layout.shape[0] == 1:
-        rows *= layout.shape[0]  # one even run: no pairs
-    if outer_col == cols * col or layout.shape[2] == 1:
-        cols *= layout.shape[2]
-    return Pairs(name, outer_row, row, outer_col, col, rows, cols)
-
-
-def _lines(name: str, layout: _Layout, itemsize: int) -> tuple[Any, int]:
-    """The matrix, or its transpose if its rows are the axis that lies contiguous; 1 if so."""
-    if layout.strides[3] != itemsize and layout.strides[1] == itemsize:
-        swapped = _Layout(*((x[2], x[3], x[0], x[1]) for x in layout))
-        return _pairs(name, swapped, itemsize), 1
-    return _pairs(name, layout, itemsize), 0
+    ready(left=left, right=right, out=out, bias=bias, sums=sums)

@@ -7,7 +7,8 @@ from cases import MASKS, TERMS, draw, make
 from ruvector_numba.kernels.simd import target
 
 import ruvector_numba as rv
-from ruvector_numba import masks, plan
+from ruvector_numba import masks
+from ruvector_numba.plan import dense as plan
 
 pytestmark = pytest.mark.core
 

@@ -30,7 +30,7 @@ assert os.waitpid(child, 0)[1] == 0
 
 BEYOND_THE_KEYS = """
 import numpy as np, ruvector_numba as rv
-from ruvector_numba import plan
+from ruvector_numba.plan import dense as plan
 job = plan._job
 beyond = {"Lk": 72, "split_keys": 72, "limits": np.array([0, 72])}
 plan._job = lambda *sizes, **more: job(*sizes, **{**more, **beyond})

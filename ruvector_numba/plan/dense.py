@@ -13,25 +13,19 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from .checks import Array, Call, Shape
-from .kernels import blocks, decode, dense, jit, pairs
-from .kernels.scoring import ByteMatrices, Dropout
-from .kernels.simd import target
-from .kernels.softmax import LN2, LOG2E, Epsilon
-from .kernels.tiles import Matrices
+from ..checks import Array, Call, Shape
+from ..kernels import blocks, decode, dense, jit, pairs
+from ..kernels.scoring import ByteMatrices, Dropout
+from ..kernels.simd import target
+from ..kernels.softmax import LN2, LOG2E, Epsilon
+from ..kernels.tiles import Matrices
+from .layouts import NOTHING, NOWHERE, Layout, as_matrices, broadcast, contiguous, layout, padded, with_heads
 
 FORWARD_KEYS = 128  # in a chunk: 128 x 64 scores are 32 KiB and stay near the core; 64 and 96 measured the same
 BACKWARD_KEYS = 128
 DECODE_KEYS = 1024  # reading falls idle where a chunk ends: 128 keys reach 86 % of the read bandwidth, 1024 97 %
 FEW_QUERIES = 8  # from so few on, a product's lanes are keys and channels (kernels/decode.py), not queries
 SPLIT_KEYS = 4096  # one block of queries over more keys than this is cut along the keys, and merged
-
-
-class Layout(NamedTuple):
-    """What a plan knows of an array."""
-
-    shape: Shape
-    strides: tuple[int, ...]
 
 
 class Problem(NamedTuple):
@@ -55,10 +49,6 @@ class Problem(NamedTuple):
     mask: Layout | None
 
 
-def layout(x: Array) -> Layout:
-    return Layout(x.shape, x.strides)
-
-
 def threads() -> int:
     return jit.threads()
 
@@ -73,62 +63,19 @@ def problem(c: Call, output: Array) -> Problem:
     )  # fmt: skip
 
 
-def _heads(layout: Layout, rank: int) -> Layout:
-    """As an array of `rank` axes at least, so that there is an axis of heads."""
-    missing = rank - len(layout.shape)
-    return layout if missing <= 0 else Layout((1,) * missing + layout.shape, (0,) * missing + layout.strides)
-
-
-@functools.lru_cache(1024)
-def _starts(layout: Layout, itemsize: int, repeat: int) -> NDArray[np.int64]:
-    """Where each matrix of a stack begins, in elements, each head `repeat` times."""
-    at = np.zeros((), np.int64)
-    for axis, (n, stride) in enumerate(zip(layout.shape[:-2], layout.strides[:-2], strict=True)):
-        steps = np.arange(n, dtype=np.int64) * (stride // itemsize)
-        if axis == len(layout.shape) - 3:
-            steps = np.repeat(steps, repeat)
-        at = at[..., None] + steps
-    return np.ascontiguousarray(at.reshape(-1))
-
-
-def _matrices(name: str, layout: Layout, itemsize: int, repeat: int = 1) -> Matrices:
-    steps = layout.strides[-2] // itemsize, layout.strides[-1] // itemsize
-    return Matrices(name, _starts(layout, itemsize, repeat), *steps)
-
-
-def _broadcast(layout: Layout, shape: Shape) -> Layout:
-    """The layout of numpy.broadcast_to(array, shape)."""
-    missing = len(shape) - len(layout.shape)
-    strides = (0,) * missing + tuple(
-        0 if n == 1 else stride for n, stride in zip(layout.shape, layout.strides, strict=True)
-    )
-    return Layout(shape, strides)
-
-
-def _contiguous(shape: Shape, itemsize: int) -> Layout:
-    strides = [itemsize]
-    for n in shape[:0:-1]:
-        strides.append(strides[-1] * n)
-    return Layout(shape, tuple(reversed(strides)))
-
-
-_NOTHING = np.zeros(1, np.int64)  # what a pointer that is not used points to
-_NOWHERE = Matrices(_NOTHING, _NOTHING, 0, 0)
-
-
 def _job(p: Problem, keys_per_block: int, rows: int, output: Matrices, **more: Any) -> blocks.AttentionJob:
     """What all jobs of a problem share; `rows` is the scratch that one thread needs."""
-    itemsize, query = p.dtype.itemsize, _heads(p.query, 3)
-    key, value = _heads(p.key, 3), _heads(p.value, 3)
+    itemsize, query = p.dtype.itemsize, with_heads(p.query, 3)
+    key, value = with_heads(p.key, 3), with_heads(p.value, 3)
     batch, (H, Lq, D), (Lk, Dv) = query.shape[:-3], query.shape[-3:], value.shape[-2:]
     group = H // max(1, key.shape[-3])
     natural = None if p.softcap is None and not p.slopes and p.bias is None else LOG2E
     scores, width = (*batch, H, Lq, Lk), target().width(itemsize)
-    bias = None if p.bias is None else _matrices("bias", _broadcast(p.bias, scores), itemsize)
-    mask = None if p.mask is None else ByteMatrices(*_matrices("mask", _broadcast(p.mask, scores), 1))
+    bias = None if p.bias is None else as_matrices("bias", broadcast(p.bias, scores), itemsize)
+    mask = None if p.mask is None else ByteMatrices(*as_matrices("mask", broadcast(p.mask, scores), 1))
     fields = dict(
-        query=_matrices("query", query, itemsize), key=_matrices("key", key, itemsize, group),
-        value=_matrices("value", value, itemsize, group), output=output, lse=_NOTHING, wants_lse=0, natural=natural,
+        query=as_matrices("query", query, itemsize), key=as_matrices("key", key, itemsize, group),
+        value=as_matrices("value", value, itemsize, group), output=output, lse=NOTHING, wants_lse=0, natural=natural,
         softcap=p.softcap, slopes="slopes" if p.slopes else None, bias=bias, mask=mask,
         additive=None if bias is None and mask is None else 1, dropout=_dropout(p.dropout),
         epsilon=Epsilon(p.eps, "top") if p.eps else None, gradients=None,
@@ -196,8 +143,8 @@ def forward(p: Problem, wants_lse: bool, by_tiles: bool = False) -> Plan:
     few = is_few(p) and not by_tiles
     splits = -(-Lk // SPLIT_KEYS) if Lq <= target().width(itemsize) else 1
     heads = math.prod(p.query.shape[:-2])
-    layout = _heads(p.output, 3) if splits == 1 else _contiguous((heads, splits, Lq, Dv), itemsize)
-    output = _matrices("output", layout, itemsize)
+    layout = with_heads(p.output, 3) if splits == 1 else contiguous((heads, splits, Lq, Dv), itemsize)
+    output = as_matrices("output", layout, itemsize)
     more: dict[str, Any] = dict(splits=splits, split_keys=SPLIT_KEYS if splits > 1 else Lk)
     if wants_lse or splits > 1:
         more.update(lse="lse", wants_lse=1)
@@ -212,26 +159,21 @@ def forward(p: Problem, wants_lse: bool, by_tiles: bool = False) -> Plan:
     return _plan(dense.forward, job, heads * job.blocks * splits, p, 2)
 
 
-def padded(shape: Shape, itemsize: int) -> Shape:
-    """The shape of an array whose rows hold whole vectors."""
-    return (*shape[:-1], blocks.padded(shape[-1], itemsize))
-
-
 def _backward_job(p: Problem, **more: Any) -> blocks.AttentionJob:
     (_, D), (_, Dv), itemsize = p.query.shape[-2:], p.value.shape[-2:], p.dtype.itemsize
     rows = blocks.scratch_rows(D, Dv, BACKWARD_KEYS) + blocks.gradient_rows(D, Dv, BACKWARD_KEYS, itemsize)
-    return _job(p, BACKWARD_KEYS, rows, _matrices("output", _heads(p.output, 3), itemsize), lse="lse", **more)
+    return _job(p, BACKWARD_KEYS, rows, as_matrices("output", with_heads(p.output, 3), itemsize), lse="lse", **more)
 
 
 def _gradients(p: Problem, grad_output: Layout, job: blocks.AttentionJob) -> blocks.Gradients:
     itemsize, group = p.dtype.itemsize, job.group
-    shapes = [_heads(x, 3).shape for x in (p.query, p.key, p.value)]
-    dq = _contiguous(shapes[0], itemsize)
-    dk, dv = (_contiguous(padded(shape, itemsize), itemsize) for shape in shapes[1:])
+    shapes = [with_heads(x, 3).shape for x in (p.query, p.key, p.value)]
+    dq = contiguous(shapes[0], itemsize)
+    dk, dv = (contiguous(padded(shape, itemsize), itemsize) for shape in shapes[1:])
     return blocks.Gradients(
-        output=_matrices("grad_output", _heads(grad_output, 3), itemsize), lse="grad_lse",
-        query=_matrices("grad_query", dq, itemsize), key=_matrices("grad_key", dk, itemsize, group),
-        value=_matrices("grad_value", dv, itemsize, group), to_query=1, to_key=1, heads=group, blocks=job.blocks,
+        output=as_matrices("grad_output", with_heads(grad_output, 3), itemsize), lse="grad_lse",
+        query=as_matrices("grad_query", dq, itemsize), key=as_matrices("grad_key", dk, itemsize, group),
+        value=as_matrices("grad_value", dv, itemsize, group), to_query=1, to_key=1, heads=group, blocks=job.blocks,
         tiles=-(-job.Lk // BACKWARD_KEYS),
     )  # fmt: skip
 
@@ -268,7 +210,7 @@ def bias_backward(p: Problem, grad_output: Layout) -> BiasPlan:
     """The gradient of the float mask, each distinct matrix of it in one place."""
     assert p.bias is not None
     job, itemsize = _backward_job(p), p.dtype.itemsize
-    batch, H = _heads(p.query, 3).shape[:-3], job.H
+    batch, H = with_heads(p.query, 3).shape[:-3], job.H
     shape = (1,) * (len(batch) + 3 - len(p.bias.shape)) + p.bias.shape
     matrices = math.prod(shape[:-2])
     owner = np.broadcast_to(np.arange(matrices).reshape(shape[:-2]), (*batch, H)).reshape(-1)
@@ -280,9 +222,9 @@ def bias_backward(p: Problem, grad_output: Layout) -> BiasPlan:
         job.Lq if by_query else job.blocks,
         job.Lk if by_key else -(-job.Lk // BACKWARD_KEYS),
     )
-    out = _matrices("grad_bias", _contiguous(made, itemsize), itemsize)
+    out = as_matrices("grad_bias", contiguous(made, itemsize), itemsize)
     job = job._replace(
-        gradients=_gradients(p, grad_output, job)._replace(query=_NOWHERE, key=_NOWHERE, value=_NOWHERE),
+        gradients=_gradients(p, grad_output, job)._replace(query=NOWHERE, key=NOWHERE, value=NOWHERE),
         bias_gradient=blocks.BiasGradient(out, begins, members, by_query, by_key),
     )
     return BiasPlan(_plan(pairs.bias_backward, job, matrices * job.blocks, p, 2), made)
@@ -292,7 +234,7 @@ def bias_backward(p: Problem, grad_output: Layout) -> BiasPlan:
 def weights(p: Problem) -> Plan:
     """The weights of all queries of the problem, whose output is an array of them; eps, if any, is in the logsumexp."""
     (_, D), (_, Dv), itemsize = p.query.shape[-2:], p.value.shape[-2:], p.dtype.itemsize
-    output = _matrices("output", _heads(p.output, 3), itemsize)
+    output = as_matrices("output", with_heads(p.output, 3), itemsize)
     job = _job(p, FORWARD_KEYS, blocks.scratch_rows(D, Dv, FORWARD_KEYS), output, lse="lse", epsilon=None)
     return _plan(pairs.weights, job, len(job.query.at) * job.blocks, p, 1)
 

@@ -1,0 +1,97 @@
+"""What a plan knows of an array and how it says it to a kernel, and a job that waits for its arrays."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..checks import Array, Shape
+from ..kernels import blocks, jit
+from ..kernels.tiles import Matrices
+
+__all__ = [
+    "NOTHING",
+    "NOWHERE",
+    "Layout",
+    "Ready",
+    "as_matrices",
+    "broadcast",
+    "contiguous",
+    "layout",
+    "padded",
+    "with_heads",
+]
+
+
+class Layout(NamedTuple):
+    """What a plan knows of an array."""
+
+    shape: Shape
+    strides: tuple[int, ...]
+
+
+def layout(x: Array) -> Layout:
+    return Layout(x.shape, x.strides)
+
+
+def padded(shape: Shape, itemsize: int) -> Shape:
+    """The shape of an array whose rows hold whole vectors."""
+    return (*shape[:-1], blocks.padded(shape[-1], itemsize))
+
+
+def with_heads(layout: Layout, rank: int) -> Layout:
+    """As an array of `rank` axes at least, so that there is an axis of heads."""
+    missing = rank - len(layout.shape)
+    return layout if missing <= 0 else Layout((1,) * missing + layout.shape, (0,) * missing + layout.strides)
+
+
+@functools.lru_cache(1024)
+def _starts(layout: Layout, itemsize: int, repeat: int) -> NDArray[np.int64]:
+    """Where each matrix of a stack begins, in elements, each head `repeat` times."""
+    at = np.zeros((), np.int64)
+    for axis, (n, stride) in enumerate(zip(layout.shape[:-2], layout.strides[:-2], strict=True)):
+        steps = np.arange(n, dtype=np.int64) * (stride // itemsize)
+        if axis == len(layout.shape) - 3:
+            steps = np.repeat(steps, repeat)
+        at = at[..., None] + steps
+    return np.ascontiguousarray(at.reshape(-1))
+
+
+def as_matrices(name: str, layout: Layout, itemsize: int, repeat: int = 1) -> Matrices:
+    steps = layout.strides[-2] // itemsize, layout.strides[-1] // itemsize
+    return Matrices(name, _starts(layout, itemsize, repeat), *steps)
+
+
+def broadcast(layout: Layout, shape: Shape) -> Layout:
+    """The layout of numpy.broadcast_to(array, shape)."""
+    missing = len(shape) - len(layout.shape)
+    strides = (0,) * missing + tuple(
+        0 if n == 1 else stride for n, stride in zip(layout.shape, layout.strides, strict=True)
+    )
+    return Layout(shape, strides)
+
+
+def contiguous(shape: Shape, itemsize: int) -> Layout:
+    strides = [itemsize]
+    for n in shape[:0:-1]:
+        strides.append(strides[-1] * n)
+    return Layout(shape, tuple(reversed(strides)))
+
+
+NOTHING = np.zeros(1, np.int64)  # what a pointer that is not used points to
+NOWHERE = Matrices(NOTHING, NOTHING, 0, 0)
+
+
+class Ready(NamedTuple):
+    """A job ready to be launched with its arrays."""
+
+    launch: jit.Launch
+    scratch: int  # elements that one thread needs
+    dtype: np.dtype[Any]
+
+    def __call__(self, **arrays: Array | None) -> None:
+        given = {name: NOTHING if x is None else x for name, x in arrays.items()}
+        self.launch(scratch=jit.scratch(self.scratch * jit.slots(), self.dtype), **given)
