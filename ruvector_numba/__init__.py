@@ -39,7 +39,7 @@ from .errors import (
     SparseMatrixError,
     TrainingError,
 )
-from .multi_head import MultiHeadAttention
+from .multi_head import KeyValueCache, MultiHeadAttention
 from .parameters import ParameterSet, Trainable
 from .protocols import Attention, GeometricAttention, GraphAttention, SparseAttention, TrainableAttention
 from .results import AttentionCache, AttentionGradients, InputGradients
@@ -63,6 +63,7 @@ __all__ = [
     "InvalidConfigError",
     "InvalidInputError",
     "InvalidMaskError",
+    "KeyValueCache",
     "MatrixOperationError",
     "MultiHeadAttention",
     "NumericalInstabilityError",
