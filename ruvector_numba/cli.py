@@ -90,7 +90,7 @@ def _print_table(table: Sequence[Sequence[str]], title: str) -> None:
 # --- the commands -----------------------------------------------------------------------------------------------------
 def _demo(options: argparse.Namespace) -> None:
     _need(("rich", "sklearn", "matplotlib"), "demo", "the demo")
-    from . import demo
+    from . import demo, demo_transformer
 
     folder = pathlib.Path(options.output)
     try:
@@ -98,8 +98,9 @@ def _demo(options: argparse.Namespace) -> None:
     except OSError as error:
         raise Refusal(f"the folder {folder} cannot be made: {error.strerror or error}") from None
     with _progress() as advance:
-        report = demo.run(folder, options.quick, advance)
-    _print_pairs(report.lines())
+        memory = demo.run(folder, options.quick, lambda text, share: advance(text, 0.7 * share))
+        block = demo_transformer.run(folder, options.quick, lambda text, share: advance(text, 0.7 + 0.3 * share))
+    _print_pairs([*memory.lines(), *block.lines()])
 
 
 def _load(path: str, name: str) -> "np.ndarray":
@@ -244,9 +245,15 @@ def _parser() -> argparse.ArgumentParser:
         command.set_defaults(function=function)
         return command
 
-    demo = add("demo", _demo, "read handwritten digits by attention to a memory, and draw what is attended to")
+    demo = add(
+        "demo",
+        _demo,
+        "read handwritten digits by attention, to a memory and in a transformer, and draw what is attended to",
+    )
     demo.add_argument("--quick", action="store_true", help="fewer training steps, shorter timing")
-    demo.add_argument("--output", default="demo-output", metavar="FOLDER", help="where to save attention.png")
+    demo.add_argument(
+        "--output", default="demo-output", metavar="FOLDER", help="where to save attention.png and patches.png"
+    )
 
     attend = add("attend", _attend, "attend with arrays on disk: .npy files of shape (..., heads, length, dim)")
     for name in ("query", "key", "value"):

@@ -6,6 +6,8 @@ resembling is learned: queries and keys pass through the same linear projection,
 gradients come from `attention_backward`. (With one head this is neighbourhood components analysis.)
 
 Four heads look through projections of their own, and their answers are averaged.
+
+`demo_transformer.py` is the second half: a transformer block.
 """
 
 import dataclasses
@@ -70,23 +72,6 @@ def project_backward(grad: np.ndarray, z: np.ndarray, lengths: np.ndarray, pixel
     return pixels.T @ ((grad - z * (grad * z).sum(axis=-1, keepdims=True)) / lengths)
 
 
-class Adam:
-    """Gradient descent with a step size of its own for every number (Kingma and Ba, 2014)."""
-
-    def __init__(self, rate: float):
-        self._rate, self._steps = rate, 0
-        self._mean: Any = 0.0
-        self._square: Any = 0.0
-
-    def step(self, gradient: np.ndarray) -> np.ndarray:
-        """What to subtract."""
-        self._steps += 1
-        self._mean = 0.9 * self._mean + 0.1 * gradient
-        self._square = 0.99 * self._square + 0.01 * gradient**2
-        mean, square = self._mean / (1 - 0.9**self._steps), self._square / (1 - 0.99**self._steps)
-        return (self._rate * mean / (np.sqrt(square) + 1e-8)).astype(np.float32)
-
-
 def training_step(digits: Digits, projection: np.ndarray, rng: np.random.Generator) -> tuple[float, np.ndarray]:
     """The loss of a batch of remembered digits, each hidden from itself, and the gradient of the projection."""
     batch = rng.choice(len(digits.memory), BATCH, replace=False)
@@ -111,13 +96,13 @@ def training_step(digits: Digits, projection: np.ndarray, rng: np.random.Generat
 def train(digits: Digits, steps: int, progress: Callable[[float], None]) -> np.ndarray:
     """The learned projection. `progress` hears the loss after each step."""
     rng = np.random.default_rng(SEED)
-    projection = rng.standard_normal((HEADS, 64, DIM), dtype=np.float32) / 8
-    adam = Adam(LEARNING_RATE)
+    learned = {"projection": rng.standard_normal((HEADS, 64, DIM), dtype=np.float32) / 8}
+    optimizer = rv.optim.Adam(lr=LEARNING_RATE, betas=(0.9, 0.99))
     for _ in range(steps):
-        loss, gradient = training_step(digits, projection, rng)
-        projection -= adam.step(gradient)
+        loss, gradient = training_step(digits, learned["projection"], rng)
+        learned = optimizer.step(learned, {"projection": gradient})
         progress(loss)
-    return projection
+    return learned["projection"]
 
 
 # --- what is reported -------------------------------------------------------------------------------------------------
