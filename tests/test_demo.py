@@ -90,7 +90,7 @@ def trained(digits):
     import threadpoolctl
 
     model, losses = demo_transformer.Transformer(), []
-    with threadpoolctl.threadpool_limits(1, "blas"):
+    with rv.threads(1), threadpoolctl.threadpool_limits(1, "blas"):
         demo_transformer.train(model, digits, demo_transformer.STEPS, losses.append)
     return model, losses
 
