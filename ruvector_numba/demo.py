@@ -208,11 +208,13 @@ def _draw_map(axes: Any, digits: Digits, projection: np.ndarray, rows: np.ndarra
     Lines go from a test digit to the memories that it attends to.
     """
     import matplotlib.pyplot as plt
+    import threadpoolctl
     from sklearn.manifold import TSNE
 
     pixels = np.concatenate([digits.memory, digits.tests[rows]])
     seen = np.concatenate(project(pixels, projection)[0], axis=1)
-    places = TSNE(max_iter=500, random_state=SEED).fit_transform(seen)
+    with threadpoolctl.threadpool_limits(1):  # on a busy machine two wait for each other
+        places = TSNE(max_iter=500, random_state=SEED).fit_transform(seen)
     points, ends = np.split(places, [len(digits.memory)])
     colors = plt.get_cmap("tab10")(np.arange(10))
     axes.scatter(*points.T, c=colors[digits.memory_labels], s=12, alpha=0.55, linewidths=0)
