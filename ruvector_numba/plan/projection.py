@@ -15,7 +15,8 @@ from ..kernels.simd import target
 from .layouts import Layout, Ready, layout
 
 # Of out, what one task makes: each reads its rows of `left` and columns of `right` once, so large tasks read less, and
-# 192 x 384 float32 just stay near the core (one Zen 4 core: 102 GFLOP/s; 192 x 128: 97). Small ones where they would not fill threads.
+# 192 x 384 float32 just stay near the core (on one of a Zen 4 102 GFLOP/s; 192 x 128: 97). Small ones where large ones
+# would not fill the threads.
 TASKS = ((192, 384), (96, 128), (48, 64))
 FEW_ROWS = 16  # up to so many, `right` is read where it lies
 
