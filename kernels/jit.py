@@ -121,7 +121,7 @@ def _flatten(job) -> tuple[list, tuple]:
 
 # --- kernels -------------------------------------------------------------------------------------------------------
 _KERNELS: dict[str, "Kernel"] = {}
-_ELEMENT = {np.dtype(np.float32): types.float32, np.dtype(np.float64): types.float64}
+_ELEMENT = {np.dtype(t): numba.from_dtype(np.dtype(t)) for t in (np.float32, np.float64, np.int32, np.int64)}
 _COMPILING = threading.RLock()
 _log = logging.getLogger("ruvector_numba")
 

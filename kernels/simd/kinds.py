@@ -11,6 +11,7 @@ LLVM = {
     types.float32: ir.FloatType(),
     types.float64: ir.DoubleType(),
     types.int64: I64,
+    types.int32: I32,
     types.uint32: I32,
     types.uint8: I8,
 }

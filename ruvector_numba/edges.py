@@ -1,0 +1,151 @@
+"""Every check of what a caller says is a graph: integers that are nodes, in the right shape, or a clear error."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from .checks import Array, from_sequence
+from .errors import DimensionMismatchError, GraphStructureError, InvalidConfigError, InvalidInputError
+
+__all__ = ["LoopPolicy", "ends", "filled", "index_dtype", "integers", "neighbors", "no_node", "policy", "starts"]
+
+LoopPolicy = Literal["replace", "add", "keep"]
+NARROW = 2**31 - 1  # what int32 can count: half the memory of int64, and reading it is what takes the time
+
+
+def ends(edge_index: ArrayLike, num_nodes: int | tuple[int, int] | None) -> tuple[Array, int, int]:
+    """The sources and targets (2, E), not yet looked at, and how many there are of both."""
+    found = integers("edge_index", edge_index)
+    if found.ndim != 2 or found.shape[0] != 2:
+        hint = "give two rows: the sources and the targets"
+        if found.ndim == 2 and found.shape[1] == 2:
+            hint = "one edge a row here: pass edge_index.T"
+        raise GraphStructureError("edge_index is not (2, E)", shapes={"edge_index.shape": found.shape}, hint=hint)
+    if num_nodes is None:
+        num_sources = num_targets = int(found.max()) + 1 if found.size else 0
+    else:
+        num_sources, num_targets = _sizes(num_nodes)
+    return found, max(0, num_sources), max(0, num_targets)
+
+
+def starts(indptr: ArrayLike, num_edges: int) -> Array:
+    """Where the edges of each target, or of each source, begin."""
+    found = integers("indptr", indptr)
+    if found.ndim != 1 or len(found) == 0:
+        hint = "it has one number more than there are targets, and no other axis"
+        raise GraphStructureError("indptr has the wrong shape", shapes={"indptr.shape": found.shape}, hint=hint)
+    if found[0] != 0 or found[-1] != num_edges:
+        reason = f"indptr goes from {found[0]} to {found[-1]}, not from 0 to the number of edges, {num_edges}"
+        raise GraphStructureError(reason, hint="the sources of target i are indices[indptr[i]:indptr[i + 1]]")
+    falls = np.flatnonzero(found[1:] < found[:-1])
+    if len(falls):
+        i = int(falls[0])
+        reason = f"indptr falls from {found[i]} to {found[i + 1]} at target {i}"
+        raise GraphStructureError(reason, hint="a target without sources repeats the number before")
+    return found
+
+
+def neighbors(indptr: ArrayLike, indices: ArrayLike, num_sources: int | None) -> tuple[Array, Array, int]:
+    """The same, and the sources of all edges and how many there are, checked."""
+    sources = integers("indices", indices)
+    if sources.ndim != 1:
+        shapes = {"indices.shape": sources.shape}
+        raise GraphStructureError("indices has the wrong shape", shapes=shapes, hint="one source for each edge")
+    begins = starts(indptr, len(sources))
+    num_targets = len(begins) - 1
+    num_sources = num_targets if num_sources is None else _size("num_sources", num_sources)
+    if len(sources) and (sources.min() < 0 or sources.max() >= num_sources):
+        e = int(np.flatnonzero((sources < 0) | (sources >= num_sources))[0])
+        target = int(np.searchsorted(begins, e, side="right")) - 1
+        hint = "pass num_sources if sources and targets are different nodes"
+        raise no_node(e, sources[e], target, num_sources, num_targets, hint)
+    return begins, sources, num_sources
+
+
+def integers(name: str, x: ArrayLike) -> Array:
+    """The argument as an array of integers, whichever kind."""
+    try:
+        array = np.asarray(x)
+    except ValueError as error:
+        raise GraphStructureError(f"{name} cannot become an array: {error}", hint="give rows of equal length") from None
+    if array.dtype.kind in "iu":
+        return array
+    if array.size == 0 and not isinstance(x, np.ndarray):
+        return array.astype(np.int64)
+    hint = f"cast it: {name}.astype(numpy.int64)"
+    if hasattr(x, "tocsr"):
+        hint = "for a sparse matrix there is CSRGraph.from_scipy"
+    elif array.dtype.kind not in "fb":
+        hint = "give whole numbers, the nodes' places in their order"
+    elif array.dtype.kind == "f":
+        odd = np.argwhere(~(np.isfinite(array) & (array == np.round(array))))
+        if len(odd):
+            at = tuple(map(int, odd[0]))
+            place = f"{'target' if name == 'indptr' else 'edge'} {at[-1] if at else 0}"
+            reason = f"{name} has dtype {array.dtype}, not an integer one, and at {place} it is {array[at]}"
+            raise GraphStructureError(reason, hint="leave out the edges that have no node")
+    raise GraphStructureError(f"{name} has dtype {array.dtype}, not an integer one", hint=hint)
+
+
+def _sizes(num_nodes: object) -> tuple[int, int]:
+    if isinstance(num_nodes, tuple | list) and len(num_nodes) == 2:
+        return _size("num_nodes[0]", num_nodes[0]), _size("num_nodes[1]", num_nodes[1])
+    n = _size("num_nodes", num_nodes)
+    return n, n
+
+
+def _size(name: str, n: object) -> int:
+    if isinstance(n, bool | np.bool_) or not isinstance(n, int | np.integer) or n < 0:
+        hint = "give a whole number, not negative"
+        if name == "num_nodes":
+            hint += ", or a pair (num_sources, num_targets)"
+        raise GraphStructureError(f"{name} is {n!r}", hint=hint)
+    return int(n)
+
+
+def no_node(
+    e: int, source: Any, target: Any, num_sources: int, num_targets: int, hint: str | None = None
+) -> GraphStructureError:
+    """The error of edge e, one of whose ends is no node."""
+    end, n, count = "source", source, num_sources
+    if 0 <= source < num_sources:
+        end, n, count = "target", target, num_targets
+    if n < 0:
+        hint = "nodes count from 0: leave out edges that only fill up a row"
+    elif hint is None and num_sources == num_targets:
+        least = max(int(source), int(target)) + 1
+        hint = f"pass num_nodes={least} or more, or (num_sources, num_targets) if these are different nodes"
+    there = f"0 to {count - 1}" if count else "none"
+    shapes = {"edge": e, "source": source, "target": target, "num_sources": num_sources, "num_targets": num_targets}
+    return GraphStructureError(
+        f"edge {e} has {end} {n}, and the {end}s are {there}", shapes=shapes,
+        hint=hint or "the first row holds the sources, the second the targets; edge_index[::-1] swaps them",
+    )  # fmt: skip
+
+
+def index_dtype(*counts: int) -> np.dtype[Any]:
+    """What counts as far as all of these."""
+    return np.dtype(np.int32 if max(counts) <= NARROW else np.int64)
+
+
+def policy(given: LoopPolicy) -> LoopPolicy:
+    if not isinstance(given, str) or given not in get_args(LoopPolicy):
+        raise InvalidConfigError(f"policy is {given!r}", hint='give "replace", "add" or "keep"')
+    return given
+
+
+def filled(fill_value: ArrayLike, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+    """The numbers in an array of this shape."""
+    array = from_sequence("fill_value", fill_value)
+    if array.dtype.kind not in "iuf":
+        hint = 'give "mean", "add", a number or an array'
+        raise InvalidInputError(f"fill_value has dtype {array.dtype}, which is no real number", hint=hint)
+    try:
+        return np.broadcast_to(array.astype(dtype, copy=False), shape)
+    except ValueError:
+        shapes = {"fill_value.shape": array.shape, "expected": shape}
+        hint = "one entry for each node, or one for all"
+        raise DimensionMismatchError(shape, array.shape, shapes=shapes, hint=hint) from None

@@ -1,0 +1,481 @@
+"""Graphs for attention over neighbours: edges grouped by their target, checked once, never changed.
+
+    edge_index   (2, E): the sources, then the targets, as in PyTorch Geometric; edge e goes from source j to target i
+    indptr       (num_targets + 1): the edges of target i are the positions indptr[i] to indptr[i + 1] - 1
+    indices      (E): the source at each position
+    edge_ids     (E): the caller's number of the edge at each position; None if these are the positions themselves
+
+>>> graph = CSRGraph.from_edge_index([[0, 2, 1, 0], [1, 0, 1, 2]], num_nodes=3)
+>>> graph
+CSRGraph(num_nodes=3, num_edges=4)
+>>> graph.indptr.tolist(), graph.indices.tolist(), graph.edge_ids.tolist()
+([0, 1, 3, 4], [2, 0, 1, 0], [1, 0, 2, 3])
+
+The edges of one target keep the caller's order, duplicates are edges of their own, and whatever belongs to edges is
+handed in and out in the caller's order.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from . import edges
+from .checks import FLOATS, Array, from_sequence, memory
+from .edges import LoopPolicy
+from .errors import DimensionMismatchError, GraphStructureError, InvalidConfigError, InvalidInputError
+
+__all__ = ["CSRGraph", "Transposed"]
+
+_T = TypeVar("_T")
+
+
+class Transposed(NamedTuple):
+    """The same edges grouped by source, for gradients: those of source j are `indptr[j]` to `indptr[j + 1] - 1`."""
+
+    indptr: Array  # (num_sources + 1)
+    targets: Array  # (E), ascending in each group
+    positions: Array  # (E): where the edge stands among those grouped by target
+
+
+class CSRGraph:
+    """An immutable graph, grouped by target; made by one of the `from_` methods, which check what they are given.
+
+    Its arrays are read-only, and int32 where that can count nodes and edges, else int64. It can be pickled, and shared
+    by threads.
+
+    Attributes
+    ----------
+    indptr, indices, edge_ids
+        See the top of this file.
+    num_sources, num_targets, num_edges : int
+        Sources and targets are the same nodes, unless these numbers differ.
+
+    Source: the layout of SciPy's CSR matrices, with the row a target and the column a source, so that
+    ``graph.to_scipy(weights) @ x`` sums what each target receives.
+    """
+
+    __slots__ = ("_made", "edge_ids", "indices", "indptr", "num_sources")
+
+    indptr: Array
+    indices: Array
+    edge_ids: Array | None
+    num_sources: int
+    _made: dict[str, Any]  # what was derived from it so far
+
+    def __init__(self) -> None:
+        hint = "use CSRGraph.from_edge_index, from_neighbors, from_scipy or from_networkx"
+        raise GraphStructureError("a CSRGraph is made from edges", hint=hint)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError(f"a CSRGraph cannot be changed: {name}")
+
+    def __delattr__(self, name: str) -> None:
+        raise AttributeError(f"a CSRGraph cannot be changed: {name}")
+
+    def __reduce__(self) -> tuple[Callable[..., CSRGraph], tuple[Any, ...]]:
+        return _assembled, (self.indptr, self.indices, self.edge_ids, self.num_sources)
+
+    # --- making one ------------------------------------------------------------------------------------------------
+    @classmethod
+    def from_edge_index(cls, edge_index: ArrayLike, num_nodes: int | tuple[int, int] | None = None) -> CSRGraph:
+        """From the two ends of each edge, in any order.
+
+        Parameters
+        ----------
+        edge_index : array_like of integers (2, E)
+            The source of each edge, and its target.
+        num_nodes : int or (int, int), optional
+            How many nodes there are, or sources and targets where these are different nodes. None for as many as the
+            largest index says.
+
+        Raises
+        ------
+        GraphStructureError
+            If an index is no node, or `edge_index` has another shape or holds no integers.
+        OutOfMemoryError
+            If there cannot be so many nodes on this machine.
+
+        Examples
+        --------
+        >>> CSRGraph.from_edge_index([[0, 4], [1, 1]], num_nodes=(5, 2))
+        CSRGraph(num_sources=5, num_targets=2, num_edges=2)
+        """
+        ends, num_sources, num_targets = edges.ends(edge_index, num_nodes)
+        return _grouped(ends[0], ends[1], num_sources, num_targets)
+
+    @classmethod
+    def from_neighbors(cls, indptr: ArrayLike, indices: ArrayLike, num_sources: int | None = None) -> CSRGraph:
+        """From the sources of each target, as they stand in memory here too.
+
+        Parameters
+        ----------
+        indptr : array_like of integers (num_targets + 1)
+            The sources of target i are ``indices[indptr[i]:indptr[i + 1]]``.
+        indices : array_like of integers (E)
+            Copied. Edge e is that of ``indices[e]``.
+        num_sources : int, optional
+            None for the same nodes as the targets.
+
+        Raises
+        ------
+        GraphStructureError
+            If `indptr` does not rise from 0 to E, or an index is no node.
+
+        Examples
+        --------
+        >>> CSRGraph.from_neighbors([0, 2, 2, 3], [1, 2, 0])
+        CSRGraph(num_nodes=3, num_edges=3)
+        """
+        starts, sources, num_sources = edges.neighbors(indptr, indices, num_sources)
+        dtype = edges.index_dtype(num_sources, len(starts), len(sources))
+        return _assembled(starts.astype(dtype), sources.astype(dtype), None, num_sources)
+
+    @classmethod
+    def from_scipy(cls, matrix: Any) -> CSRGraph:
+        """From a sparse matrix whose rows are targets and whose columns are sources, as in ``matrix @ x``.
+
+        Parameters
+        ----------
+        matrix : scipy.sparse array or matrix, CSR, CSC or COO, (num_targets, num_sources)
+            Every stored entry is an edge, a zero or a duplicate too; edge e is that of ``matrix.data[e]``. Transpose it
+            if it says who points to whom, as NetworkX's does.
+
+        Raises
+        ------
+        GraphStructureError
+            If it is no such matrix, or holds an index that is no node.
+
+        Examples
+        --------
+        >>> import scipy.sparse
+        >>> CSRGraph.from_scipy(scipy.sparse.csc_array([[0, 2, 0], [3, 0, 0]]))
+        CSRGraph(num_sources=3, num_targets=2, num_edges=2)
+        """
+        form = getattr(matrix, "format", None)
+        if form not in ("csr", "csc", "coo") or len(matrix.shape) != 2:
+            hint = "convert it: matrix.tocsr()"
+            if not hasattr(matrix, "tocsr"):
+                hint = "scipy.sparse.csr_array makes one; for an edge_index there is CSRGraph.from_edge_index"
+            kind = f"{type(matrix).__name__} of format {form} and shape {getattr(matrix, 'shape', None)}"
+            raise GraphStructureError(f"matrix is a {kind}, not a CSR, CSC or COO matrix", hint=hint)
+        num_targets, num_sources = matrix.shape
+        if form == "csr":
+            return cls.from_neighbors(matrix.indptr, matrix.indices[: matrix.nnz], num_sources)
+        if form == "coo":
+            return _grouped(matrix.col, matrix.row, num_sources, num_targets)
+        starts, targets = edges.starts(matrix.indptr, matrix.nnz), matrix.indices[: matrix.nnz]
+        sources = np.repeat(np.arange(num_sources, dtype=targets.dtype), np.diff(starts))
+        return _grouped(sources, targets, num_sources, num_targets)
+
+    @classmethod
+    def from_networkx(cls, graph: Any) -> CSRGraph:
+        """From a NetworkX graph; node n is the n-th of ``list(graph)``.
+
+        Edges are numbered node by node as ``graph.adjacency()`` gives them, which is the order of PyTorch Geometric's
+        `from_networkx`. Those of an undirected graph go both ways, a self-loop once; those of a multigraph are kept.
+
+        Raises
+        ------
+        GraphStructureError
+            If it is no NetworkX graph.
+
+        Examples
+        --------
+        >>> import networkx  # doctest: +SKIP
+        >>> CSRGraph.from_networkx(networkx.path_graph(3))  # doctest: +SKIP
+        CSRGraph(num_nodes=3, num_edges=4)
+        """
+        if not hasattr(graph, "adjacency") or not hasattr(graph, "is_multigraph"):
+            hint = "for arrays there are CSRGraph.from_edge_index and from_scipy"
+            raise GraphStructureError(f"graph is a {type(graph).__name__}, not a NetworkX graph", hint=hint)
+        numbers, ends, many = {node: n for n, node in enumerate(graph)}, [], graph.is_multigraph()
+        for node, neighbours in graph.adjacency():
+            for other, edge in neighbours.items():
+                ends.extend([(numbers[node], numbers[other])] * (len(edge) if many else 1))
+        sources, targets = np.array(ends, np.int64).reshape(-1, 2).T
+        return _grouped(sources, targets, len(numbers), len(numbers))
+
+    # --- what it is ------------------------------------------------------------------------------------------------
+    @property
+    def num_targets(self) -> int:
+        return len(self.indptr) - 1
+
+    @property
+    def num_edges(self) -> int:
+        return len(self.indices)
+
+    @property
+    def is_bipartite(self) -> bool:
+        """Do sources and targets differ in number, so that they cannot be the same nodes?"""
+        return self.num_sources != self.num_targets
+
+    @property
+    def in_degrees(self) -> Array:
+        """(num_targets): edges that each target receives."""
+        return np.diff(self.indptr)
+
+    @property
+    def out_degrees(self) -> Array:
+        """(num_sources): edges that each source sends."""
+        return np.bincount(self.indices, minlength=self.num_sources).astype(self.indices.dtype)
+
+    @property
+    def transposed(self) -> Transposed:
+        """The edges grouped by source; built when first asked for.
+
+        Examples
+        --------
+        >>> graph = CSRGraph.from_edge_index([[0, 2, 1, 0], [1, 0, 1, 2]])
+        >>> graph.transposed.indptr.tolist(), graph.transposed.targets.tolist(), graph.transposed.positions.tolist()
+        ([0, 2, 3, 4], [1, 2, 1, 0], [1, 3, 2, 0])
+        """
+        return self._once("transposed", self._transpose)
+
+    def __repr__(self) -> str:
+        nodes = f"num_nodes={self.num_targets}"
+        if self.is_bipartite:
+            nodes = f"num_sources={self.num_sources}, num_targets={self.num_targets}"
+        return f"CSRGraph({nodes}, num_edges={self.num_edges})"
+
+    def by_position(self, values: ArrayLike) -> Array:
+        """Values (E, ...) in the caller's order of edges, now as the edges stand in `indices`.
+
+        Raises DimensionMismatchError if there is not one for each edge, as `by_edge` does.
+        """
+        found = self._one_each("values", np.asarray(values))
+        return found if self.edge_ids is None else found[self.edge_ids]
+
+    def by_edge(self, values: ArrayLike) -> Array:
+        """Values (E, ...) as the edges stand in `indices`, now in the caller's order.
+
+        Examples
+        --------
+        >>> graph = CSRGraph.from_edge_index([[0, 2, 1, 0], [1, 0, 1, 2]])
+        >>> graph.by_position([10, 11, 12, 13]).tolist()
+        [11, 10, 12, 13]
+        >>> graph.by_edge([11, 10, 12, 13]).tolist()
+        [10, 11, 12, 13]
+        """
+        found = self._one_each("values", np.asarray(values))
+        if self.edge_ids is None:
+            return found
+        out = np.empty_like(found)
+        out[self.edge_ids] = found
+        return out
+
+    def to_edge_index(self) -> NDArray[np.int64]:
+        """The sources and targets (2, E) in the caller's order.
+
+        Examples
+        --------
+        >>> CSRGraph.from_edge_index([[0, 2], [1, 0]]).to_edge_index().tolist()
+        [[0, 2], [1, 0]]
+        """
+        out = np.empty((2, self.num_edges), np.int64)
+        for row, ends in zip(out, (self.indices, self._targets()), strict=True):
+            row[slice(None) if self.edge_ids is None else self.edge_ids] = ends
+        return out
+
+    def to_scipy(self, values: ArrayLike | None = None) -> Any:
+        """A `scipy.sparse.csr_array` (num_targets, num_sources) with one stored entry for each edge.
+
+        Parameters
+        ----------
+        values : array_like (E), optional
+            The entries, in the caller's order of edges; None for ones, float32. The entries of the result stand grouped
+            by target, so it is `graph.by_edge(result.data)` that is in the caller's order again.
+
+        Raises
+        ------
+        DimensionMismatchError
+            If there is not one number for each edge.
+
+        Examples
+        --------
+        >>> CSRGraph.from_edge_index([[0, 2], [1, 0]]).to_scipy([5.0, 6.0]).toarray().tolist()
+        [[0.0, 0.0, 6.0], [5.0, 0.0, 0.0], [0.0, 0.0, 0.0]]
+        """
+        import scipy.sparse
+
+        data = np.ones(self.num_edges, np.float32) if values is None else np.array(self.by_position(values))
+        if data.ndim != 1:
+            shapes = {"values.shape": data.shape}
+            raise DimensionMismatchError((self.num_edges,), data.shape, shapes=shapes, hint="one number for each edge")
+        shape = self.num_targets, self.num_sources
+        return scipy.sparse.csr_array((data, self.indices.copy(), self.indptr.copy()), shape=shape)
+
+    # --- self-loops ------------------------------------------------------------------------------------------------
+    def with_self_loops(self, policy: LoopPolicy = "replace") -> CSRGraph:
+        """The graph with an edge from each node to itself; made when first asked for.
+
+        Parameters
+        ----------
+        policy : {"replace", "add", "keep"}
+            "replace" takes out the self-loops that are there and gives each node one; "add" gives each node one more;
+            "keep" is the graph as it is. Nodes are the first min(num_sources, num_targets), and the new edges are the
+            caller's last, in the order of nodes, behind those that stay.
+
+        Raises
+        ------
+        InvalidConfigError
+            If the policy is none of these.
+
+        See Also
+        --------
+        edge_attr_with_self_loops : what belongs to these edges.
+
+        Source: `GATConv` ("replace") and `add_self_loops` ("add") of PyTorch Geometric.
+
+        Examples
+        --------
+        >>> graph = CSRGraph.from_edge_index([[0, 1, 1], [1, 1, 0]])
+        >>> graph.with_self_loops().to_edge_index().tolist()
+        [[0, 1, 0, 1], [1, 0, 0, 1]]
+        """
+        return self if edges.policy(policy) == "keep" else self._once(policy, lambda: self._put_loops(policy))
+
+    def edge_attr_with_self_loops(
+        self, edge_attr: ArrayLike, policy: LoopPolicy = "replace", fill_value: str | ArrayLike = "mean"
+    ) -> Array:
+        """What belongs to edges, for the edges of ``with_self_loops(policy)``, in their order.
+
+        Parameters
+        ----------
+        edge_attr : array_like of floats (E, ...)
+            For the edges of this graph, in the caller's order.
+        policy : {"replace", "add", "keep"}
+            As there.
+        fill_value : "mean", "add", number or array_like
+            What new self-loops get: the mean or the sum of what the other edges to the node have (0 where there are
+            none; with "add" its older self-loops count), or this number, or this array, which broadcasts to one entry
+            for each node.
+
+        Raises
+        ------
+        DimensionMismatchError
+            If there is not one entry for each edge, or `fill_value` does not broadcast.
+        InvalidInputError
+            If `edge_attr` or `fill_value` holds no floats.
+        InvalidConfigError
+            If the policy or the word in `fill_value` is unknown.
+
+        Examples
+        --------
+        >>> graph = CSRGraph.from_edge_index([[0, 1, 1], [1, 1, 0]])
+        >>> graph.edge_attr_with_self_loops([3.0, 5.0, 7.0]).tolist()
+        [3.0, 7.0, 7.0, 3.0]
+        """
+        values = self._one_each("edge_attr", from_sequence("edge_attr", edge_attr))
+        if values.dtype not in FLOATS:
+            hint = "cast it: edge_attr.astype(numpy.float32)"
+            raise InvalidInputError(f"edge_attr has dtype {values.dtype}, not float32 or float64", hint=hint)
+        if edges.policy(policy) == "keep":
+            return values.copy()
+        stays = self._loops().stays if policy == "replace" else np.ones(self.num_edges, np.bool_)
+        loops = self._filled(values, stays, fill_value)
+        kept = int(np.count_nonzero(stays))
+        out = np.empty((kept + len(loops), *values.shape[1:]), values.dtype)
+        np.compress(stays, values, axis=0, out=out[:kept])
+        out[kept:] = loops
+        return out
+
+    # --- inside ----------------------------------------------------------------------------------------------------
+    def _once(self, name: str, make: Callable[[], _T]) -> _T:
+        """Two threads may both make it, and both get the one that was kept."""
+        found = self._made.get(name)
+        return self._made.setdefault(name, make()) if found is None else found
+
+    def _targets(self) -> Array:
+        """(E): the target at each position."""
+        return np.repeat(np.arange(self.num_targets, dtype=self.indices.dtype), self.in_degrees)
+
+    def _transpose(self) -> Transposed:
+        from .plan import grouping as plan
+
+        found = plan.survey(self.indices, self._targets(), self.num_sources, self.num_targets, self.indices.dtype)
+        indptr, targets, positions = plan.group(found)
+        if positions is None:
+            positions = np.arange(self.num_edges, dtype=self.indices.dtype)
+        return Transposed(*map(_frozen, (indptr, targets, positions)))
+
+    def _loops(self) -> Any:
+        from .plan import grouping as plan
+
+        return self._once("loops", lambda: plan.find_loops(plan.Grouped(self.indptr, self.indices, self.edge_ids)))
+
+    def _put_loops(self, policy: LoopPolicy) -> CSRGraph:
+        from .plan import grouping as plan
+
+        loops = min(self.num_sources, self.num_targets)
+        dtype = edges.index_dtype(self.num_sources, self.num_targets, self.num_edges + loops)
+        graph = plan.Grouped(self.indptr, self.indices, self.edge_ids)
+        made = plan.put_loops(graph, self._loops() if policy == "replace" else None, loops, dtype)
+        return _assembled(*made, self.num_sources)
+
+    def _filled(self, values: Array, stays: NDArray[np.bool_], fill_value: str | ArrayLike) -> Array:
+        """What belongs to the new loops."""
+        n = min(self.num_sources, self.num_targets)
+        shape = (n, *values.shape[1:])
+        if not isinstance(fill_value, str):
+            return edges.filled(fill_value, shape, values.dtype)
+        if fill_value not in ("mean", "add"):
+            hint = 'give "mean", "add", a number or an array'
+            raise InvalidConfigError(f"fill_value is {fill_value!r}", hint=hint)
+        import scipy.sparse
+
+        ids = np.arange(self.num_edges, dtype=self.indices.dtype) if self.edge_ids is None else self.edge_ids
+        here = stays[ids]
+        ends = np.append(0, np.cumsum(here))[self.indptr[: n + 1]].astype(ids.dtype)
+        chosen = ids[here][: ends[-1]]
+        one_each = scipy.sparse.csr_array((np.ones(len(chosen), values.dtype), chosen, ends), (n, self.num_edges))
+        sums = one_each @ values.reshape(self.num_edges, math.prod(shape[1:]))
+        if fill_value == "mean":
+            sums /= np.maximum(np.diff(ends), 1)[:, None].astype(values.dtype)
+        return sums.reshape(shape)
+
+    def _one_each(self, name: str, x: Array) -> Array:
+        if x.ndim == 0 or len(x) != self.num_edges:
+            shapes = {f"{name}.shape": x.shape, "expected": f"({self.num_edges}, ...)"}
+            hint = "one entry for each edge, in the first axis"
+            raise DimensionMismatchError(self.num_edges, len(x) if x.ndim else (), shapes=shapes, hint=hint)
+        return x
+
+
+# --- assembly ------------------------------------------------------------------------------------------------------
+def _frozen(x: Array) -> Array:
+    x.flags.writeable = False
+    return x
+
+
+def _assembled(indptr: Array, indices: Array, edge_ids: Array | None, num_sources: int) -> CSRGraph:
+    """A graph of these parts, which are right and are its own."""
+    graph = object.__new__(CSRGraph)
+    for name, value in (
+        ("indptr", _frozen(indptr)),
+        ("indices", _frozen(indices)),
+        ("edge_ids", None if edge_ids is None else _frozen(edge_ids)),
+        ("num_sources", num_sources),
+        ("_made", {}),
+    ):
+        object.__setattr__(graph, name, value)
+    return graph
+
+
+def _grouped(sources: Array, targets: Array, num_sources: int, num_targets: int) -> CSRGraph:
+    """From the ends of the edges, integers of any kind, which are checked here."""
+    from .plan import grouping as plan  # at the first call, as it loads the kernels
+
+    dtype = edges.index_dtype(num_sources, num_targets, len(sources))
+    memory((num_targets + 1,), dtype, "indptr", hint="it has one number for each target: is num_nodes right?")
+    is_narrow = dtype == np.int32 and sources.dtype == targets.dtype == dtype
+    given = dtype if is_narrow else np.dtype(np.int64)
+    keys, others = (np.require(ends, given, ["C", "A"]) for ends in (targets, sources))
+    found = plan.survey(keys, others, num_targets, num_sources, dtype)
+    if found.bad >= 0:
+        raise edges.no_node(found.bad, sources[found.bad], targets[found.bad], num_sources, num_targets)
+    return _assembled(*plan.group(found), num_sources)

@@ -1,0 +1,126 @@
+"""From edges to jobs that group them (kernels/grouping.py), and back to arrays.
+
+Unlike other plans this one runs its jobs: what there is to do next depends on what the last one found.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..checks import Array
+from ..kernels import grouping as kernels
+from .layouts import NOTHING
+
+__all__ = ["Grouped", "Loops", "Survey", "find_loops", "group", "put_loops", "survey"]
+
+CHUNK = 1 << 15  # edges: enough that their counts do not matter
+MOST_CHUNKS = 1 << 10
+MOST_BUCKETS = 1 << 8  # streams that one core writes side by side: 64 to 512 measured the same
+TARGETS = 1 << 9  # of a task
+EDGE_WORK = 100  # what an edge costs, in multiply-adds
+
+
+class Survey(NamedTuple):
+    """What is known of edges once all were seen."""
+
+    job: kernels.DealJob
+    dtype: np.dtype[Any]
+    bad: int  # the first edge with an end that is no node, or -1
+    is_grouped: bool  # in ascending order of keys already
+
+
+class Grouped(NamedTuple):
+    """The edges of key k are `others[indptr[k]:indptr[k + 1]]`; `ids` are their numbers before, None if the same."""
+
+    indptr: Array
+    others: Array
+    ids: Array | None
+
+
+def survey(keys: Array, others: Array, num_keys: int, num_others: int, dtype: np.dtype[Any]) -> Survey:
+    """Look for edges that leave the nodes. Keys and others are contiguous, both of the dtype or both int64."""
+    edges = len(keys)
+    chunk = max(CHUNK, -(-edges // MOST_CHUNKS))
+    shift = max(0, (max(num_keys, 1) - 1).bit_length() - (MOST_BUCKETS - 1).bit_length())
+    chunks, buckets = -(-edges // chunk), max(1, -(-num_keys >> shift))
+    is_narrow = keys.dtype == dtype
+    job = kernels.DealJob(
+        keys=keys if is_narrow else None, others=others if is_narrow else None,
+        wide_keys=NOTHING if is_narrow else keys, wide_others=NOTHING if is_narrow else others, edges=edges,
+        num_keys=num_keys, num_others=num_others, chunk=chunk, buckets=buckets, shift=shift,
+        counts=np.zeros((chunks, buckets), np.int64), bad=np.zeros(chunks, np.int64),
+        falls=np.zeros(chunks, np.int64), dealt_keys=NOTHING, dealt_others=NOTHING, dealt_ids=NOTHING,
+    )  # fmt: skip
+    kernels.survey.prepare(job, chunks, dtype, edges * EDGE_WORK)()
+    bad = job.bad[job.bad >= 0]
+    return Survey(job, dtype, int(bad[0]) if len(bad) else -1, not job.falls.any())
+
+
+def group(survey: Survey) -> Grouped:
+    """The edges of a survey that found no bad one, in the order of their keys; stable."""
+    job, dtype = survey.job, survey.dtype
+    if survey.is_grouped:
+        keys, others = (job.keys, job.others) if job.keys is not None else (job.wide_keys, job.wide_others)
+        indptr = np.zeros(job.num_keys + 1, dtype)
+        np.cumsum(np.bincount(keys, minlength=job.num_keys), out=indptr[1:])
+        return Grouped(indptr, others.astype(dtype), None)
+    ends = np.cumsum(job.counts.T).reshape(job.buckets, -1)
+    begins = np.append(ends[:, 0] - job.counts[0], job.edges)
+    dealt = np.empty((3, job.edges), dtype)
+    job = job._replace(
+        counts=np.ascontiguousarray(ends.T) - job.counts,
+        dealt_keys=dealt[0], dealt_others=dealt[1], dealt_ids=dealt[2],
+    )  # fmt: skip
+    work = job.edges * EDGE_WORK
+    kernels.deal.prepare(job, len(job.counts), dtype, work)()
+    made = Grouped(np.zeros(job.num_keys + 1, dtype), np.empty(job.edges, dtype), np.empty(job.edges, dtype))
+    by_key = kernels.SortJob(*dealt, begins, job.num_keys, job.shift, *made)
+    kernels.sort.prepare(by_key, job.buckets, dtype, work)()
+    return made
+
+
+class Loops(NamedTuple):
+    """Where a graph has self-loops."""
+
+    degrees: Array  # of each target, edges that are none
+    stays: NDArray[np.bool_]  # of the caller's edges: is it none?
+
+
+def _loops_job(graph: Grouped, **more: Any) -> tuple[kernels.LoopsJob, int]:
+    """The job and the number of its tasks."""
+    num_targets = len(graph.indptr) - 1
+    fields = dict(
+        indptr=graph.indptr, indices=graph.others, ids=graph.ids, num_targets=num_targets, targets=TARGETS,
+        degrees=NOTHING, stays=NOTHING, new_ids=None, new_indptr=NOTHING, new_indices=NOTHING, made_ids=NOTHING,
+        removes=0, kept=0, loops=0,
+    )  # fmt: skip
+    return kernels.LoopsJob(**{**fields, **more}), -(-num_targets // TARGETS)
+
+
+def find_loops(graph: Grouped) -> Loops:
+    found = Loops(np.empty(len(graph.indptr) - 1, graph.indptr.dtype), np.ones(len(graph.others), np.bool_))
+    job, tasks = _loops_job(graph, degrees=found.degrees, stays=found.stays.view(np.uint8))
+    kernels.find_loops.prepare(job, tasks, graph.indptr.dtype, len(graph.others) * EDGE_WORK)()
+    return found
+
+
+def put_loops(graph: Grouped, gone: Loops | None, loops: int, dtype: np.dtype[Any]) -> Grouped:
+    """With one more self-loop for each of the first `loops` targets, and without those that shall be gone."""
+    graph = Grouped(*(None if x is None else x.astype(dtype, copy=False) for x in graph))  # type: ignore[arg-type]
+    degrees = np.diff(graph.indptr) if gone is None else gone.degrees
+    new_ids = None
+    if gone is not None and not gone.stays.all():
+        new_ids = np.cumsum(gone.stays, dtype=dtype) - dtype.type(1)
+    indptr = np.zeros(len(graph.indptr), dtype)
+    np.cumsum(degrees + (np.arange(len(degrees)) < loops), out=indptr[1:])
+    edges = int(indptr[-1])
+    made = Grouped(indptr, np.empty(edges, dtype), np.empty(edges, dtype))
+    job, tasks = _loops_job(
+        graph, new_ids=new_ids, new_indptr=made.indptr, new_indices=made.others, made_ids=made.ids,
+        removes=int(new_ids is not None), kept=edges - loops, loops=loops,
+    )  # fmt: skip
+    kernels.put_loops.prepare(job, tasks, dtype, edges * EDGE_WORK)()
+    return made

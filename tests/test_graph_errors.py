@@ -1,0 +1,146 @@
+"""Every way to get a graph wrong, and what is then said."""
+
+import numpy as np
+import pytest
+import scipy.sparse
+
+from ruvector_numba.errors import (
+    DimensionMismatchError,
+    GraphStructureError,
+    InvalidConfigError,
+    InvalidInputError,
+    OutOfMemoryError,
+)
+from ruvector_numba.graph import CSRGraph
+
+
+def refused(call, *told, kind=GraphStructureError):
+    with pytest.raises(kind) as caught:
+        call()
+    for part in told:
+        assert part in str(caught.value)
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("where", [0, 77, 99_999])
+@pytest.mark.parametrize("end", [0, 1])
+@pytest.mark.parametrize("value", [-1, 50, 2**40])
+def test_an_index_that_is_no_node(where, end, value):
+    edge_index = np.random.default_rng(0).integers(0, 50, (2, 100_000))
+    edge_index[end, where] = value
+    told = f"edge {where} has {['source', 'target'][end]} {value}, and the {['sources', 'targets'][end]} are 0 to 49"
+    hint = "nodes count from 0" if value < 0 else f"pass num_nodes={value + 1} or more"
+    refused(lambda: CSRGraph.from_edge_index(edge_index, 50), told, hint)
+    edge_index[0, -1] = -9  # the first is told
+    if where != 99_999:
+        refused(lambda: CSRGraph.from_edge_index(edge_index, 50), told)
+
+
+def test_more_indices_that_are_no_nodes():
+    refused(lambda: CSRGraph.from_edge_index([[0, 1], [1, -2]]), "edge 1 has target -2", "0 to 1")
+    refused(lambda: CSRGraph.from_edge_index([[-3], [-2]]), "edge 0 has source -3", "are none")
+    refused(lambda: CSRGraph.from_edge_index([[0, 9], [1, 1]], (3, 12)), "edge 1 has source 9", "edge_index[::-1]")
+    refused(lambda: CSRGraph.from_edge_index([[0], [0]], 0), "edge 0 has source 0, and the sources are none")
+    top = np.array([[0, 2**63], [1, 1]], np.uint64)
+    refused(lambda: CSRGraph.from_edge_index(top, 4), f"edge 1 has source {2**63}", f"num_nodes={2**63 + 1}")
+    refused(lambda: CSRGraph.from_edge_index(np.array([[2**31 - 1], [0]], np.int32), 4), f"num_nodes={2**31}")
+    huge = np.array([[0], [2**61]])
+    refused(lambda: CSRGraph.from_edge_index(huge), "is num_nodes right?", kind=OutOfMemoryError)
+
+
+@pytest.mark.parametrize("shape", [(5, 2), (3, 4), (4,), (2, 2, 2), ()])
+def test_shapes(shape):
+    hint = "pass edge_index.T" if shape == (5, 2) else "give two rows"
+    refused(lambda: CSRGraph.from_edge_index(np.zeros(shape, int)), f"edge_index.shape: {shape}", hint)
+
+
+@pytest.mark.parametrize(
+    "given_as, told",
+    [
+        (np.zeros((2, 3)), "HINT: cast it: edge_index.astype(numpy.int64)"),
+        (np.zeros((2, 0)), "dtype float64"),
+        ([[0.0, 1.0], [1.0, 0.0]], "HINT: cast it"),
+        (np.zeros((2, 3), np.float16), "dtype float16"),
+        (np.zeros((2, 3), bool), "dtype bool"),
+        (np.zeros((2, 3), complex), "give whole numbers"),
+        ([[0.0, np.nan], [0.0, 1.0]], "at edge 1 it is nan"),
+        ([[0.0, 1.0], [0.0, np.inf]], "at edge 1 it is inf"),
+        ([[0.5, 1.0], [0.0, np.inf]], "at edge 0 it is 0.5"),
+        ([["a"], ["b"]], "give whole numbers"),
+        ([[0, 1], [0]], "give rows of equal length"),
+        (None, "give whole numbers"),
+        (scipy.sparse.eye_array(3), "CSRGraph.from_scipy"),
+    ],
+    ids=str,
+)
+def test_no_integers(given_as, told):
+    refused(lambda: CSRGraph.from_edge_index(given_as), "edge_index", told)
+
+
+@pytest.mark.parametrize("wrong", [-1, 2.0, True, "3", (1, 2, 3), np.array([3])], ids=str)
+def test_numbers_of_nodes(wrong):
+    refused(lambda: CSRGraph.from_edge_index([[0], [0]], wrong), "num_nodes is", "or a pair (num_sources, num_targets)")
+    refused(lambda: CSRGraph.from_neighbors([0, 1], [0], wrong), "num_sources is", "give a whole number")
+    refused(lambda: CSRGraph.from_edge_index([[0], [0]], (1, wrong)), "num_nodes[1] is")
+
+
+@pytest.mark.parametrize(
+    "indptr, indices, num_sources, told",
+    [
+        ([0, 2], [0, 1, 0], None, "indptr goes from 0 to 2, not from 0 to the number of edges, 3"),
+        ([1, 3], [0, 1, 0], None, "indptr goes from 1 to 3"),
+        ([0, 2, 1, 3], [0, 1, 0], None, "indptr falls from 2 to 1 at target 1"),
+        ([], [], None, "indptr.shape: (0,)"),
+        ([[0, 1]], [0], None, "indptr.shape: (1, 2)"),
+        ([0, 1], [[0]], None, "indices.shape: (1, 1)"),
+        ([0, 1, 3], [0, 1, 2], None, "edge 2 has source 2, and the sources are 0 to 1"),
+        ([0, 1, 3], [0, 1, 2], None, "pass num_sources"),
+        ([0, 1, 3], [0, -1, 2], 3, "edge 1 has source -1"),
+        ([0.0, 1.0], [0], None, "indptr has dtype float64"),
+        ([0.0, np.nan], [0], None, "at target 1 it is nan"),
+        ([0, 1], [0.0], None, "indices has dtype float64"),
+    ],
+)
+def test_neighbors_that_are_none(indptr, indices, num_sources, told):
+    refused(lambda: CSRGraph.from_neighbors(indptr, indices, num_sources), told)
+
+
+def test_sparse_matrices_that_are_none():
+    for form in ("lil", "dok", "bsr", "dia"):
+        refused(lambda form=form: CSRGraph.from_scipy(scipy.sparse.eye_array(3, format=form)), form, "matrix.tocsr()")
+    refused(lambda: CSRGraph.from_scipy(np.eye(3)), "matrix is a ndarray", "CSRGraph.from_edge_index")
+    refused(lambda: CSRGraph.from_scipy(scipy.sparse.coo_array(np.ones(3))), "shape (3,)")
+    broken = scipy.sparse.csr_array(np.eye(3))
+    broken.indices[1] = 3
+    for matrix in (broken, broken.T):
+        refused(lambda matrix=matrix: CSRGraph.from_scipy(matrix), "edge 1 has ")
+    broken.indptr[1] = 3
+    for matrix in (broken, broken.T):
+        refused(lambda matrix=matrix: CSRGraph.from_scipy(matrix), "indptr falls from 3 to 2 at target 1")
+
+
+def test_other_things_are_no_networkx_graphs():
+    refused(lambda: CSRGraph.from_networkx([[0], [1]]), "graph is a list, not a NetworkX graph")
+
+
+@pytest.mark.parametrize("wrong", ["remove", None, 3, np.zeros(2)], ids=str)
+def test_policies_that_are_none(wrong):
+    graph = CSRGraph.from_edge_index([[0], [1]])
+    for call in (graph.with_self_loops, lambda policy: graph.edge_attr_with_self_loops([1.0], policy)):
+        refused(lambda call=call: call(wrong), 'give "replace", "add" or "keep"', kind=InvalidConfigError)
+
+
+def test_attributes_that_are_none():
+    graph = CSRGraph.from_edge_index([[0], [1]])
+    for wrong in (np.array([1]), np.array(["a"]), np.array([1j])):
+        refused(lambda wrong=wrong: graph.edge_attr_with_self_loops(wrong), "not float32", kind=InvalidInputError)
+    attr = np.ones((1, 3))
+    for fill, kind, told in [
+        ("max", InvalidConfigError, "fill_value is 'max'"),
+        (None, InvalidInputError, "fill_value has dtype object"),
+        ([1.0, 2.0], DimensionMismatchError, "fill_value.shape: (2,)"),
+        (np.zeros((3, 3)), DimensionMismatchError, "one entry for each node"),
+        ([[1.0], [2.0, 3.0]], InvalidInputError, "fill_value cannot become an array"),
+        ([1j], InvalidInputError, "fill_value has dtype complex128"),
+    ]:
+        refused(lambda fill=fill: graph.edge_attr_with_self_loops(attr, "add", fill), told, kind=kind)
