@@ -39,6 +39,7 @@ from .errors import (
     SparseMatrixError,
     TrainingError,
 )
+from .graph import CSRGraph
 from .multi_head import KeyValueCache, MultiHeadAttention
 from .parameters import ParameterSet, Trainable
 from .protocols import Attention, GeometricAttention, GraphAttention, SparseAttention, TrainableAttention
@@ -53,6 +54,7 @@ __all__ = [
     "AttentionConfig",
     "AttentionError",
     "AttentionGradients",
+    "CSRGraph",
     "DimensionMismatchError",
     "GeometricAttention",
     "GraphAttention",

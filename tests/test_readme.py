@@ -45,6 +45,7 @@ def test_the_first_example_is_short():
         ".dense",
         ".errors",
         ".functional",
+        ".graph",
         ".interop.states",
         ".masks",
         ".multi_head",
