@@ -132,8 +132,7 @@ def attention_forward(
         query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, softcap, alibi_slopes, seed
     )  # fmt: skip
     result = forward(c, None if out is None else checks.output(out, c))
-    mask = masks.All((attn_mask, masks.Causal())) if is_causal else attn_mask
-    return AttentionCache(c.query, c.key, c.value, mask=mask, output=result.output, lse=result.lse, record=result)
+    return AttentionCache(c.query, c.key, c.value, mask=attn_mask, output=result.output, lse=result.lse, record=result)
 
 
 def attention_backward(
