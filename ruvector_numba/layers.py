@@ -17,7 +17,7 @@ from .config import AttentionConfig
 from .errors import DimensionMismatchError, InvalidConfigError, InvalidInputError, InvalidMaskError
 from .results import AttentionCache
 
-__all__ = ["batch", "checked_config", "hidden", "padded", "record_of"]
+__all__ = ["batch", "checked_config", "dice", "dropout", "hidden", "padded", "record_of"]
 
 Array = NDArray[Any]
 Kind = TypeVar("Kind")
@@ -29,6 +29,23 @@ def checked_config(config: object) -> AttentionConfig:
         raise InvalidConfigError(f"config is a {type(config).__name__}, not an AttentionConfig", hint=hint)
     config.validate()
     return config
+
+
+def dice(seed: object) -> np.random.Generator:
+    """What a layer draws from: its initial parameters, if it has some, and the seeds of its dropout."""
+    try:
+        return np.random.default_rng(seed)  # type: ignore[arg-type]
+    except (TypeError, ValueError) as error:
+        raise InvalidConfigError(f"seed is {seed!r}: {error}", hint="give a whole number, or None") from None
+
+
+def dropout(
+    config: AttentionConfig, training: bool, seed: int | None, dice: np.random.Generator
+) -> tuple[float, int | None]:
+    """The probability to drop a weight, and the seed that decides which."""
+    if not training:
+        return 0.0, seed
+    return config.dropout, int(dice.integers(1 << 63)) if seed is None else seed
 
 
 def record_of(cache: object, kind: type[Kind]) -> Kind | None:

@@ -75,10 +75,7 @@ class MultiHeadAttention(Trainable, TrainableAttention):
         self.config = layers.checked_config(config)
         d = config.d_model
         self.kdim, self.vdim = _width("kdim", kdim, d), _width("vdim", vdim, d)
-        try:
-            self._dice = np.random.default_rng(seed)
-        except (TypeError, ValueError) as error:
-            raise InvalidConfigError(f"seed is {seed!r}: {error}", hint="give a whole number, or None") from None
+        self._dice = layers.dice(seed)
         inputs = {"w_q": d, "w_k": self.kdim, "w_v": self.vdim, "w_o": d}
         initial = {name: _glorot_uniform(self._dice, n, d) for name, n in inputs.items()}
         if config.use_bias:
@@ -182,9 +179,7 @@ class MultiHeadAttention(Trainable, TrainableAttention):
 
         `seed` decides what is dropped; without it, the layer's own generator does. The rest is as in `forward`.
         """
-        if training and seed is None:
-            seed = int(self._dice.integers(1 << 63))
-        dropout = self.config.dropout if training else 0.0
+        dropout, seed = layers.dropout(self.config, training, seed, self._dice)
         record = self._attend(query, key, value, mask, key_padding_mask, dropout, seed)
         output, lse = record.output, record.past.lse
         q, k, v = record.inputs

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from . import checks, dense, layers
@@ -53,7 +52,7 @@ class ScaledDotProductAttention(Trainable, TrainableAttention):
     def __init__(self, config: AttentionConfig, seed: int | None = None) -> None:
         self.config = layers.checked_config(config)
         self._parameters = ParameterSet({})
-        self._dice = np.random.default_rng(seed)
+        self._dice = layers.dice(seed)
 
     def __repr__(self) -> str:
         return f"ScaledDotProductAttention({self.config})"
@@ -104,9 +103,7 @@ class ScaledDotProductAttention(Trainable, TrainableAttention):
 
         `seed` decides what is dropped; without it, the layer's own generator does. The rest is as in `forward`.
         """
-        if training and seed is None:
-            seed = int(self._dice.integers(1 << 63))
-        past = self._attend(query, key, value, mask, self.config.dropout if training else 0.0, seed)
+        past = self._attend(query, key, value, mask, *layers.dropout(self.config, training, seed, self._dice))
         c, output = past.call, past.output[:, 0]
         q, k, v = (x[:, 0] for x in (c.query, c.key, c.value))
         return output, AttentionCache(q, k, v, mask=mask, output=output, lse=past.lse[:, 0], record=_Record(past))

@@ -366,6 +366,16 @@ def test_steps_are_the_causal_pass(pieces, dtype):
     assert cache.length == 21 and repr(cache) == "KeyValueCache(21 of 30 positions, batch 2, 3 heads of 8)"
 
 
+def test_steps_past_the_first_thousand_keys():
+    """Keys are handed to attention by the thousand; what is not filled yet, NaN here, must not count."""
+    attention = layer(8, 2, causal=True, max_seq_len=None)
+    x = draw(1030, d=8)[0]
+    cache = attention.new_cache(2, 2060)
+    cache.keys[:], cache.values[:] = np.nan, np.nan
+    outputs = [attention.step(x[:, :1020], cache), *(attention.step(x[:, i : i + 1], cache) for i in range(1020, 1030))]
+    agrees(np.concatenate(outputs, axis=1), attention(x), np.float64)
+
+
 def test_bad_steps_leave_the_cache_as_it_was():
     attention, x = layer(max_seq_len=8), draw(6)[0]
     cache = attention.new_cache(batch=2, max_len=10)

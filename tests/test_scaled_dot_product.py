@@ -88,6 +88,24 @@ def test_gradients_are_those_of_the_formula_eps_included(Lq, eps):
     assert g.parameters == {} and g.query_weights is None
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_steps_one_by_one_give_the_same_eps_included(dtype):
+    steps, (q, k, v) = rv.functional, draw(20, 30, dtype=dtype)
+    attention = layer(eps=0.4, causal=True)
+    output, cache = attention.forward_cached(q, k, v, training=False)
+    weights = steps.softmax(steps.apply_mask(steps.attention_scores(q, k), is_causal=True), eps=0.4)
+    d_weights, d_value = steps.weighted_sum_backward(output, weights, v)
+    d_scores = steps.softmax_backward(d_weights, weights, eps=0.4)
+    d_query, d_key = steps.attention_scores_backward(d_scores, q, k)
+    g = attention.backward(output, cache)
+    tolerance = 1e-12 if dtype == np.float64 else 3e-6
+    for one, other in (
+        (steps.weighted_sum(weights, v), output), (weights, cache.weights()), (d_query, g.query), (d_key, g.key),
+        (d_value, g.value),
+    ):  # fmt: skip
+        np.testing.assert_allclose(one, other, rtol=0, atol=tolerance)
+
+
 def test_dropout_is_in_training_only_and_backward_replays_it():
     q, k, v = draw()
     attention = layer(dropout=0.4)
@@ -257,6 +275,8 @@ def test_bad_gradients_and_settings():
         layer().forward_cached(q, k, v, seed=-1)
     with pytest.raises(rv.InvalidConfigError, match="d_model"):
         layer(d_model=0)
+    with pytest.raises(rv.InvalidConfigError, match="seed is 'x'"):
+        rv.ScaledDotProductAttention(rv.AttentionConfig(), seed="x")
     with pytest.raises(rv.InvalidConfigError, match="config is a dict"):
         rv.ScaledDotProductAttention({"d_model": 8})
 
