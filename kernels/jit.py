@@ -31,10 +31,17 @@ from .cache import PackageCache, cache_folder
 
 Elements = typing.NewType("Elements", int)  # an array of elements of the kernel's type
 Indices = typing.NewType("Indices", int)  # of int64
+Ints = typing.NewType("Ints", int)  # of int32
 Doubles = typing.NewType("Doubles", int)  # of float64
 Words = typing.NewType("Words", int)  # of uint32
 Bytes = typing.NewType("Bytes", int)  # of uint8
-_POINTEES = {Indices: types.int64, Doubles: types.float64, Words: types.uint32, Bytes: types.uint8}
+_POINTEES = {
+    Indices: types.int64,
+    Ints: types.int32,
+    Doubles: types.float64,
+    Words: types.uint32,
+    Bytes: types.uint8,
+}
 
 # never nnan or ninf: infinity and NaN are data. No reassociation either: a sum has one order, on every machine.
 _FLAGS = {"nogil": True, "error_model": "numpy", "boundscheck": False}

@@ -148,7 +148,7 @@ def stage_mask(stage, lanes, mask, head, row, rows, key, keys):
 
 # --- dropout --------------------------------------------------------------------------------------------------------
 @inline
-def _mixed(x):
+def mixed(x):
     """A 64-bit finaliser (splitmix64): every bit of the result depends on every bit of x."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -160,8 +160,8 @@ def throw_dice(dice, width, dropout, head, q0):
     """Two words for each query of the block, from (seed, head, query) alone: no state, so any order gives the same."""
     if dropout is not None:
         for i in range(width):
-            x = _mixed(np.uint64(dropout.seed) + np.uint64(head) * np.uint64(0x9E3779B97F4A7C15))
-            x = _mixed(x + np.uint64(q0 + i) * np.uint64(0xD1B54A32D192ED03))
+            x = mixed(np.uint64(dropout.seed) + np.uint64(head) * np.uint64(0x9E3779B97F4A7C15))
+            x = mixed(x + np.uint64(q0 + i) * np.uint64(0xD1B54A32D192ED03))
             dice[i], dice[width + i] = np.uint32(x & np.uint64(0xFFFFFFFF)), np.uint32(x >> np.uint64(32))
 
 

@@ -158,6 +158,32 @@ def store(context, value, pointer, offset):
 
 
 @intrinsic
+def store_live(context, value, pointer, offset, live):
+    """Store the first `live` lanes; touches nothing beyond them."""
+
+    def build(cx, b, sig, args):
+        value, pointer, offset, live = args
+        emit.masked(b, "store", pointer, offset, sig.args[0], live, value)
+        return emit.unit(cx)
+
+    return types.void(value, pointer, types.intp, types.intp), build
+
+
+@intrinsic
+def prefetch(context, pointer, offset):
+    """Ask for the cache line of pointer[offset], which need not be in the array."""
+
+    def build(cx, b, sig, args):
+        here = b.extract_value(args[0], 0) if CHECKED else args[0]
+        place = b.bitcast(b.gep(here, [args[1]]), LLVM[types.uint8].as_pointer())
+        read, keep, data = (ir.Constant(I32, n) for n in (0, 3, 1))
+        emit.call(b, "llvm.prefetch.p0", ir.VoidType(), place, read, keep, data)
+        return emit.unit(cx)
+
+    return types.void(pointer, types.intp), build
+
+
+@intrinsic
 def splat(context, like, scalar):
     """`scalar` in every lane of a vector like `like`."""
     return like(like, like.element), lambda cx, b, sig, args: emit.splat(b, args[1], like.lanes)
@@ -227,19 +253,30 @@ def lanes_from(context, like, first):
     return like(like, like.element), build
 
 
+def _by_halves(b, value, lanes, join):
+    """All lanes joined, always in the same order."""
+    while lanes > 1:
+        lanes //= 2
+        low, high = (
+            b.shuffle_vector(value, value, ir.Constant(ir.VectorType(I32, lanes), list(range(k, k + lanes))))
+            for k in (0, lanes)
+        )
+        value = join(low, high)
+    return b.extract_element(value, ir.Constant(I32, 0))
+
+
 @intrinsic
 def lane_sum(context, x):
-    """The sum of all lanes, by halves: always in the same order."""
+    """The sum of all lanes, by halves."""
+    return x.element(x), lambda cx, b, sig, args: _by_halves(b, args[0], x.lanes, b.fadd)
+
+
+@intrinsic
+def lane_max(context, x):
+    """The largest lane, of lanes that are not NaN."""
 
     def build(cx, b, sig, args):
-        v, n = args[0], x.lanes
-        while n > 1:
-            n //= 2
-            low, high = (
-                b.shuffle_vector(v, v, ir.Constant(ir.VectorType(I32, n), list(range(k, k + n)))) for k in (0, n)
-            )
-            v = b.fadd(low, high)
-        return b.extract_element(v, ir.Constant(I32, 0))
+        return _by_halves(b, args[0], x.lanes, lambda low, high: b.select(b.fcmp_ordered(">", low, high), low, high))
 
     return x.element(x), build
 

@@ -1,0 +1,547 @@
+"""Attention over neighbours: of each target i to the sources j of its edges, which lie together (CSR).
+
+    s[e, h]      score of an edge, by one of four rules; a is of the edge, and optional everywhere
+                 SUM     leaky(key[j, h] + query[i, h] + a[e, h])                                             GAT
+                 JOINT   sum over c of att[h, c] * leaky(key[j, h, c] + query[i, h, c] + a[e, h, c])          GATv2
+                 DOT     scale * sum over d of query[i, h, d] * (key[j, h, d] + a[e, h, d])  + bias[e, h]     transformers
+                 GIVEN   bias[e, h]
+    p[e, h]      softmax of s over the edges of a target: exp(s - bound) / total
+    w[e, h]      p * (kept by dropout) * (edge's weight) / (number of edges, for the mean)
+    o[i, h, c]   sum over e of w[e, h] * (value[j, h, c] + value_a[e, h, c])
+
+and back, from do:
+
+    dp = <do[i, h], value[j, h] + value_a[e, h]> * w / p         delta[i, h] = sum over e of p * dp
+    ds = p * (dp - delta)                                        and through the rule to key, query and a
+    dvalue[j, h, c] = sum over the edges from j of w[e, h] * do[i, h, c]
+
+Forward and `backward_targets` walk the edges by target, `backward_sources` by source: who walks owns what is written.
+Of each edge only s and, backward, the pair (w, ds) are kept.
+
+How the work is dealt to tasks, walk.py says.
+"""
+
+import math
+
+from .gather import EDGES, add_gathered, dot_gathered, joint_gradients, joint_scores, keep_largest, put_row, take_row
+from .jit import apart, inline, kernel
+from .simd import fma, lane_max, lane_sum, lanes_of, load, load_live, splat, store, where
+from .softmax import LOG2E, probability
+from .tiles import whole_vectors
+from .walk import (
+    DOT,
+    HUB,
+    JOINT,
+    MAX,
+    NODES,
+    PART,
+    SUM,
+    NeighborJob,
+    carve,
+    fetch_pairs,
+    find_shares,
+    number,
+    take_edges,
+    weigh_shares,
+)
+
+INF = math.inf
+
+
+# --- forward --------------------------------------------------------------------------------------------------------
+@apart
+def find_scores(job, desk, pad, n):
+    """weights[h, e] = s: desk.y has the target's query"""
+    H, D, s = job.H, job.D, desk.weights
+    if job.rule == DOT:
+        dot_gathered(s, desk.y, pad, job.key, desk.index, n, H, D, job.scale, False)
+        if job.has_edge:
+            dot_gathered(s, desk.y, pad, job.edge, desk.ids, n, H, D, job.scale, True)
+    elif job.rule == JOINT:
+        joint_scores(s, desk.y, pad, job.att, job.slope, job.key, job.edge, job.has_edge, desk.index, desk.ids, n, H, D)
+    elif job.rule == SUM:
+        for e in range(n):
+            for h in range(H):
+                z = sum_before_leaky(job, desk, pad, e, h)
+                s[h * EDGES + e] = z if z > 0 else z * job.slope
+    else:
+        for h in range(H):
+            for e in range(n):
+                s[h * EDGES + e] = 0
+    if job.has_bias:
+        for e in range(n):
+            for h in range(H):
+                b = job.bias.data[desk.ids[e] * job.bias.step + h]
+                s[h * EDGES + e] = b if b == -INF else s[h * EDGES + e] + b
+
+
+@inline
+def sum_before_leaky(job, desk, pad, e, h):
+    z = job.key.data[desk.index[e] * job.key.step + h] + desk.y[h * pad]
+    if job.has_edge:
+        z += job.edge.data[desk.ids[e] * job.edge.step + h]
+    return z
+
+
+@apart
+def soften(desk, h, n):
+    """p = exp(s - bound), added to the total; returns what was summed so far is worth under the new bound."""
+    s = desk.weights + h * EDGES
+    lanes = lanes_of(s)
+    for e in range(n, whole_vectors(s, n)):
+        s[e] = -INF
+    top = splat(load(s, 0), -INF)
+    for e in range(0, n, lanes):
+        top = where(load(s, e) > top, load(s, e), top)
+    before, most = desk.bound[h], lane_max(top)
+    factor = 1.0
+    if most > before:
+        factor, desk.bound[h] = 0.0 if before == -INF else math.exp((before - most) * 1.0), most
+    shift = splat(top, 0 if desk.bound[h] == -INF else desk.bound[h])
+    total = load_live(s, 0, 0)
+    for e in range(0, n, lanes):
+        p = probability(load(s, e), shift, LOG2E)
+        store(p, s, e)
+        total = total + p
+    desk.total[h] = desk.total[h] * factor + lane_sum(total)
+    return factor
+
+
+@apart
+def attend(job, desk, pad, i, first, last, best):
+    """Target i to its edges first .. last - 1: what is summed is left on the desk."""
+    H, C = job.H, job.C
+    take_row(desk.y, pad, job.query, i, H, job.D)
+    for h in range(H):
+        desk.bound[h], desk.total[h] = -INF, 0
+        for c in range(pad):
+            desk.value[h * pad + c] = 0
+    if job.aggregation == MAX:
+        for c in range(H * C):
+            best[c] = -1
+    for p in range(first, last, EDGES):
+        n = min(EDGES, last - p)
+        take_edges(job, desk, p, n)
+        find_scores(job, desk, pad, n)
+        if job.keeps:
+            for e in range(n):
+                for h in range(H):
+                    job.scores[(p + e) * H + h] = desk.weights[h * EDGES + e]
+        for h in range(H if job.normalizes else 0):
+            factor = soften(desk, h, n)
+            if factor != 1:
+                for c in range(pad):
+                    desk.value[h * pad + c] *= factor
+        if job.has_shares:
+            find_shares(job, desk, i, n)
+            weigh_shares(job, desk, n)
+            for h in range(H):
+                for e in range(n):
+                    desk.weights[h * EDGES + e] *= desk.shares[h * EDGES + e]
+        if job.aggregation == MAX:
+            keep_largest(
+                desk.value, pad, best, desk.weights, job.value, job.edge_value, job.has_edge_value, desk.index,
+                desk.ids, p, n, H, C, job.has_bias,
+            )  # fmt: skip
+        else:
+            add_gathered(desk.value, pad, desk.weights, job.value, desk.index, n, H, C, job.has_bias)
+            if job.has_edge_value:
+                add_gathered(desk.value, pad, desk.weights, job.edge_value, desk.ids, n, H, C, job.has_bias)
+
+
+@apart
+def finish(job, desk, pad, i):
+    """o = offset + sum of w v / sum of p, and the offset alone where there is nothing to sum"""
+    for h in range(job.H):
+        l, factor = desk.total[h], 1.0
+        if job.normalizes:
+            factor = 0.0 if l == 0 else 1 / l
+            job.lse[i * job.H + h] = -INF if l == 0 else desk.bound[h] + math.log(l * 1.0)
+        for c in range(pad):
+            x = desk.value[h * pad + c] * factor if factor != 0 else 0.0
+            desk.value[h * pad + c] = x + job.offset[h * pad + c]
+    put_row(job.output, i, desk.value, pad, job.H, job.C)
+
+
+@apart
+def add_parts(job, desk, pad, first, last, best):
+    """What the parts of a hub have summed, each under its own bound, as if `attend` had done it at once."""
+    H, C = job.H, job.C
+    for h in range(H):
+        desk.bound[h], desk.total[h] = -INF, 0
+        for c in range(pad):
+            desk.value[h * pad + c] = 0
+    for part in range(first, last):
+        here = job.partial + part * job.partial_step
+        for h in range(H):
+            bound, before, factor, mine = here[H * pad + h], desk.bound[h], 1.0, 1.0
+            if bound > before:
+                mine, desk.bound[h] = math.exp((before - bound) * 1.0), bound
+            elif bound < before:
+                factor = math.exp((bound - before) * 1.0)
+            desk.total[h] = desk.total[h] * mine + here[H * pad + H + h] * factor
+            for c in range(pad):
+                desk.value[h * pad + c] *= mine
+                x = here[h * pad + c] * factor
+                if job.aggregation != MAX:
+                    desk.value[h * pad + c] += x
+                elif c < C and job.partial_best[part * H * C + h * C + c] >= 0:
+                    if part == first or best[h * C + c] < 0 or x > desk.value[h * pad + c] or x != x:
+                        desk.value[h * pad + c], best[h * C + c] = x, job.partial_best[part * H * C + h * C + c]
+                elif c < C and part == first:
+                    best[h * C + c] = -1
+
+
+@kernel
+def forward(job: NeighborJob, slot, task):
+    # task -> some targets, or a part of a hub's edges, or a hub whose parts are done
+    desk, pad = carve(job, slot)
+    if job.mode == NODES:
+        for i in range(job.starts[task], job.starts[task + 1]):
+            first = number(job.indptr, job.wide_indptr, i)
+            last = number(job.indptr, job.wide_indptr, i + 1)
+            if last - first <= job.most:
+                attend(job, desk, pad, i, first, last, job.best + i * job.H * job.C)
+                finish(job, desk, pad, i)
+    elif job.mode == PART:
+        i = job.hubs[3 * job.parts[3 * task]]
+        best = job.partial_best + task * job.H * job.C
+        attend(job, desk, pad, i, job.parts[3 * task + 1], job.parts[3 * task + 2], best)
+        here, sums = job.partial + task * job.partial_step, job.H * pad
+        for c in range(sums):
+            here[c] = desk.value[c]
+        for h in range(job.H):
+            here[sums + h], here[sums + job.H + h] = desk.bound[h], desk.total[h]
+    else:
+        i, first, last = job.hubs[3 * task], job.hubs[3 * task + 1], job.hubs[3 * task + 2]
+        add_parts(job, desk, pad, first, last, job.best + i * job.H * job.C)
+        finish(job, desk, pad, i)
+
+
+# --- coefficients ----------------------------------------------------------------------------------------------------
+@apart
+def find_weights(job, desk, i, first, n):
+    """weights[h, e] = p, from the scores and lse that were kept; 0 where the score is -inf, whatever else is NaN"""
+    H, lanes = job.H, lanes_of(job.scores)
+    for e in range(n):
+        for h in range(H):
+            desk.weights[h * EDGES + e] = job.scores[(first + e) * H + h]
+    for h in range(H):
+        s = desk.weights + h * EDGES
+        for e in range(n, whole_vectors(s, n)):
+            s[e] = -INF
+        lse = job.lse[i * H + h]
+        for e in range(0, n, lanes):
+            x = load(s, e)
+            hidden = x <= splat(x, -INF)
+            if job.normalizes:
+                x = probability(x, splat(x, 0 if lse == -INF else lse), LOG2E)
+            store(where(hidden, splat(x, 0.0), x), s, e)
+
+
+@kernel
+def coefficients(job: NeighborJob, slot, task):
+    # task -> some targets, hubs or not; dbias[e, h] = p, in the caller's order
+    desk, pad = carve(job, slot)
+    for i in range(job.starts[task], job.starts[task + 1]):
+        last = number(job.indptr, job.wide_indptr, i + 1)
+        for p in range(number(job.indptr, job.wide_indptr, i), last, EDGES):
+            n = min(EDGES, last - p)
+            find_weights(job, desk, i, p, n)
+            for e in range(n):
+                at = number(job.edge_ids, job.wide_edge_ids, p + e) if job.has_ids else p + e
+                for h in range(job.H):
+                    job.dbias[at * job.H + h] = desk.weights[h * EDGES + e]
+
+
+# --- backward, by target ---------------------------------------------------------------------------------------------
+@apart
+def weight_gradients(job, desk, pad, i, first, n):
+    """changes[h, e] = dp, desk.x has do; adds to delta, and keeps (w, dp) as a pair"""
+    H, C, dp, lanes = job.H, job.C, desk.changes, lanes_of(job.scratch)
+    take_edges(job, desk, first, n)
+    find_weights(job, desk, i, first, n)
+    if job.aggregation == MAX:
+        gather_largest(job, desk, pad, i, first, n)
+    else:
+        dot_gathered(dp, desk.x, pad, job.value, desk.index, n, H, C, 1.0, False)
+        if job.has_edge_value:
+            dot_gathered(dp, desk.x, pad, job.edge_value, desk.ids, n, H, C, 1.0, True)
+    if job.has_shares:
+        thin_gradients(job, desk, i, n)
+    for h in range(H):
+        p, d = desk.weights + h * EDGES, dp + h * EDGES
+        for e in range(n):
+            if job.has_grad_weights:
+                d[e] += job.grad_weights[desk.ids[e] * H + h]
+            if p[e] == 0 and job.normalizes:  # a hidden edge's value may be NaN
+                d[e] = 0
+        for e in range(n, whole_vectors(d, n)):
+            d[e] = 0
+            p[e] = 0
+        sum = load_live(d, 0, 0)
+        for e in range(0, n, lanes):
+            sum = fma(load(p, e), load(d, e), sum)
+        desk.delta[h] += lane_sum(sum)
+    for e in range(n):
+        pair = job.pairs + (first + e) * 2 * H
+        for h in range(H):
+            share = desk.shares[h * EDGES + e] if job.has_shares else 1
+            pair[h], pair[H + h] = desk.weights[h * EDGES + e] * share, dp[h * EDGES + e]
+
+
+@apart
+def gather_largest(job, desk, pad, i, first, n):
+    """dp where the value of an edge was the largest: from those channels alone"""
+    H, C = job.H, job.C
+    for h in range(H):
+        for e in range(n):
+            desk.changes[h * EDGES + e] = 0
+        for c in range(C):
+            e = job.best[(i * H + h) * C + c] - first
+            if 0 <= e and e < n:
+                value = job.value.data[desk.index[e] * job.value.step + h * C + c]
+                if job.has_edge_value:
+                    value += job.edge_value.data[desk.ids[e] * job.edge_value.step + h * C + c]
+                desk.changes[h * EDGES + e] += desk.x[h * pad + c] * value
+
+
+@apart
+def thin_gradients(job, desk, i, n):
+    """dp *= w / p, and by the way the gradient of the edges' weights"""
+    find_shares(job, desk, i, n)
+    for e in range(n if job.has_weight else 0):
+        total = 0.0
+        for h in range(job.H):
+            at = h * EDGES + e
+            if desk.weights[at] != 0 and desk.shares[at] != 0:
+                total += desk.shares[at] * desk.weights[at] * desk.changes[at]
+        job.dweight[desk.ids[e]] = total
+    weigh_shares(job, desk, n)
+    for h in range(job.H):
+        for e in range(n):
+            at = h * EDGES + e
+            desk.changes[at] = desk.changes[at] * desk.shares[at] if desk.shares[at] != 0 else 0
+
+
+@apart
+def score_gradients(job, desk, pad, first, n, i, sums):
+    """ds = p * (dp - delta), through the rule: added up in desk.terms, by edge in dedge, and kept in the pair"""
+    H, C, D, ds = job.H, job.C, job.D, desk.changes
+    for e in range(n):
+        desk.index[e] = number(job.others, job.wide_others, first + e)
+        desk.ids[e] = number(job.edge_ids, job.wide_edge_ids, first + e) if job.has_ids else first + e
+    find_weights(job, desk, i, first, n)
+    for e in range(n):
+        pair = job.pairs + (first + e) * 2 * H
+        for h in range(H):
+            at, d = h * EDGES + e, pair[H + h]
+            if job.normalizes:
+                d = desk.weights[at] * (d - desk.delta[h]) if desk.weights[at] != 0 else 0.0
+            if job.rule == SUM:
+                z = sum_before_leaky(job, desk, pad, e, h)
+                d = d if z > 0 else d * job.slope
+                desk.terms[h * pad] += d
+            if job.wants_dbias:
+                job.dbias[desk.ids[e] * H + h] = d
+            ds[at] = d * job.scale if job.rule == DOT else d
+            pair[H + h] = ds[at]
+    if job.rule == JOINT:
+        joint_gradients(
+            desk.terms, sums + H * pad, ds, desk.y, pad, job.att, job.slope, job.key, job.edge, job.has_edge,
+            job.dedge, job.has_edge, desk.index, desk.ids, n, H, D,
+        )  # fmt: skip
+    elif job.rule == DOT:
+        add_gathered(desk.terms, pad, ds, job.key, desk.index, n, H, D, job.has_bias)
+        if job.has_edge:
+            add_gathered(desk.terms, pad, ds, job.edge, desk.ids, n, H, D, job.has_bias)
+            spread(job.dedge, desk.ids, ds, desk.y, pad, n, H, D)
+    if job.has_edge_value:
+        for e in range(n):
+            for h in range(H):
+                ds[h * EDGES + e] = job.pairs[(first + e) * 2 * H + h]
+        spread(job.dedge_value, desk.ids, ds, desk.x, pad, n, H, C)
+        if job.aggregation == MAX:
+            keep_chosen(job.dedge_value, desk.ids, job.best + i * H * C, first, n, H * C)
+
+
+@apart
+def keep_chosen(rows, ids, best, first, n, width):
+    """0 where another edge's value was the largest"""
+    for e in range(n):
+        for c in range(width):
+            if best[c] != first + e:
+                rows.data[ids[e] * rows.step + c] = 0
+
+
+@apart
+def spread(rows, ids, weights, x, pad, n, H, C):
+    """rows[ids[e], h, c] = weights[h, e] * x[h, c]"""
+    for e in range(n):
+        for h in range(H):
+            w = weights[h * EDGES + e]
+            for c in range(C):
+                rows.data[ids[e] * rows.step + h * C + c] = w * x[h * pad + c] if w != 0 else 0
+
+
+@apart
+def clear_target(job, desk, pad, i):
+    take_row(desk.x, pad, job.grad, i, job.H, job.C)
+    take_row(desk.y, pad, job.query, i, job.H, job.D)
+    for h in range(job.H):
+        desk.delta[h] = 0
+        for c in range(pad):
+            desk.terms[h * pad + c] = 0
+
+
+@inline
+def add_row(out, x, n):
+    for c in range(n):
+        out[c] += x[c]
+
+
+@kernel
+def backward_targets(job: NeighborJob, slot, task):
+    # task -> as in forward, with two rounds over a hub's parts: delta is needed whole before the second
+    desk, pad = carve(job, slot)
+    H, width = job.H, job.H * pad
+    sums = job.sums + (job.sums_from + task) * 3 * width
+    if job.mode == NODES:
+        for i in range(job.starts[task], job.starts[task + 1]):
+            first = number(job.indptr, job.wide_indptr, i)
+            last = number(job.indptr, job.wide_indptr, i + 1)
+            if last - first <= job.most:
+                clear_target(job, desk, pad, i)
+                for p in range(first, last, EDGES):
+                    weight_gradients(job, desk, pad, i, p, min(EDGES, last - p))
+                for p in range(first, last, EDGES):
+                    score_gradients(job, desk, pad, p, min(EDGES, last - p), i, sums)
+                put_row(job.dquery, i, desk.terms, pad, H, job.D)
+                add_row(sums, desk.x, width)
+        return
+    hub = task if job.mode == HUB else job.parts[3 * task]
+    i = job.hubs[3 * hub]
+    clear_target(job, desk, pad, i)
+    if job.mode == HUB:
+        for part in range(job.hubs[3 * hub + 1], job.hubs[3 * hub + 2]):
+            add_row(desk.terms, job.partial + part * job.partial_step, width)
+        put_row(job.dquery, i, desk.terms, pad, H, job.D)
+        add_row(sums, desk.x, width)
+        return
+    here, first, last = job.partial + task * job.partial_step, job.parts[3 * task + 1], job.parts[3 * task + 2]
+    if job.mode == PART:
+        for p in range(first, last, EDGES):
+            weight_gradients(job, desk, pad, i, p, min(EDGES, last - p))
+        for h in range(H):
+            here[width + h] = desk.delta[h]
+        return
+    for part in range(job.hubs[3 * hub + 1], job.hubs[3 * hub + 2]):
+        add_row(desk.delta, job.partial + (part * job.partial_step + width), H)
+    for p in range(first, last, EDGES):
+        score_gradients(job, desk, pad, p, min(EDGES, last - p), i, sums)
+    for c in range(width):
+        here[c] = desk.terms[c]
+
+
+# --- backward, by source ---------------------------------------------------------------------------------------------
+@apart
+def collect(job, desk, pad, j, first, last, waste):
+    """desk.value = dvalue and desk.terms = dkey of source j, from its edges first .. last - 1"""
+    H, C, D = job.H, job.C, job.D
+    take_row(desk.y, pad, job.key, j, H, D)
+    for c in range(H * pad):
+        desk.value[c], desk.terms[c] = 0, 0
+    for p in range(first, last, EDGES):
+        n = min(EDGES, last - p)
+        take_pairs(job, desk, p, n)
+        if job.aggregation == MAX:
+            add_largest(job, desk, pad, n)
+        else:
+            add_gathered(desk.value, pad, desk.weights, job.grad, desk.index, n, H, C, job.has_bias)
+        if job.rule == SUM:
+            for h in range(H):
+                for e in range(n):
+                    desk.terms[h * pad] += desk.changes[h * EDGES + e]
+        elif job.rule == DOT:
+            add_gathered(desk.terms, pad, desk.changes, job.query, desk.index, n, H, D, job.has_bias)
+        elif job.rule == JOINT:
+            joint_gradients(
+                desk.terms, waste, desk.changes, desk.y, pad, job.att, job.slope, job.query, job.edge, job.has_edge,
+                job.edge, 0, desk.index, desk.ids, n, H, D,
+            )  # fmt: skip
+
+
+@apart
+def take_pairs(job, desk, first, n):
+    """The other end and the pair (w, ds) of the edges at n positions by source."""
+    H = job.H
+    for e in range(n):
+        position = number(job.positions, job.wide_positions, first + e)
+        desk.index[e] = number(job.others, job.wide_others, first + e)
+        desk.places[e] = position
+        desk.ids[e] = number(job.edge_ids, job.wide_edge_ids, position) if job.has_ids else position
+        for h in range(H):
+            desk.weights[h * EDGES + e] = job.pairs[position * 2 * H + h]
+            desk.changes[h * EDGES + e] = job.pairs[position * 2 * H + H + h]
+        fetch_pairs(job, first + e)
+
+
+@apart
+def add_largest(job, desk, pad, n):
+    """dvalue in the channels where the edge's value was the largest"""
+    H, C = job.H, job.C
+    for e in range(n):
+        row = desk.index[e] * H * C
+        for h in range(H):
+            for c in range(C):
+                if job.best[row + h * C + c] == desk.places[e]:
+                    w = desk.weights[h * EDGES + e]
+                    desk.value[h * pad + c] += w * job.grad.data[desk.index[e] * job.grad.step + h * C + c]
+
+
+@apart
+def give(job, desk, pad, j, sums):
+    """Write what source j gets; its key, where it is a product with its value, and the key's gradient go into that."""
+    H, C, D, width = job.H, job.C, job.D, job.H * pad
+    if job.folds:
+        take_row(desk.x, pad, job.value, j, H, C)
+        for f in range(job.folds):
+            for h in range(H):
+                d = desk.terms[h * pad] if f == 0 else job.dquery.data[j * job.dquery.step + h]
+                for c in range(pad):
+                    desk.value[h * pad + c] += d * job.fold[f * width + h * pad + c]
+                    sums[(1 + f) * width + h * pad + c] += d * desk.x[h * pad + c]
+    elif job.rule == JOINT:
+        add_row(desk.value, desk.terms, width)
+    else:
+        put_row(job.dkey, j, desk.terms, pad, H, D)
+    put_row(job.dvalue, j, desk.value, pad, H, C)
+
+
+@kernel
+def backward_sources(job: NeighborJob, slot, task):
+    # task -> as in forward
+    desk, pad = carve(job, slot)
+    width = job.H * pad
+    sums = job.sums + (job.sums_from + task) * 3 * width
+    if job.mode == NODES:
+        for j in range(job.starts[task], job.starts[task + 1]):
+            first = number(job.indptr, job.wide_indptr, j)
+            last = number(job.indptr, job.wide_indptr, j + 1)
+            if last - first <= job.most:
+                collect(job, desk, pad, j, first, last, desk.x)
+                give(job, desk, pad, j, sums)
+    elif job.mode == PART:
+        here = job.partial + task * job.partial_step
+        j = job.hubs[3 * job.parts[3 * task]]
+        collect(job, desk, pad, j, job.parts[3 * task + 1], job.parts[3 * task + 2], desk.x)
+        for c in range(width):
+            here[c], here[width + c] = desk.value[c], desk.terms[c]
+    else:
+        for c in range(width):
+            desk.value[c], desk.terms[c] = 0, 0
+        for part in range(job.hubs[3 * task + 1], job.hubs[3 * task + 2]):
+            here = job.partial + part * job.partial_step
+            add_row(desk.value, here, width)
+            add_row(desk.terms, here + width, width)
+        give(job, desk, pad, job.hubs[3 * task], sums)

@@ -1,0 +1,260 @@
+"""From a graph and arrays of its nodes and edges to the jobs of attention over neighbours (kernels/csr.py).
+
+As plan/grouping.py this one runs its jobs: how many there are, one or four, depends on the graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..checks import Array
+from ..kernels import csr as kernels
+from ..kernels import jit, walk
+from ..kernels.gather import Rows
+from ..kernels.scoring import Dropout
+from ..kernels.simd import target
+from .layouts import NOTHING
+
+__all__ = ["Kept", "Made", "Schedule", "Terms", "Walk", "backward", "coefficients", "forward", "walk_of"]
+
+# Edges of a task, where a node counts as one more. Of a hub, parts are as large.
+TASK = 2048
+MOST = 4096
+
+SUM, JOINT, DOT, GIVEN = walk.SUM, walk.JOINT, walk.DOT, walk.GIVEN
+AGGREGATIONS = {"sum": walk.ADD, "mean": walk.MEAN, "max": walk.MAX}
+NO_ROWS = Rows(NOTHING, 0)
+
+
+class Schedule(NamedTuple):
+    """Which nodes a task does, and which are too large for one. Of the graph alone."""
+
+    starts: NDArray[np.int64]
+    parts: NDArray[np.int64]
+    hubs: NDArray[np.int64]
+
+
+class Walk(NamedTuple):
+    """The edges in the order of one of their ends: of targets, or with `positions` of sources."""
+
+    indptr: Array
+    others: Array
+    edge_ids: Array | None
+    positions: Array | None
+    schedule: Schedule
+
+
+def walk_of(indptr: Array, others: Array, edge_ids: Array | None, positions: Array | None = None) -> Walk:
+    return Walk(indptr, others, edge_ids, positions, _schedule(indptr))
+
+
+def _schedule(indptr: Array) -> Schedule:
+    nodes = len(indptr) - 1
+    cost = indptr + np.arange(nodes + 1)
+    cuts = np.searchsorted(cost, np.arange(0, cost[-1], TASK))
+    starts = np.unique(np.append(cuts, nodes)) if nodes else np.zeros(1, np.int64)
+    degrees = np.diff(indptr)
+    hubs, parts, first_part = [], [], 0
+    for number, node in enumerate(np.flatnonzero(degrees > MOST)):
+        cut = -(-int(degrees[node]) // TASK)
+        ends = indptr[node] + np.arange(cut + 1, dtype=np.int64) * degrees[node] // cut
+        parts.append(np.stack([np.full(cut, number), ends[:-1], ends[1:]], axis=1))
+        hubs.append((node, first_part, first_part + cut))
+        first_part += cut
+    all_parts = np.concatenate(parts) if parts else np.zeros((0, 3))
+    return Schedule(*(np.ascontiguousarray(x, np.int64) for x in (starts, all_parts, np.array(hubs).reshape(-1, 3))))
+
+
+class Terms(NamedTuple):
+    """What attention over neighbours is of: nodes are (N, H, channels), edges (E, H, channels) as the caller has them.
+
+    All are contiguous but for the steps from node to node, and of one dtype.
+    """
+
+    rule: int
+    key: Array
+    query: Array
+    value: Array  # for JOINT the keys again
+    edge: Array | None = None
+    bias: Array | None = None  # (E, H)
+    att: Array | None = None  # (H, D)
+    slope: float = 0.2
+    scale: float = 1.0
+    normalizes: bool = True
+    dropout: float = 0.0
+    seed: int = 0
+    edge_weight: Array | None = None  # (E)
+    aggregation: str = "sum"
+    edge_value: Array | None = None
+    offset: Array | None = None  # (H, C): what the output begins with
+    fold: Array | None = None  # (1 or 2, H, C): key = <fold[0], value> and, if the nodes are the same, so the query
+
+
+class Kept(NamedTuple):
+    """What a forward pass leaves."""
+
+    output: Array  # (Nt, H, C)
+    lse: Array  # (Nt, H); meaningless without a softmax
+    scores: Array  # (E, H) by position
+    best: Array | None  # (Nt, H, C) for "max": the position of the edge that was the largest
+
+
+class Made(NamedTuple):
+    """Gradients; None for what there was not."""
+
+    query: Array
+    key: Array | None  # None where it went into the values
+    value: Array
+    edge: Array | None
+    bias: Array | None
+    edge_weight: Array | None
+    edge_value: Array | None
+    offset: Array  # (H, C)
+    att: Array | None  # (H, D), or (1 or 2, H, C) of a fold
+
+
+def forward(by_target: Walk, terms: Terms, keeps: bool) -> Kept:
+    """`keeps` the scores, for the backward pass or the coefficients."""
+    dtype, nodes = terms.value.dtype, len(by_target.indptr) - 1
+    H, C = terms.value.shape[1:]
+    kept = Kept(
+        output=np.empty((nodes, H, C), dtype),
+        lse=np.empty((nodes, H), dtype),
+        scores=np.empty((len(by_target.others) if keeps else 0, H), dtype),
+        best=np.empty((nodes, H, C), np.int64) if terms.aggregation == "max" else None,
+    )
+    _run(kernels.forward, by_target, _job(by_target, terms, kept, keeps=int(keeps)), dtype)
+    return kept
+
+
+def coefficients(by_target: Walk, terms: Terms, kept: Kept) -> Array:
+    """(E, H) in the caller's order: after the softmax, before dropout and the edges' weights."""
+    out = np.empty_like(kept.scores)
+    job = _job(by_target, terms, kept, dbias=out)
+    dtype, tasks = out.dtype, len(job.starts) - 1
+    _launch(kernels.coefficients, job, tasks, dtype)
+    return out
+
+
+def backward(
+    by_target: Walk, by_source: Walk, terms: Terms, kept: Kept, grad: Array, grad_weights: Array | None = None
+) -> Made:
+    """The gradients of all that was given; `grad_weights` (E, H) is that of the coefficients, in the caller's order."""
+    dtype, H, pad = terms.value.dtype, terms.value.shape[1], _pad(terms)
+    folds = 0 if terms.fold is None else len(terms.fold)
+    makes_key = terms.rule == DOT or (terms.rule == SUM and not folds)
+
+    def like(x: Array | None, wanted: bool = True) -> Array | None:
+        return np.empty(x.shape, dtype) if wanted and x is not None else None
+
+    made = {name: like(getattr(terms, name)) for name in ("query", "value", "edge", "edge_weight", "edge_value")}
+    made["key"] = like(terms.key, makes_key)
+    is_summed = terms.rule == SUM  # where the score of an edge is a number, so is its gradient
+    scores = terms.bias if terms.bias is not None else terms.edge if is_summed else None
+    made["bias"] = like(scores)
+    fields = dict(
+        grad=_rows(grad), grad_weights=_or_nothing(grad_weights), has_grad_weights=int(grad_weights is not None),
+        pairs=np.empty((len(by_target.others), 2, H), dtype), dquery=_rows(made["query"]), dkey=_rows(made["key"]),
+        dvalue=_rows(made["value"]), dedge=_rows(made["edge"]), dweight=_or_nothing(made["edge_weight"]),
+        dedge_value=_rows(made["edge_value"]), dbias=_or_nothing(made["bias"]), wants_dbias=int(scores is not None),
+    )  # fmt: skip
+    job = _job(by_target, terms, kept, **fields)
+    sums = _run(kernels.backward_targets, by_target, job, dtype, pad)
+    job = _job(by_source, terms, kept, **fields, fold=_padded(terms.fold, pad), folds=folds)
+    more = _run(kernels.backward_sources, by_source, job, dtype, pad)
+    C = terms.value.shape[2]
+    if terms.rule == SUM and terms.edge is not None:
+        made["edge"], made["bias"] = made["bias"], None
+    return Made(
+        **made,
+        offset=sums[0, :, :C],
+        att=more[1 : 1 + folds, :, :C] if folds else sums[1, :, : terms.key.shape[2]] if terms.rule == JOINT else None,
+    )
+
+
+# --- jobs ----------------------------------------------------------------------------------------------------------
+def _pad(terms: Terms) -> int:
+    lanes = target().lanes(terms.value.dtype.itemsize)
+    return max(-(-n // lanes) * lanes for n in (terms.value.shape[2], terms.key.shape[2]))
+
+
+def _padded(x: Array | None, pad: int) -> Array:
+    """With zeros to whole vectors."""
+    if x is None:
+        return NOTHING
+    out = np.zeros((*x.shape[:-1], pad), x.dtype)
+    out[..., : x.shape[-1]] = x
+    return out
+
+
+def _rows(x: Array | None) -> Rows:
+    return NO_ROWS if x is None else Rows(x, x.strides[0] // x.itemsize)
+
+
+def _or_nothing(x: Array | None) -> Array:
+    return NOTHING if x is None else x
+
+
+def _job(by: Walk, terms: Terms, kept: Kept, **more: Any) -> walk.NeighborJob:
+    H, C = terms.value.shape[1:]
+    dtype, pad = terms.value.dtype, _pad(terms)
+    lanes = target().lanes(dtype.itemsize)
+    is_narrow = by.indptr.dtype == np.int32
+    numbers = [by.indptr, by.others, by.edge_ids, by.positions]
+    here = [NOTHING if x is None else x for x in numbers]
+    narrow = here if is_narrow else [None] * 4
+    wide = [NOTHING] * 4 if is_narrow else here
+    scratch = walk.scratch_elements(H, pad, lanes, dtype.itemsize)
+    offset = _padded(terms.offset, pad) if terms.offset is not None else np.zeros((H, pad), dtype)
+    has_shares = terms.dropout > 0 or terms.edge_weight is not None or terms.aggregation == "mean"
+    starts, parts, hubs = by.schedule
+    partial_step = walk.partial_elements(H, pad)
+    is_max = terms.aggregation == "max"
+    fields = dict(
+        indptr=narrow[0], others=narrow[1], edge_ids=narrow[2], positions=narrow[3], wide_indptr=wide[0],
+        wide_others=wide[1], wide_edge_ids=wide[2], wide_positions=wide[3], has_ids=int(by.edge_ids is not None),
+        E=len(by.others), mode=walk.NODES, starts=starts, parts=parts, hubs=hubs, most=MOST,
+        partial=np.empty((len(parts), partial_step), dtype), partial_step=partial_step,
+        partial_best=np.empty((len(parts) if is_max else 0, H * C), np.int64),
+        rule=terms.rule, slope=terms.slope, scale=terms.scale, key=_rows(terms.key), query=_rows(terms.query),
+        edge=_rows(terms.edge), has_edge=int(terms.edge is not None), bias=_rows(terms.bias),
+        has_bias=int(terms.bias is not None), att=_padded(terms.att, pad), normalizes=int(terms.normalizes),
+        dropout=_dropout(terms.dropout, terms.seed), edge_weight=_or_nothing(terms.edge_weight),
+        has_dropout=int(terms.dropout > 0), has_weight=int(terms.edge_weight is not None), has_shares=int(has_shares),
+        aggregation=AGGREGATIONS[terms.aggregation], value=_rows(terms.value), edge_value=_rows(terms.edge_value),
+        has_edge_value=int(terms.edge_value is not None), offset=offset, scores=kept.scores, keeps=0, lse=kept.lse,
+        best=_or_nothing(kept.best), output=_rows(kept.output), grad=NO_ROWS, grad_weights=NOTHING, has_grad_weights=0,
+        pairs=NOTHING, dquery=NO_ROWS, dkey=NO_ROWS, dvalue=NO_ROWS, dedge=NO_ROWS, dbias=NOTHING, dweight=NOTHING,
+        dedge_value=NO_ROWS, wants_dbias=0, fold=NOTHING, folds=0, sums=NOTHING, sums_from=0, H=H, C=C,
+        D=terms.key.shape[2], line=64 // dtype.itemsize, scratch="scratch", scratch_step=scratch,
+    )  # fmt: skip
+    return walk.NeighborJob(**{**fields, **more})
+
+
+def _dropout(probability: float, seed: int) -> Dropout:
+    return Dropout(seed, round(probability * 2**32), 1 / (1 - probability) if probability < 1 else 0.0)
+
+
+def _run(kernel: Callable[..., None], by: Walk, job: walk.NeighborJob, dtype: np.dtype[Any], pad: int = 0) -> Array:
+    """All nodes, then the parts of hubs, then hubs; returns what tasks have summed, added up in their order."""
+    starts, parts, hubs = by.schedule
+    tasks, rounds = len(starts) - 1, [(walk.NODES, len(starts) - 1, 0)]
+    if len(hubs):
+        rounds.append((walk.PART, len(parts), tasks))
+        if kernel is kernels.backward_targets:
+            rounds.append((walk.SECOND_PART, len(parts), tasks))
+        rounds.append((walk.HUB, len(hubs), tasks + len(parts)))
+    sums = np.zeros((tasks + len(parts) + len(hubs), 3, job.H, pad), dtype)
+    for mode, n, start in rounds:
+        _launch(kernel, job._replace(mode=mode, sums=sums, sums_from=start), n, dtype)
+    return sums.sum(axis=0)
+
+
+def _launch(kernel: Any, job: walk.NeighborJob, tasks: int, dtype: np.dtype[Any]) -> None:
+    if tasks:
+        launch = kernel.prepare(job, tasks, dtype, 4 * job.E * job.H * (job.C + job.D + 8))
+        launch(scratch=jit.scratch(job.scratch_step * jit.slots(), dtype))
