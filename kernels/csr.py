@@ -1,9 +1,9 @@
 """Attention over neighbours: of each target i to the sources j of its edges, which lie together (CSR).
 
     s[e, h]      score of an edge, by one of four rules; a is of the edge, and optional everywhere
-                 SUM     leaky(key[j, h] + query[i, h] + a[e, h])                                             GAT
-                 JOINT   sum over c of att[h, c] * leaky(key[j, h, c] + query[i, h, c] + a[e, h, c])          GATv2
-                 DOT     scale * sum over d of query[i, h, d] * (key[j, h, d] + a[e, h, d])  + bias[e, h]     transformers
+                 SUM     leaky(key[j, h] + query[i, h] + a[e, h])                                           GAT
+                 JOINT   sum over c of att[h, c] * leaky(key[j, h, c] + query[i, h, c] + a[e, h, c])        GATv2
+                 DOT     scale * sum over d of query[i, h, d] * (key[j, h, d] + a[e, h, d]) + bias[e, h]  transformers
                  GIVEN   bias[e, h]
     p[e, h]      softmax of s over the edges of a target: exp(s - bound) / total
     w[e, h]      p * (kept by dropout) * (edge's weight) / (number of edges, for the mean)
@@ -23,7 +23,18 @@ How the work is dealt to tasks, walk.py says.
 
 import math
 
-from .gather import EDGES, add_gathered, dot_gathered, joint_gradients, joint_scores, keep_largest, put_row, take_row
+from .gather import (
+    EDGES,
+    add_gathered,
+    dot_gathered,
+    joint_gradients,
+    joint_scores,
+    keep_largest,
+    leaky,
+    leaky_slope,
+    put_row,
+    take_row,
+)
 from .jit import apart, inline, kernel
 from .simd import fma, lane_max, lane_sum, lanes_of, load, load_live, splat, store, where
 from .softmax import LOG2E, probability
@@ -60,10 +71,10 @@ def find_scores(job, desk, pad, n):
     elif job.rule == JOINT:
         joint_scores(s, desk.y, pad, job.att, job.slope, job.key, job.edge, job.has_edge, desk.index, desk.ids, n, H, D)
     elif job.rule == SUM:
-        for e in range(n):
-            for h in range(H):
-                z = sum_before_leaky(job, desk, pad, e, h)
-                s[h * EDGES + e] = z if z > 0 else z * job.slope
+        find_sums(job, desk, pad, s, n)
+        for h in range(H):
+            for e in range(0, n, lanes_of(s)):
+                store(leaky(load(s, h * EDGES + e), job.slope), s, h * EDGES + e)
     else:
         for h in range(H):
             for e in range(n):
@@ -75,12 +86,17 @@ def find_scores(job, desk, pad, n):
                 s[h * EDGES + e] = b if b == -INF else s[h * EDGES + e] + b
 
 
-@inline
-def sum_before_leaky(job, desk, pad, e, h):
-    z = job.key.data[desk.index[e] * job.key.step + h] + desk.y[h * pad]
-    if job.has_edge:
-        z += job.edge.data[desk.ids[e] * job.edge.step + h]
-    return z
+@apart
+def find_sums(job, desk, pad, out, n):
+    """out[h, e] = key + query + a: apart from LeakyReLU, which by vectors has no branches to guess wrong"""
+    for e in range(n):
+        key = job.key.data + desk.index[e] * job.key.step
+        for h in range(job.H):
+            out[h * EDGES + e] = key[h] + desk.y[h * pad]
+        if job.has_edge:
+            a = job.edge.data + desk.ids[e] * job.edge.step
+            for h in range(job.H):
+                out[h * EDGES + e] += a[h]
 
 
 @apart
@@ -156,6 +172,7 @@ def finish(job, desk, pad, i):
         l, factor = desk.total[h], 1.0
         if job.normalizes:
             factor = 0.0 if l == 0 else 1 / l
+        if job.normalizes and job.keeps:
             job.lse[i * job.H + h] = -INF if l == 0 else desk.bound[h] + math.log(l * 1.0)
         for c in range(pad):
             x = desk.value[h * pad + c] * factor if factor != 0 else 0.0
@@ -332,6 +349,11 @@ def score_gradients(job, desk, pad, first, n, i, sums):
         desk.index[e] = number(job.others, job.wide_others, first + e)
         desk.ids[e] = number(job.edge_ids, job.wide_edge_ids, first + e) if job.has_ids else first + e
     find_weights(job, desk, i, first, n)
+    if job.rule == SUM:
+        find_sums(job, desk, pad, desk.shares, n)
+        for h in range(H):
+            for e in range(0, n, lanes_of(ds)):
+                store(leaky_slope(load(desk.shares, h * EDGES + e), job.slope), desk.shares, h * EDGES + e)
     for e in range(n):
         pair = job.pairs + (first + e) * 2 * H
         for h in range(H):
@@ -339,8 +361,7 @@ def score_gradients(job, desk, pad, first, n, i, sums):
             if job.normalizes:
                 d = desk.weights[at] * (d - desk.delta[h]) if desk.weights[at] != 0 else 0.0
             if job.rule == SUM:
-                z = sum_before_leaky(job, desk, pad, e, h)
-                d = d if z > 0 else d * job.slope
+                d *= desk.shares[at]
                 desk.terms[h * pad] += d
             if job.wants_dbias:
                 job.dbias[desk.ids[e] * H + h] = d
@@ -479,7 +500,8 @@ def take_pairs(job, desk, first, n):
         position = number(job.positions, job.wide_positions, first + e)
         desk.index[e] = number(job.others, job.wide_others, first + e)
         desk.places[e] = position
-        desk.ids[e] = number(job.edge_ids, job.wide_edge_ids, position) if job.has_ids else position
+        if job.has_edge:  # else a look at random memory for nothing
+            desk.ids[e] = number(job.edge_ids, job.wide_edge_ids, position) if job.has_ids else position
         for h in range(H):
             desk.weights[h * EDGES + e] = job.pairs[position * 2 * H + h]
             desk.changes[h * EDGES + e] = job.pairs[position * 2 * H + H + h]

@@ -160,7 +160,7 @@ def take_edges(job, desk, first, n):
         desk.ids[e] = number(job.edge_ids, job.wide_edge_ids, p) if job.has_ids else p
         if p + AHEAD < job.E:
             fetch_row(job.value, number(job.others, job.wide_others, p + AHEAD), job.H * job.C, job.line)
-            if job.rule == DOT:
+            if job.rule == DOT or job.rule == SUM:
                 fetch_row(job.key, number(job.others, job.wide_others, p + AHEAD), job.H * job.D, job.line)
 
 
