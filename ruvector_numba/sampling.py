@@ -1,0 +1,342 @@
+"""Mini-batches of a graph that is too large for one pass: a few nodes, and neighbours drawn for them, hop by hop.
+
+The first hop draws neighbours of the target nodes, the second neighbours of the nodes that the first has added, and so
+on; a node is expanded once, when it is new. What is drawn for a node is decided by the seed, the hop and the node's
+number alone: no other node, no order and no number of threads has a say in it.
+
+Training looks like this. Three kinds of nodes, which mostly have neighbours of their own kind, and features that say
+little by themselves; a softmax regression on the mean over neighbours, taken twice:
+
+>>> import numpy as np
+>>> from ruvector_numba.graph import CSRGraph
+>>> rng = np.random.default_rng(0)
+>>> kind = rng.integers(0, 3, 600)
+>>> ends = rng.integers(0, 600, (2, 30000))
+>>> is_edge = (kind[ends[0]] == kind[ends[1]]) | (rng.random(30000) < 0.1)
+>>> graph = CSRGraph.from_edge_index(ends[:, is_edge], num_nodes=600)
+>>> x = np.eye(3)[kind] + 2 * rng.standard_normal((600, 3))  # or np.load("features.npy", mmap_mode="r")
+
+>>> def logits(sample, W):
+...     to_mean = sample.graph.to_scipy() / np.maximum(sample.graph.in_degrees, 1)[:, None]
+...     h = (to_mean @ (to_mean @ sample.features(x)))[: sample.num_targets]
+...     return h, h @ W
+
+>>> W = np.zeros((3, 3))
+>>> for epoch in range(5):
+...     for sample in neighbor_batches(graph, np.arange(300), (5, 5), batch_size=50, seed=epoch):
+...         h, z = logits(sample, W)
+...         p = np.exp(z) / np.exp(z).sum(axis=1, keepdims=True)
+...         W -= 0.02 * h.T @ (p - np.eye(3)[kind[sample.nodes[: sample.num_targets]]])
+
+>>> rest = sample_neighbors(graph, np.arange(300, 600), (-1, -1))  # all neighbours
+>>> bool((logits(rest, W)[1].argmax(axis=1) == kind[300:]).mean() > 0.95)
+True
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from . import checks
+from .checks import Array
+from .errors import DimensionMismatchError, GraphStructureError, InvalidConfigError, InvalidInputError
+from .graph import CSRGraph
+
+__all__ = ["NeighborSample", "neighbor_batches", "sample_neighbors"]
+
+Nodes = NDArray[np.int64]
+Words = NDArray[np.uint64]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class NeighborSample:
+    """A subgraph around some target nodes.
+
+    Attributes
+    ----------
+    nodes : array of int64 (n)
+        Its nodes, by their numbers in the whole graph: the targets as they were given, then the others in the order in
+        which they first appeared.
+    graph : CSRGraph
+        Its edges, between places in `nodes`; edges of one target keep the order that they have in the whole graph.
+    edges : array of int64 (E)
+        The numbers in the whole graph of the edges of `graph`, as in ``edge_attr[sample.edges]``; both in the caller's
+        order.
+    num_targets : int
+        The targets are ``nodes[:num_targets]``.
+    num_all_nodes : int
+        Nodes of the whole graph.
+    """
+
+    nodes: NDArray[np.int64]
+    graph: CSRGraph
+    edges: NDArray[np.int64]
+    num_targets: int
+    num_all_nodes: int
+
+    def __repr__(self) -> str:
+        counts = f"num_targets={self.num_targets}, num_nodes={len(self.nodes)}, num_edges={len(self.edges)}"
+        return f"NeighborSample({counts})"
+
+    def features(self, x: ArrayLike) -> Array:
+        """``x[nodes]`` in memory: an ordinary array (n, ...), of what belongs to all nodes of the whole graph.
+
+        Parameters
+        ----------
+        x : array_like (num_all_nodes, ...)
+            Features, labels or whatever else; of a `numpy.memmap` only the rows that are needed are read.
+
+        Raises
+        ------
+        DimensionMismatchError
+            If `x` does not have one row for each node of the whole graph.
+        InvalidInputError
+            If it is no array and cannot become one.
+
+        Examples
+        --------
+        >>> sample = sample_neighbors(CSRGraph.from_edge_index([[2], [0]], num_nodes=4), [0], -1)
+        >>> sample.features([10.0, 11.0, 12.0, 13.0]).tolist()
+        [10.0, 12.0]
+        """
+        rows = _array("x", x)
+        if rows.ndim == 0 or len(rows) != self.num_all_nodes:
+            shapes = {"x.shape": rows.shape, "expected": f"({self.num_all_nodes}, ...)"}
+            hint = "give the rows of all nodes of the whole graph; those of the sample are picked here"
+            got = len(rows) if rows.ndim else ()
+            raise DimensionMismatchError(self.num_all_nodes, got, shapes=shapes, hint=hint)
+        return rows[self.nodes]
+
+
+# --- drawing -------------------------------------------------------------------------------------------------------
+def sample_neighbors(
+    graph: CSRGraph, nodes: ArrayLike, fan_out: int | Sequence[int], *, seed: int | None = 0
+) -> NeighborSample:
+    """Draw a subgraph around some nodes, enough of it to compute them in as many layers as there are fan-outs.
+
+    Each new node gets up to `fan_out` of the edges into it, each set of so many being as likely as any other. After the
+    last hop the nodes that were new in it have no edges: their features count, what a layer makes of them does not
+    reach the targets.
+
+    Parameters
+    ----------
+    graph : CSRGraph
+        Its sources and targets are the same nodes.
+    nodes : array_like of integers (n)
+        The target nodes, none of them twice.
+    fan_out : int or sequence of int
+        Edges to draw for each node, one number for each layer, that of the targets first; -1 for all edges.
+    seed : int, optional
+        The same seed draws the same neighbours for a node that is new in the same hop, whatever the other nodes are.
+        Fresh for each call if None.
+
+    Raises
+    ------
+    GraphStructureError
+        If `graph` is no CSRGraph or has other sources than targets, or a number in `nodes` is no node.
+    InvalidInputError
+        If `nodes` holds a node twice, or no integers, or has another shape; or `seed` is none.
+    InvalidConfigError
+        If `fan_out` holds anything but positive whole numbers and -1.
+
+    Examples
+    --------
+    >>> graph = CSRGraph.from_edge_index([[1, 2, 3, 4, 5], [0, 0, 0, 3, 4]])
+    >>> sample = sample_neighbors(graph, [0], (2, -1), seed=1)
+    >>> sample
+    NeighborSample(num_targets=1, num_nodes=4, num_edges=3)
+    >>> sample.nodes.tolist(), sample.edges.tolist()
+    ([0, 2, 3, 4], [1, 2, 3])
+    >>> sample.graph.to_edge_index().tolist()
+    [[1, 2, 3], [0, 0, 2]]
+
+    Source: Hamilton, Ying, Leskovec, "Inductive Representation Learning on Large Graphs", 2017; which nodes are
+    expanded, and how they are numbered, is as in `NeighborLoader` of PyTorch Geometric.
+    """
+    seeds = _nodes(graph, nodes)
+    return _sample(graph, seeds, _fan_outs(fan_out), checks._seed(seed, 1.0))
+
+
+def neighbor_batches(
+    graph: CSRGraph,
+    nodes: ArrayLike,
+    fan_out: int | Sequence[int],
+    batch_size: int,
+    *,
+    seed: int | None = 0,
+    shuffle: bool = True,
+) -> Iterator[NeighborSample]:
+    """One epoch: `sample_neighbors` around `batch_size` of the nodes at a time, the last time around those left.
+
+    Parameters
+    ----------
+    graph, nodes, fan_out
+        See `sample_neighbors`.
+    batch_size : int
+        Target nodes of a sample.
+    seed : int, optional
+        Also of the order. Give each epoch another one, such as its number: all batches of an epoch draw with the same,
+        so that a node has the same neighbours in each of them where it is new in the same hop. Fresh if None.
+    shuffle : bool
+        Take the nodes in random order, which does not depend on the order they are given in; else in that.
+
+    Yields
+    ------
+    NeighborSample
+
+    Raises
+    ------
+    GraphStructureError, InvalidInputError
+        As `sample_neighbors`; at the call, before the first sample is drawn.
+    InvalidConfigError
+        Also if `batch_size` is no positive whole number.
+
+    Examples
+    --------
+    >>> graph = CSRGraph.from_edge_index([[1, 2, 3, 4], [0, 0, 3, 3]])
+    >>> [sample.nodes[:2].tolist() for sample in neighbor_batches(graph, [0, 1, 2, 3], 1, 2, shuffle=False)]
+    [[0, 1], [2, 3]]
+    """
+    seeds, fan_outs, seed = _nodes(graph, nodes), _fan_outs(fan_out), checks._seed(seed, 1.0)
+    if not _is_whole(batch_size) or batch_size < 1:
+        raise InvalidConfigError(f"batch_size is {batch_size!r}", hint="give a positive whole number")
+    if shuffle:
+        seeds = seeds[np.argsort(_dice(seed, _ORDER, seeds))]
+    starts = range(0, len(seeds), int(batch_size))
+    return (_sample(graph, seeds[start : start + int(batch_size)], fan_outs, seed) for start in starts)
+
+
+def _sample(graph: CSRGraph, seeds: Nodes, fan_outs: list[int], seed: int) -> NeighborSample:
+    """Targets stand in the sample in the order in which they are expanded, so its edges are grouped as they come."""
+    places = np.zeros(
+        graph.num_targets, graph.indices.dtype
+    )  # of a node in the sample, from 1 on; 0 if it is not there
+    places[seeds] = np.arange(1, len(seeds) + 1)
+    new, known, hops = seeds, len(seeds), []
+    for hop, fan_out in enumerate(fan_outs, 1):
+        begins = graph.indptr[new].astype(np.int64)
+        degrees = graph.indptr[new + 1] - begins
+        count, chosen = _chosen(degrees, fan_out, _dice(seed, hop, new))
+        position = chosen + np.repeat(begins - _before(degrees), count)
+        source = graph.indices[position]
+        unseen = source[places[source] == 0]
+        turn = np.arange(1, len(unseen) + 1, dtype=places.dtype)
+        places[unseen[::-1]] = turn[::-1]  # of several numbers for a node the last one written stays: its first turn
+        new = unseen[places[unseen] == turn].astype(np.int64)
+        places[new] = np.arange(known + 1, known + len(new) + 1)
+        known += len(new)
+        hops.append((new, count, position, source))
+    added, counts, positions, sources = zip(*hops, strict=True)
+    indptr = np.cumsum(np.concatenate([[0], *counts, np.zeros_like(new)]))  # what is new at last is not expanded
+    made = CSRGraph.from_neighbors(indptr, places[np.concatenate(sources)] - 1)
+    edges = np.concatenate(positions)
+    if graph.edge_ids is not None:
+        edges = graph.edge_ids[edges].astype(np.int64)
+    return NeighborSample(np.concatenate([seeds, *added]), made, edges, len(seeds), graph.num_targets)
+
+
+def _chosen(degrees: NDArray[np.int64], most: int, dice: Words) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """How many edges each node gets, and which, ascending, counted through all edges of these nodes.
+
+    Floyd's choice of `most` out of n, of all nodes at once: step by step one of the first n - most + 1, n - most + 2,
+    ..., n edges is drawn, and if it was drawn before, the last of them is taken, which cannot have been.
+
+    Source: Bentley, Floyd, "Programming pearls: a sample of brilliance", 1987.
+    """
+    is_large = degrees > most
+    if most == -1 or not is_large.any():
+        return degrees, np.arange(degrees.sum())
+    taken = np.repeat(~is_large, degrees)
+    begins, last, dice = _before(degrees)[is_large], degrees[is_large] - most, dice[is_large]
+    for step in range(1, most + 1):
+        fractions = (_mixed(dice + _words(step * _STEP)) >> _words(11)) * 2.0**-53  # of 53 bits, in [0, 1)
+        drawn = begins + (fractions * (last + 1)).astype(np.int64)
+        drawn = np.where(taken[drawn], begins + last, drawn)
+        taken[drawn] = True
+        last += 1
+    return np.minimum(degrees, most), np.flatnonzero(taken)
+
+
+def _before(counts: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The sum of those before each."""
+    return np.cumsum(counts) - counts
+
+
+# --- dice ----------------------------------------------------------------------------------------------------------
+_ORDER = 0  # what dice are for: the order of the nodes, or a hop, which count from 1
+_STEP, _NODE = 0x9E3779B97F4A7C15, 0xD1B54A32D192ED03
+
+
+def _dice(seed: int, purpose: int, nodes: Nodes) -> Words:
+    """64 random bits for each node, all different."""
+    key = _mixed(_mixed(_words(seed)) + _words(purpose * _STEP))
+    return _mixed(key + nodes.astype(np.uint64) * _words(_NODE))
+
+
+def _mixed(x: Words) -> Words:
+    """A 64-bit finaliser (splitmix64): every bit of the result depends on every bit of x, and none is lost."""
+    x = (x ^ (x >> _words(30))) * _words(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> _words(27))) * _words(0x94D049BB133111EB)
+    return x ^ (x >> _words(31))
+
+
+def _words(n: int) -> Words:
+    """One word, as an array since NumPy warns when a scalar overflows."""
+    return np.array([n % (1 << 64)], np.uint64)
+
+
+# --- checks --------------------------------------------------------------------------------------------------------
+def _nodes(graph: CSRGraph, nodes: ArrayLike) -> Nodes:
+    if not isinstance(graph, CSRGraph):
+        hint = "make one: CSRGraph.from_edge_index(edge_index, num_nodes)"
+        raise GraphStructureError(f"graph is a {type(graph).__name__}, not a CSRGraph", hint=hint)
+    if graph.is_bipartite:
+        shapes = {"num_sources": graph.num_sources, "num_targets": graph.num_targets}
+        hint = (
+            "a drawn source is a target of the next hop: number all nodes in one row, from_edge_index(..., num_nodes=N)"
+        )
+        raise GraphStructureError("sources and targets are different nodes", shapes=shapes, hint=hint)
+    found = _array("nodes", nodes)
+    if found.size == 0 and not isinstance(nodes, np.ndarray):
+        found = found.astype(np.int64)
+    if found.dtype.kind not in "iu":
+        hint = "of a mask take numpy.flatnonzero(nodes)" if found.dtype.kind == "b" else "give the nodes' whole numbers"
+        raise InvalidInputError(f"nodes has dtype {found.dtype}, not an integer one", hint=hint)
+    if found.ndim != 1:
+        hint = "give a row of numbers; one node is [node]"
+        raise InvalidInputError(f"nodes has {found.ndim} axes", shapes={"nodes.shape": found.shape}, hint=hint)
+    n = graph.num_targets
+    odd = np.flatnonzero((found < 0) | (found >= n))
+    if len(odd):
+        there = f"0 to {n - 1}" if n else "none"
+        hint = "nodes count from 0, and the graph was made with as many as num_nodes says"
+        raise GraphStructureError(f"nodes[{odd[0]}] is {found[odd[0]]}, and the nodes are {there}", hint=hint)
+    ordered = np.sort(found)
+    again = ordered[1:][ordered[1:] == ordered[:-1]]
+    if len(again):
+        raise InvalidInputError(f"nodes holds {again[0]} more than once", hint="numpy.unique(nodes) holds each once")
+    return found.astype(np.int64)
+
+
+def _fan_outs(fan_out: int | Sequence[int]) -> list[int]:
+    several = fan_out.tolist() if isinstance(fan_out, np.ndarray) else fan_out
+    several = several if isinstance(several, list | tuple) else [several]  # type: ignore[list-item]
+    if not several or not all(_is_whole(n) and (n == -1 or n > 0) for n in several):
+        hint = "give a positive whole number for each layer, or -1 for all neighbours, as in (10, 5)"
+        raise InvalidConfigError(f"fan_out is {fan_out!r}", hint=hint)
+    return [int(n) for n in several]
+
+
+def _is_whole(n: object) -> bool:
+    return isinstance(n, int | np.integer) and not isinstance(n, bool)
+
+
+def _array(name: str, x: ArrayLike) -> Array:
+    try:
+        return np.asarray(x)
+    except ValueError as error:
+        raise InvalidInputError(f"{name} cannot become an array: {error}", hint="give rows of equal length") from None
