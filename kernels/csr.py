@@ -35,7 +35,7 @@ from .gather import (
     put_row,
     take_row,
 )
-from .jit import apart, inline, kernel
+from .jit import Elements, apart, inline, kernel
 from .simd import fma, lane_max, lane_sum, lanes_of, load, load_live, splat, store, where
 from .softmax import LOG2E, probability
 from .tiles import whole_vectors
@@ -233,6 +233,35 @@ def forward(job: NeighborJob, slot, task):
         i, first, last = job.hubs[3 * task], job.hubs[3 * task + 1], job.hubs[3 * task + 2]
         add_parts(job, desk, pad, first, last, job.best + i * job.H * job.C)
         finish(job, desk, pad, i)
+
+
+# --- terms of nodes --------------------------------------------------------------------------------------------------
+class FoldJob(NamedTuple):
+    """out[f, n, h] = sum over c of fold[f, h, c] * value[n, h, c]: what GAT's scores are sums of"""
+
+    value: Rows
+    fold: Elements  # (F, H, C), padded
+    out: Elements  # (F, N, H)
+    F: int
+    N: int
+    H: int
+    C: int
+    pad: int
+    nodes: int  # of one task
+
+
+@kernel
+def fold(job: FoldJob, slot, task):
+    # task -> some nodes
+    H, C, lanes = job.H, job.C, lanes_of(job.fold)
+    for n in range(task * job.nodes, min(job.N, (task + 1) * job.nodes)):
+        for h in range(H):
+            for f in range(job.F):
+                sum = load_live(job.fold, 0, 0)
+                for c in range(0, C, lanes):
+                    x = load_live(job.value.data, n * job.value.step + h * C + c, min(lanes, C - c))
+                    sum = fma(x, load(job.fold, (f * H + h) * job.pad + c), sum)
+                job.out[(f * job.N + n) * H + h] = lane_sum(sum)
 
 
 # --- coefficients ----------------------------------------------------------------------------------------------------

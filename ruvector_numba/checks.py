@@ -72,22 +72,33 @@ def call(
         _refuse_sizes(query, key, value)
     heads, batch = query.shape[-3] if query.ndim > 2 else 1, query.shape[:-3]
     seen = masks.resolve(attn_mask, is_causal, batch, heads, Lq, Lk, query.dtype)
-    if scale is None:
-        scale = 1 / math.sqrt(D) if D else 1.0
-    else:
-        scale = _real("scale", scale)
-        if not math.isfinite(scale):
-            raise InvalidInputError(f"scale is {scale}", hint="give a finite number, or None for 1 / sqrt(D)")
+    scale = scale_of(scale, D)
     if softcap is not None:
         softcap = _real("softcap", softcap)
         if not 0 < softcap < math.inf:
             raise InvalidInputError(f"softcap is {softcap}", hint="give a positive number, or None for no cap")
     slopes = None if alibi_slopes is None else _slopes(alibi_slopes, batch, heads, query.dtype)
-    if not (type(dropout_p) is float and dropout_p == 0.0):
-        dropout_p = _real("dropout_p", dropout_p)
-        if not 0 <= dropout_p <= 1:
-            raise InvalidInputError(f"dropout_p is {dropout_p}", hint="give a probability, 0 <= dropout_p <= 1")
-    return Call(query, key, value, seen, scale, softcap, slopes, dropout_p, _seed(seed, dropout_p))
+    return Call(query, key, value, seen, scale, softcap, slopes, *dropout(dropout_p, seed))
+
+
+def scale_of(scale: object, D: int) -> float:
+    """What scores are multiplied by."""
+    if scale is None:
+        return 1 / math.sqrt(D) if D else 1.0
+    number = _real("scale", scale)
+    if not math.isfinite(number):
+        raise InvalidInputError(f"scale is {number}", hint="give a finite number, or None for 1 / sqrt(D)")
+    return number
+
+
+def dropout(dropout_p: object, seed: object) -> tuple[float, int]:
+    """The probability to drop a weight, and the seed of the dice."""
+    if type(dropout_p) is float and dropout_p == 0.0:
+        return 0.0, _seed(seed, 0.0)
+    number = _real("dropout_p", dropout_p)
+    if not 0 <= number <= 1:
+        raise InvalidInputError(f"dropout_p is {number}", hint="give a probability, 0 <= dropout_p <= 1")
+    return number, _seed(seed, number)
 
 
 def _array(name: str, x: ArrayLike) -> Array:
@@ -278,4 +289,4 @@ def memory(shape: Shape, dtype: np.dtype[Any], purpose: str, hint: str | None = 
         raise OutOfMemoryError(size, shapes={f"{purpose} shape": shape, "bytes": size, "memory": present}, hint=hint)
 
 
-__all__ = ["Call", "call", "from_sequence", "gradient", "memory", "output", "rows"]
+__all__ = ["Call", "call", "dropout", "from_sequence", "gradient", "memory", "output", "rows", "scale_of"]

@@ -6,9 +6,11 @@ is one head of d channels, and a weight (d_in, d_out) is a batch of one.
 
 from __future__ import annotations
 
+import numpy as np
+
 from .checks import Array
 
-__all__ = ["product"]
+__all__ = ["linear", "linear_backward", "product"]
 
 
 def product(left: Array, right: Array, out: Array, bias: Array | None = None, sums: Array | None = None) -> None:
@@ -26,3 +28,22 @@ def product(left: Array, right: Array, out: Array, bias: Array | None = None, su
     if sums is not None:
         sums[...] = 0
     ready(left=left, right=right, out=out, bias=bias, sums=sums)
+
+
+def linear(x: Array, weight: Array, bias: Array | None = None) -> Array:
+    """x weight^T + bias, of x (N, d_in), weight (d_out, d_in) and bias (d_out,): as torch keeps them."""
+    out = np.empty((len(x), len(weight)), x.dtype)
+    product(_matrix(x), _matrix(weight.T), _matrix(out), bias)
+    return out
+
+
+def linear_backward(grad: Array, x: Array, weight: Array) -> tuple[Array, Array, Array]:
+    """The gradients of x, weight and bias, given that of `linear`'s result (N, d_out)."""
+    dx, dweight, dbias = np.empty_like(x), np.empty_like(weight), np.empty(len(weight), x.dtype)
+    product(_matrix(grad), _matrix(weight), _matrix(dx))
+    product(_matrix(x.T), _matrix(grad), _matrix(dweight.T), sums=dbias)
+    return dx, dweight, dbias
+
+
+def _matrix(x: Array) -> Array:
+    return x[None, :, None, :]

@@ -19,11 +19,12 @@ from ..kernels.scoring import Dropout
 from ..kernels.simd import target
 from .layouts import NOTHING
 
-__all__ = ["Kept", "Made", "Schedule", "Terms", "Walk", "backward", "coefficients", "forward", "walk_of"]
+__all__ = ["Kept", "Made", "Schedule", "Terms", "Walk", "backward", "coefficients", "fold", "forward", "walk_of"]
 
 # Edges of a task, where a node counts as one more. Of a hub, parts are as large.
 TASK = 2048
 MOST = 4096
+NODES = 512  # of a task that has no edges to do
 
 SUM, JOINT, DOT, GIVEN = walk.SUM, walk.JOINT, walk.DOT, walk.GIVEN
 AGGREGATIONS = {"sum": walk.ADD, "mean": walk.MEAN, "max": walk.MAX}
@@ -174,6 +175,20 @@ def backward(
         offset=sums[0, :, :C],
         att=more[1 : 1 + folds, :, :C] if folds else sums[1, :, : terms.key.shape[2]] if terms.rule == JOINT else None,
     )
+
+
+def fold(value: Array, weights: Array) -> Array:
+    """(F, N, H): the products of the rows of value (N, H, C) with each of weights (F, H, C)."""
+    (N, H, C), F = value.shape, len(weights)
+    out = np.empty((F, N, H), value.dtype)
+    if not C:
+        out[...] = 0
+        return out
+    padded = _padded(weights, -(-C // target().lanes(value.itemsize)) * target().lanes(value.itemsize))
+    job = kernels.FoldJob(_rows(value), padded, out, F, N, H, C, padded.shape[-1], NODES)
+    if N:
+        kernels.fold.prepare(job, -(-N // NODES), value.dtype, 4 * N * H * C)()
+    return out
 
 
 # --- jobs ----------------------------------------------------------------------------------------------------------

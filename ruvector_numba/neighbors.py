@@ -1,0 +1,431 @@
+"""Attention over neighbours: a node of a graph attends to the sources of the edges into it, and to nothing else.
+
+    query (Nt, H, D)    key (Ns, H, D)    value (Ns, H, C)    what belongs to edges is (E, ...), in the caller's order
+
+    s = scale * q_i . (k_j + edge_key)  + edge_bias          of the edge from source j to target i
+    p = softmax of s over the edges into i                   -inf hides an edge; of no edges at all nothing comes
+    o = sum over the edges of p * edge_weight * (v_j + edge_value)         or their mean, or largest in each channel
+
+It is dense attention with a mask, in time and memory proportional to the edges.
+
+>>> import numpy as np, ruvector_numba as rv
+>>> graph = rv.CSRGraph.from_edge_index([[0, 1, 2], [2, 2, 1]])
+>>> x = np.eye(3)[:, None, :]
+>>> rv.neighbor_attention(x, x, x, graph)[:, 0]
+array([[0. , 0. , 0. ],
+       [0. , 0. , 1. ],
+       [0.5, 0.5, 0. ]])
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from . import checks
+from .checks import FLOATS, Array, from_sequence
+from .errors import DimensionMismatchError, GraphStructureError, InvalidConfigError, InvalidInputError
+from .graph import CSRGraph
+
+if TYPE_CHECKING:
+    from .plan import csr as plan
+
+__all__ = [
+    "NeighborCache",
+    "NeighborGradients",
+    "edge_softmax",
+    "edge_softmax_backward",
+    "neighbor_attention",
+    "neighbor_attention_backward",
+    "neighbor_attention_forward",
+]
+
+AGGREGATIONS = ("sum", "mean", "max")
+
+
+# --- what the layers work with ---------------------------------------------------------------------------------------
+class Past:
+    """What a pass over the edges remembers, for its coefficients and its gradients."""
+
+    def __init__(self, graph: CSRGraph, terms: plan.Terms, keeps: bool = True) -> None:
+        from .plan import csr as plan
+
+        self.graph, self.terms = graph, terms
+        self.kept = plan.forward(by_target(graph), terms, keeps)
+
+    @property
+    def output(self) -> Array:
+        return self.kept.output
+
+    def coefficients(self) -> Array:
+        from .plan import csr as plan
+
+        return plan.coefficients(by_target(self.graph), self.terms, self.kept)
+
+    def backward(self, grad: Array, grad_weights: Array | None = None) -> plan.Made:
+        from .plan import csr as plan
+
+        targets, sources = by_target(self.graph), by_source(self.graph)
+        return plan.backward(targets, sources, self.terms, self.kept, packed(grad), grad_weights)
+
+
+def by_target(graph: CSRGraph) -> Any:
+    from .plan import csr as plan
+
+    return graph._once("by target", lambda: plan.walk_of(graph.indptr, graph.indices, graph.edge_ids))
+
+
+def by_source(graph: CSRGraph) -> Any:
+    from .plan import csr as plan
+
+    turned = graph.transposed
+    return graph._once(
+        "by source", lambda: plan.walk_of(turned.indptr, turned.targets, graph.edge_ids, turned.positions)
+    )
+
+
+def packed(x: Array) -> Array:
+    """With each node's numbers together, as the kernels read them; a copy only where it must be."""
+    itemsize, wanted = x.itemsize, x.itemsize
+    fits = x.flags.aligned and x.strides[0] % itemsize == 0 and x.strides[0] >= 0
+    for n, stride in zip(x.shape[:0:-1], x.strides[:0:-1], strict=True):
+        fits = fits and (n <= 1 or stride == wanted)
+        wanted *= n
+    return x if fits else np.ascontiguousarray(x)
+
+
+# --- softmax over edges ----------------------------------------------------------------------------------------------
+def edge_softmax(scores: ArrayLike, graph: CSRGraph) -> Array:
+    """The softmax of the scores of edges over all edges into the same target.
+
+    Parameters
+    ----------
+    scores : array (E,) or (E, H), float32 or float64
+        In the caller's order of edges. -inf hides an edge: it gets 0, also where all edges of a target are hidden.
+    graph : CSRGraph
+
+    Returns
+    -------
+    array of the shape and dtype of `scores`
+
+    Raises
+    ------
+    InvalidInputError, DimensionMismatchError, GraphStructureError
+
+    Source: `softmax` of PyTorch Geometric and `edge_softmax` of DGL, without their 1e-16 in the denominator.
+
+    Examples
+    --------
+    >>> import numpy as np, ruvector_numba as rv
+    >>> graph = rv.CSRGraph.from_edge_index([[0, 1, 2], [2, 2, 1]])
+    >>> rv.edge_softmax(np.log([1.0, 3.0, 5.0]), graph)
+    array([0.25, 0.75, 1.  ])
+    """
+    s = _edge_numbers("scores", scores, checked_graph(graph))
+    bias = s.reshape(len(s), -1)
+    return _edge_terms(bias, graph).coefficients().reshape(s.shape)
+
+
+def edge_softmax_backward(grad_weights: ArrayLike, weights: ArrayLike, graph: CSRGraph) -> Array:
+    """The gradient of the scores that `edge_softmax` was given.
+
+    Parameters
+    ----------
+    grad_weights : array of the shape and dtype of `weights`
+    weights : array (E,) or (E, H)
+        What `edge_softmax` gave.
+    graph : CSRGraph
+
+    Returns
+    -------
+    array of the shape of `weights`
+        weights * (grad_weights - the sum over the target's edges of weights * grad_weights).
+
+    Raises
+    ------
+    InvalidInputError, DimensionMismatchError, GraphStructureError
+
+    Examples
+    --------
+    >>> import numpy as np, ruvector_numba as rv
+    >>> graph = rv.CSRGraph.from_edge_index([[0, 1, 2], [2, 2, 1]])
+    >>> rv.edge_softmax_backward(np.array([1.0, 0.0, 1.0]), np.array([0.25, 0.75, 1.0]), graph)
+    array([ 0.1875, -0.1875,  0.    ])
+    """
+    p = _edge_numbers("weights", weights, checked_graph(graph))
+    grad = checks.gradient("grad_weights", grad_weights, p.shape, p.dtype)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        past = _edge_terms(np.log(p).reshape(len(p), -1), graph)
+    none = np.zeros((graph.num_targets, past.terms.value.shape[1], 0), p.dtype)
+    made = past.backward(none, np.ascontiguousarray(grad.reshape(len(p), -1)))
+    return np.asarray(made.bias).reshape(p.shape)
+
+
+def _edge_terms(bias: Array, graph: CSRGraph) -> Past:
+    from .plan import csr as plan
+
+    H = bias.shape[1]
+    targets, sources = (np.zeros((n, H, 0), bias.dtype) for n in (graph.num_targets, graph.num_sources))
+    return Past(graph, plan.Terms(plan.GIVEN, sources, targets, sources, bias=packed(bias)))
+
+
+# --- attention -------------------------------------------------------------------------------------------------------
+class NeighborCache:
+    """What `neighbor_attention_forward` leaves.
+
+    Attributes
+    ----------
+    output : array (Nt, H, C)
+    lse : array (Nt, H)
+        The natural logarithm of the sum of exp(score) over a target's edges; -inf where there are none.
+    """
+
+    __slots__ = ("_past", "lse", "output")
+
+    def __init__(self, past: Past) -> None:
+        self._past, self.output, self.lse = past, past.kept.output, past.kept.lse
+
+    def __repr__(self) -> str:
+        return f"NeighborCache(output {self.output.shape}, {self._past.graph!r})"
+
+    def coefficients(self) -> Array:
+        """(E, H), in the caller's order of edges: after the softmax, before dropout and edge weights."""
+        return self._past.coefficients()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class NeighborGradients:
+    """The gradients of what `neighbor_attention` was given, of the same shapes; None for what was not."""
+
+    query: Array
+    key: Array
+    value: Array
+    edge_bias: Array | None
+    edge_key: Array | None
+    edge_value: Array | None
+    edge_weight: Array | None
+
+
+def neighbor_attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    graph: CSRGraph,
+    edge_bias: ArrayLike | None = None,
+    edge_key: ArrayLike | None = None,
+    edge_value: ArrayLike | None = None,
+    scale: float | None = None,
+    *,
+    edge_weight: ArrayLike | None = None,
+    dropout_p: float = 0.0,
+    aggregation: str = "sum",
+    seed: int | None = None,
+) -> Array:
+    """Attention of each node to the sources of its edges.
+
+    Parameters
+    ----------
+    query : array (Nt, H, D), float32 or float64
+        Of the targets.
+    key : array (Ns, H, D)
+        Of the sources.
+    value : array (Ns, H, C)
+    graph : CSRGraph
+        With Ns sources and Nt targets.
+    edge_bias : array (E, H), optional
+        Added to the scores; -inf hides an edge from a head.
+    edge_key, edge_value : array (E, H, D) and (E, H, C), optional
+        Added to the keys and to the values that go along the edges.
+    scale : float, optional
+        1 / sqrt(D) if None.
+    edge_weight : array (E,), optional
+        Multiplies the weights after the softmax.
+    dropout_p : float
+        The probability to drop a weight, after the softmax; the others are divided by 1 - dropout_p.
+    aggregation : {"sum", "mean", "max"}
+        How what a target's edges carry, weight times value, is joined: "mean" is the sum divided by their number;
+        "max" takes the largest in each channel, and of equal ones the first edge in the caller's order.
+    seed : int, optional
+        Of the dropout.
+
+    Returns
+    -------
+    array (Nt, H, C)
+        0 for a target without edges. The same to the bit for any number of threads; edges of different targets may be
+        given in any order, those of one target are added in the caller's.
+
+    Raises
+    ------
+    InvalidInputError, DimensionMismatchError, InvalidConfigError, GraphStructureError
+
+    Source: the attention of `TransformerConv` of PyTorch Geometric; edge weights as in `GATConv` of DGL.
+
+    Examples
+    --------
+    >>> import numpy as np, ruvector_numba as rv
+    >>> graph = rv.CSRGraph.from_edge_index([[0, 1, 2, 2], [1, 2, 0, 1]])
+    >>> x = np.random.default_rng(0).standard_normal((3, 2, 4))
+    >>> rv.neighbor_attention(x, x, x, graph).shape
+    (3, 2, 4)
+    """
+    arrays = query, key, value, edge_bias, edge_key, edge_value, edge_weight
+    return Past(graph, _terms(*arrays, graph, scale, dropout_p, aggregation, seed), keeps=False).output
+
+
+def neighbor_attention_forward(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    graph: CSRGraph,
+    edge_bias: ArrayLike | None = None,
+    edge_key: ArrayLike | None = None,
+    edge_value: ArrayLike | None = None,
+    scale: float | None = None,
+    *,
+    edge_weight: ArrayLike | None = None,
+    dropout_p: float = 0.0,
+    aggregation: str = "sum",
+    seed: int | None = None,
+) -> NeighborCache:
+    """`neighbor_attention` with what its gradients need: the scores, (E, H), and their logsumexp.
+
+    Parameters and errors are those of `neighbor_attention`. The arrays are referred to, not copied: they must not
+    change before the backward pass.
+
+    Examples
+    --------
+    >>> import numpy as np, ruvector_numba as rv
+    >>> graph = rv.CSRGraph.from_edge_index([[0, 1, 2, 2], [1, 2, 0, 1]])
+    >>> x = np.random.default_rng(0).standard_normal((3, 2, 4))
+    >>> cache = rv.neighbor_attention_forward(x, x, x, graph)
+    >>> cache.coefficients().shape
+    (4, 2)
+    >>> rv.neighbor_attention_backward(np.ones_like(cache.output), cache).query.shape
+    (3, 2, 4)
+    """
+    arrays = query, key, value, edge_bias, edge_key, edge_value, edge_weight
+    return NeighborCache(Past(graph, _terms(*arrays, graph, scale, dropout_p, aggregation, seed)))
+
+
+def neighbor_attention_backward(grad_output: ArrayLike, cache: NeighborCache) -> NeighborGradients:
+    """The gradients of a loss by all that `neighbor_attention_forward` was given, from that by its output. Exact.
+
+    Parameters
+    ----------
+    grad_output : array (Nt, H, C)
+    cache : NeighborCache
+
+    Raises
+    ------
+    InvalidInputError, DimensionMismatchError
+
+    Examples
+    --------
+    See `neighbor_attention_forward`.
+    """
+    if not isinstance(cache, NeighborCache):
+        hint = "give what neighbor_attention_forward returned"
+        raise InvalidInputError(f"cache is a {type(cache).__name__}, not a NeighborCache", hint=hint)
+    grad = checks.gradient("grad_output", grad_output, cache.output.shape, cache.output.dtype)
+    made = cache._past.backward(grad)
+    key = np.asarray(made.key)
+    return NeighborGradients(made.query, key, made.value, made.bias, made.edge, made.edge_value, made.edge_weight)
+
+
+# --- checks ----------------------------------------------------------------------------------------------------------
+def checked_graph(graph: object) -> CSRGraph:
+    if not isinstance(graph, CSRGraph):
+        hint = "make one: CSRGraph.from_edge_index(edge_index, num_nodes=N)"
+        raise GraphStructureError(f"graph is a {type(graph).__name__}, not a CSRGraph", hint=hint)
+    return graph
+
+
+def checked_aggregation(aggregation: object) -> str:
+    if aggregation not in AGGREGATIONS:
+        raise InvalidConfigError(f"aggregation is {aggregation!r}", hint='give "sum", "mean" or "max"')
+    return str(aggregation)
+
+
+def edge_array(name: str, x: ArrayLike | None, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array | None:
+    """What belongs to edges, of this shape and dtype."""
+    if x is None:
+        return None
+    array = from_sequence(name, x)
+    if array.shape != shape:
+        shapes = {f"{name}.shape": array.shape, "expected": shape}
+        hint = "one entry for each edge, in the order of the edges as they were given"
+        raise DimensionMismatchError(shape, array.shape, shapes=shapes, hint=hint)
+    if array.dtype != dtype:
+        hint = f"cast it: {name}.astype(numpy.{dtype})"
+        raise InvalidInputError(f"{name} has dtype {array.dtype}, the nodes {dtype}", hint=hint)
+    return packed(array)
+
+
+def _edge_numbers(name: str, x: ArrayLike, graph: CSRGraph) -> Array:
+    array = from_sequence(name, x)
+    if array.dtype not in FLOATS or not array.dtype.isnative:
+        hint = f"cast it: {name}.astype(numpy.float32)"
+        raise InvalidInputError(f"{name} has dtype {array.dtype}, not float32 or float64", hint=hint)
+    if array.ndim not in (1, 2) or len(array) != graph.num_edges:
+        shapes = {f"{name}.shape": array.shape, "expected": f"({graph.num_edges},) or ({graph.num_edges}, H)"}
+        raise DimensionMismatchError(graph.num_edges, array.shape, shapes=shapes, hint="one entry for each edge")
+    return array
+
+
+def _nodes(given: dict[str, ArrayLike]) -> list[Array]:
+    """Arrays of nodes, (N, heads, channels), of one dtype."""
+    arrays = {name: from_sequence(name, x) for name, x in given.items()}
+    shapes = {f"{name}.shape": x.shape for name, x in arrays.items()}
+    for name, x in arrays.items():
+        if x.dtype not in FLOATS or not x.dtype.isnative:
+            hint = f"cast it: {name}.astype(numpy.float32)"
+            raise InvalidInputError(f"{name} has dtype {x.dtype}, not float32 or float64", hint=hint)
+        if x.ndim != 3:
+            hint = "give (nodes, heads, channels); for one head, x[:, None, :]"
+            raise InvalidInputError(f"{name} has {x.ndim} axes", shapes=shapes, hint=hint)
+    if len({x.dtype for x in arrays.values()}) > 1:
+        dtypes = {f"{name}.dtype": x.dtype for name, x in arrays.items()}
+        raise InvalidInputError("query, key and value differ in dtype", shapes=dtypes, hint="cast them to one")
+    return list(arrays.values())
+
+
+def _terms(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    edge_bias: ArrayLike | None,
+    edge_key: ArrayLike | None,
+    edge_value: ArrayLike | None,
+    edge_weight: ArrayLike | None,
+    graph: CSRGraph,
+    scale: float | None,
+    dropout_p: float,
+    aggregation: str,
+    seed: int | None,
+) -> plan.Terms:
+    from .plan import csr as plan
+
+    checked_graph(graph)
+    q, k, v = _nodes({"query": query, "key": key, "value": value})
+    (Nt, H, D), (Ns, _, C) = q.shape, v.shape
+    shapes = {"query.shape": q.shape, "key.shape": k.shape, "value.shape": v.shape, "graph": graph}
+    if k.shape != (Ns, H, D) or v.shape[1] != H:
+        hint = "query (Nt, H, D), key (Ns, H, D), value (Ns, H, C)"
+        raise DimensionMismatchError((Ns, H, D), k.shape, shapes=shapes, hint=hint)
+    if (Nt, Ns) != (graph.num_targets, graph.num_sources):
+        wanted = graph.num_targets, graph.num_sources
+        raise DimensionMismatchError(wanted, (Nt, Ns), shapes=shapes, hint="a query for each target, a key each source")
+    E, dtype = graph.num_edges, q.dtype
+    number, dice = checks.dropout(dropout_p, seed)
+    return plan.Terms(
+        plan.DOT, packed(k), packed(q), packed(v),
+        edge=edge_array("edge_key", edge_key, (E, H, D), dtype),
+        bias=edge_array("edge_bias", edge_bias, (E, H), dtype),
+        scale=checks.scale_of(scale, D), dropout=number, seed=dice,
+        edge_weight=edge_array("edge_weight", edge_weight, (E,), dtype),
+        aggregation=checked_aggregation(aggregation),
+        edge_value=edge_array("edge_value", edge_value, (E, H, C), dtype),
+    )  # fmt: skip
