@@ -22,9 +22,11 @@ How the work is dealt to tasks, walk.py says.
 """
 
 import math
+from typing import NamedTuple
 
 from .gather import (
     EDGES,
+    Rows,
     add_gathered,
     dot_gathered,
     joint_gradients,

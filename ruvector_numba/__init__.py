@@ -39,15 +39,29 @@ from .errors import (
     SparseMatrixError,
     TrainingError,
 )
+from .gat import GAT, GATv2
 from .graph import CSRGraph
+from .graph_layers import GraphCache, GraphGradients
+from .graph_transformer import GraphTransformer
 from .multi_head import KeyValueCache, MultiHeadAttention
+from .neighbors import (
+    NeighborCache,
+    NeighborGradients,
+    edge_softmax,
+    edge_softmax_backward,
+    neighbor_attention,
+    neighbor_attention_backward,
+    neighbor_attention_forward,
+)
 from .parameters import ParameterSet, Trainable
 from .protocols import Attention, GeometricAttention, GraphAttention, SparseAttention, TrainableAttention
 from .results import AttentionCache, AttentionGradients, InputGradients
 from .runtime import get_num_threads, info, set_num_threads, threads, warmup
+from .sampling import NeighborSample, neighbor_batches, sample_neighbors
 from .scaled_dot_product import ScaledDotProductAttention
 
 __all__ = [
+    "GAT",
     "Attention",
     "AttentionBuilder",
     "AttentionCache",
@@ -56,11 +70,15 @@ __all__ = [
     "AttentionGradients",
     "CSRGraph",
     "DimensionMismatchError",
+    "GATv2",
     "GeometricAttention",
     "GraphAttention",
     "GraphAttentionBuilder",
     "GraphAttentionConfig",
+    "GraphCache",
+    "GraphGradients",
     "GraphStructureError",
+    "GraphTransformer",
     "InputGradients",
     "InvalidConfigError",
     "InvalidInputError",
@@ -68,6 +86,9 @@ __all__ = [
     "KeyValueCache",
     "MatrixOperationError",
     "MultiHeadAttention",
+    "NeighborCache",
+    "NeighborGradients",
+    "NeighborSample",
     "NumericalInstabilityError",
     "OutOfMemoryError",
     "ParameterSet",
@@ -80,12 +101,19 @@ __all__ = [
     "TrainingError",
     "attention_backward",
     "attention_forward",
+    "edge_softmax",
+    "edge_softmax_backward",
     "functional",
     "get_num_threads",
     "info",
     "masks",
     "merge",
+    "neighbor_attention",
+    "neighbor_attention_backward",
+    "neighbor_attention_forward",
+    "neighbor_batches",
     "optim",
+    "sample_neighbors",
     "scaled_dot_product_attention",
     "set_num_threads",
     "threads",

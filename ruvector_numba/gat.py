@@ -1,0 +1,276 @@
+"""Graph attention networks: GAT, whose scores are sums of a number of each end, and GATv2, whose scores see both."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, DTypeLike
+
+from .checks import Array
+from .errors import InvalidConfigError
+from .graph_layers import GraphLayer, Inputs, Record, checked_slope, loop_policy
+from .neighbors import Past
+from .parameters import ParameterSet
+from .projection import linear, linear_backward
+
+__all__ = ["GAT", "GATv2"]
+
+
+class _Convolution(GraphLayer):
+    """What both have: LeakyReLU, self-loops, a residual."""
+
+    def __init__(
+        self,
+        in_channels: int | tuple[int, int],
+        out_channels: int,
+        heads: int = 1,
+        *,
+        concat: bool = True,
+        negative_slope: float = 0.2,
+        dropout: float = 0.0,
+        add_self_loops: bool | str = True,
+        edge_dim: int | None = None,
+        fill_value: str | ArrayLike = "mean",
+        bias: bool = True,
+        residual: bool = False,
+        aggregation: str = "sum",
+        normalize: bool = True,
+        share_weights: bool = False,
+        seed: int | None = None,
+        dtype: DTypeLike = np.float32,
+    ) -> None:
+        super().__init__(in_channels, out_channels, heads, concat, dropout, edge_dim, bias, aggregation, seed)
+        self.negative_slope, self.add_self_loops = checked_slope(negative_slope), loop_policy(add_self_loops)
+        if isinstance(fill_value, str) and fill_value not in ("mean", "add"):
+            raise InvalidConfigError(f"fill_value is {fill_value!r}", hint='give "mean", "add", a number or an array')
+        self.fill_value, self.residual, self.normalize = fill_value, bool(residual), bool(normalize)
+        self.share_weights = bool(share_weights)
+        if self.share_weights and self.in_channels[0] != self.in_channels[1]:
+            widths = {"in_channels": self.in_channels}
+            raise InvalidConfigError("share_weights needs sources and targets of the same width", shapes=widths)
+        self._start(self._shapes(), dtype)
+
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        raise NotImplementedError
+
+    def _last_shapes(self) -> dict[str, tuple[int, ...]]:
+        shapes: dict[str, tuple[int, ...]] = {}
+        if self.residual:
+            shapes["res.weight"] = (self.width, self.in_channels[1])
+        if self.bias:
+            shapes["bias"] = (self.width,)
+        return shapes
+
+    def _settings(self) -> dict[str, Any]:
+        names = ("negative_slope", "add_self_loops", "fill_value", "residual", "normalize")
+        return super()._settings() | {name: getattr(self, name) for name in names}
+
+    def _nodes_of(self, x: Array) -> Array:
+        return x.reshape(len(x), self.heads, self.out_channels)
+
+    def _common(self, inputs: Inputs, p: ParameterSet) -> dict[str, Any]:
+        return dict(
+            slope=self.negative_slope, normalizes=self.normalize, dropout=inputs.dropout, seed=inputs.seed,
+            edge_weight=inputs.edge_weight, aggregation=self.aggregation, offset=self._offset(p),
+        )  # fmt: skip
+
+
+class GAT(_Convolution):
+    """Graph attention (Veličković et al., 2018): the meaning, names and shapes of PyTorch Geometric's `GATConv`.
+
+    h = x lin.weight^T;  s = LeakyReLU(att_src . h_j + att_dst . h_i [+ att_edge . lin_edge.weight edge_attr]);  the
+    output is the sum of softmax(s) h_j over the edges into i, heads joined or averaged, [+ res.weight x_i] + bias.
+
+    Parameters
+    ----------
+    in_channels : int, or (int, int) for sources and targets that are projected each in their own way
+    out_channels : int
+        Of one head.
+    heads : int
+    concat : bool
+        Whether heads are joined, else averaged.
+    negative_slope : float
+        Of the LeakyReLU.
+    dropout : float
+        The probability to drop a coefficient, in training only.
+    add_self_loops : bool, or "replace", "add", "keep"
+        True is "replace": loops that are there go, and each node gets one. See `CSRGraph.with_self_loops`.
+    edge_dim : int, optional
+        Channels of `edge_attr`.
+    fill_value : "mean", "add", number or array
+        Attributes of self-loops that the layer puts in. See `CSRGraph.edge_attr_with_self_loops`.
+    bias, residual : bool
+    aggregation : {"sum", "mean", "max"}
+        How a node joins what its edges bring, coefficient times h_j: "mean" divides by their number, "max" takes the
+        largest in each channel, of equal ones the first edge's.
+    normalize : bool
+        False leaves the softmax out: the coefficients are the scores.
+    seed : int, optional
+        Of the initial parameters and the dropout.
+    dtype : float32 or float64
+        Of the initial parameters. What is computed has the dtype of the inputs.
+
+    Raises
+    ------
+    InvalidConfigError
+
+    Examples
+    --------
+    >>> import numpy as np, ruvector_numba as rv
+    >>> graph = rv.CSRGraph.from_edge_index([[0, 1, 2, 3], [1, 2, 3, 0]])
+    >>> x = np.random.default_rng(0).standard_normal((4, 6), dtype=np.float32)
+    >>> layer = rv.GAT(6, 8, heads=2, seed=0)
+    >>> output, cache = layer.forward_cached(x, graph)
+    >>> output.shape, cache.coefficients().shape
+    ((4, 16), (8, 2))
+    >>> gradients = layer.backward(output, cache)
+    >>> layer.update_parameters(gradients, learning_rate=0.01)
+    """
+
+    needs_target = False
+
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        H, C = self.heads, self.out_channels
+        names = ("lin_src.weight", "lin_dst.weight") if self.is_bipartite else ("lin.weight",)
+        shapes: dict[str, tuple[int, ...]] = {"att_src": (1, H, C), "att_dst": (1, H, C)}
+        shapes |= {name: (H * C, n) for name, n in zip(names, self.in_channels, strict=False)}
+        if self.edge_dim is not None:
+            shapes |= {"att_edge": (1, H, C), "lin_edge.weight": (H * C, self.edge_dim)}
+        return shapes | self._last_shapes()
+
+    def _names(self) -> tuple[str, str]:
+        return ("lin_src.weight", "lin_dst.weight") if self.is_bipartite else ("lin.weight", "lin.weight")
+
+    def _attend(self, inputs: Inputs, p: ParameterSet, keeps: bool) -> tuple[Past, Any]:
+        from .plan import csr as plan
+
+        source_name, target_name = self._names()
+        h = self._nodes_of(linear(inputs.source, p[source_name]))
+        shared = inputs.target is inputs.source and source_name == target_name
+        att = np.concatenate([p["att_src"], p["att_dst"]] if shared else [p["att_src"]])
+        terms = plan.fold(h, att)[..., None]
+        h_target = None
+        if shared:
+            query = terms[1]
+        elif inputs.target is None:
+            query = np.zeros((inputs.graph.num_targets, self.heads, 1), h.dtype)
+        else:
+            h_target = self._nodes_of(linear(inputs.target, p[target_name]))
+            query = plan.fold(h_target, p["att_dst"])[0][..., None]
+        edge = by_edge = None
+        if inputs.edge_attr is not None:  # att . (W a) = (att W) a: no array of edges is as wide as a node
+            by_edge = _joined(p["att_edge"], p["lin_edge.weight"])
+            edge = linear(inputs.edge_attr, by_edge)[..., None]
+        made = plan.Terms(plan.SUM, terms[0], query, h, edge=edge, fold=att, **self._common(inputs, p))
+        return Past(inputs.graph, made, keeps), (h_target, by_edge)
+
+    def _attend_back(
+        self, made: Any, record: Record, found: dict[str, Array]
+    ) -> tuple[Array, Array | None, Array | None]:
+        inputs, p = record.inputs, record.parameters
+        source_name, target_name = self._names()
+        h_target, by_edge = record.extra
+        found["att_src"] = made.att[:1]
+        found["att_dst"] = made.att[1:] if len(made.att) > 1 else np.zeros_like(made.att)
+        dh = made.value.reshape(len(made.value), -1)
+        dsource, found[source_name], _ = linear_backward(dh, inputs.source, p[source_name])
+        dtarget = None
+        if h_target is not None:
+            found["att_dst"] = np.einsum("nh,nhc->hc", made.query[..., 0], h_target)[None]
+            dh = (made.query * p["att_dst"]).reshape(len(h_target), -1)
+            dtarget, dweight, _ = linear_backward(dh, inputs.target, p[target_name])
+            found[target_name] = dweight + found[target_name] if target_name in found else dweight
+        elif target_name not in found:
+            found[target_name] = np.zeros_like(p[target_name])
+        dattr = None
+        if by_edge is not None:
+            dattr, dby_edge, _ = linear_backward(made.edge[..., 0], inputs.edge_attr, by_edge)
+            found["att_edge"], found["lin_edge.weight"] = _joined_back(dby_edge, p["att_edge"], p["lin_edge.weight"])
+        return dsource, dtarget, dattr
+
+
+def _joined(att: Array, weight: Array) -> Array:
+    """(H, edge_dim): att[h] . weight of the head"""
+    return np.einsum("hc,hcd->hd", att[0], weight.reshape(*att[0].shape, -1))
+
+
+def _joined_back(grad: Array, att: Array, weight: Array) -> tuple[Array, Array]:
+    heads = weight.reshape(*att[0].shape, -1)
+    datt = np.einsum("hd,hcd->hc", grad, heads)[None]
+    return datt, np.einsum("hd,hc->hcd", grad, att[0]).reshape(weight.shape)
+
+
+class GATv2(_Convolution):
+    """Graph attention whose ranking of neighbours depends on the node (Brody et al., 2022), as `GATv2Conv`.
+
+    s = att . LeakyReLU(lin_l(x_j) + lin_r(x_i) [+ lin_edge(edge_attr)]), and what goes along an edge is lin_l(x_j).
+
+    Parameters are those of `GAT`, and
+
+    share_weights : bool
+        Whether lin_r is lin_l.
+
+    Raises
+    ------
+    InvalidConfigError
+
+    Examples
+    --------
+    >>> import numpy as np, ruvector_numba as rv
+    >>> x = np.random.default_rng(0).standard_normal((4, 6), dtype=np.float32)
+    >>> rv.GATv2(6, 8, heads=2, seed=0)(x, [[0, 1, 2, 3], [1, 2, 3, 0]]).shape
+    (4, 16)
+    """
+
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        H, C = self.heads, self.out_channels
+        shapes: dict[str, tuple[int, ...]] = {"att": (1, H, C)}
+        for name, n in zip(("lin_l", "lin_r"), self.in_channels, strict=True):
+            if name == "lin_l" or not self.share_weights:
+                shapes[f"{name}.weight"] = (H * C, n)
+                shapes |= {f"{name}.bias": (H * C,)} if self.bias else {}
+        if self.edge_dim is not None:
+            shapes["lin_edge.weight"] = (H * C, self.edge_dim)
+        return shapes | self._last_shapes()
+
+    def _settings(self) -> dict[str, Any]:
+        return super()._settings() | {"share_weights": self.share_weights}
+
+    def _linear(self, x: Array, p: ParameterSet, name: str) -> Array:
+        return self._nodes_of(linear(x, p[f"{name}.weight"], p[f"{name}.bias"] if self.bias else None))
+
+    def _linear_back(self, grad: Array, x: Array, p: ParameterSet, name: str, found: dict[str, Array]) -> Array:
+        dx, dweight, dbias = linear_backward(grad.reshape(len(grad), -1), x, p[f"{name}.weight"])
+        for key, d in ((f"{name}.weight", dweight), (f"{name}.bias", dbias)):
+            found[key] = found[key] + d if key in found else d
+        return dx
+
+    def _attend(self, inputs: Inputs, p: ParameterSet, keeps: bool) -> tuple[Past, Any]:
+        from .plan import csr as plan
+
+        left = self._linear(inputs.source, p, "lin_l")
+        target = inputs.target
+        if self.share_weights:
+            right = left if target is inputs.source else self._linear(np.asarray(target), p, "lin_l")
+        else:
+            right = self._linear(np.asarray(target), p, "lin_r")
+        edge = None
+        if inputs.edge_attr is not None:
+            edge = self._nodes_of(linear(inputs.edge_attr, p["lin_edge.weight"]))
+        terms = plan.Terms(plan.JOINT, left, right, left, edge=edge, att=p["att"][0], **self._common(inputs, p))
+        return Past(inputs.graph, terms, keeps), None
+
+    def _attend_back(
+        self, made: Any, record: Record, found: dict[str, Array]
+    ) -> tuple[Array, Array | None, Array | None]:
+        inputs, p = record.inputs, record.parameters
+        found["att"] = made.att[None]
+        dsource = self._linear_back(made.value, inputs.source, p, "lin_l", found)
+        name = "lin_l" if self.share_weights else "lin_r"
+        dtarget = self._linear_back(made.query, np.asarray(inputs.target), p, name, found)
+        dattr = None
+        if inputs.edge_attr is not None:
+            dedge = made.edge.reshape(len(made.edge), -1)
+            dattr, found["lin_edge.weight"], _ = linear_backward(dedge, inputs.edge_attr, p["lin_edge.weight"])
+        return dsource, dtarget, dattr

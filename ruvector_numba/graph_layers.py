@@ -1,0 +1,581 @@
+"""What the layers of attention on graphs share: nodes and edges checked, self-loops, what comes after the attention.
+
+A layer says how its scores and values are made of the nodes (`_attend`) and how gradients go back through that
+(`_attend_back`). The rest is here: which graph, which edge attributes, dropout, heads joined or averaged, residual and
+bias, and the plan's `graph_forward` and `sparse_forward`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import operator
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar, cast
+
+import numpy as np
+from numpy.typing import ArrayLike, DTypeLike
+
+from . import checks, edges, files, layers
+from .checks import FLOATS, Array, from_sequence
+from .errors import DimensionMismatchError, GraphStructureError, InvalidConfigError, InvalidInputError
+from .graph import CSRGraph
+from .neighbors import Past, checked_aggregation, edge_array
+from .parameters import ParameterSet, Trainable
+from .projection import linear, linear_backward
+from .protocols import GraphAttention
+
+__all__ = ["GraphCache", "GraphGradients", "GraphLayer"]
+
+Nodes = ArrayLike | tuple[ArrayLike, ArrayLike | None]
+Layer = TypeVar("Layer", bound="GraphLayer")
+
+
+class Inputs(NamedTuple):
+    """A checked call: nodes, the graph with its self-loops, and what belongs to its edges."""
+
+    source: Array  # (Ns, in)
+    target: Array | None  # (Nt, in): the same object where the nodes are; None where targets have no features
+    is_pair: bool
+    given: CSRGraph  # the caller's
+    graph: CSRGraph
+    edge_attr: Array | None  # (E, edge_dim), of `graph`
+    edge_weight: Array | None  # (E)
+    attr_shape: tuple[int, ...] | None  # the caller's
+    dropout: float
+    seed: int
+
+
+class Record(NamedTuple):
+    """What a layer's forward pass remembers."""
+
+    layer: GraphLayer
+    inputs: Inputs
+    parameters: ParameterSet
+    past: Past
+    extra: Any  # the layer's own
+
+
+class GraphCache:
+    """What a graph layer's forward pass leaves for its backward pass.
+
+    It refers to the arrays of the call and copies none: they must not change before the backward pass.
+
+    Attributes
+    ----------
+    graph : CSRGraph
+        With the self-loops that the layer put in; the edges of `coefficients`.
+    """
+
+    __slots__ = ("_record", "graph")
+
+    def __init__(self, record: Record) -> None:
+        self._record, self.graph = record, record.inputs.graph
+
+    def __repr__(self) -> str:
+        return f"GraphCache({self._record.layer.name()}, {self.graph!r})"
+
+    def coefficients(self) -> Array:
+        """(E, H): how much each edge counts, before dropout and edge weights, in the order of `graph`'s edges."""
+        return self._record.past.coefficients()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class GraphGradients:
+    """The gradients that a graph layer's backward pass gives.
+
+    Attributes
+    ----------
+    parameters : dict of str to array
+    node_features : array, or pair of arrays
+        As the nodes were given; in a pair None where None was.
+    edge_attr, edge_weight : array or None
+        Of the caller's edges; None if there were none.
+    """
+
+    parameters: dict[str, Array]
+    node_features: Any
+    edge_attr: Array | None = None
+    edge_weight: Array | None = None
+
+
+class GraphLayer(Trainable, GraphAttention):
+    """The base of `GAT`, `GATv2` and `GraphTransformer`; not a layer by itself."""
+
+    fill_value: str | ArrayLike = "mean"
+    add_self_loops: edges.LoopPolicy = "keep"
+    needs_target = True  # whether scores are made of targets' features
+    residual = False
+
+    def __init__(
+        self,
+        in_channels: int | tuple[int, int],
+        out_channels: int,
+        heads: int,
+        concat: bool,
+        dropout: float,
+        edge_dim: int | None,
+        bias: bool,
+        aggregation: str,
+        seed: int | None,
+    ) -> None:
+        self.is_bipartite = isinstance(in_channels, tuple | list)
+        widths = tuple(cast(Any, in_channels)) if self.is_bipartite else (in_channels, in_channels)
+        if len(widths) != 2:
+            raise InvalidConfigError(f"in_channels is {in_channels!r}", hint="give a number, or (sources, targets)")
+        self.in_channels = tuple(_size("in_channels", n) for n in widths)
+        self.out_channels, self.heads = _size("out_channels", out_channels), _size("heads", heads)
+        self.edge_dim = None if edge_dim is None else _size("edge_dim", edge_dim)
+        self.concat, self.bias = bool(concat), bool(bias)
+        self.aggregation = checked_aggregation(aggregation)
+        try:
+            self.dropout, _ = checks.dropout(dropout, 0)
+        except InvalidInputError:
+            raise InvalidConfigError(f"dropout is {dropout!r}", hint="give a probability, 0 to 1") from None
+        self._dice = layers.dice(seed)
+
+    def _start(self, shapes: dict[str, tuple[int, ...]], dtype: DTypeLike) -> None:
+        """Initial parameters: Glorot-uniform, biases 0, in the order of their names."""
+        initial = {name: _initial(self._dice, name, shape) for name, shape in shapes.items()}
+        self._parameters = ParameterSet(initial).as_type(dtype)
+
+    @property
+    def width(self) -> int:
+        """Channels of the output."""
+        return self.out_channels * (self.heads if self.concat else 1)
+
+    def d_model(self) -> int:
+        return self.width
+
+    def name(self) -> str:
+        return type(self).__name__
+
+    def num_graph_heads(self) -> int:
+        return self.heads
+
+    def supports_edge_features(self) -> bool:
+        return self.edge_dim is not None
+
+    def supports_heterogeneous(self) -> bool:
+        return False
+
+    def supports_masking(self) -> bool:
+        return False
+
+    def __repr__(self) -> str:
+        given = ", ".join(f"{name}={value!r}" for name, value in self._settings().items())
+        return f"{self.name()}({given})"
+
+    def _settings(self) -> dict[str, Any]:
+        """The arguments that make this layer."""
+        in_channels = list(self.in_channels) if self.is_bipartite else self.in_channels[0]
+        names = ("out_channels", "heads", "concat", "dropout", "edge_dim", "bias", "aggregation")
+        return {"in_channels": in_channels} | {name: getattr(self, name) for name in names}
+
+    # --- forward ----------------------------------------------------------------------------------------------------
+    def __call__(
+        self, x: Nodes, graph: Any, edge_attr: ArrayLike | None = None, *, edge_weight: ArrayLike | None = None
+    ) -> Array:
+        """The output alone, as `forward`."""
+        return self.forward(x, graph, edge_attr, edge_weight=edge_weight)
+
+    def forward(  # type: ignore[override]  # a graph layer takes nodes and edges, not query, key and value
+        self, x: Nodes, graph: Any, edge_attr: ArrayLike | None = None, *, edge_weight: ArrayLike | None = None
+    ) -> Array:
+        """Attend to neighbours, without dropout.
+
+        Parameters
+        ----------
+        x : array (N, in_channels), float32 or float64; or a pair
+            Features of the nodes; for a bipartite graph those of sources and of targets, (x_source, x_target), where
+            x_target may be None in `GAT`.
+        graph : CSRGraph, or array_like of integers (2, E)
+            The edges: source j above target i, which attends to j. A `CSRGraph` is checked and sorted only once.
+        edge_attr : array (E, edge_dim) or, for edge_dim 1, (E,), optional
+            Features of edges, in the order of the edges as they were given.
+        edge_weight : array (E,), optional
+            Multiplies the coefficients after the softmax. Self-loops that the layer puts in have weight 1.
+
+        Returns
+        -------
+        array (Nt, heads * out_channels), or (Nt, out_channels) if heads are averaged
+            In the dtype of `x`.
+
+        Raises
+        ------
+        InvalidInputError, DimensionMismatchError, GraphStructureError
+        """
+        return self._run(x, graph, edge_attr, edge_weight, 0.0, 0, keeps=False)[0]
+
+    def forward_cached(
+        self,
+        x: Nodes,
+        graph: Any,
+        edge_attr: ArrayLike | None = None,
+        training: bool = True,
+        *,
+        edge_weight: ArrayLike | None = None,
+        seed: int | None = None,
+    ) -> tuple[Array, GraphCache]:
+        """The output, and what `backward` needs; with dropout of the coefficients if `training`.
+
+        `seed` decides what is dropped; without it, the layer's own generator does. The rest is as in `forward`.
+        """
+        drops = training and self.dropout > 0
+        if drops and seed is None:
+            seed = int(self._dice.integers(1 << 63))
+        output, record = self._run(x, graph, edge_attr, edge_weight, self.dropout if drops else 0.0, seed)
+        return output, GraphCache(record)
+
+    def _run(
+        self,
+        x: Nodes,
+        graph: Any,
+        edge_attr: ArrayLike | None,
+        edge_weight: ArrayLike | None,
+        dropout: float,
+        seed: int | None,
+        keeps: bool = True,
+    ) -> tuple[Array, Record]:
+        inputs = self._inputs(x, graph, edge_attr, edge_weight, *checks.dropout(dropout, seed))
+        parameters = self._parameters.as_type(inputs.source.dtype)
+        past, extra = self._attend(inputs, parameters, keeps)
+        output, extra = self._finish(past.output, inputs, parameters, extra)
+        return output, Record(self, inputs, parameters, past, extra)
+
+    def _attend(self, inputs: Inputs, p: ParameterSet, keeps: bool) -> tuple[Past, Any]:
+        raise NotImplementedError
+
+    def _offset(self, p: ParameterSet) -> Array | None:
+        """What the attention's output begins with, (H, C): the bias, where no heads are averaged."""
+        return p["bias"].reshape(self.heads, self.out_channels) if self.bias and self.concat else None
+
+    def _finish(self, attended: Array, inputs: Inputs, p: ParameterSet, extra: Any) -> tuple[Array, Any]:
+        if self.concat:
+            output = attended.reshape(len(attended), self.width)
+        else:
+            output = attended.mean(axis=1)
+            if self.bias:
+                output += p["bias"]
+        if self.residual and inputs.target is not None:
+            output += linear(inputs.target, p["res.weight"])
+        return output, extra
+
+    # --- backward ---------------------------------------------------------------------------------------------------
+    def backward(self, grad_output: ArrayLike, cache: GraphCache) -> GraphGradients:
+        """The gradients of a loss by all parameters and inputs, given its gradient by the output. Exact.
+
+        Parameters
+        ----------
+        grad_output : array of the shape and dtype of the output
+        cache : GraphCache
+            Of `forward_cached`: the gradients are those of what was computed then, with the parameters of then.
+
+        Raises
+        ------
+        InvalidInputError, DimensionMismatchError
+        """
+        if not isinstance(cache, GraphCache):
+            hint = "give what this layer's forward_cached returned"
+            raise InvalidInputError(f"cache is a {type(cache).__name__}, not a GraphCache", hint=hint)
+        record = cache._record
+        inputs, past = record.inputs, record.past
+        shape = (len(past.output), record.layer.width)
+        grad = checks.gradient("grad_output", grad_output, shape, past.output.dtype)
+        return record.layer._backward(grad, record, inputs)
+
+    def _backward(self, grad: Array, record: Record, inputs: Inputs) -> GraphGradients:
+        found: dict[str, Array] = {}
+        grad, dtarget = self._finish_back(grad, record, found)
+        made = record.past.backward(
+            grad.reshape(len(grad), -1, self.out_channels) if self.concat else self._spread(grad)
+        )
+        if self.bias and self.concat and "bias" in record.parameters:
+            found["bias"] = made.offset.reshape(-1)
+        dsource, more, dattr = self._attend_back(made, record, found)
+        if more is not None:
+            dtarget = more if dtarget is None else dtarget + more
+        nodes: Any = dsource
+        if inputs.is_pair:
+            if dtarget is None and inputs.target is not None:
+                dtarget = np.zeros_like(inputs.target)
+            nodes = dsource, dtarget
+        elif dtarget is not None:
+            nodes = dsource + dtarget
+        named = {name: found[name] for name in record.parameters}
+        return GraphGradients(named, nodes, *_edges_back(inputs, dattr, made.edge_weight, self))
+
+    def _spread(self, grad: Array) -> Array:
+        """The gradient of each head, where their mean was taken."""
+        return np.repeat(grad[:, None, :] / grad.dtype.type(self.heads), self.heads, axis=1)
+
+    def _finish_back(self, grad: Array, record: Record, found: dict[str, Array]) -> tuple[Array, Array | None]:
+        """The gradient of what attention gave, and that of the targets so far."""
+        if self.bias and not self.concat:
+            found["bias"] = grad.sum(axis=0)
+        if not self.residual:
+            return grad, None
+        if record.inputs.target is None:
+            found["res.weight"] = np.zeros_like(record.parameters["res.weight"])
+            return grad, None
+        dx, found["res.weight"], _ = linear_backward(grad, record.inputs.target, record.parameters["res.weight"])
+        return grad, dx
+
+    def _attend_back(
+        self, made: Any, record: Record, found: dict[str, Array]
+    ) -> tuple[Array, Array | None, Array | None]:
+        """The gradients of sources, of targets if they are not in the first, and of edge attributes."""
+        raise NotImplementedError
+
+    # --- the plan's ---------------------------------------------------------------------------------------------------
+    def graph_forward(
+        self, node_features: Any, edge_index: Any, edge_attr: ArrayLike | None = None
+    ) -> tuple[Array, Array]:
+        """The output, and the coefficients of the caller's edges.
+
+        Parameters
+        ----------
+        node_features, edge_index, edge_attr
+            As x, graph and edge_attr of `forward`.
+
+        Returns
+        -------
+        features : array (N, d_model)
+        coefficients : array (E, heads)
+            In the order of `edge_index`. Where the layer replaces self-loops, one that was given has the coefficient of
+            the node's new one; those of nodes without one are left out, so sums over a node's edges may be below 1.
+        """
+        output, record = self._run(node_features, edge_index, edge_attr, None, 0.0, 0)
+        inputs, found = record.inputs, record.past.coefficients()
+        if inputs.graph is inputs.given:
+            return output, found
+        E, loops = inputs.given.num_edges, min(inputs.given.num_sources, inputs.given.num_targets)
+        if self.add_self_loops == "add":
+            return output, found[:E]
+        source, target = inputs.given.to_edge_index()
+        is_loop = source == target
+        coefficients = np.empty((E, self.heads), found.dtype)
+        coefficients[~is_loop] = found[: len(found) - loops]
+        coefficients[is_loop] = found[len(found) - loops + source[is_loop]]
+        return output, coefficients
+
+    def sparse_forward(self, node_features: Any, adjacency: Any) -> tuple[Array, Any]:
+        """The output, and the coefficients as a matrix.
+
+        Parameters
+        ----------
+        node_features : array (N, in_channels)
+        adjacency : scipy.sparse matrix (N, N)
+            Node i, a row, attends to node j where an entry is stored. In a layer with ``edge_dim=1`` its value is the
+            edge's feature, else it does not count.
+
+        Returns
+        -------
+        features : array (N, d_model)
+        coefficients : scipy.sparse.csr_array (N, N)
+            With the entries of `adjacency`; the mean over heads.
+        """
+        if not hasattr(adjacency, "tocsr"):
+            hint = "scipy.sparse.csr_array makes one; for an edge_index there is graph_forward"
+            raise GraphStructureError(f"adjacency is a {type(adjacency).__name__}, not a sparse matrix", hint=hint)
+        matrix = adjacency.tocsr()
+        graph = CSRGraph.from_scipy(matrix)
+        attr = None
+        if self.edge_dim == 1:
+            attr = np.asarray(matrix.data, from_sequence("node_features", node_features).dtype)[:, None]
+        output, found = self.graph_forward(node_features, graph, attr)
+        return output, graph.to_scipy(found.mean(axis=1))
+
+    # --- files ------------------------------------------------------------------------------------------------------
+    def _file_header(self) -> dict[str, str]:
+        return {"kind": self.name(), "settings": json.dumps(self._settings(), default=_listed)}
+
+    @classmethod
+    def from_file(cls: type[Layer], path: str) -> Layer:
+        """The layer that `save` wrote to a file, with the settings that it had.
+
+        Raises
+        ------
+        InvalidInputError, InvalidConfigError, DimensionMismatchError
+            If the file is missing, damaged, or not one of this kind of layer.
+        """
+        header = files.metadata(path)
+        if header.get("kind") != cls.__name__:
+            hint = f"give a file that {cls.__name__}.save wrote"
+            raise InvalidConfigError(f"{path} does not describe a {cls.__name__}", hint=hint)
+        settings = json.loads(header["settings"])
+        if isinstance(settings["in_channels"], list):
+            settings["in_channels"] = tuple(settings["in_channels"])
+        layer = cls(**settings)
+        layer.load(path)
+        return layer
+
+    # --- checks -----------------------------------------------------------------------------------------------------
+    def _inputs(self, x: Nodes, graph: Any, edge_attr: Any, edge_weight: Any, dropout: float, seed: int) -> Inputs:
+        source, target, is_pair = self._nodes(x)
+        targets = None if target is None else len(target)
+        given = _graph(graph, len(source), targets, is_pair)
+        attr = self._attr(edge_attr, given, source.dtype)
+        weight = edge_array("edge_weight", edge_weight, (given.num_edges,), source.dtype)
+        policy = self.add_self_loops
+        whole = given.with_self_loops(policy)
+        inputs = Inputs(
+            source,
+            target,
+            is_pair,
+            given,
+            whole,
+            attr,
+            weight,
+            None if attr is None else np.shape(edge_attr),
+            dropout,
+            seed,
+        )
+        if whole is given:
+            return inputs
+        if attr is not None:
+            attr = given.edge_attr_with_self_loops(attr, policy, self.fill_value)
+        if weight is not None:
+            weight = given.edge_attr_with_self_loops(weight, policy, 1.0)
+        return inputs._replace(edge_attr=attr, edge_weight=weight)
+
+    def _nodes(self, x: Any) -> tuple[Array, Array | None, bool]:
+        is_pair = isinstance(x, tuple) or (isinstance(x, list) and len(x) == 2 and np.ndim(x[0]) == 2)
+        if is_pair and len(x) != 2:
+            raise InvalidInputError(f"x is a tuple of {len(x)}", hint="give (x_source, x_target)")
+        source, target = x if is_pair else (x, x)
+        if self.is_bipartite and not is_pair and self.in_channels[0] != self.in_channels[1]:
+            hint = "the layer was built for sources and targets: give (x_source, x_target)"
+            raise InvalidInputError("x is one array", hint=hint)
+        if target is None and (self.needs_target or self.residual):
+            raise InvalidInputError("x_target is None", hint=f"{self.name()} needs features of the targets")
+        names = ("x_source", "x_target") if is_pair else ("x", "x")
+        arrays = [
+            None if one is None else _features(name, one) for name, one in zip(names, (source, target), strict=True)
+        ]
+        if not is_pair:
+            arrays[1] = arrays[0]
+        first = cast(Array, arrays[0])
+        for name, array, width in zip(names, arrays, self.in_channels, strict=True):
+            if array is not None and array.shape[1] != width:
+                hint = f"the layer was built for {width} channels of {name}"
+                raise DimensionMismatchError(width, array.shape[1], shapes={f"{name}.shape": array.shape}, hint=hint)
+            if array is not None and array.dtype != first.dtype:
+                dtypes = {"x_source.dtype": first.dtype, "x_target.dtype": array.dtype}
+                raise InvalidInputError("x_source and x_target differ in dtype", shapes=dtypes, hint="cast them to one")
+        return first, arrays[1], is_pair
+
+    def _attr(self, edge_attr: Any, graph: CSRGraph, dtype: np.dtype[Any]) -> Array | None:
+        if edge_attr is None:
+            if self.edge_dim is not None and graph.num_edges:
+                hint = f"give an array (E, {self.edge_dim}), one row for each edge"
+                raise InvalidInputError(f"edge_attr is None, edge_dim is {self.edge_dim}", hint=hint)
+            return None if self.edge_dim is None else np.zeros((0, self.edge_dim), dtype)
+        if self.edge_dim is None:
+            raise InvalidInputError("the layer has no edge_dim, edge_attr was given", hint="build it with edge_dim=...")
+        array = from_sequence("edge_attr", edge_attr)
+        if array.ndim == 1 and self.edge_dim == 1:
+            array = array[:, None]
+        return edge_array("edge_attr", array, (graph.num_edges, self.edge_dim), dtype)
+
+
+def loop_policy(add_self_loops: object) -> edges.LoopPolicy:
+    """True and False as in PyTorch Geometric, or one of the names."""
+    if isinstance(add_self_loops, bool | np.bool_):
+        return "replace" if add_self_loops else "keep"
+    return edges.policy(cast(Any, add_self_loops))
+
+
+def checked_slope(negative_slope: object) -> float:
+    try:
+        slope = checks.scale_of(negative_slope, 1)
+    except InvalidInputError:
+        slope = math.nan
+    if negative_slope is None or not math.isfinite(slope):
+        raise InvalidConfigError(f"negative_slope is {negative_slope!r}", hint="give a finite number")
+    return slope
+
+
+def _listed(x: Any) -> Any:
+    return np.asarray(x).tolist()
+
+
+def _size(name: str, n: object) -> int:
+    try:
+        size = operator.index(cast(Any, n))
+    except TypeError:
+        size = 0
+    if isinstance(n, bool) or size <= 0:
+        raise InvalidConfigError(f"{name} is {n!r}", hint="give a whole number above 0")
+    return size
+
+
+def _initial(dice: np.random.Generator, name: str, shape: tuple[int, ...]) -> Array:
+    if name.endswith("bias"):
+        return np.zeros(shape)
+    bound = math.sqrt(6 / (shape[-1] + shape[-2]))
+    return dice.uniform(-bound, bound, shape)
+
+
+def _features(name: str, x: ArrayLike) -> Array:
+    array = from_sequence(name, x)
+    if array.dtype not in FLOATS or not array.dtype.isnative:
+        hint = f"cast it: {name}.astype(numpy.float32)"
+        raise InvalidInputError(f"{name} has dtype {array.dtype}, not float32 or float64", hint=hint)
+    if array.ndim != 2:
+        raise InvalidInputError(f"{name} has {array.ndim} axes", hint="give (nodes, channels)")
+    return array if array.flags.aligned else array.copy()
+
+
+def _graph(graph: Any, sources: int, targets: int | None, is_pair: bool) -> CSRGraph:
+    if not isinstance(graph, CSRGraph):
+        if hasattr(graph, "tocsr"):
+            raise GraphStructureError("graph is a matrix", hint="CSRGraph.from_scipy(matrix), or sparse_forward")
+        if targets is None:
+            hint = "give a CSRGraph: nothing else says how many targets there are when x_target is None"
+            raise GraphStructureError("graph is an edge_index", hint=hint)
+        return CSRGraph.from_edge_index(graph, num_nodes=(sources, targets))
+    wanted = graph.num_sources, graph.num_targets if targets is None else targets
+    if (graph.num_sources, graph.num_targets) != (sources, wanted[1]):
+        shapes = {"nodes (sources, targets)": (sources, targets), "graph": graph}
+        hint = (
+            "x has one row for each node"
+            if not is_pair
+            else "x_source has one row for each source, x_target each target"
+        )
+        raise DimensionMismatchError(
+            (graph.num_sources, graph.num_targets), (sources, targets), shapes=shapes, hint=hint
+        )
+    return graph
+
+
+def _edges_back(
+    inputs: Inputs, dattr: Array | None, dweight: Array | None, layer: GraphLayer
+) -> tuple[Array | None, Array | None]:
+    """The gradients of what the caller's edges have, from those of the edges with self-loops."""
+    if dattr is not None:
+        dattr = _without_loops(inputs, dattr, layer.add_self_loops, layer.fill_value).reshape(inputs.attr_shape)
+    if dweight is not None:
+        dweight = _without_loops(inputs, dweight, layer.add_self_loops, 1.0)
+    return dattr, dweight
+
+
+def _without_loops(inputs: Inputs, grad: Array, policy: edges.LoopPolicy, fill_value: Any) -> Array:
+    """The adjoint of `edge_attr_with_self_loops`: what loops were filled with came from the other edges."""
+    given = inputs.given
+    if inputs.graph is given:
+        return grad
+    loops = min(given.num_sources, given.num_targets)
+    kept = len(grad) - loops
+    source, target = given.to_edge_index()
+    stays = source != target if policy == "replace" else np.ones(len(source), np.bool_)
+    out = np.zeros((given.num_edges, *grad.shape[1:]), grad.dtype)
+    out[stays] = grad[:kept]
+    if isinstance(fill_value, str):
+        of_loops = np.zeros((given.num_targets, *grad.shape[1:]), grad.dtype)
+        of_loops[:loops] = grad[kept:]
+        if fill_value == "mean":
+            degrees = np.bincount(target[stays], minlength=given.num_targets)
+            of_loops /= np.maximum(degrees, 1).reshape(-1, *[1] * (grad.ndim - 1)).astype(grad.dtype)
+        out[stays] += of_loops[target[stays]]
+    return out

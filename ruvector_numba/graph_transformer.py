@@ -1,0 +1,161 @@
+"""The graph transformer: dot-product attention to neighbours between linear projections."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike
+
+from .checks import Array
+from .graph_layers import GraphLayer, Inputs, Record
+from .neighbors import Past
+from .parameters import ParameterSet
+from .projection import linear, linear_backward
+
+__all__ = ["GraphTransformer"]
+
+
+class GraphTransformer(GraphLayer):
+    """Masked label prediction's attention (Shi et al., 2021), as PyTorch Geometric's `TransformerConv`.
+
+    s = lin_query(x_i) . (lin_key(x_j) [+ lin_edge(edge_attr)]) / sqrt(out_channels); the output is the sum of
+    softmax(s) (lin_value(x_j) [+ lin_edge(edge_attr)]) over the edges into i, heads joined or averaged,
+    + lin_skip(x_i).
+
+    Parameters
+    ----------
+    in_channels, out_channels, heads, concat, dropout, edge_dim, aggregation, seed, dtype
+        As in `GAT`. No self-loops are added.
+    beta : bool
+        Whether a gate, sigmoid(lin_beta [o, r, o - r]), weighs lin_skip's r against what attention gives, o.
+    bias : bool
+        Of lin_key, lin_query, lin_value and lin_skip.
+    root_weight : bool
+        Whether lin_skip(x_i) is added. Its parameters are there in any case, as those of `TransformerConv`.
+
+    Raises
+    ------
+    InvalidConfigError
+
+    Examples
+    --------
+    >>> import numpy as np, ruvector_numba as rv
+    >>> x = np.random.default_rng(0).standard_normal((4, 6), dtype=np.float32)
+    >>> rv.GraphTransformer(6, 8, heads=2, seed=0)(x, [[0, 1, 2, 3], [1, 2, 3, 0]]).shape
+    (4, 16)
+    """
+
+    def __init__(
+        self,
+        in_channels: int | tuple[int, int],
+        out_channels: int,
+        heads: int = 1,
+        *,
+        concat: bool = True,
+        beta: bool = False,
+        dropout: float = 0.0,
+        edge_dim: int | None = None,
+        bias: bool = True,
+        root_weight: bool = True,
+        aggregation: str = "sum",
+        seed: int | None = None,
+        dtype: DTypeLike = np.float32,
+    ) -> None:
+        super().__init__(in_channels, out_channels, heads, concat, dropout, edge_dim, bias, aggregation, seed)
+        self.beta, self.root_weight = bool(beta) and bool(root_weight), bool(root_weight)
+        self._start(self._shapes(), dtype)
+
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        joined, (n_source, n_target) = self.heads * self.out_channels, self.in_channels
+        shapes: dict[str, tuple[int, ...]] = {}
+        sizes = [("lin_key", joined, n_source), ("lin_query", joined, n_target), ("lin_value", joined, n_source)]
+        for name, n_out, n_in in [*sizes, ("lin_skip", self.width, n_target)]:
+            shapes[f"{name}.weight"] = (n_out, n_in)
+            shapes |= {f"{name}.bias": (n_out,)} if self.bias else {}
+        if self.edge_dim is not None:
+            shapes["lin_edge.weight"] = (joined, self.edge_dim)
+        if self.beta:
+            shapes["lin_beta.weight"] = (1, 3 * self.width)
+        return shapes
+
+    def _settings(self) -> dict[str, Any]:
+        return super()._settings() | {"beta": self.beta, "root_weight": self.root_weight}
+
+    def _offset(self, p: ParameterSet) -> None:
+        return None
+
+    def _linear(self, x: Array, p: ParameterSet, name: str) -> Array:
+        return linear(x, p[f"{name}.weight"], p[f"{name}.bias"] if self.bias else None)
+
+    def _attend(self, inputs: Inputs, p: ParameterSet, keeps: bool) -> tuple[Past, Any]:
+        from .plan import csr as plan
+
+        target = np.asarray(inputs.target)
+        key, query, value = (
+            self._linear(x, p, name).reshape(len(x), self.heads, self.out_channels)
+            for x, name in ((inputs.source, "lin_key"), (target, "lin_query"), (inputs.source, "lin_value"))
+        )
+        edge = None
+        if inputs.edge_attr is not None:
+            edge = linear(inputs.edge_attr, p["lin_edge.weight"]).reshape(-1, self.heads, self.out_channels)
+        terms = plan.Terms(
+            plan.DOT, key, query, value, edge=edge, edge_value=edge, scale=1 / math.sqrt(self.out_channels),
+            dropout=inputs.dropout, seed=inputs.seed, edge_weight=inputs.edge_weight, aggregation=self.aggregation,
+        )  # fmt: skip
+        return Past(inputs.graph, terms, keeps), None
+
+    def _finish(self, attended: Array, inputs: Inputs, p: ParameterSet, extra: Any) -> tuple[Array, Any]:
+        output = attended.reshape(len(attended), self.width) if self.concat else attended.mean(axis=1)
+        if not self.root_weight:
+            return output, None
+        root = self._linear(np.asarray(inputs.target), p, "lin_skip")
+        if not self.beta:
+            root += output
+            return root, None
+        gate = _gate(output, root, p["lin_beta.weight"])
+        return gate * root + (1 - gate) * output, (output, root, gate)
+
+    def _finish_back(self, grad: Array, record: Record, found: dict[str, Array]) -> tuple[Array, Array | None]:
+        p, droot, dattended = record.parameters, grad, grad
+        if not self.root_weight:
+            found |= {name: np.zeros_like(p[name]) for name in ("lin_skip.weight", "lin_skip.bias") if name in p}
+            return grad, None
+        if self.beta:
+            output, root, gate = record.extra
+            dgate = (grad * (root - output)).sum(axis=1, keepdims=True) * gate * (1 - gate)
+            of_output, of_root, of_difference = np.split(p["lin_beta.weight"], 3, axis=1)
+            droot = grad * gate + dgate * (of_root - of_difference)
+            dattended = grad * (1 - gate) + dgate * (of_output + of_difference)
+            parts = (dgate[:, 0] @ x for x in (output, root, output - root))
+            found["lin_beta.weight"] = np.concatenate(list(parts))[None]
+        return dattended, self._linear_back(droot, np.asarray(record.inputs.target), p, "lin_skip", found)
+
+    def _linear_back(self, grad: Array, x: Array, p: ParameterSet, name: str, found: dict[str, Array]) -> Array:
+        dx, found[f"{name}.weight"], dbias = linear_backward(grad.reshape(len(x), -1), x, p[f"{name}.weight"])
+        if self.bias:
+            found[f"{name}.bias"] = dbias
+        return dx
+
+    def _attend_back(
+        self, made: Any, record: Record, found: dict[str, Array]
+    ) -> tuple[Array, Array | None, Array | None]:
+        inputs, p = record.inputs, record.parameters
+        dsource = self._linear_back(made.key, inputs.source, p, "lin_key", found)
+        dsource += self._linear_back(made.value, inputs.source, p, "lin_value", found)
+        dtarget = self._linear_back(made.query, np.asarray(inputs.target), p, "lin_query", found)
+        dattr = None
+        if inputs.edge_attr is not None:
+            dedge = (made.edge + made.edge_value).reshape(len(made.edge), -1)
+            dattr, found["lin_edge.weight"], _ = linear_backward(dedge, inputs.edge_attr, p["lin_edge.weight"])
+        return dsource, dtarget, dattr
+
+
+def _gate(output: Array, root: Array, weight: Array) -> Array:
+    """sigmoid(weight [output, root, output - root]), (N, 1)"""
+    import scipy.special
+
+    of_output, of_root, of_difference = np.split(weight[0], 3)
+    z = output @ (of_output + of_difference) + root @ (of_root - of_difference)
+    return np.asarray(scipy.special.expit(z))[:, None]
