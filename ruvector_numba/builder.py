@@ -24,6 +24,8 @@ from .errors import InvalidConfigError
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+    from .gat import GAT, GATv2
+    from .graph_transformer import GraphTransformer
     from .multi_head import MultiHeadAttention
     from .scaled_dot_product import ScaledDotProductAttention
 
@@ -138,13 +140,15 @@ class AttentionBuilder(_Options):
 
 
 class GraphAttentionBuilder(_Options):
-    """Builds configurations of attention on graphs; starts from the defaults of `GraphAttentionConfig`.
+    """Builds attention on graphs and its configurations; starts from the defaults of `GraphAttentionConfig`.
 
     Examples
     --------
     >>> builder = GraphAttentionBuilder().d_model(64).num_heads(4).use_edge_features(True).edge_dim(3)
     >>> builder.aggregation("mean").build_config().base.d_k
     16
+    >>> builder.build_gat(seed=0).parameters["lin.weight"].shape
+    (64, 64)
     """
 
     _config: GraphAttentionConfig
@@ -194,6 +198,42 @@ class GraphAttentionBuilder(_Options):
         """The configuration with all that was set; `InvalidConfigError` if it is not valid, the base included."""
         self._config.validate()
         return self._config
+
+    def build_gat(self, in_channels: int | tuple[int, int] | None = None, seed: int | None = None) -> GAT:
+        """A `GAT` from in_channels, `d_model` if None, to d_model in all heads; its `eps` and `causal` do not count.
+
+        `InvalidConfigError` if the configuration is not valid, as for the other layers.
+        """
+        from .gat import GAT
+
+        return GAT(*self._sizes(in_channels), seed=seed, negative_slope=self._config.negative_slope, **self._settings())
+
+    def build_gatv2(self, in_channels: int | tuple[int, int] | None = None, seed: int | None = None) -> GATv2:
+        """A `GATv2`, as `build_gat`."""
+        from .gat import GATv2
+
+        slope = self._config.negative_slope
+        return GATv2(*self._sizes(in_channels), seed=seed, negative_slope=slope, **self._settings())
+
+    def build_graph_transformer(
+        self, in_channels: int | tuple[int, int] | None = None, seed: int | None = None
+    ) -> GraphTransformer:
+        """A `GraphTransformer`, as `build_gat`; `scale` counts, and there is no slope."""
+        from .graph_transformer import GraphTransformer
+
+        scale = self._config.base.scale
+        return GraphTransformer(*self._sizes(in_channels), seed=seed, scale=scale, **self._settings())
+
+    def _sizes(self, in_channels: int | tuple[int, int] | None) -> tuple[Any, int, int]:
+        base = self.build_config().base
+        return base.d_model if in_channels is None else in_channels, base.d_k, base.num_heads
+
+    def _settings(self) -> dict[str, Any]:
+        config = self._config
+        return dict(
+            dropout=config.base.dropout, bias=config.base.use_bias, aggregation=config.aggregation,
+            edge_dim=config.edge_dim if config.use_edge_features else None, normalize=config.normalize,
+        )  # fmt: skip
 
 
 def _checked(name: str, kind: type[Config], config: Config) -> Config:

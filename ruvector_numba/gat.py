@@ -179,13 +179,13 @@ class GAT(_Convolution):
         if h_target is not None:
             found["att_dst"] = np.einsum("nh,nhc->hc", made.query[..., 0], h_target)[None]
             dh = (made.query * p["att_dst"]).reshape(len(h_target), -1)
-            dtarget, dweight, _ = linear_backward(dh, inputs.target, p[target_name])
+            dtarget, dweight, _ = linear_backward(dh, np.asarray(inputs.target), p[target_name])
             found[target_name] = dweight + found[target_name] if target_name in found else dweight
         elif target_name not in found:
             found[target_name] = np.zeros_like(p[target_name])
         dattr = None
         if by_edge is not None:
-            dattr, dby_edge, _ = linear_backward(made.edge[..., 0], inputs.edge_attr, by_edge)
+            dattr, dby_edge, _ = linear_backward(made.edge[..., 0], np.asarray(inputs.edge_attr), by_edge)
             found["att_edge"], found["lin_edge.weight"] = _joined_back(dby_edge, p["att_edge"], p["lin_edge.weight"])
         return dsource, dtarget, dattr
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike
 
+from . import checks
 from .checks import Array
+from .errors import InvalidConfigError, InvalidInputError
 from .graph_layers import GraphLayer, Inputs, Record
 from .neighbors import Past
 from .parameters import ParameterSet
@@ -20,14 +21,16 @@ __all__ = ["GraphTransformer"]
 class GraphTransformer(GraphLayer):
     """Masked label prediction's attention (Shi et al., 2021), as PyTorch Geometric's `TransformerConv`.
 
-    s = lin_query(x_i) . (lin_key(x_j) [+ lin_edge(edge_attr)]) / sqrt(out_channels); the output is the sum of
+    s = scale * lin_query(x_i) . (lin_key(x_j) [+ lin_edge(edge_attr)]); the output is the sum of
     softmax(s) (lin_value(x_j) [+ lin_edge(edge_attr)]) over the edges into i, heads joined or averaged,
     + lin_skip(x_i).
 
     Parameters
     ----------
-    in_channels, out_channels, heads, concat, dropout, edge_dim, aggregation, seed, dtype
+    in_channels, out_channels, heads, concat, dropout, edge_dim, aggregation, normalize, seed, dtype
         As in `GAT`. No self-loops are added.
+    scale : float, optional
+        What scores are multiplied by; 1 / sqrt(out_channels) if None.
     beta : bool
         Whether a gate, sigmoid(lin_beta [o, r, o - r]), weighs lin_skip's r against what attention gives, o.
     bias : bool
@@ -60,11 +63,18 @@ class GraphTransformer(GraphLayer):
         bias: bool = True,
         root_weight: bool = True,
         aggregation: str = "sum",
+        normalize: bool = True,
+        scale: float | None = None,
         seed: int | None = None,
         dtype: DTypeLike = np.float32,
     ) -> None:
         super().__init__(in_channels, out_channels, heads, concat, dropout, edge_dim, bias, aggregation, seed)
         self.beta, self.root_weight = bool(beta) and bool(root_weight), bool(root_weight)
+        self.normalize, self.scale = bool(normalize), scale
+        try:
+            self._scale = checks.scale_of(scale, self.out_channels)
+        except InvalidInputError:
+            raise InvalidConfigError(f"scale is {scale!r}", hint="give a finite number, or None") from None
         self._start(self._shapes(), dtype)
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
@@ -81,7 +91,12 @@ class GraphTransformer(GraphLayer):
         return shapes
 
     def _settings(self) -> dict[str, Any]:
-        return super()._settings() | {"beta": self.beta, "root_weight": self.root_weight}
+        return super()._settings() | {
+            "beta": self.beta,
+            "root_weight": self.root_weight,
+            "normalize": self.normalize,
+            "scale": self.scale,
+        }
 
     def _offset(self, p: ParameterSet) -> None:
         return None
@@ -101,7 +116,7 @@ class GraphTransformer(GraphLayer):
         if inputs.edge_attr is not None:
             edge = linear(inputs.edge_attr, p["lin_edge.weight"]).reshape(-1, self.heads, self.out_channels)
         terms = plan.Terms(
-            plan.DOT, key, query, value, edge=edge, edge_value=edge, scale=1 / math.sqrt(self.out_channels),
+            plan.DOT, key, query, value, edge=edge, edge_value=edge, scale=self._scale, normalizes=self.normalize,
             dropout=inputs.dropout, seed=inputs.seed, edge_weight=inputs.edge_weight, aggregation=self.aggregation,
         )  # fmt: skip
         return Past(inputs.graph, terms, keeps), None

@@ -251,6 +251,17 @@ def _layer(query: Array, key: Array, value: Array, dropout: float) -> None:
     attention.step(x[:, :1], attention.new_cache(1, 1, x.dtype))
 
 
+def _graph(query: Array, key: Array, value: Array) -> None:
+    import ruvector_numba as rv
+
+    x = query.reshape(-1, _HEADS * _D)
+    around = np.arange(len(x))
+    layer = rv.GAT(x.shape[1], _D, _HEADS)
+    output, cache = layer.forward_cached(x, rv.CSRGraph.from_edge_index([around, around[::-1]]))
+    cache.coefficients()
+    layer.backward(output, cache)
+
+
 def _no_options(_: np.dtype[Any]) -> Options:
     return {}
 
@@ -284,6 +295,7 @@ _CALLS = (
     *(_Call(f"backward {name}", _forward_backward, options) for name, options in _TERMS.items()),
     _Call("layer", _layer, lambda _: {"dropout": 0.0}),
     _Call("layer with dropout", _layer, lambda _: {"dropout": 0.1}),
+    _Call("graph", _graph),
 )
 
 

@@ -152,7 +152,9 @@ def backward(
     def like(x: Array | None, wanted: bool = True) -> Array | None:
         return np.empty(x.shape, dtype) if wanted and x is not None else None
 
-    made = {name: like(getattr(terms, name)) for name in ("query", "value", "edge", "edge_weight", "edge_value")}
+    made: dict[str, Any] = {
+        name: like(getattr(terms, name)) for name in ("query", "value", "edge", "edge_weight", "edge_value")
+    }
     made["key"] = like(terms.key, makes_key)
     is_summed = terms.rule == SUM  # where the score of an edge is a number, so is its gradient
     scores = terms.bias if terms.bias is not None else terms.edge if is_summed else None
