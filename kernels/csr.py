@@ -373,13 +373,22 @@ def thin_gradients(job, desk, i, n):
 
 
 @apart
-def score_gradients(job, desk, pad, first, n, i, sums):
-    """ds = p * (dp - delta), through the rule: added up in desk.terms, by edge in dedge, and kept in the pair"""
-    H, C, D, ds = job.H, job.C, job.D, desk.changes
+def take_again(job, desk, i, first, n):
+    """What `weight_gradients` had on the desk, where other edges came after."""
+    H = job.H
     for e in range(n):
         desk.index[e] = number(job.others, job.wide_others, first + e)
         desk.ids[e] = number(job.edge_ids, job.wide_edge_ids, first + e) if job.has_ids else first + e
+        for h in range(H):
+            desk.changes[h * EDGES + e] = job.pairs[((first + e) * 2 + 1) * H + h]
     find_weights(job, desk, i, first, n)
+
+
+@apart
+def score_gradients(job, desk, pad, first, n, i, sums):
+    """ds = p * (dp - delta), of what is on the desk, through the rule: added up in desk.terms, by edge in dedge, and
+    kept in the pair"""
+    H, C, D, ds = job.H, job.C, job.D, desk.changes
     if job.rule == SUM:
         find_sums(job, desk, pad, desk.shares, n)
         for h in range(H):
@@ -388,7 +397,8 @@ def score_gradients(job, desk, pad, first, n, i, sums):
     for e in range(n):
         pair = job.pairs + (first + e) * 2 * H
         for h in range(H):
-            at, d = h * EDGES + e, pair[H + h]
+            at = h * EDGES + e
+            d = ds[at]
             if job.normalizes:
                 d = desk.weights[at] * (d - desk.delta[h]) if desk.weights[at] != 0 else 0.0
             if job.rule == SUM:
@@ -467,6 +477,8 @@ def backward_targets(job: NeighborJob, slot, task):
                 for p in range(first, last, EDGES):
                     weight_gradients(job, desk, pad, i, p, min(EDGES, last - p))
                 for p in range(first, last, EDGES):
+                    if last - first > EDGES:
+                        take_again(job, desk, i, p, min(EDGES, last - p))
                     score_gradients(job, desk, pad, p, min(EDGES, last - p), i, sums)
                 put_row(job.dquery, i, desk.terms, pad, H, job.D)
                 add_row(sums, desk.x, width)
@@ -490,6 +502,7 @@ def backward_targets(job: NeighborJob, slot, task):
     for part in range(job.hubs[3 * hub + 1], job.hubs[3 * hub + 2]):
         add_row(desk.delta, job.partial + (part * job.partial_step + width), H)
     for p in range(first, last, EDGES):
+        take_again(job, desk, i, p, min(EDGES, last - p))
         score_gradients(job, desk, pad, p, min(EDGES, last - p), i, sums)
     for c in range(width):
         here[c] = desk.terms[c]
