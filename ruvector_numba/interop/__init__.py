@@ -1,6 +1,7 @@
 """Neighbours: what else holds tensors, and how it works with this package. Nothing of theirs is loaded before use.
 
 `load_torch_state` and `to_torch_state` exchange parameters with ``torch.nn.MultiheadAttention``, as arrays;
+`load_pyg_state` and `to_pyg_state` do so with the layers on graphs of PyTorch Geometric;
 ``interop.torch.attention`` is attention on torch's tensors, with gradients for its autograd.
 """
 
@@ -9,9 +10,10 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
+from .pyg import load_pyg_state, to_pyg_state
 from .states import load_torch_state, to_torch_state
 
-__all__ = ["load_torch_state", "to_torch_state"]
+__all__ = ["load_pyg_state", "load_torch_state", "to_pyg_state", "to_torch_state"]
 
 
 def __getattr__(name: str) -> ModuleType:
