@@ -159,7 +159,7 @@ def attend(job, desk, pad, i, first, last, best):
         if job.aggregation == MAX:
             keep_largest(
                 desk.value, pad, best, desk.weights, job.value, job.edge_value, job.has_edge_value, desk.index,
-                desk.ids, p, n, H, C, job.has_bias,
+                desk.ids, job.bias, job.has_bias, p, n, H, C,
             )  # fmt: skip
         else:
             add_gathered(desk.value, pad, desk.weights, job.value, desk.index, n, H, C, job.has_bias)
@@ -174,8 +174,7 @@ def finish(job, desk, pad, i):
         l, factor = desk.total[h], 1.0
         if job.normalizes:
             factor = 0.0 if l == 0 else 1 / l
-        if job.normalizes and job.keeps:
-            job.lse[i * job.H + h] = -INF if l == 0 else desk.bound[h] + math.log(l * 1.0)
+        job.bounds[i * job.H + h], job.totals[i * job.H + h] = desk.bound[h], l
         for c in range(pad):
             x = desk.value[h * pad + c] * factor if factor != 0 else 0.0
             desk.value[h * pad + c] = x + job.offset[h * pad + c]
@@ -269,7 +268,7 @@ def fold(job: FoldJob, slot, task):
 # --- coefficients ----------------------------------------------------------------------------------------------------
 @apart
 def find_weights(job, desk, i, first, n):
-    """weights[h, e] = p, from the scores and lse that were kept; 0 where the score is -inf, whatever else is NaN"""
+    """weights[h, e] = p, from what forward kept; 0 where the score is -inf, whatever else is NaN"""
     H, lanes = job.H, lanes_of(job.scores)
     for e in range(n):
         for h in range(H):
@@ -278,12 +277,12 @@ def find_weights(job, desk, i, first, n):
         s = desk.weights + h * EDGES
         for e in range(n, whole_vectors(s, n)):
             s[e] = -INF
-        lse = job.lse[i * H + h]
+        bound, l = job.bounds[i * H + h], job.totals[i * H + h]
         for e in range(0, n, lanes):
             x = load(s, e)
             hidden = x <= splat(x, -INF)
             if job.normalizes:
-                x = probability(x, splat(x, 0 if lse == -INF else lse), LOG2E)
+                x = probability(x, splat(x, 0 if l == 0 else bound), LOG2E) * splat(x, 0 if l == 0 else 1 / l)
             store(where(hidden, splat(x, 0.0), x), s, e)
 
 

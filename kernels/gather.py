@@ -9,11 +9,13 @@ Memory is what this costs: a row is 4 cache lines at 4 x 16 float32, and comes f
 used for all that is needed of it while it is near.
 """
 
+import math
 from typing import NamedTuple
 
 from .jit import Elements, apart, inline
 from .simd import fma, lane_sum, lanes_of, load, load_live, prefetch, splat, store, store_live, where
 
+INF = math.inf
 EDGES = 64  # of one node at a time: their rows stay in the first-level cache
 
 
@@ -93,13 +95,13 @@ def add_gathered(out, pad, weights, rows, index, n, H, C, selects):
 
 
 @apart
-def keep_largest(out, pad, best, weights, rows, edge_rows, has_edge, index, ids, first, n, H, C, selects):
-    """out[h, c] = the largest of weights[h, e] * (rows[index[e], h, c] + edge_rows[ids[e], h, c]) and what it was,
-    best[h, c] its position, -1 before any; the first of equal ones, and NaN before all"""
+def keep_largest(out, pad, best, weights, rows, edge_rows, has_edge, index, ids, bias, has_bias, first, n, H, C):
+    """out[h, c] = the largest of weights[h, e] * (rows[index[e], h, c] + edge_rows[ids[e], h, c]) , and
+    best[h, c] its position, -1 before any; the first of equal ones, NaN before all, and none that a bias hides"""
     for h in range(H):
         for e in range(n):
             w = weights[h * EDGES + e]
-            if not selects or w != 0:
+            if not has_bias or bias.data[ids[e] * bias.step + h] != -INF:
                 for c in range(C):
                     value = rows.data[index[e] * rows.step + h * C + c]
                     if has_edge:

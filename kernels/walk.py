@@ -66,7 +66,10 @@ class NeighborJob(NamedTuple):
     offset: Elements  # (H, C), padded: what every row of the output begins with
     scores: Elements  # (E, H) by position; kept if `keeps`
     keeps: int
-    lse: Elements  # (Nt, H)
+    bounds: (
+        Elements  # (Nt, H), and totals: their logsumexp alone would cost p digits, exp(s - lse) with s in the hundreds
+    )
+    totals: Elements
     best: Indices  # (Nt, H * C): for MAX, the position of the edge whose value it is
     output: Rows
     # backward: given

@@ -90,13 +90,18 @@ def _print_table(table: Sequence[Sequence[str]], title: str) -> None:
 # --- the commands -----------------------------------------------------------------------------------------------------
 def _demo(options: argparse.Namespace) -> None:
     _need(("rich", "sklearn", "matplotlib"), "demo", "the demo")
-    from . import demo, demo_transformer
+    from . import demo, demo_graph, demo_transformer
 
     folder = pathlib.Path(options.output)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise Refusal(f"the folder {folder} cannot be made: {error.strerror or error}") from None
+    if options.what == "graph":
+        with _progress() as advance:
+            graph = demo_graph.run(folder, options.quick, advance)
+        _print_pairs(graph.lines())
+        return
     with _progress() as advance:
         memory = demo.run(folder, options.quick, lambda text, share: advance(text, 0.7 * share))
         block = demo_transformer.run(folder, options.quick, lambda text, share: advance(text, 0.7 + 0.3 * share))
@@ -245,15 +250,17 @@ def _parser() -> argparse.ArgumentParser:
         command.set_defaults(function=function)
         return command
 
-    demo = add(
-        "demo",
-        _demo,
-        "read handwritten digits by attention, to a memory and in a transformer, and draw what is attended to",
-    )
-    demo.add_argument("--quick", action="store_true", help="fewer training steps, shorter timing")
+    demo = add("demo", _demo, "read handwritten digits by attention, and draw what is attended to")
     demo.add_argument(
-        "--output", default="demo-output", metavar="FOLDER", help="where to save attention.png and patches.png"
+        "what",
+        nargs="?",
+        choices=("digits", "graph"),
+        default="digits",
+        help="digits, unless given: one by one, with a memory and in a transformer (attention.png and patches.png); "
+        "graph: all at once, as neighbours in a graph, from 100 labels (graph.png)",
     )
+    demo.add_argument("--quick", action="store_true", help="less training, shorter timing")
+    demo.add_argument("--output", default="demo-output", metavar="FOLDER", help="where to save the pictures")
 
     attend = add("attend", _attend, "attend with arrays on disk: .npy files of shape (..., heads, length, dim)")
     for name in ("query", "key", "value"):

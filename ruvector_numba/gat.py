@@ -12,7 +12,7 @@ from .errors import InvalidConfigError
 from .graph_layers import GraphLayer, Inputs, Record, checked_slope, loop_policy
 from .neighbors import Past
 from .parameters import ParameterSet
-from .projection import linear, linear_backward
+from .projection import flattened, linear, linear_backward, linears, linears_backward
 
 __all__ = ["GAT", "GATv2"]
 
@@ -42,13 +42,14 @@ class _Convolution(GraphLayer):
     ) -> None:
         super().__init__(in_channels, out_channels, heads, concat, dropout, edge_dim, bias, aggregation, seed)
         self.negative_slope, self.add_self_loops = checked_slope(negative_slope), loop_policy(add_self_loops)
-        if isinstance(fill_value, str) and fill_value not in ("mean", "add"):
+        if fill_value is None or (isinstance(fill_value, str) and fill_value not in ("mean", "add")):
             raise InvalidConfigError(f"fill_value is {fill_value!r}", hint='give "mean", "add", a number or an array')
         self.fill_value, self.residual, self.normalize = fill_value, bool(residual), bool(normalize)
         self.share_weights = bool(share_weights)
         if self.share_weights and self.in_channels[0] != self.in_channels[1]:
             widths = {"in_channels": self.in_channels}
-            raise InvalidConfigError("share_weights needs sources and targets of the same width", shapes=widths)
+            hint = "give both the same number of channels, or share_weights=False"
+            raise InvalidConfigError("share_weights needs one width", shapes=widths, hint=hint)
         self._start(self._shapes(), dtype)
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
@@ -147,7 +148,7 @@ class GAT(_Convolution):
 
         source_name, target_name = self._names()
         h = self._nodes_of(linear(inputs.source, p[source_name]))
-        shared = inputs.target is inputs.source and source_name == target_name
+        shared = not inputs.is_pair and source_name == target_name
         att = np.concatenate([p["att_src"], p["att_dst"]] if shared else [p["att_src"]])
         terms = plan.fold(h, att)[..., None]
         h_target = None
@@ -173,12 +174,12 @@ class GAT(_Convolution):
         h_target, by_edge = record.extra
         found["att_src"] = made.att[:1]
         found["att_dst"] = made.att[1:] if len(made.att) > 1 else np.zeros_like(made.att)
-        dh = made.value.reshape(len(made.value), -1)
+        dh = flattened(made.value)
         dsource, found[source_name], _ = linear_backward(dh, inputs.source, p[source_name])
         dtarget = None
         if h_target is not None:
             found["att_dst"] = np.einsum("nh,nhc->hc", made.query[..., 0], h_target)[None]
-            dh = (made.query * p["att_dst"]).reshape(len(h_target), -1)
+            dh = flattened(made.query * p["att_dst"])
             dtarget, dweight, _ = linear_backward(dh, np.asarray(inputs.target), p[target_name])
             found[target_name] = dweight + found[target_name] if target_name in found else dweight
         elif target_name not in found:
@@ -237,40 +238,45 @@ class GATv2(_Convolution):
     def _settings(self) -> dict[str, Any]:
         return super()._settings() | {"share_weights": self.share_weights}
 
-    def _linear(self, x: Array, p: ParameterSet, name: str) -> Array:
-        return self._nodes_of(linear(x, p[f"{name}.weight"], p[f"{name}.bias"] if self.bias else None))
-
-    def _linear_back(self, grad: Array, x: Array, p: ParameterSet, name: str, found: dict[str, Array]) -> Array:
-        dx, dweight, dbias = linear_backward(grad.reshape(len(grad), -1), x, p[f"{name}.weight"])
-        for key, d in ((f"{name}.weight", dweight), (f"{name}.bias", dbias)):
-            found[key] = found[key] + d if key in found else d
-        return dx
-
     def _attend(self, inputs: Inputs, p: ParameterSet, keeps: bool) -> tuple[Past, Any]:
         from .plan import csr as plan
 
-        left = self._linear(inputs.source, p, "lin_l")
-        target = inputs.target
+        source, target, H = inputs.source, np.asarray(inputs.target), self.heads
         if self.share_weights:
-            right = left if target is inputs.source else self._linear(np.asarray(target), p, "lin_l")
+            left = linears(source, p, ("lin_l",), H)[:, 0]
+            right = left if not inputs.is_pair else linears(target, p, ("lin_l",), H)[:, 0]
+        elif not inputs.is_pair:
+            left, right = linears(source, p, ("lin_l", "lin_r"), H).swapaxes(0, 1)
         else:
-            right = self._linear(np.asarray(target), p, "lin_r")
+            left, right = linears(source, p, ("lin_l",), H)[:, 0], linears(target, p, ("lin_r",), H)[:, 0]
         edge = None
         if inputs.edge_attr is not None:
             edge = self._nodes_of(linear(inputs.edge_attr, p["lin_edge.weight"]))
         terms = plan.Terms(plan.JOINT, left, right, left, edge=edge, att=p["att"][0], **self._common(inputs, p))
         return Past(inputs.graph, terms, keeps), None
 
+    def _room(self, inputs: Inputs) -> dict[str, Array]:
+        if inputs.is_pair or self.share_weights:
+            return {}
+        both = np.empty((len(inputs.source), 2, self.heads, self.out_channels), inputs.source.dtype)
+        return {"value": both[:, 0], "query": both[:, 1]}
+
     def _attend_back(
         self, made: Any, record: Record, found: dict[str, Array]
     ) -> tuple[Array, Array | None, Array | None]:
         inputs, p = record.inputs, record.parameters
         found["att"] = made.att[None]
-        dsource = self._linear_back(made.value, inputs.source, p, "lin_l", found)
-        name = "lin_l" if self.share_weights else "lin_r"
-        dtarget = self._linear_back(made.query, np.asarray(inputs.target), p, name, found)
+        right = "lin_l" if self.share_weights else "lin_r"
+        if not inputs.is_pair and self.share_weights:
+            made.value[...] += made.query
+            dsource, dtarget = linears_backward(made.value, inputs.source, p, ("lin_l",), found), None
+        elif not inputs.is_pair:
+            dsource, dtarget = linears_backward(made.value.base, inputs.source, p, ("lin_l", "lin_r"), found), None
+        else:
+            dsource = linears_backward(made.value, inputs.source, p, ("lin_l",), found)
+            dtarget = linears_backward(made.query, np.asarray(inputs.target), p, (right,), found)
         dattr = None
         if inputs.edge_attr is not None:
-            dedge = made.edge.reshape(len(made.edge), -1)
+            dedge = flattened(made.edge)
             dattr, found["lin_edge.weight"], _ = linear_backward(dedge, inputs.edge_attr, p["lin_edge.weight"])
         return dsource, dtarget, dattr

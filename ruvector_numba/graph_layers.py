@@ -279,6 +279,9 @@ class GraphLayer(Trainable, GraphAttention):
             hint = "give what this layer's forward_cached returned"
             raise InvalidInputError(f"cache is a {type(cache).__name__}, not a GraphCache", hint=hint)
         record = cache._record
+        if type(record.layer) is not type(self):
+            hint = f"it was left by a {record.layer.name()}: give what this layer's forward_cached returned"
+            raise InvalidInputError("cache is that of another kind of layer", hint=hint)
         inputs, past = record.inputs, record.past
         shape = (len(past.output), record.layer.width)
         grad = checks.gradient("grad_output", grad_output, shape, past.output.dtype)
@@ -288,7 +291,8 @@ class GraphLayer(Trainable, GraphAttention):
         found: dict[str, Array] = {}
         grad, dtarget = self._finish_back(grad, record, found)
         made = record.past.backward(
-            grad.reshape(len(grad), -1, self.out_channels) if self.concat else self._spread(grad)
+            grad.reshape(len(grad), self.heads, self.out_channels) if self.concat else self._spread(grad),
+            room=self._room(inputs),
         )
         if self.bias and self.concat and "bias" in record.parameters:
             found["bias"] = made.offset.reshape(-1)
@@ -320,6 +324,10 @@ class GraphLayer(Trainable, GraphAttention):
             return grad, None
         dx, found["res.weight"], _ = linear_backward(grad, record.inputs.target, record.parameters["res.weight"])
         return grad, dx
+
+    def _room(self, inputs: Inputs) -> dict[str, Array]:
+        """Where gradients shall be written that are to lie side by side."""
+        return {}
 
     def _attend_back(
         self, made: Any, record: Record, found: dict[str, Array]
@@ -447,7 +455,11 @@ class GraphLayer(Trainable, GraphAttention):
         if self.is_bipartite and not is_pair and self.in_channels[0] != self.in_channels[1]:
             hint = "the layer was built for sources and targets: give (x_source, x_target)"
             raise InvalidInputError("x is one array", hint=hint)
-        if target is None and (self.needs_target or self.residual):
+        if source is None:
+            raise InvalidInputError(
+                "x_source is None" if is_pair else "x is None", hint="give an array (nodes, channels)"
+            )
+        if target is None and self.needs_target:
             raise InvalidInputError("x_target is None", hint=f"{self.name()} needs features of the targets")
         names = ("x_source", "x_target") if is_pair else ("x", "x")
         arrays = [
@@ -483,7 +495,10 @@ def loop_policy(add_self_loops: object) -> edges.LoopPolicy:
     """True and False as in PyTorch Geometric, or one of the names."""
     if isinstance(add_self_loops, bool | np.bool_):
         return "replace" if add_self_loops else "keep"
-    return edges.policy(cast(Any, add_self_loops))
+    if add_self_loops not in ("replace", "add", "keep"):
+        hint = 'give True, False, "replace", "add" or "keep"'
+        raise InvalidConfigError(f"add_self_loops is {add_self_loops!r}", hint=hint)
+    return add_self_loops
 
 
 def checked_slope(negative_slope: object) -> float:

@@ -13,7 +13,7 @@ from .errors import InvalidConfigError, InvalidInputError
 from .graph_layers import GraphLayer, Inputs, Record
 from .neighbors import Past
 from .parameters import ParameterSet
-from .projection import linear, linear_backward
+from .projection import flattened, linear, linear_backward, linears, linears_backward
 
 __all__ = ["GraphTransformer"]
 
@@ -101,17 +101,15 @@ class GraphTransformer(GraphLayer):
     def _offset(self, p: ParameterSet) -> None:
         return None
 
-    def _linear(self, x: Array, p: ParameterSet, name: str) -> Array:
-        return linear(x, p[f"{name}.weight"], p[f"{name}.bias"] if self.bias else None)
-
     def _attend(self, inputs: Inputs, p: ParameterSet, keeps: bool) -> tuple[Past, Any]:
         from .plan import csr as plan
 
-        target = np.asarray(inputs.target)
-        key, query, value = (
-            self._linear(x, p, name).reshape(len(x), self.heads, self.out_channels)
-            for x, name in ((inputs.source, "lin_key"), (target, "lin_query"), (inputs.source, "lin_value"))
-        )
+        source, target = inputs.source, np.asarray(inputs.target)
+        if not inputs.is_pair:
+            key, value, query = linears(source, p, ("lin_key", "lin_value", "lin_query"), self.heads).swapaxes(0, 1)
+        else:
+            key, value = linears(source, p, ("lin_key", "lin_value"), self.heads).swapaxes(0, 1)
+            query = linears(target, p, ("lin_query",), self.heads)[:, 0]
         edge = None
         if inputs.edge_attr is not None:
             edge = linear(inputs.edge_attr, p["lin_edge.weight"]).reshape(-1, self.heads, self.out_channels)
@@ -125,7 +123,7 @@ class GraphTransformer(GraphLayer):
         output = attended.reshape(len(attended), self.width) if self.concat else attended.mean(axis=1)
         if not self.root_weight:
             return output, None
-        root = self._linear(np.asarray(inputs.target), p, "lin_skip")
+        root = linears(np.asarray(inputs.target), p, ("lin_skip",), 1)[:, 0, 0]
         if not self.beta:
             root += output
             return root, None
@@ -145,24 +143,26 @@ class GraphTransformer(GraphLayer):
             dattended = grad * (1 - gate) + dgate * (of_output + of_difference)
             parts = (dgate[:, 0] @ x for x in (output, root, output - root))
             found["lin_beta.weight"] = np.concatenate(list(parts))[None]
-        return dattended, self._linear_back(droot, np.asarray(record.inputs.target), p, "lin_skip", found)
+        return dattended, linears_backward(droot, np.asarray(record.inputs.target), p, ("lin_skip",), found)
 
-    def _linear_back(self, grad: Array, x: Array, p: ParameterSet, name: str, found: dict[str, Array]) -> Array:
-        dx, found[f"{name}.weight"], dbias = linear_backward(grad.reshape(len(x), -1), x, p[f"{name}.weight"])
-        if self.bias:
-            found[f"{name}.bias"] = dbias
-        return dx
+    def _room(self, inputs: Inputs) -> dict[str, Array]:
+        names = ("key", "value", "query") if not inputs.is_pair else ("key", "value")
+        all_of_them = np.empty((len(inputs.source), len(names), self.heads, self.out_channels), inputs.source.dtype)
+        return {name: all_of_them[:, n] for n, name in enumerate(names)}
 
     def _attend_back(
         self, made: Any, record: Record, found: dict[str, Array]
     ) -> tuple[Array, Array | None, Array | None]:
         inputs, p = record.inputs, record.parameters
-        dsource = self._linear_back(made.key, inputs.source, p, "lin_key", found)
-        dsource += self._linear_back(made.value, inputs.source, p, "lin_value", found)
-        dtarget = self._linear_back(made.query, np.asarray(inputs.target), p, "lin_query", found)
+        if not inputs.is_pair:
+            names: tuple[str, ...] = ("lin_key", "lin_value", "lin_query")
+            dsource, dtarget = linears_backward(made.key.base, inputs.source, p, names, found), None
+        else:
+            dsource = linears_backward(made.key.base, inputs.source, p, ("lin_key", "lin_value"), found)
+            dtarget = linears_backward(made.query, np.asarray(inputs.target), p, ("lin_query",), found)
         dattr = None
         if inputs.edge_attr is not None:
-            dedge = (made.edge + made.edge_value).reshape(len(made.edge), -1)
+            dedge = flattened(made.edge + made.edge_value)
             dattr, found["lin_edge.weight"], _ = linear_backward(dedge, inputs.edge_attr, p["lin_edge.weight"])
         return dsource, dtarget, dattr
 

@@ -29,6 +29,7 @@ from . import checks
 from .checks import FLOATS, Array, from_sequence
 from .errors import DimensionMismatchError, GraphStructureError, InvalidConfigError, InvalidInputError
 from .graph import CSRGraph
+from .projection import flattened
 
 if TYPE_CHECKING:
     from .plan import csr as plan
@@ -65,11 +66,13 @@ class Past:
 
         return plan.coefficients(by_target(self.graph), self.terms, self.kept)
 
-    def backward(self, grad: Array, grad_weights: Array | None = None) -> plan.Made:
+    def backward(
+        self, grad: Array, grad_weights: Array | None = None, room: dict[str, Array] | None = None
+    ) -> plan.Made:
         from .plan import csr as plan
 
         targets, sources = by_target(self.graph), by_source(self.graph)
-        return plan.backward(targets, sources, self.terms, self.kept, packed(grad), grad_weights)
+        return plan.backward(targets, sources, self.terms, self.kept, packed(grad), grad_weights, room or {})
 
 
 def by_target(graph: CSRGraph) -> Any:
@@ -90,6 +93,8 @@ def by_source(graph: CSRGraph) -> Any:
 def packed(x: Array) -> Array:
     """With each node's numbers together, as the kernels read them; a copy only where it must be."""
     itemsize, wanted = x.itemsize, x.itemsize
+    if x.ndim == 1:
+        return np.ascontiguousarray(x)
     fits = x.flags.aligned and x.strides[0] % itemsize == 0 and x.strides[0] >= 0
     for n, stride in zip(x.shape[:0:-1], x.strides[:0:-1], strict=True):
         fits = fits and (n <= 1 or stride == wanted)
@@ -125,7 +130,7 @@ def edge_softmax(scores: ArrayLike, graph: CSRGraph) -> Array:
     array([0.25, 0.75, 1.  ])
     """
     s = _edge_numbers("scores", scores, checked_graph(graph))
-    bias = s.reshape(len(s), -1)
+    bias = flattened(s)
     return _edge_terms(bias, graph).coefficients().reshape(s.shape)
 
 
@@ -158,9 +163,9 @@ def edge_softmax_backward(grad_weights: ArrayLike, weights: ArrayLike, graph: CS
     p = _edge_numbers("weights", weights, checked_graph(graph))
     grad = checks.gradient("grad_weights", grad_weights, p.shape, p.dtype)
     with np.errstate(divide="ignore", invalid="ignore"):
-        past = _edge_terms(np.log(p).reshape(len(p), -1), graph)
+        past = _edge_terms(flattened(np.log(p)), graph)
     none = np.zeros((graph.num_targets, past.terms.value.shape[1], 0), p.dtype)
-    made = past.backward(none, np.ascontiguousarray(grad.reshape(len(p), -1)))
+    made = past.backward(none, np.ascontiguousarray(flattened(grad)))
     return np.asarray(made.bias).reshape(p.shape)
 
 
@@ -183,13 +188,19 @@ class NeighborCache:
         The natural logarithm of the sum of exp(score) over a target's edges; -inf where there are none.
     """
 
-    __slots__ = ("_past", "lse", "output")
+    __slots__ = ("_past", "output")
 
     def __init__(self, past: Past) -> None:
-        self._past, self.output, self.lse = past, past.kept.output, past.kept.lse
+        self._past, self.output = past, past.output
 
     def __repr__(self) -> str:
         return f"NeighborCache(output {self.output.shape}, {self._past.graph!r})"
+
+    @property
+    def lse(self) -> Array:
+        kept = self._past.kept
+        with np.errstate(divide="ignore"):
+            return kept.bounds + np.log(kept.totals)
 
     def coefficients(self) -> Array:
         """(E, H), in the caller's order of edges: after the softmax, before dropout and edge weights."""

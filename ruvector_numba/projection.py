@@ -6,11 +6,14 @@ is one head of d channels, and a weight (d_in, d_out) is a batch of one.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+
 import numpy as np
 
 from .checks import Array
 
-__all__ = ["linear", "linear_backward", "product"]
+__all__ = ["flattened", "linear", "linear_backward", "linears", "linears_backward", "product"]
 
 
 def product(left: Array, right: Array, out: Array, bias: Array | None = None, sums: Array | None = None) -> None:
@@ -43,6 +46,33 @@ def linear_backward(grad: Array, x: Array, weight: Array) -> tuple[Array, Array,
     product(_matrix(grad), _matrix(weight), _matrix(dx))
     product(_matrix(x.T), _matrix(grad), _matrix(dweight.T), sums=dbias)
     return dx, dweight, dbias
+
+
+def linears(x: Array, parameters: Mapping[str, Array], names: tuple[str, ...], heads: int) -> Array:
+    """(N, names, heads, channels): x through the layers of these names, all at once, so that x is read once."""
+    weight = np.concatenate([parameters[f"{name}.weight"] for name in names])
+    has_bias = f"{names[0]}.bias" in parameters
+    bias = np.concatenate([parameters[f"{name}.bias"] for name in names]) if has_bias else None
+    return linear(x, weight, bias).reshape(len(x), len(names), heads, len(weight) // (len(names) * heads))
+
+
+def linears_backward(
+    grad: Array, x: Array, parameters: Mapping[str, Array], names: tuple[str, ...], found: dict[str, Array]
+) -> Array:
+    """The gradient of x; those of the parameters are put into `found`, or added to what is there."""
+    weight = np.concatenate([parameters[f"{name}.weight"] for name in names])
+    dx, dweight, dbias = linear_backward(flattened(grad), x, weight)
+    made = {"weight": dweight, "bias": dbias} if f"{names[0]}.bias" in parameters else {"weight": dweight}
+    for kind, whole in made.items():
+        for name, part in zip(names, np.split(whole, len(names)), strict=True):
+            key = f"{name}.{kind}"
+            found[key] = found[key] + part if key in found else part
+    return dx
+
+
+def flattened(x: Array) -> Array:
+    """(n, ...) as (n, columns); ``reshape(n, -1)`` is an error where n is 0."""
+    return x.reshape(len(x), math.prod(x.shape[1:]))
 
 
 def _matrix(x: Array) -> Array:

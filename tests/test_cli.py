@@ -108,7 +108,9 @@ def test_attend_refuses_in_two_lines(files, capsys, arguments, says):
     assert not [n for n in os.listdir() if n.endswith(".part")]
 
 
-@pytest.mark.parametrize("arguments", [[], ["attend"], ["attend", "q.npy", "k.npy", "v.npy"], ["sing"]])
+@pytest.mark.parametrize(
+    "arguments", [[], ["attend"], ["attend", "q.npy", "k.npy", "v.npy"], ["sing"], ["demo", "sing"]]
+)
 def test_usage_is_told_with_status_2(arguments, capsys):
     with pytest.raises(SystemExit) as ended:
         cli.main(arguments)

@@ -5,7 +5,8 @@ As plan/grouping.py this one runs its jobs: how many there are, one or four, dep
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -99,7 +100,8 @@ class Kept(NamedTuple):
     """What a forward pass leaves."""
 
     output: Array  # (Nt, H, C)
-    lse: Array  # (Nt, H); meaningless without a softmax
+    bounds: Array  # (Nt, H): the largest score, and the sum of exp(score - it); meaningless without a softmax
+    totals: Array
     scores: Array  # (E, H) by position
     best: Array | None  # (Nt, H, C) for "max": the position of the edge that was the largest
 
@@ -124,7 +126,8 @@ def forward(by_target: Walk, terms: Terms, keeps: bool) -> Kept:
     H, C = terms.value.shape[1:]
     kept = Kept(
         output=np.empty((nodes, H, C), dtype),
-        lse=np.empty((nodes, H), dtype),
+        bounds=np.empty((nodes, H), dtype),
+        totals=np.empty((nodes, H), dtype),
         scores=np.empty((len(by_target.others) if keeps else 0, H), dtype),
         best=np.empty((nodes, H, C), np.int64) if terms.aggregation == "max" else None,
     )
@@ -142,9 +145,18 @@ def coefficients(by_target: Walk, terms: Terms, kept: Kept) -> Array:
 
 
 def backward(
-    by_target: Walk, by_source: Walk, terms: Terms, kept: Kept, grad: Array, grad_weights: Array | None = None
+    by_target: Walk,
+    by_source: Walk,
+    terms: Terms,
+    kept: Kept,
+    grad: Array,
+    grad_weights: Array | None = None,
+    room: Mapping[str, Array] = MappingProxyType({}),
 ) -> Made:
-    """The gradients of all that was given; `grad_weights` (E, H) is that of the coefficients, in the caller's order."""
+    """The gradients of all that was given; `grad_weights` (E, H) is that of the coefficients, in the caller's order.
+
+    `room` names arrays that gradients are written into.
+    """
     dtype, H, pad = terms.value.dtype, terms.value.shape[1], _pad(terms)
     folds = 0 if terms.fold is None else len(terms.fold)
     makes_key = terms.rule == DOT or (terms.rule == SUM and not folds)
@@ -153,9 +165,11 @@ def backward(
         return np.empty(x.shape, dtype) if wanted and x is not None else None
 
     made: dict[str, Any] = {
-        name: like(getattr(terms, name)) for name in ("query", "value", "edge", "edge_weight", "edge_value")
+        name: like(getattr(terms, name), name not in room)
+        for name in ("query", "value", "edge", "edge_weight", "edge_value")
     }
-    made["key"] = like(terms.key, makes_key)
+    made["key"] = like(terms.key, makes_key and "key" not in room)
+    made |= room
     is_summed = terms.rule == SUM  # where the score of an edge is a number, so is its gradient
     scores = terms.bias if terms.bias is not None else terms.edge if is_summed else None
     made["bias"] = like(scores)
@@ -243,7 +257,8 @@ def _job(by: Walk, terms: Terms, kept: Kept, **more: Any) -> walk.NeighborJob:
         dropout=_dropout(terms.dropout, terms.seed), edge_weight=_or_nothing(terms.edge_weight),
         has_dropout=int(terms.dropout > 0), has_weight=int(terms.edge_weight is not None), has_shares=int(has_shares),
         aggregation=AGGREGATIONS[terms.aggregation], value=_rows(terms.value), edge_value=_rows(terms.edge_value),
-        has_edge_value=int(terms.edge_value is not None), offset=offset, scores=kept.scores, keeps=0, lse=kept.lse,
+        has_edge_value=int(terms.edge_value is not None), offset=offset, scores=kept.scores, keeps=0,
+        bounds=kept.bounds, totals=kept.totals,
         best=_or_nothing(kept.best), output=_rows(kept.output), grad=NO_ROWS, grad_weights=NOTHING, has_grad_weights=0,
         pairs=NOTHING, dquery=NO_ROWS, dkey=NO_ROWS, dvalue=NO_ROWS, dedge=NO_ROWS, dbias=NOTHING, dweight=NOTHING,
         dedge_value=NO_ROWS, wants_dbias=0, fold=NOTHING, folds=0, sums=NOTHING, sums_from=0, H=H, C=C,
