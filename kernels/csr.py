@@ -29,12 +29,14 @@ from .gather import (
     Rows,
     add_gathered,
     dot_gathered,
+    first_lanes,
     joint_gradients,
     joint_scores,
     keep_largest,
     leaky,
     leaky_slope,
     put_row,
+    scale,
     take_row,
 )
 from .jit import Elements, apart, inline, kernel
@@ -147,9 +149,8 @@ def attend(job, desk, pad, i, first, last, best):
                     job.scores[(p + e) * H + h] = desk.weights[h * EDGES + e]
         for h in range(H if job.normalizes else 0):
             factor = soften(desk, h, n)
-            if factor != 1:
-                for c in range(pad):
-                    desk.value[h * pad + c] *= factor
+            if factor != 1 and p > first:
+                scale(desk.value + h * pad, pad, factor)
         if job.has_shares:
             find_shares(job, desk, i, n)
             weigh_shares(job, desk, n)
@@ -175,9 +176,9 @@ def finish(job, desk, pad, i):
         if job.normalizes:
             factor = 0.0 if l == 0 else 1 / l
         job.bounds[i * job.H + h], job.totals[i * job.H + h] = desk.bound[h], l
-        for c in range(pad):
-            x = desk.value[h * pad + c] * factor if factor != 0 else 0.0
-            desk.value[h * pad + c] = x + job.offset[h * pad + c]
+        for c in range(h * pad, (h + 1) * pad, lanes_of(desk.value)):
+            x = load(desk.value, c)
+            store(fma(x, splat(x, factor), load(job.offset, c)), desk.value, c)
     put_row(job.output, i, desk.value, pad, job.H, job.C)
 
 
@@ -303,8 +304,8 @@ def coefficients(job: NeighborJob, slot, task):
 
 # --- backward, by target ---------------------------------------------------------------------------------------------
 @apart
-def weight_gradients(job, desk, pad, i, first, n):
-    """changes[h, e] = dp, desk.x has do; adds to delta, and keeps (w, dp) as a pair"""
+def weight_gradients(job, desk, pad, i, first, n, later):
+    """changes[h, e] = dp, desk.x has do; adds to delta, and keeps w, and dp if it is needed later"""
     H, C, dp, lanes = job.H, job.C, desk.changes, lanes_of(job.scratch)
     take_edges(job, desk, first, n)
     find_weights(job, desk, i, first, n)
@@ -316,25 +317,24 @@ def weight_gradients(job, desk, pad, i, first, n):
             dot_gathered(dp, desk.x, pad, job.edge_value, desk.ids, n, H, C, 1.0, True)
     if job.has_shares:
         thin_gradients(job, desk, i, n)
-    for h in range(H):
-        p, d = desk.weights + h * EDGES, dp + h * EDGES
+    if job.has_grad_weights:
         for e in range(n):
-            if job.has_grad_weights:
-                d[e] += job.grad_weights[desk.ids[e] * H + h]
-            if p[e] == 0 and job.normalizes:  # a hidden edge's value may be NaN
-                d[e] = 0
-        for e in range(n, whole_vectors(d, n)):
-            d[e] = 0
-            p[e] = 0
-        sum = load_live(d, 0, 0)
-        for e in range(0, n, lanes):
-            sum = fma(load(p, e), load(d, e), sum)
+            for h in range(H):
+                dp[h * EDGES + e] += job.grad_weights[desk.ids[e] * H + h]
+    for h in range(H if job.normalizes else 0):
+        sum = load_live(dp, 0, 0)
+        for e in range(h * EDGES, h * EDGES + n, lanes):
+            p, d = load(desk.weights, e), load(dp, e)
+            sum = sum + where(p > splat(p, 0.0), p * d, p)  # p is 0 where hidden, and d may be NaN there
         desk.delta[h] += lane_sum(sum)
     for e in range(n):
         pair = job.pairs + (first + e) * 2 * H
         for h in range(H):
             share = desk.shares[h * EDGES + e] if job.has_shares else 1
-            pair[h], pair[H + h] = desk.weights[h * EDGES + e] * share, dp[h * EDGES + e]
+            pair[h] = desk.weights[h * EDGES + e] * share
+        if later:
+            for h in range(H):
+                pair[H + h] = dp[h * EDGES + e]
 
 
 @apart
@@ -393,20 +393,31 @@ def score_gradients(job, desk, pad, first, n, i, sums):
         for h in range(H):
             for e in range(0, n, lanes_of(ds)):
                 store(leaky_slope(load(desk.shares, h * EDGES + e), job.slope), desk.shares, h * EDGES + e)
-    for e in range(n):
-        pair = job.pairs + (first + e) * 2 * H
-        for h in range(H):
+    for h in range(H):
+        sum = load_live(ds, 0, 0)
+        for e in range(0, n, lanes_of(ds)):
             at = h * EDGES + e
-            d = ds[at]
+            p, d = load(desk.weights, at), load(ds, at)
             if job.normalizes:
-                d = desk.weights[at] * (d - desk.delta[h]) if desk.weights[at] != 0 else 0.0
+                d = where(p > splat(p, 0.0), p * (d - splat(d, desk.delta[h])), p)
             if job.rule == SUM:
-                d *= desk.shares[at]
-                desk.terms[h * pad] += d
-            if job.wants_dbias:
-                job.dbias[desk.ids[e] * H + h] = d
-            ds[at] = d * job.scale if job.rule == DOT else d
-            pair[H + h] = ds[at]
+                d = d * load(desk.shares, at)
+            d = first_lanes(d, n - e)
+            store(d, ds, at)
+            sum = sum + d
+        if job.rule == SUM:
+            desk.terms[h * pad] += lane_sum(sum)
+    if job.wants_dbias:
+        for e in range(n):
+            for h in range(H):
+                job.dbias[desk.ids[e] * H + h] = ds[h * EDGES + e]
+    if job.rule == DOT:
+        for h in range(H):
+            scale(ds + h * EDGES, n, job.scale)
+    for e in range(n):
+        pair = job.pairs + ((first + e) * 2 + 1) * H
+        for h in range(H):
+            pair[h] = ds[h * EDGES + e]
     if job.rule == JOINT:
         joint_gradients(
             desk.terms, sums + H * pad, ds, desk.y, pad, job.att, job.slope, job.key, job.edge, job.has_edge,
@@ -474,7 +485,7 @@ def backward_targets(job: NeighborJob, slot, task):
             if last - first <= job.most:
                 clear_target(job, desk, pad, i)
                 for p in range(first, last, EDGES):
-                    weight_gradients(job, desk, pad, i, p, min(EDGES, last - p))
+                    weight_gradients(job, desk, pad, i, p, min(EDGES, last - p), last - first > EDGES)
                 for p in range(first, last, EDGES):
                     if last - first > EDGES:
                         take_again(job, desk, i, p, min(EDGES, last - p))
@@ -494,7 +505,7 @@ def backward_targets(job: NeighborJob, slot, task):
     here, first, last = job.partial + task * job.partial_step, job.parts[3 * task + 1], job.parts[3 * task + 2]
     if job.mode == PART:
         for p in range(first, last, EDGES):
-            weight_gradients(job, desk, pad, i, p, min(EDGES, last - p))
+            weight_gradients(job, desk, pad, i, p, min(EDGES, last - p), True)
         for h in range(H):
             here[width + h] = desk.delta[h]
         return
@@ -524,8 +535,10 @@ def collect(job, desk, pad, j, first, last, waste):
             add_gathered(desk.value, pad, desk.weights, job.grad, desk.index, n, H, C, job.has_bias)
         if job.rule == SUM:
             for h in range(H):
-                for e in range(n):
-                    desk.terms[h * pad] += desk.changes[h * EDGES + e]
+                sum = load_live(desk.changes, 0, 0)
+                for e in range(0, n, lanes_of(desk.changes)):
+                    sum = sum + first_lanes(load(desk.changes, h * EDGES + e), n - e)
+                desk.terms[h * pad] += lane_sum(sum)
         elif job.rule == DOT:
             add_gathered(desk.terms, pad, desk.changes, job.query, desk.index, n, H, D, job.has_bias)
         elif job.rule == JOINT:

@@ -13,7 +13,7 @@ import math
 from typing import NamedTuple
 
 from .jit import Elements, apart, inline
-from .simd import fma, lane_sum, lanes_of, load, load_live, prefetch, splat, store, store_live, where
+from .simd import fma, lane_sum, lanes_from, lanes_of, load, load_live, prefetch, splat, store, store_live, where
 
 INF = math.inf
 EDGES = 64  # of one node at a time: their rows stay in the first-level cache
@@ -55,6 +55,20 @@ def row_part(rows, at, live, lanes):
     return load(rows.data, at) if live == lanes else load_live(rows.data, at, live)
 
 
+@inline
+def first_lanes(x, n):
+    """x in the first n lanes, 0 in the others"""
+    return where(lanes_from(x, 0) < splat(x, n), x, splat(x, 0.0))
+
+
+@apart
+def scale(x, n, factor):
+    """x[i] *= factor for n numbers and what is behind them to a whole vector"""
+    for i in range(0, n, lanes_of(x)):
+        v = load(x, i)
+        store(v * splat(v, factor), x, i)
+
+
 @apart
 def dot_gathered(out, x, pad, rows, index, n, H, C, factor, adds):
     """out[h, e] = sum over c of x[h, c] * rows[index[e], h, c] * factor, or added to it"""
@@ -68,7 +82,7 @@ def dot_gathered(out, x, pad, rows, index, n, H, C, factor, adds):
                 sum = fma(load(x, h * pad + c), load(rows.data, at + h * C + c), sum)
             if whole < C:
                 sum = fma(load(x, h * pad + whole), load_live(rows.data, at + h * C + whole, C - whole), sum)
-            done = lane_sum(sum) * factor
+            done = lane_sum(sum * splat(sum, factor))
             out[h * EDGES + e] = out[h * EDGES + e] + done if adds else done
 
 
