@@ -43,6 +43,7 @@ from .gat import GAT, GATv2
 from .graph import CSRGraph
 from .graph_layers import GraphCache, GraphGradients
 from .graph_transformer import GraphTransformer
+from .hgt import HGT, HeteroCache, HeteroGradients
 from .multi_head import KeyValueCache, MultiHeadAttention
 from .neighbors import (
     NeighborCache,
@@ -62,6 +63,7 @@ from .scaled_dot_product import ScaledDotProductAttention
 
 __all__ = [
     "GAT",
+    "HGT",
     "Attention",
     "AttentionBuilder",
     "AttentionCache",
@@ -79,6 +81,8 @@ __all__ = [
     "GraphGradients",
     "GraphStructureError",
     "GraphTransformer",
+    "HeteroCache",
+    "HeteroGradients",
     "InputGradients",
     "InvalidConfigError",
     "InvalidInputError",

@@ -9,7 +9,8 @@ from numpy.typing import ArrayLike, DTypeLike
 
 from .checks import Array
 from .errors import InvalidConfigError
-from .graph_layers import GraphLayer, Inputs, Record, checked_slope, loop_policy
+from .graph_inputs import Inputs, checked_slope, loop_policy
+from .graph_layers import GraphLayer, Record
 from .neighbors import Past
 from .parameters import ParameterSet
 from .projection import flattened, linear, linear_backward, linears, linears_backward

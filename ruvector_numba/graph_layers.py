@@ -8,8 +8,6 @@ bias, and the plan's `graph_forward` and `sparse_forward`.
 from __future__ import annotations
 
 import json
-import math
-import operator
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -17,9 +15,10 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
 from . import checks, edges, files, layers
-from .checks import FLOATS, Array, from_sequence
+from .checks import Array, from_sequence
 from .errors import DimensionMismatchError, GraphStructureError, InvalidConfigError, InvalidInputError
 from .graph import CSRGraph
+from .graph_inputs import Inputs, edge_gradients, features, graph_of, initial, listed, size
 from .neighbors import Past, checked_aggregation, edge_array
 from .parameters import ParameterSet, Trainable
 from .projection import linear, linear_backward
@@ -29,21 +28,6 @@ __all__ = ["GraphCache", "GraphGradients", "GraphLayer"]
 
 Nodes = ArrayLike | tuple[ArrayLike, ArrayLike | None]
 Layer = TypeVar("Layer", bound="GraphLayer")
-
-
-class Inputs(NamedTuple):
-    """A checked call: nodes, the graph with its self-loops, and what belongs to its edges."""
-
-    source: Array  # (Ns, in)
-    target: Array | None  # (Nt, in): the same object where the nodes are; None where targets have no features
-    is_pair: bool
-    given: CSRGraph  # the caller's
-    graph: CSRGraph
-    edge_attr: Array | None  # (E, edge_dim), of `graph`
-    edge_weight: Array | None  # (E)
-    attr_shape: tuple[int, ...] | None  # the caller's
-    dropout: float
-    seed: int
 
 
 class Record(NamedTuple):
@@ -123,9 +107,9 @@ class GraphLayer(Trainable, GraphAttention):
         widths = tuple(cast(Any, in_channels)) if self.is_bipartite else (in_channels, in_channels)
         if len(widths) != 2:
             raise InvalidConfigError(f"in_channels is {in_channels!r}", hint="give a number, or (sources, targets)")
-        self.in_channels = tuple(_size("in_channels", n) for n in widths)
-        self.out_channels, self.heads = _size("out_channels", out_channels), _size("heads", heads)
-        self.edge_dim = None if edge_dim is None else _size("edge_dim", edge_dim)
+        self.in_channels = tuple(size("in_channels", n) for n in widths)
+        self.out_channels, self.heads = size("out_channels", out_channels), size("heads", heads)
+        self.edge_dim = None if edge_dim is None else size("edge_dim", edge_dim)
         self.concat, self.bias = bool(concat), bool(bias)
         self.aggregation = checked_aggregation(aggregation)
         try:
@@ -136,8 +120,8 @@ class GraphLayer(Trainable, GraphAttention):
 
     def _start(self, shapes: dict[str, tuple[int, ...]], dtype: DTypeLike) -> None:
         """Initial parameters: Glorot-uniform, biases 0, in the order of their names."""
-        initial = {name: _initial(self._dice, name, shape) for name, shape in shapes.items()}
-        self._parameters = ParameterSet(initial).as_type(dtype)
+        arrays = {name: initial(self._dice, name, shape) for name, shape in shapes.items()}
+        self._parameters = ParameterSet(arrays).as_type(dtype)
 
     @property
     def width(self) -> int:
@@ -307,7 +291,8 @@ class GraphLayer(Trainable, GraphAttention):
         elif dtarget is not None:
             nodes = dsource + dtarget
         named = {name: found[name] for name in record.parameters}
-        return GraphGradients(named, nodes, *_edges_back(inputs, dattr, made.edge_weight, self))
+        of_edges = edge_gradients(inputs, dattr, made.edge_weight, self.add_self_loops, self.fill_value)
+        return GraphGradients(named, nodes, *of_edges)
 
     def _spread(self, grad: Array) -> Array:
         """The gradient of each head, where their mean was taken."""
@@ -396,7 +381,7 @@ class GraphLayer(Trainable, GraphAttention):
 
     # --- files ------------------------------------------------------------------------------------------------------
     def _file_header(self) -> dict[str, str]:
-        return {"kind": self.name(), "settings": json.dumps(self._settings(), default=_listed)}
+        return {"kind": self.name(), "settings": json.dumps(self._settings(), default=listed)}
 
     @classmethod
     def from_file(cls: type[Layer], path: str) -> Layer:
@@ -422,7 +407,7 @@ class GraphLayer(Trainable, GraphAttention):
     def _inputs(self, x: Nodes, graph: Any, edge_attr: Any, edge_weight: Any, dropout: float, seed: int) -> Inputs:
         source, target, is_pair = self._nodes(x)
         targets = None if target is None else len(target)
-        given = _graph(graph, len(source), targets, is_pair)
+        given = graph_of(graph, len(source), targets, is_pair)
         attr = self._attr(edge_attr, given, source.dtype)
         weight = edge_array("edge_weight", edge_weight, (given.num_edges,), source.dtype)
         policy = self.add_self_loops
@@ -463,7 +448,7 @@ class GraphLayer(Trainable, GraphAttention):
             raise InvalidInputError("x_target is None", hint=f"{self.name()} needs features of the targets")
         names = ("x_source", "x_target") if is_pair else ("x", "x")
         arrays = [
-            None if one is None else _features(name, one) for name, one in zip(names, (source, target), strict=True)
+            None if one is None else features(name, one) for name, one in zip(names, (source, target), strict=True)
         ]
         if not is_pair:
             arrays[1] = arrays[0]
@@ -489,108 +474,3 @@ class GraphLayer(Trainable, GraphAttention):
         if array.ndim == 1 and self.edge_dim == 1:
             array = array[:, None]
         return edge_array("edge_attr", array, (graph.num_edges, self.edge_dim), dtype)
-
-
-def loop_policy(add_self_loops: object) -> edges.LoopPolicy:
-    """True and False as in PyTorch Geometric, or one of the names."""
-    if isinstance(add_self_loops, bool | np.bool_):
-        return "replace" if add_self_loops else "keep"
-    if add_self_loops not in ("replace", "add", "keep"):
-        hint = 'give True, False, "replace", "add" or "keep"'
-        raise InvalidConfigError(f"add_self_loops is {add_self_loops!r}", hint=hint)
-    return add_self_loops
-
-
-def checked_slope(negative_slope: object) -> float:
-    try:
-        slope = checks.scale_of(negative_slope, 1)
-    except InvalidInputError:
-        slope = math.nan
-    if negative_slope is None or not math.isfinite(slope):
-        raise InvalidConfigError(f"negative_slope is {negative_slope!r}", hint="give a finite number")
-    return slope
-
-
-def _listed(x: Any) -> Any:
-    return np.asarray(x).tolist()
-
-
-def _size(name: str, n: object) -> int:
-    try:
-        size = operator.index(cast(Any, n))
-    except TypeError:
-        size = 0
-    if isinstance(n, bool) or size <= 0:
-        raise InvalidConfigError(f"{name} is {n!r}", hint="give a whole number above 0")
-    return size
-
-
-def _initial(dice: np.random.Generator, name: str, shape: tuple[int, ...]) -> Array:
-    if name.endswith("bias"):
-        return np.zeros(shape)
-    bound = math.sqrt(6 / (shape[-1] + shape[-2]))
-    return dice.uniform(-bound, bound, shape)
-
-
-def _features(name: str, x: ArrayLike) -> Array:
-    array = from_sequence(name, x)
-    if array.dtype not in FLOATS or not array.dtype.isnative:
-        hint = f"cast it: {name}.astype(numpy.float32)"
-        raise InvalidInputError(f"{name} has dtype {array.dtype}, not float32 or float64", hint=hint)
-    if array.ndim != 2:
-        raise InvalidInputError(f"{name} has {array.ndim} axes", hint="give (nodes, channels)")
-    return array if array.flags.aligned else array.copy()
-
-
-def _graph(graph: Any, sources: int, targets: int | None, is_pair: bool) -> CSRGraph:
-    if not isinstance(graph, CSRGraph):
-        if hasattr(graph, "tocsr"):
-            raise GraphStructureError("graph is a matrix", hint="CSRGraph.from_scipy(matrix), or sparse_forward")
-        if targets is None:
-            hint = "give a CSRGraph: nothing else says how many targets there are when x_target is None"
-            raise GraphStructureError("graph is an edge_index", hint=hint)
-        return CSRGraph.from_edge_index(graph, num_nodes=(sources, targets))
-    wanted = graph.num_sources, graph.num_targets if targets is None else targets
-    if (graph.num_sources, graph.num_targets) != (sources, wanted[1]):
-        shapes = {"nodes (sources, targets)": (sources, targets), "graph": graph}
-        hint = (
-            "x has one row for each node"
-            if not is_pair
-            else "x_source has one row for each source, x_target each target"
-        )
-        raise DimensionMismatchError(
-            (graph.num_sources, graph.num_targets), (sources, targets), shapes=shapes, hint=hint
-        )
-    return graph
-
-
-def _edges_back(
-    inputs: Inputs, dattr: Array | None, dweight: Array | None, layer: GraphLayer
-) -> tuple[Array | None, Array | None]:
-    """The gradients of what the caller's edges have, from those of the edges with self-loops."""
-    if dattr is not None:
-        dattr = _without_loops(inputs, dattr, layer.add_self_loops, layer.fill_value).reshape(inputs.attr_shape)
-    if dweight is not None:
-        dweight = _without_loops(inputs, dweight, layer.add_self_loops, 1.0)
-    return dattr, dweight
-
-
-def _without_loops(inputs: Inputs, grad: Array, policy: edges.LoopPolicy, fill_value: Any) -> Array:
-    """The adjoint of `edge_attr_with_self_loops`: what loops were filled with came from the other edges."""
-    given = inputs.given
-    if inputs.graph is given:
-        return grad
-    loops = min(given.num_sources, given.num_targets)
-    kept = len(grad) - loops
-    source, target = given.to_edge_index()
-    stays = source != target if policy == "replace" else np.ones(len(source), np.bool_)
-    out = np.zeros((given.num_edges, *grad.shape[1:]), grad.dtype)
-    out[stays] = grad[:kept]
-    if isinstance(fill_value, str):
-        of_loops = np.zeros((given.num_targets, *grad.shape[1:]), grad.dtype)
-        of_loops[:loops] = grad[kept:]
-        if fill_value == "mean":
-            degrees = np.bincount(target[stays], minlength=given.num_targets)
-            of_loops /= np.maximum(degrees, 1).reshape(-1, *[1] * (grad.ndim - 1)).astype(grad.dtype)
-        out[stays] += of_loops[target[stays]]
-    return out

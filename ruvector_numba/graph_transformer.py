@@ -10,7 +10,8 @@ from numpy.typing import DTypeLike
 from . import checks
 from .checks import Array
 from .errors import InvalidConfigError, InvalidInputError
-from .graph_layers import GraphLayer, Inputs, Record
+from .graph_inputs import Inputs
+from .graph_layers import GraphLayer, Record
 from .neighbors import Past
 from .parameters import ParameterSet
 from .projection import flattened, linear, linear_backward, linears, linears_backward

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from ..checks import Array
 from ..kernels import csr as kernels
+from ..kernels import csr_backward as backwards
 from ..kernels import jit, walk
 from ..kernels.gather import Rows
 from ..kernels.scoring import Dropout
@@ -180,9 +181,9 @@ def backward(
         dedge_value=_rows(made["edge_value"]), dbias=_or_nothing(made["bias"]), wants_dbias=int(scores is not None),
     )  # fmt: skip
     job = _job(by_target, terms, kept, **fields)
-    sums = _run(kernels.backward_targets, by_target, job, dtype, pad)
+    sums = _run(backwards.backward_targets, by_target, job, dtype, pad)
     job = _job(by_source, terms, kept, **fields, fold=_padded(terms.fold, pad), folds=folds)
-    more = _run(kernels.backward_sources, by_source, job, dtype, pad)
+    more = _run(backwards.backward_sources, by_source, job, dtype, pad)
     C = terms.value.shape[2]
     if terms.rule == SUM and terms.edge is not None:
         made["edge"], made["bias"] = made["bias"], None
@@ -277,7 +278,7 @@ def _run(kernel: Callable[..., None], by: Walk, job: walk.NeighborJob, dtype: np
     tasks, rounds = len(starts) - 1, [(walk.NODES, len(starts) - 1, 0)]
     if len(hubs):
         rounds.append((walk.PART, len(parts), tasks))
-        if kernel is kernels.backward_targets:
+        if kernel is backwards.backward_targets:
             rounds.append((walk.SECOND_PART, len(parts), tasks))
         rounds.append((walk.HUB, len(hubs), tasks + len(parts)))
     sums = np.zeros((tasks + len(parts) + len(hubs), 3, job.H, pad), dtype)
