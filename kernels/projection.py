@@ -37,7 +37,7 @@ class ProjectionJob(NamedTuple):
     right: Pairs  # (K, J), or (J, K) likewise
     out: Pairs
     bias: Elements  # (J,)
-    sums: Elements  # (J,): the sums of the columns of `right`, which for dW = x^T dy are db
+    sums: Elements  # (parts, J): the sums of the columns of `right`, which for dW = x^T dy are db
     left_transposed: int
     right_transposed: int
     right_in_place: int  # read it where it lies: for so few rows that copying it would cost more than it gains
@@ -46,6 +46,8 @@ class ProjectionJob(NamedTuple):
     I: int
     J: int
     K: int
+    part: int  # of K, that one task sums
+    out_step: int  # from what one part makes to what the next does
     task_rows: int
     task_cols: int
     scratch: Elements
@@ -141,8 +143,10 @@ def add_sums(sums, j0, panel, step, n, live):
 
 @kernel
 def project(job: ProjectionJob, slot, task):
-    # task -> some rows by some columns of out
+    # task -> some rows by some columns of out, of one part of K
     row_tasks = (job.I + job.task_rows - 1) // job.task_rows
+    tasks = row_tasks * ((job.J + job.task_cols - 1) // job.task_cols)
+    number, task = task // tasks, task % tasks
     i0, j0 = task % row_tasks * job.task_rows, task // row_tasks * job.task_cols
     ni, nj = min(job.task_rows, job.I - i0), min(job.task_cols, job.J - j0)
     left = job.scratch + slot * job.scratch_step
@@ -155,12 +159,13 @@ def project(job: ProjectionJob, slot, task):
         ones[i] = 1
     # 1. out begins as the bias
     for j in range(step):
-        block[j] = job.bias[j0 + j] if job.wants_bias and j < nj else 0
+        block[j] = job.bias[j0 + j] if job.wants_bias and number == 0 and j < nj else 0
     for i in range(1, ni):  # by vectors: one by one this is 6 % of a task
         for j in range(0, step, lanes):
             store(load(block, j), block, i * step + j)
-    for k0 in range(0, job.K, SUMMED):
-        nk = min(SUMMED, job.K - k0)
+    last = min(job.K, (number + 1) * job.part)
+    for k0 in range(number * job.part, last, SUMMED):
+        nk = min(SUMMED, last - k0)
         # 2. a chunk of left, as it lies: by rows, or by columns
         if job.left_transposed:
             move_lines(left, job.task_rows, job.left, k0, nk, i0, ni, False)
@@ -179,11 +184,13 @@ def project(job: ProjectionJob, slot, task):
             if live < width:
                 pad(panel, width, nk, live)
             if job.wants_sums and i0 == 0:
-                add_sums(job.sums, j0 + j, y, y_next, nk, live)
+                add_sums(job.sums, number * job.J + j0 + j, y, y_next, nk, live)
             # 4. out[i, j] += sum over k of left[i, k] * right[k, j]
             for i in range(0, ni, ROWS):
                 rows = min(ROWS, ni - i)
                 done = multiply_add(tile, left + i * left_i, left_k, left_i, rows, y, y_next, nk)
                 add_to(done, block, i * step + j, step, rows)
     # 5. to where it belongs
-    move_lines(block, step, job.out, i0, ni, j0, nj, True)
+    o = job.out
+    out = Pairs(o.data + number * job.out_step, o.outer_row, o.row, o.outer_col, o.col, o.rows, o.cols)
+    move_lines(block, step, out, i0, ni, j0, nj, True)

@@ -27,10 +27,15 @@ def product(left: Array, right: Array, out: Array, bias: Array | None = None, su
         return
     from .plan import projection as plan  # at the first call, as it loads the kernels
 
-    ready = plan.product(left, right, out, bias is not None, sums is not None)
+    parts = plan.parts(left)
+    made = out if parts == 1 else np.empty((parts, *out.shape), out.dtype)
+    made_sums = None if sums is None else np.zeros((parts, sums.size), sums.dtype)
+    ready = plan.product(left, right, made, bias is not None, sums is not None)
+    ready(left=left, right=right, out=made, bias=bias, sums=made_sums)
+    if parts > 1:
+        np.sum(made, axis=0, out=out)
     if sums is not None:
-        sums[...] = 0
-    ready(left=left, right=right, out=out, bias=bias, sums=sums)
+        sums[...] = np.asarray(made_sums).sum(axis=0).reshape(sums.shape)
 
 
 def linear(x: Array, weight: Array, bias: Array | None = None) -> Array:

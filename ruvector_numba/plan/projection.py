@@ -18,7 +18,16 @@ from .layouts import Layout, Ready, layout
 # 192 x 384 float32 just stay near the core (on one of a Zen 4 102 GFLOP/s; 192 x 128: 97). Small ones where large ones
 # would not fill the threads.
 TASKS = ((192, 384), (96, 128), (48, 64))
+# Sums as long as these are cut into parts that tasks do side by side: dW = x^T dy of a graph's 100,000 nodes is one
+# small matrix, and was one task.
+LONG, PART = 1 << 14, 1 << 12
 FEW_ROWS = 16  # up to so many, `right` is read where it lies
+
+
+def parts(left: Array) -> int:
+    """Into how many parts the sums are cut: by their length alone, as it shows in the last bits."""
+    K = left.shape[2] * left.shape[3]
+    return 1 if K < LONG else -(-K // PART)
 
 
 class Problem(NamedTuple):
@@ -26,15 +35,17 @@ class Problem(NamedTuple):
     left: Layout
     right: Layout
     out: Layout
+    parts: int
     wants_bias: bool
     wants_sums: bool
     threads: int  # the sizes of tasks change no bit
 
 
 def product(left: Array, right: Array, out: Array, wants_bias: bool, wants_sums: bool) -> Ready:
-    """out = left right, of pairs for rows and pairs for columns."""
-    layouts = layout(left), layout(right), layout(out)
-    return _plan(Problem(out.dtype, *layouts, wants_bias, wants_sums, jit.threads()))
+    """out = left right, of pairs for rows and pairs for columns; of as many matrices as `parts` says, if several."""
+    n = parts(left)
+    of_out = layout(out if n == 1 else out[0])
+    return _plan(Problem(out.dtype, layout(left), layout(right), of_out, n, wants_bias, wants_sums, jit.threads()))
 
 
 @functools.lru_cache(512)
@@ -44,7 +55,7 @@ def _plan(p: Problem) -> Ready:
     width, lanes = target().width(itemsize), target().lanes(itemsize)
     for most in TASKS:
         rows, cols = _evenly(I, most[0], target().rows), _evenly(J, most[1], width)
-        tasks = -(-I // rows) * -(-J // cols)
+        tasks = -(-I // rows) * -(-J // cols) * p.parts
         if tasks >= 4 * p.threads:
             break
     left, left_transposed = _lines("left", p.left, itemsize)
@@ -55,6 +66,7 @@ def _plan(p: Problem) -> Ready:
         left=left, right=right, out=_pairs("out", p.out, itemsize), bias="bias", sums="sums",
         left_transposed=left_transposed, right_transposed=right_transposed, right_in_place=int(in_place),
         wants_bias=int(p.wants_bias), wants_sums=int(p.wants_sums), I=I, J=J, K=K,
+        part=K if p.parts == 1 else PART, out_step=I * J,
         task_rows=rows, task_cols=cols, scratch="scratch", scratch_step=scratch,
     )  # fmt: skip
     return Ready(kernels.project.prepare(job, tasks, p.dtype, I * J * K), scratch, p.dtype)
