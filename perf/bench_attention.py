@@ -9,13 +9,13 @@ between them: for ratios trust `run.py`.
 """
 
 import argparse
-import dataclasses
 import functools
 
 import pyperf
 from cells import GROUPS
 
-from ruvector_numba.peers import PEERS, Runner, Unsupported, Work, adapters
+from ruvector_numba.peers import KINDS, adapters
+from ruvector_numba.works import Runner, Task, Unsupported
 
 
 def _pass_on(command: list[str], options: argparse.Namespace) -> None:
@@ -26,12 +26,12 @@ def _pass_on(command: list[str], options: argparse.Namespace) -> None:
 
 
 @functools.cache
-def _runner(peer: str, work: Work, threads: int) -> Runner:
+def _runner(peer: str, work: Task, threads: int) -> Runner:
     """Set up in the worker process that needs it, and only there."""
     return adapters(work)[peer](work, threads)
 
 
-def _time(loops: int, peer: str, work: Work, threads: int) -> float:
+def _time(loops: int, peer: str, work: Task, threads: int) -> float:
     call = _runner(peer, work, threads).call
     start = pyperf.perf_counter()
     for _ in range(loops):
@@ -39,13 +39,12 @@ def _time(loops: int, peer: str, work: Work, threads: int) -> float:
     return pyperf.perf_counter() - start
 
 
-def _can(peer: str, work: Work) -> bool:
+def _can(peer: str, work: Task) -> bool:
     """Cheap for all but the work itself: adapters refuse before they set anything up."""
     if peer not in adapters(work):
         return False
-    tiny = dataclasses.replace(work, batch=1, heads=1, queries=8, keys=8, dim=8)
     try:
-        _runner(peer, tiny, 1)
+        _runner(peer, work.tiny(), 1)
     except Unsupported:
         return False
     return True
@@ -54,7 +53,9 @@ def _can(peer: str, work: Work) -> bool:
 def main() -> None:
     """Time every cell with one library."""
     runner = pyperf.Runner(add_cmdline_args=_pass_on)
-    runner.argparser.add_argument("--peer", choices=list(PEERS), default="ruvector-numba")
+    runner.argparser.add_argument(
+        "--peer", choices=sorted({name for known in KINDS.values() for name in known}), default="ruvector-numba"
+    )
     runner.argparser.add_argument("--work-threads", type=int, default=1)
     runner.argparser.add_argument("--groups", nargs="+", choices=[g.name for g in GROUPS])
     options = runner.parse_args()

@@ -2,12 +2,13 @@
 
 A limit on the ratio is to the best peer of the group. One on the share is of the peak measured in the same rounds (of
 the read bandwidth, for a decode), and holds for sequences of 1024 and more, `short_share` for those below 512. Work
-counts attended pairs only.
+counts attended pairs only. Layers on graphs count edges, and have no limit on the share.
 """
 
 import dataclasses
 
-from ruvector_numba.peers import Work
+from ruvector_numba.peers_graph import GraphWork
+from ruvector_numba.works import Task, Work
 
 INFERENCE = ("torch", "onnxruntime", "openvino")
 SIZES = ((8, 8, 128, 64), (4, 8, 512, 64), (2, 8, 1024, 64), (1, 8, 4096, 64), (1, 8, 1024, 128))
@@ -20,21 +21,33 @@ class Group:
     """Cells of one kind: what they are measured against, and what they must reach."""
 
     name: str
-    works: tuple[Work, ...]
+    works: tuple[Task, ...]
     peers: tuple[str, ...]
     must_ratio: float
     must_share: float | None = None
     short_share: float | None = None
+    smoke: int = 1  # so many of the works, from the first, stand for all in a smoke test
 
-    def required_share(self, work: Work) -> float | None:
+    def required_share(self, work: Task) -> float | None:
         """The share of the peak that this work must reach, if any."""
-        if work.is_decode or work.queries >= 1024:
+        if work.length >= 1024:
             return self.must_share
-        return self.short_share if work.queries < 512 else None
+        return self.short_share if work.length < 512 else None
 
 
 def _square(sizes: tuple[tuple[int, int, int, int], ...], **terms: bool) -> tuple[Work, ...]:
     return tuple(Work(batch, heads, length, length, dim, **terms) for batch, heads, length, dim in sizes)
+
+
+def _graphs(backward: bool) -> tuple[GraphWork, ...]:
+    layers, size = ("GAT", "GATv2", "GraphTransformer"), (100_000, 1_000_000)
+    narrow, wide = (
+        [GraphWork(layer, *size, *shape, backward=backward) for layer in layers]
+        for shape in ((64, 4, 16), (128, 8, 16))
+    )
+    first = narrow[0]
+    others = dataclasses.replace(first, power_law=True), dataclasses.replace(first, from_edge_index=True)
+    return (*narrow, *others, *wide)
 
 
 GROUPS = (
@@ -48,14 +61,10 @@ GROUPS = (
     Group("layer", _square(LAYER_SIZES, layer=True), ("torch",), 1.0),  # these two aim at 1.4
     Group("layer-training", _square(LAYER_SIZES, layer=True, backward=True), ("torch",), 1.0),
     Group("decode", (Work(1, 8, 1, 65536, 64),), INFERENCE, 1.0, 0.90),
+    Group("graph", _graphs(backward=False), ("torch_geometric",), 10.0, smoke=5),
+    Group("graph-training", _graphs(backward=True), ("torch_geometric",), 8.0, smoke=5),
 )
 
 
-def _tiny(work: Work) -> Work:
-    length, keys = (1, 4096) if work.is_decode else (48, 48)
-    window = None if work.window is None else 9
-    return dataclasses.replace(work, batch=1, heads=2, queries=length, keys=keys, window=window)
-
-
 # The same kinds at sizes that take no time: they show that everything runs and agrees, and nothing about speed.
-SMOKE = tuple(dataclasses.replace(group, works=(_tiny(group.works[0]),)) for group in GROUPS)
+SMOKE = tuple(dataclasses.replace(g, works=tuple(w.tiny() for w in g.works[: g.smoke])) for g in GROUPS)

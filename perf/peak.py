@@ -14,7 +14,7 @@ import time
 import numba
 import numpy as np
 
-from ruvector_numba.peers import Runner, Work
+from ruvector_numba.works import Build, Runner, Task, Work
 
 READ_BYTES = 1 << 28  # far beyond any cache
 
@@ -25,7 +25,7 @@ def _one_thread_peak() -> float:
     return float(rv.info(measure=True)["peak_gflops"])
 
 
-def fma_peak(_: Work, threads: int) -> Runner:
+def fma_peak(_: Task, threads: int) -> Runner:
     """GFLOP/s of float32 multiply-adds in registers, added up over as many threads as there are.
 
     The kernel that measures runs without Python's lock. All run at the same time, so that shared clocks and shared
@@ -50,7 +50,7 @@ def _or_words(words: np.ndarray) -> np.uint64:
 _read = numba.njit(nogil=True)(_or_words)
 
 
-def read_bandwidth(_: Work, threads: int) -> Runner:
+def read_bandwidth(_: Task, threads: int) -> Runner:
     """GB/s of reading memory once, each thread its own part."""
     words = np.ones(READ_BYTES // 8, np.uint64)
     parts = np.array_split(words, threads)
@@ -63,6 +63,9 @@ def read_bandwidth(_: Work, threads: int) -> Runner:
         return READ_BYTES / (time.perf_counter() - start) / 1e9
 
     return Runner(lambda: max(once() for _ in range(5)), measures=True, keeps=pool)
+
+
+LIMITS: dict[str, Build] = {"peak": fma_peak, "bandwidth": read_bandwidth}  # by a work's `limit`
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""From perf/results-*.json to the README's tables, between its markers.
+"""From perf/results-*.json and perf/graph-*.json to the README's tables, between its markers.
 
 python perf/report.py            rewrite what stands between <!-- perf:begin --> and <!-- perf:end -->
 python perf/report.py --check    only say whether the README is up to date; 1 when it is not
@@ -13,6 +13,7 @@ from typing import Any
 HERE = pathlib.Path(__file__).resolve().parent
 BEGIN, END = "<!-- perf:begin -->", "<!-- perf:end -->"
 OURS, LIMITS = "ruvector-numba", ("peak", "bandwidth")
+GRAPHS = "M edges/s"  # the unit of layers on graphs, which have tables of their own
 
 
 def _number(value: float | None) -> str:
@@ -51,13 +52,37 @@ def _table(results: list[dict[str, Any]], threads: int) -> str:
     """One number of threads: a row for each cell, a column for each peer that was measured at least once."""
     every = dict.fromkeys(s["name"] for r in results for s in r["scores"] if s.get("rate") is not None)
     names = [n for n in every if n != OURS and n not in LIMITS]
-    heading = ["(batch, heads, length, dim)", OURS, "of the machine", *names, "times the best", "error"]
+    is_graphs = results[0]["unit"] == GRAPHS
+    heading = [
+        "layer, channels, graph" if is_graphs else "(batch, heads, length, dim)",
+        OURS,
+        "of the machine",
+        *names,
+        "times the best",
+        "error",
+    ]
     rule = ["---", *["---:"] * (len(heading) - 1)]
     lines = ["| " + " | ".join(heading) + " |", "| " + " | ".join(rule) + " |", *_rows(results, names)]
-    return f"{threads} thread{'s' if threads > 1 else ''}:\n\n" + "\n".join(lines) + "\n"
+    title = f"Attention on graphs, {GRAPHS}, " * is_graphs + f"{threads} thread{'s' if threads > 1 else ''}:\n\n"
+    return title + "\n".join(lines) + "\n"
 
 
-def markdown(document: dict[str, Any]) -> str:
+def _graph_table(document: dict[str, Any]) -> str:
+    """What `graph_memory.py` measured: values that should be small, with what each may be at most."""
+    lines = ["| | ruvector-numba | torch_geometric | at most |", "| --- | ---: | ---: | ---: |"]
+    for row in document["rows"]:
+        ours, theirs, most = (
+            "-" if row.get(n) is None else f"{row[n]:.{row['digits']}f} {row['unit']}".rstrip()
+            for n in (OURS, "torch_geometric", "most")
+        )
+        if row["most"] is not None and row[OURS] <= row["most"]:
+            ours = f"**{ours}**"
+        lines.append(f"| {row['what']} | {ours} | {theirs} | {most} |")
+    threads = document["threads"]
+    return f"Attention on graphs, memory and shape, {threads} threads:\n\n" + "\n".join(lines) + "\n"
+
+
+def markdown(document: dict[str, Any], of_graphs: dict[str, Any] | None = None) -> str:
     """All tables of one machine, with what they depend on."""
     machine, results = document["machine"], document["results"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
@@ -71,10 +96,20 @@ def markdown(document: dict[str, Any]) -> str:
         "this project asks of itself, else that stands in brackets. *Error*: the largest, against float64, relative "
         "to the largest value.\n",
     ]
-    for threads in sorted({r["threads"] for r in results}):
-        parts.append(_table([r for r in results if r["threads"] == threads], threads))
-    parts += [f"- {caveat}" for caveat in document["caveats"]]
+    for is_graphs, threads in sorted({(r["unit"] == GRAPHS, r["threads"]) for r in results}):
+        rows = [r for r in results if (r["unit"] == GRAPHS, r["threads"]) == (is_graphs, threads)]
+        parts.append(_table(rows, threads))
+    caveats = list(document["caveats"])
+    if of_graphs is not None:
+        parts.append(_graph_table(of_graphs))
+        caveats += of_graphs["caveats"]
+    parts += [f"- {caveat}" for caveat in caveats]
     return "\n".join(parts) + "\n"
+
+
+def _of_machine(path: pathlib.Path) -> str:
+    graphs = path.with_name(path.name.replace("results-", "graph-", 1))
+    return markdown(json.loads(path.read_text()), json.loads(graphs.read_text()) if graphs.exists() else None)
 
 
 def insert(readme: str, text: str) -> str:
@@ -97,7 +132,7 @@ def main() -> int:
     if not paths:
         raise SystemExit(f"no results-*.json in {options.results}: run perf/run.py first")
     before = options.readme.read_text()
-    after = insert(before, "\n".join(markdown(json.loads(path.read_text())) for path in paths))
+    after = insert(before, "\n".join(_of_machine(path) for path in paths))
     if options.check:
         print("up to date" if before == after else "out of date: run perf/report.py")
         return int(before != after)

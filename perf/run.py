@@ -1,6 +1,6 @@
 """Measure the cells of `cells.py` against the peers that are installed, and write them down.
 
-    python perf/run.py                          all cells, on one and on two threads: some 25 minutes
+    python perf/run.py                          all cells, on one and on two threads: some 40 minutes
     python perf/run.py --groups causal decode   some of them; the others keep what an earlier run found
     python perf/run.py --smoke --output build   everything once at tiny sizes: shows that it works, nothing of speed
 
@@ -21,11 +21,12 @@ from typing import Any
 
 import cells
 import peak
-from peers import versions
+from peers import everyone, versions
 
 import ruvector_numba as rv
 from ruvector_numba.bench import Plan, Score, compare
-from ruvector_numba.peers import OURS, PEERS, Build, Work, adapters, installed
+from ruvector_numba.peers import PEERS, adapters, installed
+from ruvector_numba.works import OURS, Build, Task
 
 HERE = pathlib.Path(__file__).resolve().parent
 CAVEATS = (
@@ -42,6 +43,14 @@ CAVEATS = (
     "A share of the peak counts attended pairs and projections only, and is of the float32 multiply-adds that this "
     "machine did in registers in the same rounds; that of a decode is of the memory that the same number of threads "
     "read.",
+    "A layer on a graph has the edges drawn at random and, for GAT and GATv2, a self-loop at each node; its gradients "
+    "are those of the nodes and of all parameters. rv.GAT and the others are given a CSRGraph built beforehand (the "
+    "edge_index, where it says so); torch_geometric is given the edge_index, in the order drawn or grouped by target, "
+    "whichever is faster in each cell. It runs in torch.inference_mode where no gradients are asked for.",
+    "A share of the bandwidth counts what a layer on a graph reads at least: for each edge a projected row of its "
+    "source in float32, two for GraphTransformer (key and value), and three times that with gradients, once forward "
+    "and once towards either end of the edges. No nodes, no self-loops, no indices, nothing that is written. Rows that "
+    "are still in a cache come faster than memory gives them, so it can pass 100%.",
     "Compiling is not counted: it happens once on a machine.",
 )
 
@@ -56,7 +65,7 @@ def machine() -> dict[str, Any]:
         "processors": os.cpu_count(),
         "system": f"{platform.system()} {platform.machine()}",
         "threading_layer": found["threading_layer"],
-        "versions": {**found["versions"], **versions([n for n in installed() if n not in (OURS, "numpy")])},
+        "versions": {**found["versions"], **versions([n for n in everyone() if n not in (OURS, "numpy")])},
     }
 
 
@@ -67,26 +76,26 @@ def slug(*names: str) -> str:
 
 def best_peer(scores: list[Score]) -> Score | None:
     """The fastest of those that answered rightly, not counting ourselves."""
-    rivals = [s for s in scores[1:] if s.name in PEERS and not math.isnan(s.ratio)]
+    rivals = [s for s in scores[1:] if not math.isnan(s.ratio)]  # that of a limit is
     return min(rivals, key=lambda s: s.ratio, default=None)
 
 
-def measure(group: cells.Group, work: Work, threads: int, plan: Plan, extra: list[str]) -> dict[str, Any]:
+def measure(group: cells.Group, work: Task, threads: int, plan: Plan, extra: list[str]) -> dict[str, Any]:
     """One cell: our score, the peers', the machine's limit in the same rounds, and what follows from them."""
-    here, known = installed(), adapters(work)
-    names = [OURS, *(n for n in (*group.peers, *extra) if n in here and n in known)]
-    limit = "bandwidth" if work.is_decode else "peak"
+    known = adapters(work)
+    here = installed(known)
+    names = [OURS, *(n for n in (*group.peers, *extra) if n in here)]
     builds: dict[str, Build] = {n: known[n] for n in names}
-    builds[limit] = peak.read_bandwidth if work.is_decode else peak.fma_peak
-    scores = compare(work, builds, threads, plan, measuring=[limit])
+    builds[work.limit] = peak.LIMITS[work.limit]
+    scores = compare(work, builds, threads, plan, measuring=[work.limit])
     ours, machine_limit, best = scores[0], scores[-1], best_peer(scores)
     return {
         "group": group.name,
         "work": work.name,
         "threads": threads,
-        "unit": "GB/s" if work.is_decode else "GFLOP/s",
+        "unit": work.unit,
         "limit": machine_limit.rate,
-        "share": ours.rate / machine_limit.rate,
+        "share": work.used(ours.rate) / machine_limit.rate,
         "best_peer": best.name if best else None,
         "ratio": best.ratio if best else None,
         "must_ratio": group.must_ratio,
@@ -101,7 +110,7 @@ def verdict(result: dict[str, Any]) -> str:
     ours = result["scores"][0]
     if "rate" not in ours:
         return f"{result['work']}: {ours.get('skipped', 'not measured')}"
-    text = f"{result['work']:<48} {ours['rate']:7.1f} {result['unit']:<7} {result['share']:4.0%} of the machine"
+    text = f"{result['work']:<64} {ours['rate']:7.1f} {result['unit']:<9} {result['share']:4.0%} of the machine"
     if result["must_share"] is not None and result["share"] < result["must_share"]:
         text += f" (SHORT of {result['must_share']:.0%})"
     if result["ratio"] is not None:

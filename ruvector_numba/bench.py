@@ -23,7 +23,8 @@ from typing import Any
 
 import numpy as np
 
-from .peers import OURS, PEERS, Build, Runner, Unsupported, Work, installed, layer_results
+from .peers import PEERS, installed
+from .works import OURS, Build, Runner, Task, Unsupported, Work
 
 __all__ = ["QUICK_WORKS", "Plan", "Score", "choose", "compare", "format_table", "reference", "relative_error"]
 
@@ -32,72 +33,10 @@ _THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS
 
 
 # --- what is right ----------------------------------------------------------------------------------------------------
-def _slab(work: Work, arrays: list[np.ndarray], rows: slice) -> list[np.ndarray]:
-    """Float64 output and gradient contributions of a slab of one head's queries, by the textbook."""
-    query, key, value, grad = arrays
-    i = np.arange(work.queries)[rows, None]
-    j = np.arange(work.keys)
-    low, high = work.bounds(i)
-    s = np.where((low <= j) & (j < high), query[rows] @ key.T / math.sqrt(work.dim), -np.inf)
-    p = np.exp(s - s.max(axis=1, keepdims=True))
-    p /= p.sum(axis=1, keepdims=True)
-    output = p @ value
-    if not work.backward:
-        return [output]
-    dp = grad[rows] @ value.T
-    ds = p * (dp - (dp * p).sum(axis=1, keepdims=True)) / math.sqrt(work.dim)
-    return [output, ds @ key, ds.T @ query[rows], p.T @ grad[rows]]
-
-
-def _attention(work: Work, inputs: list[np.ndarray], slab: int) -> list[np.ndarray]:
-    """Head by head and a slab of queries at a time."""
-    found = [np.zeros(x.shape) for x in (inputs[0], *inputs[:3])[: 4 if work.backward else 1]]
-    for head in np.ndindex(work.batch, work.heads):
-        doubles = [x[head].astype(np.float64) for x in inputs]
-        for start in range(0, work.queries, slab):
-            rows = slice(start, start + slab)
-            output, *gradients = _slab(work, doubles, rows)
-            found[0][head][rows] = output
-            if gradients:
-                found[1][head][rows] = gradients[0]
-                found[2][head] += gradients[1]
-                found[3][head] += gradients[2]
-    return found
-
-
-def _layer(work: Work, slab: int) -> list[np.ndarray]:
-    """Self-attention between projections, each y = x w + b, so that dx = dy w^T, dw = x^T dy and db = sum dy."""
-    x, grad, parameters = work.layer_inputs()
-    p = {name: array.astype(np.float64) for name, array in parameters.items()}
-    x, grad = (array.astype(np.float64).reshape(-1, work.channels) for array in (x, grad))
-
-    def split(y: np.ndarray) -> np.ndarray:
-        return y.reshape(work.batch, work.queries, work.heads, work.dim).swapaxes(1, 2)
-
-    def join(y: np.ndarray) -> np.ndarray:
-        return y.swapaxes(1, 2).reshape(-1, work.channels)
-
-    inputs = [split(x @ p[f"w_{n}"] + p[f"b_{n}"]) for n in "qkv"]
-    joined, *above = (join(y) for y in _attention(work, [*inputs, split(grad @ p["w_o"].T)], slab))
-    shape = (work.batch, work.queries, work.channels)
-    output = (joined @ p["w_o"] + p["b_o"]).reshape(shape)
-    if not work.backward:
-        return [output]
-    gradients = {"w_o": joined.T @ grad, "b_o": grad.sum(axis=0)}
-    dx = np.zeros_like(x)
-    for n, dy in zip("qkv", above, strict=True):
-        dx += dy @ p[f"w_{n}"].T
-        gradients |= {f"w_{n}": x.T @ dy, f"b_{n}": dy.sum(axis=0)}
-    return layer_results(output, dx.reshape(shape), gradients)
-
-
 @functools.lru_cache(maxsize=1)
-def reference(work: Work, slab: int = 512) -> list[np.ndarray]:
-    """[output] or [output, dquery, dkey, dvalue] in float64; with gradients of a layer, what `layer_results` lists.
-
-    The last one is kept, since work is often measured on one thread and then on several.
-    """
-    return _layer(work, slab) if work.layer else _attention(work, work.inputs(), slab)
+def reference(work: Task) -> list[np.ndarray]:
+    """The right answer. The last one is kept, since work is often measured on one thread and then on several."""
+    return work.reference()
 
 
 def relative_error(results: list[np.ndarray], expected: list[np.ndarray]) -> float:
@@ -129,7 +68,7 @@ class Score:
     work: str
     threads: int
     blocks: list[float] = dataclasses.field(default_factory=list)  # median seconds of a call, or the rate it measured
-    rate: float = math.nan  # GFLOP/s, or GB/s for a decode
+    rate: float = math.nan  # in the unit of the work
     error: float = math.nan  # largest, against float64
     ratio: float = math.nan  # seconds of a call over ours: above 1, we are faster
     ratios: list[float] = dataclasses.field(default_factory=list)  # of each pair of blocks
@@ -142,7 +81,7 @@ class Score:
 
 
 # --- a contestant's process -------------------------------------------------------------------------------------------
-def _prepare(build: Build, work: Work, threads: int, seconds: float) -> tuple[Runner, list[np.ndarray] | None, int]:
+def _prepare(build: Build, work: Task, threads: int, seconds: float) -> tuple[Runner, list[np.ndarray] | None, int]:
     """The runner, its first answer, and how many calls make a block of so many seconds."""
     runner = build(work, threads)
     found = runner.call()
@@ -155,7 +94,7 @@ def _prepare(build: Build, work: Work, threads: int, seconds: float) -> tuple[Ru
     return runner, results, min(1000, max(1, round(seconds / (time.perf_counter() - start))))
 
 
-def _serve(pipe: Connection, build: Build, work: Work, threads: int, seconds: float) -> None:
+def _serve(pipe: Connection, build: Build, work: Task, threads: int, seconds: float) -> None:
     """Set up, answer ("ready", results), then time one block for each message until the pipe closes."""
     with contextlib.suppress(EOFError, BrokenPipeError, KeyboardInterrupt):
         try:
@@ -189,7 +128,7 @@ def _environment(values: dict[str, str]) -> Iterator[None]:
 class _Contestant:
     """A process that holds one library, ready to be timed."""
 
-    def __init__(self, name: str, build: Build, work: Work, threads: int, plan: Plan):
+    def __init__(self, name: str, build: Build, work: Task, threads: int, plan: Plan):
         self.score = Score(name, work.name, threads)
         self.results: list[np.ndarray] | None = None
         self._patience = plan.patience
@@ -235,7 +174,7 @@ class _Contestant:
 
 # --- the comparison ---------------------------------------------------------------------------------------------------
 @contextlib.contextmanager
-def _contestants(builds: dict[str, Build], work: Work, threads: int, plan: Plan) -> Iterator[list[_Contestant]]:
+def _contestants(builds: dict[str, Build], work: Task, threads: int, plan: Plan) -> Iterator[list[_Contestant]]:
     started: list[_Contestant] = []
     try:
         for name, build in builds.items():
@@ -258,7 +197,7 @@ def _verify(contestant: _Contestant, expected: list[np.ndarray]) -> None:
         score.skipped = f"wrong: its largest relative error is {score.error:.1e}"
 
 
-def _settle(scores: list[Score], work: Work, measuring: set[str]) -> None:
+def _settle(scores: list[Score], work: Task, measuring: set[str]) -> None:
     """From blocks to rates, and to ratios with the first contestant's blocks of the same rounds."""
     base = scores[0]
     for score in scores:
@@ -272,7 +211,7 @@ def _settle(scores: list[Score], work: Work, measuring: set[str]) -> None:
 
 
 def compare(
-    work: Work,
+    work: Task,
     builds: dict[str, Build],
     threads: int,
     plan: Plan = Plan(),

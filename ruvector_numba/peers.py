@@ -1,153 +1,24 @@
-"""The libraries that attention is measured against, one adapter each, and the work that is measured.
+"""The libraries that attention is measured against, one adapter each; those of graphs are in `peers_graph.py`.
 
 An adapter is a function `(work, threads) -> Runner` that lays the inputs out as its library likes them and sets the
 number of its threads; only `Runner.call` is timed. It raises `Unsupported` where its library has no such operation.
 Libraries are imported inside their adapter: none of them is required.
 """
 
-import dataclasses
 import importlib.util
 import math
 import os
-import statistics
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
-__all__ = ["OURS", "PEERS", "Build", "Runner", "Unsupported", "Work", "adapters", "installed", "layer_results"]
+from .peers_graph import GRAPHS
+from .works import OURS, Build, Runner, Task, Unsupported, Work, layer_results
 
-OURS = "ruvector-numba"
+__all__ = ["KINDS", "LAYERS", "PEERS", "adapters", "installed"]
+
 _LARGEST_SCORES = 1 << 28  # bytes of Lq x Lk scores: more would take a library that forms them too long to wait for
-
-
-class Unsupported(Exception):
-    """This library cannot do this work; the text says why."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Work:
-    """One cell of the tables: attention of float32 arrays, forward or with gradients.
-
-    `window=w` lets a query attend to w keys, the last of them its own: i - w < j <= i. `spiky` makes queries equal to
-    keys, so that rows are dominated by one weight: a trick that is free on random data may not be free there. `layer`
-    is self-attention of heads * dim channels between its four projections; gradients are then of the input and of all
-    parameters.
-    """
-
-    batch: int
-    heads: int
-    queries: int
-    keys: int
-    dim: int
-    causal: bool = False
-    window: int | None = None
-    backward: bool = False
-    spiky: bool = False
-    layer: bool = False
-
-    @property
-    def name(self) -> str:
-        """What the tables say: (batch, heads, length, dim) and what is done."""
-        lengths = f"{self.queries}" if self.queries == self.keys else f"{self.queries}x{self.keys}"
-        terms = [
-            "forward + backward" if self.backward else "forward",
-            "causal" if self.causal and self.window is None else "",
-            f"window {self.window}" if self.window is not None else "",
-            "spiky" if self.spiky else "",
-            "layer" if self.layer else "",
-        ]
-        return f"({self.batch}, {self.heads}, {lengths}, {self.dim}) " + ", ".join(t for t in terms if t)
-
-    def bounds(self, i: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The keys low <= j < high that each query of `i` attends to."""
-        causal = self.causal or self.window is not None
-        high = np.minimum(i + 1, self.keys) if causal else np.full_like(i, self.keys)
-        low = np.maximum(i - self.window + 1, 0) if self.window is not None else np.zeros_like(i)
-        return np.minimum(low, high), high
-
-    @property
-    def pairs(self) -> int:
-        """Attended pairs of a query and a key, over all heads."""
-        low, high = self.bounds(np.arange(self.queries))
-        return int((high - low).sum()) * self.batch * self.heads
-
-    @property
-    def flops(self) -> float:
-        """Two products forward and five backward, each a multiply and an add for each attended pair and channel.
-
-        Of a layer, four projections more: a product each, and two more backward.
-        """
-        projections = (8.0 + 16.0 * self.backward) * self.batch * self.queries * self.channels**2
-        return (4.0 + 10.0 * self.backward) * self.pairs * self.dim + self.layer * projections
-
-    @property
-    def channels(self) -> int:
-        """Of a layer: its d_model."""
-        return self.heads * self.dim
-
-    @property
-    def bytes_read(self) -> float:
-        """Keys and values, once each: what a decode has to read at least."""
-        return 8.0 * self.batch * self.heads * self.keys * self.dim
-
-    @property
-    def is_decode(self) -> bool:
-        """Few queries over many keys: bound by memory, so measured in GB/s."""
-        return self.queries * 64 <= self.keys
-
-    def rate(self, seconds: float) -> float:
-        """GFLOP/s, or GB/s for a decode."""
-        return (self.bytes_read if self.is_decode else self.flops) / seconds / 1e9
-
-    def inputs(self) -> list[np.ndarray]:
-        """query, key, value and the output's gradient: the same numbers in every process."""
-        rng = np.random.default_rng(0)
-        few = (self.batch, self.heads, self.queries, self.dim)
-        many = (self.batch, self.heads, self.keys, self.dim)
-        query, key, value, grad = (rng.standard_normal(s, dtype=np.float32) for s in (few, many, many, few))
-        if self.spiky:
-            query = np.resize(key, few)
-        return [query, key, value, grad]
-
-    def layer_inputs(self) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
-        """A layer's input, its output's gradient, and its parameters as rv.MultiHeadAttention names them."""
-        rng = np.random.default_rng(0)
-        d = self.channels
-        x, grad = (rng.standard_normal((self.batch, self.queries, d), dtype=np.float32) for _ in range(2))
-        shapes = {f"w_{n}": (d, d) for n in "qkvo"} | {f"b_{n}": (d,) for n in "qkvo"}
-        parameters = {n: rng.standard_normal(s, dtype=np.float32) for n, s in shapes.items()}
-        return x, grad, {n: p / np.float32(math.sqrt(d)) for n, p in parameters.items()}
-
-
-@dataclasses.dataclass
-class Runner:
-    """`call` is timed; `results` turns what it returned into [output] or [output, dquery, dkey, dvalue].
-
-    A layer's results with gradients are those of `layer_results`.
-
-    With `measures`, `call` is no work to be timed: it returns a rate that it has measured itself (see perf/peak.py).
-    """
-
-    call: Callable[[], Any]
-    results: Callable[[Any], list[np.ndarray]] = list
-    measures: bool = False
-    keeps: Any = None  # what must outlive the calls
-
-    def time(self, calls: int) -> float:
-        """The median of so many calls in seconds, or of the rates that they measured.
-
-        One more wakes the threads, save where a single call takes so long that it does not matter.
-        """
-        if calls > 1:
-            self.call()
-        taken = []
-        for _ in range(calls):
-            start = time.perf_counter()
-            found = self.call()
-            taken.append(float(found) if self.measures else time.perf_counter() - start)
-        return statistics.median(taken)
 
 
 # --- adapters ---------------------------------------------------------------------------------------------------------
@@ -361,15 +232,6 @@ def _jax(work: Work, threads: int) -> Runner:
 
 
 # --- adapters of layers -----------------------------------------------------------------------------------------------
-def layer_results(output: np.ndarray, dx: np.ndarray, gradients: Mapping[str, np.ndarray]) -> list[np.ndarray]:
-    """What is compared of a layer's backward pass.
-
-    The gradient of b_k is 0, softmax being what it is: its rounding errors are judged beside the gradient of b_q.
-    """
-    weights = [gradients[f"w_{n}"] for n in "qkvo"]
-    return [output, dx, *weights, np.stack([gradients["b_q"], gradients["b_k"]]), gradients["b_v"], gradients["b_o"]]
-
-
 def _ruvector_layer(work: Work, threads: int) -> Runner:
     import ruvector_numba as rv
 
@@ -444,9 +306,8 @@ def _torch_layer(work: Work, threads: int) -> Runner:
     return min((_torch_module(work, *mode) for mode in modes), key=lambda runner: runner.time(3))
 
 
-Build = Callable[[Work, int], Runner]
 PEERS: dict[str, Build] = {
-    "ruvector-numba": _ruvector,
+    OURS: _ruvector,
     "torch": _torch,
     "torch-flex": _torch_flex,
     "onnxruntime": _onnxruntime,
@@ -454,15 +315,16 @@ PEERS: dict[str, Build] = {
     "jax": _jax,
     "numpy": _numpy,
 }
-LAYERS: dict[str, Build] = {"ruvector-numba": _ruvector_layer, "torch": _torch_layer}
-_NEEDS = {"torch-flex": ("torch",), "onnxruntime": ("onnxruntime", "onnx"), "ruvector-numba": ("ruvector_numba",)}
+LAYERS: dict[str, Build] = {OURS: _ruvector_layer, "torch": _torch_layer}
+KINDS = {"attention": PEERS, "layer": LAYERS, "graph": GRAPHS}
+_NEEDS = {"torch-flex": ("torch",), "onnxruntime": ("onnxruntime", "onnx"), OURS: ("ruvector_numba",)}
 
 
-def adapters(work: Work) -> dict[str, Build]:
+def adapters(work: Task) -> dict[str, Build]:
     """Those of this kind of work, whether or not they are installed."""
-    return LAYERS if work.layer else PEERS
+    return KINDS[work.kind]
 
 
-def installed() -> list[str]:
-    """The names of PEERS whose packages can be imported here."""
-    return [n for n in PEERS if all(importlib.util.find_spec(m) is not None for m in _NEEDS.get(n, (n,)))]
+def installed(known: Iterable[str] = PEERS) -> list[str]:
+    """Those of the known names whose packages can be imported here."""
+    return [n for n in known if all(importlib.util.find_spec(m) is not None for m in _NEEDS.get(n, (n,)))]

@@ -3,7 +3,7 @@
 import time
 
 from ruvector_numba import bench
-from ruvector_numba.peers import Runner, Unsupported
+from ruvector_numba.works import Runner, Unsupported
 
 
 def answer(error, pause, work, threads):

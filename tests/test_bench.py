@@ -12,8 +12,8 @@ import pytest
 import reference as spec
 
 import ruvector_numba as rv
-from ruvector_numba import bench, peers
-from ruvector_numba.peers import Runner, Unsupported, Work
+from ruvector_numba import bench, peers, works
+from ruvector_numba.works import Runner, Unsupported, Work
 
 
 # --- work -------------------------------------------------------------------------------------------------------------
@@ -111,7 +111,7 @@ def test_its_reference_is_the_spec(work):
     if work.backward:
         gradients = spec.gradients(grad, query, key, value, visible=visible(work))
         want += [gradients[name] for name in ("query", "key", "value")]
-    for ours, theirs in zip(bench.reference(work, slab=5), want, strict=True):
+    for ours, theirs in zip(work.reference(slab=5), want, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-11, atol=1e-13)
 
 
@@ -130,9 +130,9 @@ def test_its_reference_of_a_layer_is_the_spec():
         return spec.central_differences(lambda at: (output(**{name: at}) * grad).sum(), start)
 
     forward = dataclasses.replace(work, backward=False)
-    np.testing.assert_allclose(bench.reference(forward, slab=3)[0], output(), rtol=1e-12, atol=1e-13)
-    want = peers.layer_results(output(), slope("x"), {name: slope(name) for name in parameters})
-    for ours, theirs in zip(bench.reference(work, slab=3), want, strict=True):
+    np.testing.assert_allclose(forward.reference(slab=3)[0], output(), rtol=1e-12, atol=1e-13)
+    want = works.layer_results(output(), slope("x"), {name: slope(name) for name in parameters})
+    for ours, theirs in zip(work.reference(slab=3), want, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-7 * abs(theirs).max())
 
 
@@ -155,7 +155,7 @@ def test_relative_error():
 
 # --- peers ------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("work", WORKS, ids=lambda w: w.name)
-@pytest.mark.parametrize("name", [peers.OURS, "numpy"])
+@pytest.mark.parametrize("name", [works.OURS, "numpy"])
 def test_the_adapters_that_are_always_there_are_right(name, work, monkeypatch):
     """`perf/peers.py` asks the others, each in a process of its own, since they set what cannot be set back."""
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)  # so that NumPy's keeps its threads
@@ -167,12 +167,12 @@ def test_the_adapters_that_are_always_there_are_right(name, work, monkeypatch):
 @pytest.mark.parametrize("work", LAYERS, ids=lambda w: w.name)
 def test_our_adapter_of_a_layer_is_right(work):
     with rv.threads(1):
-        runner = peers.adapters(work)[peers.OURS](work, 1)
+        runner = peers.adapters(work)[works.OURS](work, 1)
         assert bench.relative_error(runner.results(runner.call()), bench.reference(work)) < bench.TOLERANCE
 
 
 def test_only_some_have_layers():
-    assert list(peers.adapters(LAYERS[0])) == [peers.OURS, "torch"]
+    assert list(peers.adapters(LAYERS[0])) == [works.OURS, "torch"]
     assert peers.adapters(WORKS[0]) is peers.PEERS
 
 
@@ -182,7 +182,7 @@ def test_numpys_adapter_forms_no_scores_that_take_too_long():
 
 
 def test_those_who_are_here():
-    assert {peers.OURS, "numpy"} <= set(peers.installed()) <= set(peers.PEERS)
+    assert {works.OURS, "numpy"} <= set(peers.installed()) <= set(peers.PEERS)
 
 
 def test_a_block_is_the_median_of_its_calls():
@@ -194,9 +194,9 @@ def test_a_block_is_the_median_of_its_calls():
 
 
 def test_choose_puts_ours_first_and_refuses_what_is_not_there():
-    assert next(iter(bench.choose(None))) == peers.OURS
-    assert list(bench.choose(["numpy"])) == [peers.OURS, "numpy"]
-    assert list(bench.choose(["numpy", peers.OURS])) == [peers.OURS, "numpy"]
+    assert next(iter(bench.choose(None))) == works.OURS
+    assert list(bench.choose(["numpy"])) == [works.OURS, "numpy"]
+    assert list(bench.choose(["numpy", works.OURS])) == [works.OURS, "numpy"]
     with pytest.raises(ValueError, match="no peer named 'abacus'"):
         bench.choose(["abacus"])
 

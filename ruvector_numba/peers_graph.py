@@ -1,0 +1,317 @@
+"""Layers of attention on graphs as work to be measured: what is right, and the adapters of both libraries.
+
+Inputs and parameters lie on coarse grids: float32 adds such numbers without rounding, and so finds each argument of a
+LeakyReLU on the side of zero where float64 finds it. One edge on the other side is a gradient off by more than any
+rounding.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .works import OURS, Build, Runner
+
+__all__ = ["GRAPHS", "GraphWork", "torch_layer"]
+
+_SLOPE = 0.2
+
+
+@dataclasses.dataclass(frozen=True)
+class GraphWork:
+    """One cell of the tables: a layer on a random graph, forward or with the gradients of nodes and parameters.
+
+    Both ends of an edge are drawn from all nodes alike, or with `power_law` the k-th most popular node k^-0.8 times as
+    often as the first. With `from_edge_index` ours is given the edges in each call, and not a graph built beforehand.
+    """
+
+    layer: str
+    nodes: int
+    edges: int
+    channels_in: int
+    heads: int
+    channels: int
+    backward: bool = False
+    power_law: bool = False
+    from_edge_index: bool = False
+
+    kind = "graph"
+    unit = "M edges/s"
+    limit = "bandwidth"
+
+    @property
+    def name(self) -> str:
+        """The layer, its channels, the graph, and what is done."""
+        terms = [
+            f"{self.layer} {self.channels_in}→{self.heads}x{self.channels}",
+            f"{self.nodes:,} nodes",
+            f"{self.edges:,} edges" + " of power-law degrees" * self.power_law,
+            "forward + backward" if self.backward else "forward",
+        ]
+        return ", ".join(terms) + " from edge_index" * self.from_edge_index
+
+    @property
+    def length(self) -> int:
+        return self.edges
+
+    def rate(self, seconds: float) -> float:
+        """Million edges in a second."""
+        return self.edges / seconds / 1e6
+
+    def used(self, rate: float) -> float:
+        """GB/s of what must be read at least: for each edge the projected rows of its source.
+
+        With gradients three times as much: forward, towards targets, and rows of the targets towards sources.
+        """
+        rows = (2 if self.layer == "GraphTransformer" else 1) * (3 if self.backward else 1)
+        return rate * rows * self.heads * self.channels * 4 / 1e3
+
+    def tiny(self) -> GraphWork:
+        return dataclasses.replace(self, nodes=60, edges=400)
+
+    def reference(self) -> list[np.ndarray]:
+        return _reference(self)
+
+    def edge_index(self) -> np.ndarray:
+        """(2, E) int64: the same edges in every process."""
+        rng = np.random.default_rng(1)
+        if not self.power_law:
+            return rng.integers(0, self.nodes, (2, self.edges))
+        popularity = np.arange(1, self.nodes + 1) ** -0.8
+        return rng.permutation(self.nodes)[rng.choice(self.nodes, (2, self.edges), p=popularity / popularity.sum())]
+
+    def inputs(self) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+        """Nodes, the output's gradient, and parameters by the names that both libraries have for them."""
+        rng = np.random.default_rng(0)
+
+        def draw(shape: tuple[int, ...], deviation: float, steps: int) -> np.ndarray:
+            return np.rint(rng.standard_normal(shape) * (deviation * steps)).astype(np.float32) / np.float32(steps)
+
+        width = self.heads * self.channels
+        layer = _LAYERS[self.layer]
+        linears = layer.linears + layer.skips
+        shapes = {f"{name}.weight": (width, self.channels_in) for name in linears}
+        biases = [f"{name}.bias" for name in linears if name != "lin"] + ["bias"] * (not layer.skips)
+        parameters = {name: draw(shape, self.channels_in**-0.5, 64) for name, shape in shapes.items()}
+        parameters |= {name: draw((1, self.heads, self.channels), self.channels**-0.5, 16) for name in layer.vectors}
+        parameters |= {name: draw((width,), 0.5, 64) for name in biases}
+        return draw((self.nodes, self.channels_in), 1.0, 4), draw((self.nodes, width), 1.0, 64), parameters
+
+
+# --- what is right ----------------------------------------------------------------------------------------------------
+class _Edges:
+    """Edges from source to target, and what goes along them; arrays of edges are (E) or (E, C), of one head."""
+
+    def __init__(self, source: np.ndarray, target: np.ndarray, nodes: int) -> None:
+        import scipy.sparse
+
+        def incidence(end: np.ndarray) -> Any:
+            return scipy.sparse.csr_array((np.ones(len(end)), (end, np.arange(len(end)))), shape=(nodes, len(end)))
+
+        self.source, self.target, self.nodes = source, target, nodes
+        self._into, self._from = incidence(target), incidence(source)
+
+    def into(self, values: np.ndarray) -> np.ndarray:
+        """The sum over the edges into each node."""
+        return self._into @ values
+
+    def out_of(self, values: np.ndarray) -> np.ndarray:
+        return self._from @ values
+
+    def attend(self, scores: np.ndarray, value: np.ndarray) -> tuple[np.ndarray, Callable[[np.ndarray], Any]]:
+        """Softmax over the edges into a node, times the sources' values; from a gradient, those of both."""
+        top = np.full(self.nodes, -np.inf)
+        np.maximum.at(top, self.target, scores)
+        p = np.exp(scores - top[self.target])
+        p /= self.into(p)[self.target]
+
+        def back(grad: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            along = grad[self.target]
+            dp = np.einsum("ec,ec->e", along, value[self.source])
+            along *= p[:, None]
+            return p * (dp - self.into(p * dp)[self.target]), self.out_of(along)
+
+        return self.into(p[:, None] * value[self.source]), back
+
+
+def _leaky(z: np.ndarray) -> np.ndarray:
+    return np.where(z > 0, z, _SLOPE * z)
+
+
+def _slope(z: np.ndarray) -> np.ndarray:
+    return np.where(z > 0, 1.0, _SLOPE)
+
+
+# One head: its projected nodes and its vectors in; its output, and what gives the gradients of both, out.
+def _gat(edges: _Edges, h: np.ndarray, att_src: np.ndarray, att_dst: np.ndarray) -> tuple[np.ndarray, Any]:
+    z = (h @ att_src)[edges.source] + (h @ att_dst)[edges.target]
+    output, attend_back = edges.attend(_leaky(z), h)
+
+    def back(grad: np.ndarray) -> list[np.ndarray]:
+        ds, dh = attend_back(grad)
+        dz = ds * _slope(z)
+        dsource, dtarget = edges.out_of(dz), edges.into(dz)
+        dh += np.outer(dsource, att_src) + np.outer(dtarget, att_dst)
+        return [dh, dsource @ h, dtarget @ h]
+
+    return output, back
+
+
+def _gatv2(edges: _Edges, left: np.ndarray, right: np.ndarray, att: np.ndarray) -> tuple[np.ndarray, Any]:
+    z = left[edges.source] + right[edges.target]
+    output, attend_back = edges.attend(_leaky(z) @ att, left)
+
+    def back(grad: np.ndarray) -> list[np.ndarray]:
+        ds, dleft = attend_back(grad)
+        dz = np.outer(ds, att) * _slope(z)
+        return [dleft + edges.out_of(dz), edges.into(dz), ds @ _leaky(z)]
+
+    return output, back
+
+
+def _transformer(edges: _Edges, key: np.ndarray, query: np.ndarray, value: np.ndarray) -> tuple[np.ndarray, Any]:
+    scale = 1 / math.sqrt(key.shape[1])
+    scores = np.einsum("ec,ec->e", key[edges.source], query[edges.target]) * scale
+    output, attend_back = edges.attend(scores, value)
+
+    def back(grad: np.ndarray) -> list[np.ndarray]:
+        ds, dvalue = attend_back(grad)
+        ds = ds[:, None] * scale
+        return [edges.out_of(ds * query[edges.target]), edges.into(ds * key[edges.source]), dvalue]
+
+    return output, back
+
+
+class _Layer(NamedTuple):
+    peer: str  # PyTorch Geometric's name for it
+    head: Callable[..., tuple[np.ndarray, Any]]
+    linears: tuple[str, ...]  # the projections that attention sees
+    vectors: tuple[str, ...]  # attention's own parameters
+    skips: tuple[str, ...] = ()  # projections that are added to the output; layers without one have loops and a bias
+
+
+_LAYERS = {
+    "GAT": _Layer("GATConv", _gat, ("lin",), ("att_src", "att_dst")),
+    "GATv2": _Layer("GATv2Conv", _gatv2, ("lin_l", "lin_r"), ("att",)),
+    "GraphTransformer": _Layer(
+        "TransformerConv", _transformer, ("lin_key", "lin_query", "lin_value"), (), ("lin_skip",)
+    ),
+}
+
+
+def _reference(work: GraphWork) -> list[np.ndarray]:
+    """Head by head, so that no array of edges is wider than one."""
+    x, grad, parameters = work.inputs()
+    p = {name: array.astype(np.float64) for name, array in parameters.items()}
+    x, grad = x.astype(np.float64), grad.astype(np.float64)
+    _, of_head, linears, vectors, skips = _LAYERS[work.layer]
+    source, target = work.edge_index()
+    if not skips:  # those layers put a loop at every node
+        kept, nodes = source != target, np.arange(work.nodes)
+        source, target = np.concatenate([source[kept], nodes]), np.concatenate([target[kept], nodes])
+    edges = _Edges(source, target, work.nodes)
+
+    projected = [x @ p[f"{name}.weight"].T + p.get(f"{name}.bias", 0.0) for name in linears]
+    output = np.zeros(grad.shape) + p.get("bias", 0.0)
+    for name in skips:
+        output += x @ p[f"{name}.weight"].T + p[f"{name}.bias"]
+    above = [np.empty_like(y) for y in projected]
+    found = {name: np.empty_like(p[name]) for name in vectors}
+    for head in range(work.heads):
+        own = slice(head * work.channels, (head + 1) * work.channels)
+        attended, back = of_head(edges, *(y[:, own] for y in projected), *(p[name][0, head] for name in vectors))
+        output[:, own] += attended
+        if work.backward:
+            made = back(grad[:, own])
+            for dy, of_nodes in zip(above, made, strict=False):
+                dy[:, own] = of_nodes
+            for name, of_vector in zip(vectors, made[len(above) :], strict=True):
+                found[name][0, head] = of_vector
+    if not work.backward:
+        return [output]
+
+    found["bias"] = grad.sum(axis=0)
+    dx = np.zeros_like(x)
+    for name, dy in zip(linears + skips, above + [grad] * len(skips), strict=True):
+        dx += dy @ p[f"{name}.weight"]
+        found |= {f"{name}.weight": dy.T @ x, f"{name}.bias": dy.sum(axis=0)}
+    return _results(output, dx, {name: found[name] for name in p})
+
+
+def _results(output: np.ndarray, dx: np.ndarray, gradients: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+    """What is compared of a backward pass: the output, and gradients in the order of the parameters' names.
+
+    That of lin_key.bias is 0, softmax being what it is: its rounding errors are judged beside that of lin_query.bias.
+    """
+    found = dict(gradients)
+    if "lin_key.bias" in found:
+        found["lin_query.bias"] = np.stack([found.pop("lin_key.bias"), found["lin_query.bias"]])
+    return [output, dx, *(found[name] for name in sorted(found))]
+
+
+# --- adapters ---------------------------------------------------------------------------------------------------------
+def _ruvector(work: GraphWork, threads: int) -> Runner:
+    import ruvector_numba as rv
+
+    rv.set_num_threads(threads)
+    x, grad, parameters = work.inputs()
+    layer = getattr(rv, work.layer)(work.channels_in, work.channels, work.heads)
+    layer.set_parameters(parameters)
+    graph: Any = work.edge_index()
+    if not work.from_edge_index:
+        graph = rv.CSRGraph.from_edge_index(graph, num_nodes=work.nodes)
+    if not work.backward:
+        return Runner(lambda: [layer(x, graph)])
+
+    def both() -> tuple[np.ndarray, Any]:
+        output, cache = layer.forward_cached(x, graph)
+        return output, layer.backward(grad, cache)
+
+    return Runner(both, lambda found: _results(found[0], found[1].node_features, found[1].parameters))
+
+
+def torch_layer(work: GraphWork, threads: int, grouped: bool = False) -> Runner:
+    """PyTorch Geometric's layer, its edges in the order that they were drawn in, or grouped by target."""
+    import torch
+
+    torch.set_num_threads(threads)
+    nn: Any = importlib.import_module("torch_geometric.nn")
+    x, grad, parameters = work.inputs()
+    layer = getattr(nn, _LAYERS[work.layer].peer)(work.channels_in, work.channels, work.heads)
+    layer.load_state_dict({name: torch.from_numpy(array) for name, array in parameters.items()})
+    ends = work.edge_index()
+    if grouped:
+        ends = np.ascontiguousarray(ends[:, np.argsort(ends[1], kind="stable")])
+    edge_index, leaf, above = (torch.from_numpy(array) for array in (ends, x, grad))
+
+    def forward() -> Any:
+        with torch.inference_mode():
+            return layer(leaf, edge_index)
+
+    if not work.backward:
+        return Runner(forward, lambda output: [output.numpy()])
+    leaf.requires_grad_()
+    named = dict(layer.named_parameters())
+
+    def both() -> list[Any]:
+        output = layer(leaf, edge_index)
+        return [output, *torch.autograd.grad(output, [leaf, *named.values()], above)]
+
+    def results(found: list[Any]) -> list[np.ndarray]:
+        output, dx, *gradients = (tensor.detach().numpy() for tensor in found)
+        return _results(output, dx, dict(zip(named, gradients, strict=True)))
+
+    return Runner(both, results)
+
+
+def _torch_geometric(work: GraphWork, threads: int) -> Runner:
+    """The faster of its two orders of edges on this work."""
+    return min((torch_layer(work, threads, grouped) for grouped in (False, True)), key=lambda runner: runner.time(2))
+
+
+GRAPHS: dict[str, Build] = {OURS: _ruvector, "torch_geometric": _torch_geometric}
