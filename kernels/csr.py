@@ -20,6 +20,7 @@ from .gather import (
     Rows,
     add_gathered,
     dot_gathered,
+    first_lanes,
     joint_scores,
     keep_largest,
     leaky,
@@ -30,7 +31,6 @@ from .gather import (
 from .jit import Elements, apart, kernel
 from .simd import fma, lane_max, lane_sum, lanes_of, load, load_live, splat, store, where
 from .softmax import LOG2E, probability
-from .tiles import whole_vectors
 from .walk import (
     DOT,
     JOINT,
@@ -93,12 +93,10 @@ def find_sums(job, desk, pad, out, n):
 def soften(desk, h, n):
     """p = exp(s - bound), added to the total; returns what was summed so far is worth under the new bound."""
     s = desk.weights + h * EDGES
-    lanes = lanes_of(s)
-    for e in range(n, whole_vectors(s, n)):
-        s[e] = -INF
-    top = splat(load(s, 0), -INF)
+    lanes, top = lanes_of(s), splat(load(s, 0), -INF)
     for e in range(0, n, lanes):
-        top = where(load(s, e) > top, load(s, e), top)
+        x = first_lanes(load(s, e), n - e, -INF)
+        top = where(x > top, x, top)
     before, most = desk.bound[h], lane_max(top)
     factor = 1.0
     if most > before:
@@ -106,7 +104,7 @@ def soften(desk, h, n):
     shift = splat(top, 0 if desk.bound[h] == -INF else desk.bound[h])
     total = load_live(s, 0, 0)
     for e in range(0, n, lanes):
-        p = probability(load(s, e), shift, LOG2E)
+        p = probability(first_lanes(load(s, e), n - e, -INF), shift, LOG2E)
         store(p, s, e)
         total = total + p
     desk.total[h] = desk.total[h] * factor + lane_sum(total)
@@ -262,11 +260,9 @@ def find_weights(job, desk, i, first, n):
             desk.weights[h * EDGES + e] = job.scores[(first + e) * H + h]
     for h in range(H):
         s = desk.weights + h * EDGES
-        for e in range(n, whole_vectors(s, n)):
-            s[e] = -INF
         bound, l = job.bounds[i * H + h], job.totals[i * H + h]
         for e in range(0, n, lanes):
-            x = load(s, e)
+            x = first_lanes(load(s, e), n - e, -INF)
             hidden = x <= splat(x, -INF)
             if job.normalizes:
                 x = probability(x, splat(x, 0 if l == 0 else bound), LOG2E) * splat(x, 0 if l == 0 else 1 / l)

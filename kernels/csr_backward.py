@@ -139,7 +139,7 @@ def score_gradients(job, desk, pad, first, n, i, sums):
                 d = where(p > splat(p, 0.0), p * (d - splat(d, desk.delta[h])), p)
             if job.rule == SUM:
                 d = d * load(desk.shares, at)
-            d = first_lanes(d, n - e)
+            d = first_lanes(d, n - e, 0.0)
             store(d, ds, at)
             sum = sum + d
         if job.rule == SUM:
@@ -274,7 +274,7 @@ def collect(job, desk, pad, j, first, last, waste):
             for h in range(H):
                 sum = load_live(desk.changes, 0, 0)
                 for e in range(0, n, lanes_of(desk.changes)):
-                    sum = sum + first_lanes(load(desk.changes, h * EDGES + e), n - e)
+                    sum = sum + first_lanes(load(desk.changes, h * EDGES + e), n - e, 0.0)
                 desk.terms[h * pad] += lane_sum(sum)
         elif job.rule == DOT:
             add_gathered(desk.terms, pad, desk.changes, job.query, desk.index, n, H, D, job.has_bias)

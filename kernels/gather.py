@@ -56,9 +56,13 @@ def row_part(rows, at, live, lanes):
 
 
 @inline
-def first_lanes(x, n):
-    """x in the first n lanes, 0 in the others"""
-    return where(lanes_from(x, 0) < splat(x, n), x, splat(x, 0.0))
+def first_lanes(x, n, other):
+    """x in the first n lanes, `other` in the rest
+
+    Not numbers stored behind the last: a vector cannot be loaded before such stores have left the core, and so would
+    have to wait for all that came before them, the softmax of the last head (135 cycles a head, of 1500 for 10 edges).
+    """
+    return where(lanes_from(x, 0) < splat(x, n), x, splat(x, other))
 
 
 @apart
