@@ -155,14 +155,16 @@ def attend(job, desk, pad, i, first, last, best):
 @apart
 def finish(job, desk, pad, i):
     """o = offset + sum of w v / sum of p, and the offset alone where there is nothing to sum"""
+    lanes = lanes_of(desk.value)
     for h in range(job.H):
         l, factor = desk.total[h], 1.0
         if job.normalizes:
             factor = 0.0 if l == 0 else 1 / l
         job.bounds[i * job.H + h], job.totals[i * job.H + h] = desk.bound[h], l
-        for c in range(h * pad, (h + 1) * pad, lanes_of(desk.value)):
-            x = load(desk.value, c)
-            store(fma(x, splat(x, factor), load(job.offset, c)), desk.value, c)
+        for c in range(0, job.C, lanes):
+            x = load(desk.value, h * pad + c)
+            o = load_live(job.offset.data, i * job.offset.step + h * job.C + c, min(lanes, job.C - c))
+            store(fma(x, splat(x, factor), o), desk.value, h * pad + c)
     put_row(job.output, i, desk.value, pad, job.H, job.C)
 
 

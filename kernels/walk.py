@@ -63,7 +63,7 @@ class NeighborJob(NamedTuple):
     value: Rows
     edge_value: Rows
     has_edge_value: int
-    offset: Elements  # (H, C), padded: what every row of the output begins with
+    offset: Rows  # what each target's row of the output begins with
     scores: Elements  # (E, H) by position; kept if `keeps`
     keeps: int
     bounds: (

@@ -231,8 +231,8 @@ class GraphLayer(Trainable, GraphAttention):
         raise NotImplementedError
 
     def _offset(self, p: ParameterSet) -> Array | None:
-        """What the attention's output begins with, (H, C): the bias, where no heads are averaged."""
-        return p["bias"].reshape(self.heads, self.out_channels) if self.bias and self.concat else None
+        """What the attention's output begins with, (1, H, C): the bias, where no heads are averaged."""
+        return p["bias"].reshape(1, self.heads, self.out_channels) if self.bias and self.concat else None
 
     def _finish(self, attended: Array, inputs: Inputs, p: ParameterSet, extra: Any) -> tuple[Array, Any]:
         if self.concat:
@@ -289,7 +289,7 @@ class GraphLayer(Trainable, GraphAttention):
                 dtarget = np.zeros_like(inputs.target)
             nodes = dsource, dtarget
         elif dtarget is not None:
-            nodes = dsource + dtarget
+            nodes += dtarget
         named = {name: found[name] for name in record.parameters}
         of_edges = edge_gradients(inputs, dattr, made.edge_weight, self.add_self_loops, self.fill_value)
         return GraphGradients(named, nodes, *of_edges)

@@ -99,30 +99,35 @@ class GraphTransformer(GraphLayer):
             "scale": self.scale,
         }
 
-    def _offset(self, p: ParameterSet) -> None:
-        return None
+    @property
+    def _begins_with_root(self) -> bool:
+        """Whether the attention can be added to lin_skip's result as it is written."""
+        return self.concat and self.root_weight and not self.beta
 
     def _attend(self, inputs: Inputs, p: ParameterSet, keeps: bool) -> tuple[Past, Any]:
         from .plan import csr as plan
 
         source, target = inputs.source, np.asarray(inputs.target)
+        of_source = "lin_key", "lin_value"
+        of_target = ("lin_query", "lin_skip") if self._begins_with_root else ("lin_query",)
         if not inputs.is_pair:
-            key, value, query = linears(source, p, ("lin_key", "lin_value", "lin_query"), self.heads).swapaxes(0, 1)
+            key, value, query, *root = linears(source, p, of_source + of_target, self.heads).swapaxes(0, 1)
         else:
-            key, value = linears(source, p, ("lin_key", "lin_value"), self.heads).swapaxes(0, 1)
-            query = linears(target, p, ("lin_query",), self.heads)[:, 0]
+            key, value = linears(source, p, of_source, self.heads).swapaxes(0, 1)
+            query, *root = linears(target, p, of_target, self.heads).swapaxes(0, 1)
         edge = None
         if inputs.edge_attr is not None:
             edge = linear(inputs.edge_attr, p["lin_edge.weight"]).reshape(-1, self.heads, self.out_channels)
         terms = plan.Terms(
             plan.DOT, key, query, value, edge=edge, edge_value=edge, scale=self._scale, normalizes=self.normalize,
             dropout=inputs.dropout, seed=inputs.seed, edge_weight=inputs.edge_weight, aggregation=self.aggregation,
+            offset=root[0] if root else None,
         )  # fmt: skip
         return Past(inputs.graph, terms, keeps), None
 
     def _finish(self, attended: Array, inputs: Inputs, p: ParameterSet, extra: Any) -> tuple[Array, Any]:
         output = attended.reshape(len(attended), self.width) if self.concat else attended.mean(axis=1)
-        if not self.root_weight:
+        if self._begins_with_root or not self.root_weight:
             return output, None
         root = linears(np.asarray(inputs.target), p, ("lin_skip",), 1)[:, 0, 0]
         if not self.beta:

@@ -93,7 +93,7 @@ class Terms(NamedTuple):
     edge_weight: Array | None = None  # (E)
     aggregation: str = "sum"
     edge_value: Array | None = None
-    offset: Array | None = None  # (H, C): what the output begins with
+    offset: Array | None = None  # (Nt or 1, H, C): what the output begins with
     fold: Array | None = None  # (1 or 2, H, C): key = <fold[0], value> and, if the nodes are the same, so the query
 
 
@@ -241,7 +241,8 @@ def _job(by: Walk, terms: Terms, kept: Kept, **more: Any) -> walk.NeighborJob:
     narrow = here if is_narrow else [None] * 4
     wide = [NOTHING] * 4 if is_narrow else here
     scratch = walk.scratch_elements(H, pad, lanes, dtype.itemsize)
-    offset = _padded(terms.offset, pad) if terms.offset is not None else np.zeros((H, pad), dtype)
+    given = np.zeros((1, H, C), dtype) if terms.offset is None else terms.offset
+    offset = Rows(given, 0 if len(given) == 1 else given.strides[0] // dtype.itemsize)
     has_shares = terms.dropout > 0 or terms.edge_weight is not None or terms.aggregation == "mean"
     starts, parts, hubs = by.schedule
     partial_step = walk.partial_elements(H, pad)
