@@ -25,8 +25,9 @@ test-avx2:  ## the core of the tests, compiled for 8 lanes
 test-bounds:  ## the core of the tests on one thread, every access checked
 	NUMBA_BOUNDSCHECK=1 RUVECTOR_NUMBA_THREADS=1 NUMBA_CACHE_DIR=$(CACHES)/bounds pytest -m core
 
-bench:  ## measure against the peers that are installed, and write the README's tables: some 25 minutes
+bench:  ## measure against the peers that are installed, and write the README's tables: some 45 minutes
 	$(PYTHON) perf/run.py
+	$(PYTHON) perf/graph_memory.py
 	$(PYTHON) perf/report.py
 
 demo:
