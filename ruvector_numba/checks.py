@@ -81,6 +81,15 @@ def call(
     return Call(query, key, value, seen, scale, softcap, slopes, *dropout(dropout_p, seed))
 
 
+def floats(name: str, x: ArrayLike, said: str | None = None) -> Array:
+    """The argument as a float32 or float64 array; `said` is what a hint calls it, if not by its name."""
+    array = x if type(x) is np.ndarray else from_sequence(name, x)
+    if array.dtype not in FLOATS or not array.dtype.isnative:
+        hint = f"cast it: {said or name}.astype(numpy.float32)"
+        raise InvalidInputError(f"{name} has dtype {array.dtype}, not float32 or float64", hint=hint)
+    return array
+
+
 def scale_of(scale: object, D: int) -> float:
     """What scores are multiplied by."""
     if scale is None:
@@ -289,4 +298,4 @@ def memory(shape: Shape, dtype: np.dtype[Any], purpose: str, hint: str | None = 
         raise OutOfMemoryError(size, shapes={f"{purpose} shape": shape, "bytes": size, "memory": present}, hint=hint)
 
 
-__all__ = ["Call", "call", "dropout", "from_sequence", "gradient", "memory", "output", "rows", "scale_of"]
+__all__ = ["Call", "call", "dropout", "floats", "from_sequence", "gradient", "memory", "output", "rows", "scale_of"]

@@ -25,9 +25,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from . import edges
-from .checks import FLOATS, Array, from_sequence, memory
+from .checks import Array, floats, memory
 from .edges import LoopPolicy
-from .errors import DimensionMismatchError, GraphStructureError, InvalidConfigError, InvalidInputError
+from .errors import DimensionMismatchError, GraphStructureError, InvalidConfigError
 
 __all__ = ["CSRGraph", "Transposed"]
 
@@ -370,10 +370,7 @@ class CSRGraph:
         >>> graph.edge_attr_with_self_loops([3.0, 5.0, 7.0]).tolist()
         [3.0, 7.0, 7.0, 3.0]
         """
-        values = self._one_each("edge_attr", from_sequence("edge_attr", edge_attr))
-        if values.dtype not in FLOATS:
-            hint = "cast it: edge_attr.astype(numpy.float32)"
-            raise InvalidInputError(f"edge_attr has dtype {values.dtype}, not float32 or float64", hint=hint)
+        values = self._one_each("edge_attr", floats("edge_attr", edge_attr))
         if edges.policy(policy) == "keep":
             return values.copy()
         stays = self._loops().stays if policy == "replace" else np.ones(self.num_edges, np.bool_)

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from . import checks, edges
-from .checks import FLOATS, Array, from_sequence
+from .checks import Array
 from .errors import DimensionMismatchError, GraphStructureError, InvalidConfigError, InvalidInputError
 from .graph import CSRGraph
 
@@ -84,10 +84,7 @@ def initial(dice: np.random.Generator, name: str, shape: tuple[int, ...]) -> Arr
 
 
 def features(name: str, x: ArrayLike) -> Array:
-    array = from_sequence(name, x)
-    if array.dtype not in FLOATS or not array.dtype.isnative:
-        hint = f"cast it: {name}.astype(numpy.float32)"
-        raise InvalidInputError(f"{name} has dtype {array.dtype}, not float32 or float64", hint=hint)
+    array = checks.floats(name, x)
     if array.ndim != 2:
         raise InvalidInputError(f"{name} has {array.ndim} axes", hint="give (nodes, channels)")
     return array if array.flags.aligned else array.copy()

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from . import masks
-from .checks import FLOATS, from_sequence
+from .checks import floats, from_sequence
 from .config import AttentionConfig
 from .errors import DimensionMismatchError, InvalidConfigError, InvalidInputError, InvalidMaskError
 from .results import AttentionCache
@@ -63,12 +63,9 @@ def batch(
 ) -> tuple[Array, Array, Array]:
     """query (B, Lq, d), key (B, Lk, d) and value (B, Lk, d) of these widths (None: any), of one dtype."""
     given = {"query": query, "key": key, "value": value}
-    arrays = {name: x if type(x) is np.ndarray else from_sequence(name, x) for name, x in given.items()}
+    arrays = {name: floats(name, x) for name, x in given.items()}
     shapes = {f"{name}.shape": x.shape for name, x in arrays.items()}
     for name, x in arrays.items():
-        if x.dtype not in FLOATS or not x.dtype.isnative:
-            hint = f"cast it: {name}.astype(numpy.float32)"
-            raise InvalidInputError(f"{name} has dtype {x.dtype}, not float32 or float64", hint=hint)
         if x.ndim != 3:
             hint = "give (batch, length, channels); for one sequence, x[None]"
             raise InvalidInputError(f"{name} has {x.ndim} axes", shapes=shapes, hint=hint)

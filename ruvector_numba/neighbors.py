@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from . import checks
-from .checks import FLOATS, Array, from_sequence
+from .checks import Array, from_sequence
 from .errors import DimensionMismatchError, GraphStructureError, InvalidConfigError, InvalidInputError
 from .graph import CSRGraph
 from .projection import flattened
@@ -376,10 +376,7 @@ def edge_array(name: str, x: ArrayLike | None, shape: tuple[int, ...], dtype: np
 
 
 def _edge_numbers(name: str, x: ArrayLike, graph: CSRGraph) -> Array:
-    array = from_sequence(name, x)
-    if array.dtype not in FLOATS or not array.dtype.isnative:
-        hint = f"cast it: {name}.astype(numpy.float32)"
-        raise InvalidInputError(f"{name} has dtype {array.dtype}, not float32 or float64", hint=hint)
+    array = checks.floats(name, x)
     if array.ndim not in (1, 2) or len(array) != graph.num_edges:
         shapes = {f"{name}.shape": array.shape, "expected": f"({graph.num_edges},) or ({graph.num_edges}, H)"}
         raise DimensionMismatchError(graph.num_edges, array.shape, shapes=shapes, hint="one entry for each edge")
@@ -388,12 +385,9 @@ def _edge_numbers(name: str, x: ArrayLike, graph: CSRGraph) -> Array:
 
 def _nodes(given: dict[str, ArrayLike]) -> list[Array]:
     """Arrays of nodes, (N, heads, channels), of one dtype."""
-    arrays = {name: from_sequence(name, x) for name, x in given.items()}
+    arrays = {name: checks.floats(name, x) for name, x in given.items()}
     shapes = {f"{name}.shape": x.shape for name, x in arrays.items()}
     for name, x in arrays.items():
-        if x.dtype not in FLOATS or not x.dtype.isnative:
-            hint = f"cast it: {name}.astype(numpy.float32)"
-            raise InvalidInputError(f"{name} has dtype {x.dtype}, not float32 or float64", hint=hint)
         if x.ndim != 3:
             hint = "give (nodes, heads, channels); for one head, x[:, None, :]"
             raise InvalidInputError(f"{name} has {x.ndim} axes", shapes=shapes, hint=hint)

@@ -31,8 +31,9 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from .checks import floats
 from .errors import InvalidConfigError, InvalidInputError, TrainingError
-from .parameters import ParameterSet, Trainable, check_finite, fitting_gradients, floats, named_gradients
+from .parameters import ParameterSet, Trainable, check_finite, fitting_gradients, named_gradients
 
 __all__ = ["SGD", "Adam", "AdamW", "clip_by_norm"]
 
@@ -111,7 +112,7 @@ class _Optimizer:
         self._check()
         if not isinstance(parameters, Mapping):
             raise InvalidInputError(f"parameters are a {type(parameters).__name__}", hint="give a mapping of arrays")
-        old = {name: floats(f"parameter {name!r}", p) for name, p in parameters.items()}
+        old = {name: floats(f"parameter {name!r}", p, "x") for name, p in parameters.items()}
         new, state = {}, dict(self.state)
         for name, g in fitting_gradients(old, gradients).items():
             p, remembered = old[name], state.get(name)

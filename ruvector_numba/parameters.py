@@ -49,7 +49,7 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from . import files
-from .checks import FLOATS, from_sequence
+from .checks import FLOATS, floats
 from .errors import DimensionMismatchError, InvalidConfigError, InvalidInputError, TrainingError
 
 __all__ = ["ParameterSet", "Trainable"]
@@ -112,7 +112,7 @@ class ParameterSet(Mapping[str, Array]):
         for name in arrays:
             if not isinstance(name, str):
                 raise InvalidInputError(f"the parameter name {name!r} is no text", hint="give names of type str")
-        given = {name: floats(name, x) for name, x in arrays.items()}
+        given = {name: floats(name, x, "x") for name, x in arrays.items()}
         dtypes = {f"{name}.dtype": x.dtype for name, x in given.items()}
         if len(set(dtypes.values())) > 1:
             raise InvalidInputError("parameters differ in dtype", shapes=dtypes, hint="cast them to one")
@@ -197,7 +197,7 @@ class ParameterSet(Mapping[str, Array]):
         TrainingError
             If a number is NaN or infinite.
         """
-        array = floats("flat", flat)
+        array = floats("flat", flat, "x")
         if array.ndim != 1:
             hint = "give all parameters in one axis: flat.ravel()"
             raise InvalidInputError(f"flat has {array.ndim} axes", shapes={"flat.shape": array.shape}, hint=hint)
@@ -450,7 +450,7 @@ def named_gradients(gradients: object) -> dict[str, Array]:
         hint = "give what backward() returned, or a mapping of names to arrays"
         raise TrainingError(f"gradients are a {type(gradients).__name__}", hint=hint)
     try:
-        return {name: floats(f"the gradient of {name!r}", g) for name, g in named.items() if g is not None}
+        return {name: floats(f"the gradient of {name!r}", g, "x") for name, g in named.items() if g is not None}
     except InvalidInputError as error:
         raise TrainingError(error.details, hint=error.hint) from None
 
@@ -463,16 +463,6 @@ def check_finite(name: str, g: Array) -> None:
             f"the gradient of {name!r} is not finite in {bad} of {g.size} places",
             hint="leave this step out; lower the learning rate if it happens often",
         )
-
-
-def floats(name: str, x: ArrayLike) -> Array:
-    """The argument as a float32 or float64 array, or an InvalidInputError."""
-    if type(x) is not np.ndarray:
-        x = from_sequence(name, x)
-    if x.dtype not in FLOATS or not x.dtype.isnative:
-        hint = "cast it: x.astype(numpy.float32)"
-        raise InvalidInputError(f"{name} has dtype {x.dtype}, not float32 or float64", hint=hint)
-    return x
 
 
 def _finite_number(name: str, x: object) -> float:
