@@ -71,7 +71,6 @@ def test_parameters_begin_seeded_small_and_not_all_alike(kind):
         assert name.endswith("bias") or np.unique(x).size == x.size, name
 
 
-@pytest.mark.core
 @kinds
 def test_copies_pickles_and_files(kind, tmp_path):
     pytest.importorskip("safetensors")
@@ -95,7 +94,6 @@ def test_copies_pickles_and_files(kind, tmp_path):
         getattr(rv, "GATv2" if kind != "GATv2" else "GAT")(3, 2, 2, edge_dim=2, concat=False).load(path)
 
 
-@pytest.mark.core
 @kinds
 def test_training_reduces_a_loss(kind):
     case = make(kind, 4, 3, 2, N=30, E=120, edge_dim=2)

@@ -198,7 +198,6 @@ def test_a_hub(kind):
 
 
 # --- graphs ----------------------------------------------------------------------------------------------------------
-@pytest.mark.core
 @kinds
 def test_edge_index_and_graph_are_alike(kind):
     case = make(kind, 5, 4, 3, N=40, E=300, edge_dim=2)
@@ -255,7 +254,6 @@ def test_nan_stays_where_it_is_seen(kind, where):
 
 
 # --- dropout ---------------------------------------------------------------------------------------------------------
-@pytest.mark.core
 @kinds
 def test_dropout_is_what_the_seed_says(kind):
     case = make(kind, N=30, E=200, dropout=0.4)
@@ -268,7 +266,6 @@ def test_dropout_is_what_the_seed_says(kind):
     agrees(dropped["coefficients"], case.exact().coefficients)  # before dropout
 
 
-@pytest.mark.core
 @pytest.mark.parametrize("aggregation", ["sum", "mean", "max"])
 @kinds
 def test_gradients_with_dropout(kind, aggregation):
@@ -324,7 +321,6 @@ def test_any_layout_of_the_inputs(kind):
 
 
 # --- the plan's two forward passes -----------------------------------------------------------------------------------
-@pytest.mark.core
 @pytest.mark.parametrize("edge_dim", [None, 2])
 @kinds
 def test_graph_forward(kind, edge_dim):
@@ -338,7 +334,6 @@ def test_graph_forward(kind, edge_dim):
     agrees(coefficients, case.exact().coefficients[:30])
 
 
-@pytest.mark.core
 @kinds
 def test_sparse_forward(kind):
     import scipy.sparse

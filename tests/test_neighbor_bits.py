@@ -74,7 +74,6 @@ def keep_of(case, seed, p=P):
     return np.where(keep > 0, 1 / (1 - p), 0)
 
 
-@pytest.mark.core
 @pytest.mark.parametrize("terms", ["", ALL], ids=["plain", "everything"])
 @aggregations
 def test_dropout_multiplies_coefficients(aggregation, terms):
@@ -178,7 +177,6 @@ def strange(x, how):
     return y
 
 
-@pytest.mark.core
 @dtypes
 @pytest.mark.parametrize("how", ["read-only", "every second", "backwards", "columns first", "unaligned"])
 def test_any_layout_of_the_inputs(how, dtype):

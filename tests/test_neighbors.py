@@ -124,7 +124,6 @@ def by_head(x):
     return np.swapaxes(x, 0, 1)
 
 
-@pytest.mark.core
 @pytest.mark.parametrize("size", [(1, 1), (20, 30), (33, 12)], ids=str)
 def test_it_is_dense_attention_with_a_mask(size):
     Nt, Ns = size
@@ -244,7 +243,6 @@ def test_large_scores_are_rounded_alike_every_time(size, hub):
 
 
 # --- edge_softmax ---------------------------------------------------------------------------------------------------
-@pytest.mark.core
 @dtypes
 @pytest.mark.parametrize("heads", [(), (1,), (2,), (3,), (5,)], ids=str)
 @pytest.mark.parametrize(
