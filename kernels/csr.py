@@ -91,7 +91,7 @@ def find_sums(job, desk, pad, out, n):
 
 @apart
 def soften(desk, h, n):
-    """p = exp(s - bound), added to the total; returns what was summed so far is worth under the new bound."""
+    """p = exp(s - bound), added to the total; returns what the sums so far are worth under the new bound."""
     s = desk.weights + h * EDGES
     lanes, top = lanes_of(s), splat(load(s, 0), -INF)
     for e in range(0, n, lanes):

@@ -112,9 +112,8 @@ def thin_gradients(job, desk, i, n):
 def take_again(job, desk, i, first, n):
     """What `weight_gradients` had on the desk, where other edges came after."""
     H = job.H
+    take_edges(job, desk, first, n)
     for e in range(n):
-        desk.index[e] = number(job.others, job.wide_others, first + e)
-        desk.ids[e] = number(job.edge_ids, job.wide_edge_ids, first + e) if job.has_ids else first + e
         for h in range(H):
             desk.changes[h * EDGES + e] = job.pairs[((first + e) * 2 + 1) * H + h]
     find_weights(job, desk, i, first, n)

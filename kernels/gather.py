@@ -114,7 +114,7 @@ def add_gathered(out, pad, weights, rows, index, n, H, C, selects):
 
 @apart
 def keep_largest(out, pad, best, weights, rows, edge_rows, has_edge, index, ids, bias, has_bias, first, n, H, C):
-    """out[h, c] = the largest of weights[h, e] * (rows[index[e], h, c] + edge_rows[ids[e], h, c]) , and
+    """out[h, c] = the largest of weights[h, e] * (rows[index[e], h, c] + edge_rows[ids[e], h, c]), and
     best[h, c] its position, -1 before any; the first of equal ones, NaN before all, and none that a bias hides"""
     for h in range(H):
         for e in range(n):

@@ -66,9 +66,8 @@ class NeighborJob(NamedTuple):
     offset: Rows  # what each target's row of the output begins with
     scores: Elements  # (E, H) by position; kept if `keeps`
     keeps: int
-    bounds: (
-        Elements  # (Nt, H), and totals: their logsumexp alone would cost p digits, exp(s - lse) with s in the hundreds
-    )
+    # Their logsumexp alone would cost p digits: exp(s - lse), with s in the hundreds.
+    bounds: Elements  # (Nt, H)
     totals: Elements
     best: Indices  # (Nt, H * C): for MAX, the position of the edge whose value it is
     output: Rows

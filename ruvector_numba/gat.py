@@ -21,6 +21,8 @@ __all__ = ["GAT", "GATv2"]
 class _Convolution(GraphLayer):
     """What both have: LeakyReLU, self-loops, a residual."""
 
+    can_share_weights = False
+
     def __init__(
         self,
         in_channels: int | tuple[int, int],
@@ -47,6 +49,8 @@ class _Convolution(GraphLayer):
             raise InvalidConfigError(f"fill_value is {fill_value!r}", hint='give "mean", "add", a number or an array')
         self.fill_value, self.residual, self.normalize = fill_value, bool(residual), bool(normalize)
         self.share_weights = bool(share_weights)
+        if self.share_weights and not self.can_share_weights:
+            raise InvalidConfigError(f"{self.name()} has no share_weights", hint="GATv2 has")
         if self.share_weights and self.in_channels[0] != self.in_channels[1]:
             widths = {"in_channels": self.in_channels}
             hint = "give both the same number of channels, or share_weights=False"
@@ -224,6 +228,8 @@ class GATv2(_Convolution):
     >>> rv.GATv2(6, 8, heads=2, seed=0)(x, [[0, 1, 2, 3], [1, 2, 3, 0]]).shape
     (4, 16)
     """
+
+    can_share_weights = True
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         H, C = self.heads, self.out_channels

@@ -98,17 +98,13 @@ def graph_of(graph: Any, sources: int, targets: int | None, is_pair: bool) -> CS
             hint = "give a CSRGraph: nothing else says how many targets there are when x_target is None"
             raise GraphStructureError("graph is an edge_index", hint=hint)
         return CSRGraph.from_edge_index(graph, num_nodes=(sources, targets))
-    wanted = graph.num_sources, graph.num_targets if targets is None else targets
-    if (graph.num_sources, graph.num_targets) != (sources, wanted[1]):
+    wanted = graph.num_sources, graph.num_targets
+    if wanted != (sources, wanted[1] if targets is None else targets):
         shapes = {"nodes (sources, targets)": (sources, targets), "graph": graph}
         hint = (
-            "x has one row for each node"
-            if not is_pair
-            else "x_source has one row for each source, x_target each target"
+            "x_source has one row for each source, x_target each target" if is_pair else "x has one row for each node"
         )
-        raise DimensionMismatchError(
-            (graph.num_sources, graph.num_targets), (sources, targets), shapes=shapes, hint=hint
-        )
+        raise DimensionMismatchError(wanted, (sources, targets), shapes=shapes, hint=hint)
     return graph
 
 

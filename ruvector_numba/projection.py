@@ -27,7 +27,7 @@ def product(left: Array, right: Array, out: Array, bias: Array | None = None, su
         return
     from .plan import projection as plan  # at the first call, as it loads the kernels
 
-    parts = plan.parts(left)
+    parts = plan.parts(left, out)
     made = out if parts == 1 else np.empty((parts, *out.shape), out.dtype)
     made_sums = None if sums is None else np.zeros((parts, sums.size), sums.dtype)
     ready = plan.product(left, right, made, bias is not None, sums is not None)

@@ -8,6 +8,7 @@ from cases import close
 from neighbor_cases import ALL, TERMS, Case, aggregations, conforms, draw, dtypes, results, same_bits
 
 import ruvector_numba as rv
+from ruvector_numba.graph import _assembled
 
 MOST = numba.config.NUMBA_NUM_THREADS
 
@@ -196,3 +197,18 @@ def test_broadcast_inputs_and_lists():
     same_bits(results(case._replace(key=one)), results(case._replace(key=one.copy())))
     listed = [x.tolist() for x in case.inputs]
     close("output", rv.neighbor_attention(*listed, case.graph), case.exact().output)
+
+
+def test_graphs_too_large_for_int32_give_the_same_bits():
+    """Such a graph does not fit a test: a small one with its index type."""
+    rng = np.random.default_rng(5)
+    small = rv.CSRGraph.from_edge_index(rng.integers(0, 9, (2, 60)), num_nodes=9)
+    large = _assembled(*(x.astype(np.int64) for x in (small.indptr, small.indices, small.edge_ids)), 9)
+    x = rng.standard_normal((9, 2, 5))
+    found = []
+    for graph in (small, large):
+        cache = rv.neighbor_attention_forward(x, x, x, graph)
+        gradients = rv.neighbor_attention_backward(np.ones_like(x), cache)
+        found.append((cache.output, cache.coefficients(), gradients.query, gradients.key, gradients.value))
+    assert large.transposed.targets.dtype == np.int64
+    assert all(np.array_equal(one, two) for one, two in zip(*found, strict=True))

@@ -5,6 +5,7 @@ import pytest
 from cases import close
 
 import ruvector_numba as rv
+from ruvector_numba.plan import projection as plan
 from ruvector_numba.projection import product
 
 # (B, L, heads, channels a head, channels in): whole vectors and odd ones, one chunk of the sum and several
@@ -93,3 +94,27 @@ def test_nothing_to_do():
     db, dw = np.full(3, np.nan), np.full((1, 5, 1, 3), np.nan)
     product(np.ones((0, 4, 1, 5)).transpose(2, 3, 0, 1), np.ones((0, 4, 1, 3)), dw, sums=db)
     assert not dw.any() and not db.any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("K", [(1 << 14) - 1, 1 << 14, 20_001])
+def test_long_sums_in_parts(K, dtype):
+    rng = np.random.default_rng(K)
+    x, dy = (rng.standard_normal((K, n)).astype(dtype) for n in (5, 70))
+    found = []
+    for n in (1, 2):
+        with rv.threads(n):
+            dw, db = np.full((5, 70), np.nan, dtype), np.full(70, np.nan, dtype)
+            product(x.T[None, :, None], dy[None, :, None], dw[None, :, None], sums=db)
+        found.append((dw, db))
+    agree(found[0][0], x.T, dy)
+    agree(found[0][1][None], np.ones((1, K), dtype), dy)
+    assert all(np.array_equal(one, two) for one, two in zip(*found, strict=True))
+
+
+def test_parts_take_little_memory():
+    """Features as wide as a bag of words, of many nodes: the sums are long, and the matrix is large."""
+    left, out = (np.broadcast_to(np.float32(0), shape) for shape in ((1, 100_000, 1, 50_000), (1, 100_000, 1, 64)))
+    assert plan.parts(left, out) == 1
+    left, out = (np.broadcast_to(np.float32(0), shape) for shape in ((1, 64, 1, 1_000_000), (1, 64, 1, 512)))
+    assert 1 < plan.parts(left, out) and plan.parts(left, out) * out.size <= 1 << 20

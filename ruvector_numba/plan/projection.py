@@ -18,16 +18,16 @@ from .layouts import Layout, Ready, layout
 # 192 x 384 float32 just stay near the core (on one of a Zen 4 102 GFLOP/s; 192 x 128: 97). Small ones where large ones
 # would not fill the threads.
 TASKS = ((192, 384), (96, 128), (48, 64))
-# Sums as long as these are cut into parts that tasks do side by side: dW = x^T dy of a graph's 100,000 nodes is one
-# small matrix, and was one task.
-LONG, PART = 1 << 14, 1 << 12
+# Sums as long as LONG are cut into parts that tasks do side by side: dW = x^T dy of a graph's 100,000 nodes is one
+# small matrix, and was one task. Only as many as have room in so many elements: a large matrix has tasks enough.
+LONG, PART, ROOM = 1 << 14, 1 << 12, 1 << 20
 FEW_ROWS = 16  # up to so many, `right` is read where it lies
 
 
-def parts(left: Array) -> int:
-    """Into how many parts the sums are cut: by their length alone, as it shows in the last bits."""
+def parts(left: Array, out: Array) -> int:
+    """Into how many parts the sums are cut: by shapes alone, as it shows in the last bits."""
     K = left.shape[2] * left.shape[3]
-    return 1 if K < LONG else -(-K // PART)
+    return 1 if K < LONG else max(1, min(-(-K // PART), ROOM // out.size))
 
 
 class Problem(NamedTuple):
@@ -42,10 +42,21 @@ class Problem(NamedTuple):
 
 
 def product(left: Array, right: Array, out: Array, wants_bias: bool, wants_sums: bool) -> Ready:
-    """out = left right, of pairs for rows and pairs for columns; of as many matrices as `parts` says, if several."""
-    n = parts(left)
-    of_out = layout(out if n == 1 else out[0])
-    return _plan(Problem(out.dtype, layout(left), layout(right), of_out, n, wants_bias, wants_sums, jit.threads()))
+    """out = left right, of pairs for rows and pairs for columns; or each part of the sums a matrix of out."""
+    several = out.ndim == 5
+    of_out = layout(out[0] if several else out)
+    return _plan(
+        Problem(
+            out.dtype,
+            layout(left),
+            layout(right),
+            of_out,
+            len(out) if several else 1,
+            wants_bias,
+            wants_sums,
+            jit.threads(),
+        )
+    )
 
 
 @functools.lru_cache(512)
@@ -66,7 +77,7 @@ def _plan(p: Problem) -> Ready:
         left=left, right=right, out=_pairs("out", p.out, itemsize), bias="bias", sums="sums",
         left_transposed=left_transposed, right_transposed=right_transposed, right_in_place=int(in_place),
         wants_bias=int(p.wants_bias), wants_sums=int(p.wants_sums), I=I, J=J, K=K,
-        part=K if p.parts == 1 else PART, out_step=I * J,
+        part=_evenly(max(K, 1), -(-max(K, 1) // p.parts), kernels.SUMMED), out_step=I * J,
         task_rows=rows, task_cols=cols, scratch="scratch", scratch_step=scratch,
     )  # fmt: skip
     return Ready(kernels.project.prepare(job, tasks, p.dtype, I * J * K), scratch, p.dtype)
