@@ -1,0 +1,159 @@
+"""What the dense kernels share: their jobs, the rows that a block of threads owns, and the scores of a tile."""
+
+import functools
+import math
+from typing import NamedTuple
+
+from numba import cuda, types
+
+from . import instructions as gpu
+from .jit import WARP, Elements, Floats, Indices, device
+from .scoring import Sight, Terms, dice, kept, scoring, sees_from, sees_to
+
+INF = math.inf
+FAR = 1 << 30
+across = gpu.across
+
+
+class Matrices(NamedTuple):
+    """Matrix m begins at data[at[m]]; its rows lie `row` apart, the elements of a row side by side."""
+
+    data: Elements
+    at: Indices  # one for each query head, for keys and values too
+    row: int
+
+
+class AttentionJob(NamedTuple):
+    """What the forward kernel works on."""
+
+    query: Matrices
+    key: Matrices
+    value: Matrices
+    output: Matrices
+    top: Floats  # (B * H, splits, Lq): the largest score in base 2, and
+    total: Floats  # the sum of 2**(score - top), eps included: what the backward pass needs
+    lse: Floats  # (B * H, Lq): natural
+    parts: Floats  # (B * H, splits, Lq, Dv): the outputs of parts of the keys, not divided
+    terms: Terms
+    sight: Sight
+    epsilon: float
+    Lq: int
+    Lk: int
+    D: int
+    Dv: int
+    H: int
+    heads: int  # packed into one block
+    splits: int
+    split_keys: int
+
+
+class Variant(NamedTuple):
+    """What is known when a kernel is compiled. Both D and Dv are at most `width`."""
+
+    element: str
+    width: int
+    keys: int  # in a tile
+    tall: int  # a warp owns 16 * tall rows
+    threads: int
+    softcap: bool = False
+    slopes: bool = False
+    bias: bool = False
+    mask: bool = False
+    dropout: bool = False
+    packed: bool = False  # several heads in a block, and the keys in parts
+
+    @property
+    def rows(self):
+        """Of a block."""
+        return self.threads // WARP * 16 * self.tall
+
+
+@device
+def span(low, near, far, high, shared):
+    """The lowest lo, the highest lo, the lowest hi and the highest hi of all rows of the block of threads."""
+    for distance in (4, 8, 16):
+        low, near = min(low, across(low, distance)), max(near, across(near, distance))
+        far, high = min(far, across(far, distance)), max(high, across(high, distance))
+    warp = cuda.threadIdx.x >> 5
+    if cuda.threadIdx.x & 31 == 0:
+        shared[4 * warp], shared[4 * warp + 1] = low, near
+        shared[4 * warp + 2], shared[4 * warp + 3] = far, high
+    cuda.syncthreads()
+    for w in range(cuda.blockDim.x >> 5):
+        low, near = min(low, shared[4 * w]), max(near, shared[4 * w + 1])
+        far, high = min(far, shared[4 * w + 2]), max(high, shared[4 * w + 3])
+    return low, near, far, high
+
+
+@functools.cache
+def placing(packed, slots):
+    """place(job, row0, at, lo, hi, shared): where the queries of this lane's row slots begin, -1 if there are none, and
+    which keys they see; and for the whole block `span`. owner(job, row): the head and the query of a row."""
+    int32 = types.int32
+
+    @device
+    def owner(job, row):
+        if packed:
+            return cuda.blockIdx.y * int32(job.heads) + row // int32(job.Lq), row % int32(job.Lq)
+        return cuda.blockIdx.y, row
+
+    @device
+    def place(job, row0, at, lo, hi, shared):
+        first, last = int32(0), int32(job.Lk)
+        if packed:
+            first = int32(cuda.blockIdx.z * job.split_keys)
+            last = int32(min(job.Lk, first + job.split_keys))
+        low, near, far, high = int32(FAR), int32(0), int32(FAR), int32(0)
+        for r in range(slots):
+            at[r], lo[r], hi[r] = -1, 0, 0
+            if row0 + 8 * r < job.Lq * job.heads:
+                head, i = owner(job, int32(row0 + 8 * r))
+                at[r] = job.query.at[head] + i * job.query.row
+                lo[r] = max(first, sees_from(job.sight, head // job.H, i))
+                hi[r] = min(last, sees_to(job.sight, head // job.H, i))
+                near, far = max(near, lo[r]), min(far, hi[r])
+                if lo[r] < hi[r]:
+                    low, high = min(low, lo[r]), max(high, hi[r])
+        return span(low, near, far, high, shared)
+
+    return place, owner
+
+
+@functools.cache
+def scoring_tile(v):
+    """finish(job, s, at, lo, hi, row0, k0, edge): from q.k to scores in base 2, hidden ones -inf, of the keys from k0;
+    thin(job, s, row0, k0): dropout of what became of them."""
+    SLOTS, BLOCKS, SLOPES = 2 * v.tall, v.keys // 8, v.slopes
+    score, _ = scoring(v.element, v.softcap, v.slopes, v.bias, v.mask)
+    _, owner = placing(v.packed, SLOTS)
+    int32, float32 = types.int32, types.float32
+
+    @device
+    def finish(job, s, at, lo, hi, row0, k0, edge):
+        key = int32(k0 + 2 * (cuda.threadIdx.x & 3))
+        for r in range(SLOTS):
+            head, i = owner(job, int32(row0 + 8 * r))
+            there = at[r] >= 0
+            slope = float32(0)
+            if SLOPES and there:
+                slope = job.terms.slopes[head]
+            for b in range(BLOCKS):
+                for e in range(2):
+                    n, j = (r // 2 * BLOCKS + b) * 4 + r % 2 * 2 + e, int32(key + 8 * b + e)
+                    x = score(job.terms, s[n], slope, head, i, j, there and j < job.Lk)
+                    if edge and (j < lo[r] or j >= hi[r]):
+                        x = float32(-INF)
+                    s[n] = x
+
+    @device
+    def thin(job, s, row0, k0):
+        key = int32(k0 + 2 * (cuda.threadIdx.x & 3))
+        for r in range(SLOTS):
+            head, i = owner(job, int32(row0 + 8 * r))
+            thrown = dice(job.terms.seed, head, i)
+            for b in range(BLOCKS):
+                for e in range(2):
+                    n, j = (r // 2 * BLOCKS + b) * 4 + r % 2 * 2 + e, int32(key + 8 * b + e)
+                    s[n] = s[n] * float32(job.terms.gain) if kept(thrown, j, job.terms.threshold) else float32(0)
+
+    return finish, thin

@@ -1,0 +1,134 @@
+"""Dense attention on a GPU, forward: the twin of the CPU's dense.py.
+
+    query (B * H) x (Lq, D)   key (B * Hk) x (Lk, D)   value (B * Hk) x (Lk, Dv)   output (B * H) x (Lq, Dv)
+
+A block of threads owns a block of queries of one head and takes it past the keys, tile by tile, as in FlashAttention-2
+(Dao, 2023): each warp owns 16 * tall queries, whose scores, softmax and outputs never leave its registers. Keys and
+values come to shared memory while the tile before is worked on. No atomics: the same bits every time.
+
+Few queries are packed: those of all the heads that share a key head are one block, and the keys are cut into parts,
+each a block of threads of its own, whose results `merge` joins.
+"""
+
+import math
+
+from numba import cuda, types
+
+from . import instructions as gpu
+from .blocks import INF, AttentionJob, placing, scoring_tile
+from .elements import STORAGE
+from .jit import WARP, kernel
+from .scoring import LN2, hidden_bits
+from .softmax import softmax
+from .tiles import held, loading, operations, passed, pitch, storing
+
+commit, wait_for_all = gpu.commit, gpu.wait_for_all
+
+
+@kernel(AttentionJob)
+def forward(v):
+    KEYS, TALL, SLOTS, ROWS, PACKED = v.keys, v.tall, 2 * v.tall, v.rows, v.packed
+    BLOCKS, WIDE, STORED = KEYS // 8, v.width // 8, STORAGE[v.element]
+    TILE, SCORES, SUMS = KEYS * pitch(v.element, v.width), TALL * BLOCKS * 4, TALL * WIDE * 4
+    HELD, PASSED, SPANS = held(v.element, v.width, TALL), passed(v.element, TALL, KEYS, v.threads), v.threads // WARP * 4
+    DROPOUT, SOME_HIDDEN = v.dropout, v.bias or v.mask
+    load_rows, times_transposed, times, add_row = operations(v.element, v.width, TALL, KEYS)
+    begin, take_out = loading(v.element, v.width, KEYS, v.threads)
+    place, owner = placing(PACKED, SLOTS)
+    finish, thin = scoring_tile(v)
+    exponentials, join = softmax(SLOTS, BLOCKS, WIDE)
+    put = storing(v.element)
+    int32, float32 = types.int32, types.float32
+
+    def attention_forward(job):
+        keys = cuda.shared.array(TILE, STORED)
+        values = cuda.shared.array(TILE, STORED)
+        odd = cuda.shared.array(KEYS, types.int32)
+        spans = cuda.shared.array(SPANS, types.int32)
+        shared = cuda.shared.array(PASSED, types.float32)
+        rows = cuda.local.array(HELD, types.int32)
+        s = cuda.local.array(SCORES, types.float32)
+        o = cuda.local.array(SUMS, types.float32)
+        top = cuda.local.array(SLOTS, types.float32)
+        total = cuda.local.array(SLOTS, types.float32)
+        at = cuda.local.array(SLOTS, types.int64)
+        lo = cuda.local.array(SLOTS, types.int32)
+        hi = cuda.local.array(SLOTS, types.int32)
+
+        # 1. The rows of this warp, the longest first, and which keys they see.
+        warp, g = cuda.threadIdx.x >> 5, (cuda.threadIdx.x & 31) >> 2
+        row0 = int32((cuda.gridDim.x - 1 - cuda.blockIdx.x) * ROWS + warp * 16 * TALL + g)
+        low, near, far, high = place(job, row0, at, lo, hi, spans)
+        load_rows(rows, job.query.data, at, job.D)
+        for r in range(SLOTS):
+            top[r], total[r] = -INF, 0
+        for i in range(SUMS):
+            o[i] = 0
+
+        # 2. Past the keys. While a tile of keys is multiplied its values arrive; then the next keys.
+        head0 = cuda.blockIdx.y * job.heads
+        key_at, value_at = job.key.at[head0], job.value.at[head0]
+        low = low // KEYS * KEYS
+        if low < high:
+            begin(keys, job.key.data, key_at + low * job.key.row, job.key.row, job.Lk - low, job.D)
+        commit()
+        for start in range(low, high, KEYS):
+            k0 = int32(start)
+            wait_for_all()
+            cuda.syncthreads()
+            begin(values, job.value.data, value_at + k0 * job.value.row, job.value.row, job.Lk - k0, job.Dv)
+            commit()
+            for i in range(SCORES):
+                s[i] = 0
+            times_transposed(s, rows, keys, job.query.data, at, job.D)
+            edge = SOME_HIDDEN or k0 < near or k0 + KEYS > far
+            finish(job, s, at, lo, hi, row0, k0, edge)
+            wait_for_all()
+            cuda.syncthreads()
+            next0 = int32(k0 + KEYS)
+            if next0 < high:
+                begin(keys, job.key.data, key_at + next0 * job.key.row, job.key.row, job.Lk - next0, job.D)
+            commit()
+            spoiled, hidden = False, types.int64(0)
+            if edge:
+                spoiled = take_out(values, odd)
+                if spoiled:
+                    hidden = hidden_bits(s, SCORES)
+
+            # 3. p = 2**(s - top); o += p v. Rows of values with NaN or infinity are added to those that see them.
+            exponentials(s, o, top, total)
+            if DROPOUT:
+                thin(job, s, row0, k0)
+            times(o, s, values, shared)
+            if spoiled:
+                for j in range(KEYS):
+                    if odd[j] != 0:
+                        add_row(o, s, hidden, j, job.value.data, value_at + (k0 + j) * job.value.row, job.Dv)
+                cuda.syncthreads()
+
+        # 4. Divide, and tell the backward pass by what.
+        join(total)
+        t = cuda.threadIdx.x & 3
+        for r in range(SLOTS):
+            if at[r] >= 0:
+                head, i = owner(job, int32(row0 + 8 * r))
+                where = (head * job.splits + cuda.blockIdx.z) * job.Lq + i
+                share = float32(1)
+                if not PACKED:
+                    seen = top[r] > -INF or total[r] != 0
+                    total[r] += float32(job.epsilon)
+                    share = 1 / total[r] if seen else float32(0)
+                    if t == 0:
+                        job.lse[where] = top[r] * float32(LN2) + math.log(total[r]) if seen else float32(-INF)
+                if t == 0:
+                    job.top[where], job.total[where] = top[r], total[r]
+                for c in range(WIDE):
+                    n, d = (r // 2 * WIDE + c) * 4 + r % 2 * 2, 8 * c + 2 * t
+                    if d < job.Dv:
+                        if PACKED:
+                            job.parts[where * job.Dv + d], job.parts[where * job.Dv + d + 1] = o[n], o[n + 1]
+                        else:
+                            there = job.output.at[head] + i * job.output.row + d
+                            put(job.output.data, there, o[n] * share, o[n + 1] * share)
+
+    return attention_forward

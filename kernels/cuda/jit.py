@@ -1,0 +1,148 @@
+"""Compiling and launching kernels on a GPU. The only file here that calls numba.cuda's decorators.
+
+A kernel is a function `kernel(job)` of one NamedTuple of pointers, numbers and smaller such tuples, annotated with the
+kinds below. What must be known when it is compiled, the element type, sizes of tiles, which terms a score has, is a
+`variant`, another NamedTuple: `@kernel` decorates the function that builds `kernel(job)` for one.
+
+On Numba's simulator (NUMBA_ENABLE_CUDASIM=1) the same functions run as Python, one thread for each thread of the GPU;
+pointers are then flat NumPy arrays.
+"""
+
+import contextlib
+import functools
+import logging
+import threading
+import time
+import typing
+from types import SimpleNamespace as Described
+
+from numba import cuda, types
+
+SIMULATED = bool(cuda.config.ENABLE_CUDASIM) if hasattr(cuda, "config") else not hasattr(cuda, "dispatcher")
+
+Halves = typing.NewType("Halves", int)  # a pointer to elements of 16 bits, as uint16
+Floats = typing.NewType("Floats", int)  # to float32
+Elements = typing.NewType("Elements", int)  # to the variant's elements: float32 or 16 bits
+Indices = typing.NewType("Indices", int)  # to int64
+Ints = typing.NewType("Ints", int)  # to int32
+Bytes = typing.NewType("Bytes", int)  # to uint8
+
+WARP = 32
+_POINTEES = {
+    Halves: types.uint16,
+    Floats: types.float32,
+    Indices: types.int64,
+    Ints: types.int32,
+    Bytes: types.uint8,
+}
+_log = logging.getLogger("ruvector_numba")
+_KERNELS: dict[str, "Kernel"] = {}
+_COMPILING = threading.RLock()
+
+
+def device(function):
+    """A function of the kernels: inlined, so that arrays handed to it stay in registers."""
+    if SIMULATED:
+        return cuda.jit(device=True)(function)
+    return cuda.jit(device=True, forceinline=True)(function)
+
+
+@functools.cache
+def job_type(job_class, storage):
+    """The Numba type of such a job, and how many numbers and pointers it has."""
+    fields = []
+    for kind in typing.get_type_hints(job_class).values():
+        if hasattr(kind, "_fields"):
+            fields.append(job_type(kind, storage))
+        elif kind is int:
+            fields.append(types.int64)
+        elif kind is float:
+            fields.append(types.float32)
+        else:
+            fields.append(types.CPointer(storage if kind is Elements else _POINTEES[kind]))
+    return types.NamedTuple(fields, job_class)
+
+
+class Kernel:
+    """`build(variant)` gives the function to compile; `variant.element` and `variant.threads` are asked for."""
+
+    def __init__(self, build, job_class):
+        functools.update_wrapper(self, build)
+        self._build = build
+        self.job_class = job_class
+        self.name = f"{build.__module__.rpartition('.')[2]}.{build.__name__}"
+        self._compiled = {}
+        _KERNELS[self.name] = self
+
+    def signature(self, variant):
+        from .elements import STORAGE
+
+        return types.void(job_type(self.job_class, STORAGE[variant.element]))
+
+    def function(self, variant):
+        """The Python function for one variant, not compiled."""
+        return self._build(variant)
+
+    def compiled(self, variant):
+        """The function for one variant, compiled for the current device."""
+        found = self._compiled.get(variant)
+        if found is None:
+            with _COMPILING:
+                found = self._compiled.get(variant) or self._compile(variant)
+                self._compiled[variant] = found
+        return found
+
+    def _compile(self, variant):
+        function = self._build(variant)
+        if SIMULATED:
+            return cuda.jit(function)
+        _log.info("compiling the GPU kernel %s for %s", self.name, variant)
+        start = time.perf_counter()
+        signature = self.signature(variant)
+        dispatcher = cuda.jit(launch_bounds=variant.threads, fastmath=FAST)(function)
+        compiled = dispatcher.compile(signature.args)
+        _log.info("%s took %.1f s to compile", self.name, time.perf_counter() - start)
+        return compiled
+
+    def ptx(self, variant, compute_capability):
+        """The assembly for a compute capability such as (9, 0); needs a toolkit, no GPU. One capability a process."""
+        with _as_if_there_were(compute_capability):
+            code, _ = cuda.compile_ptx(
+                self._build(variant), self.signature(variant).args, cc=compute_capability, fastmath=FAST,
+                launch_bounds=variant.threads,
+            )  # fmt: skip
+        return code
+
+    def __call__(self, variant, job, grid, stream=0):
+        """Run it on `grid` blocks of `variant.threads` threads, in the order of the stream."""
+        compiled = self.compiled(variant)
+        if SIMULATED:
+            compiled[grid, variant.threads](job)
+        else:
+            compiled.launch((job,), grid, (variant.threads, 1, 1), stream)
+
+
+@contextlib.contextmanager
+def _as_if_there_were(compute_capability):
+    """Numba asks the driver for the GPU at hand whenever it compiles a device function, even if only for its text."""
+    from numba.cuda import dispatcher
+
+    asked = dispatcher.get_current_device
+    dispatcher.get_current_device = lambda: Described(compute_capability=compute_capability)
+    try:
+        yield
+    finally:
+        dispatcher.get_current_device = asked
+
+
+# Contraction and fast division are harmless; nothing here may assume that there is no NaN or infinity.
+FAST = {"contract"}
+
+
+def kernel(job_class):
+    """Make a `Kernel` of the function that builds it for a variant."""
+    return functools.partial(Kernel, job_class=job_class)
+
+
+def kernels():
+    return dict(_KERNELS)
