@@ -47,6 +47,35 @@ class AttentionJob(NamedTuple):
     split_keys: int
 
 
+class GradientJob(NamedTuple):
+    """What the backward kernels work on."""
+
+    query: Matrices
+    key: Matrices
+    value: Matrices
+    output: Matrices
+    grad_output: Matrices
+    grad_query: Matrices
+    grad_key: Matrices  # one for each key head, as the next
+    grad_value: Matrices
+    top: Floats  # (B * H, Lq), as total: of the forward pass
+    total: Floats
+    grad_lse: Floats  # (B * H, Lq)
+    shift: Floats  # (B * H, Lq), made first: p = 2**(score - shift) * share
+    share: Floats
+    delta: Floats  # sum over d of output * grad_output, less grad_lse
+    terms: Terms
+    sight: Sight
+    slope: float  # of a score by q.k: the scale
+    Lq: int
+    Lk: int
+    D: int
+    Dv: int
+    H: int
+    heads: int  # 1
+    group: int
+
+
 class Variant(NamedTuple):
     """What is known when a kernel is compiled. Both D and Dv are at most `width`."""
 
@@ -55,12 +84,15 @@ class Variant(NamedTuple):
     keys: int  # in a tile
     tall: int  # a warp owns 16 * tall rows
     threads: int
+    resident: int = 1  # blocks that shall fit on one multiprocessor: bounds the registers
+    hold: bool = True  # the rows' own factor stays in registers
     softcap: bool = False
     slopes: bool = False
     bias: bool = False
     mask: bool = False
     dropout: bool = False
     packed: bool = False  # several heads in a block, and the keys in parts
+    makes: str = "both"  # the backward pass over keys: "key", "value" or both
 
     @property
     def rows(self):

@@ -30,9 +30,9 @@ def forward(v):
     KEYS, TALL, SLOTS, ROWS, PACKED = v.keys, v.tall, 2 * v.tall, v.rows, v.packed
     BLOCKS, WIDE, STORED = KEYS // 8, v.width // 8, STORAGE[v.element]
     TILE, SCORES, SUMS = KEYS * pitch(v.element, v.width), TALL * BLOCKS * 4, TALL * WIDE * 4
-    HELD, PASSED, SPANS = held(v.element, v.width, TALL), passed(v.element, TALL, KEYS, v.threads), v.threads // WARP * 4
+    HELD, PASSED, SPANS = held(v.element, v.width, TALL, v.hold), passed(v.element, TALL, KEYS, v.threads), v.threads // WARP * 4
     DROPOUT, SOME_HIDDEN = v.dropout, v.bias or v.mask
-    load_rows, times_transposed, times, add_row = operations(v.element, v.width, TALL, KEYS)
+    load_rows, times_transposed, times, add_row = operations(v.element, v.width, TALL, KEYS, v.hold)
     begin, take_out = loading(v.element, v.width, KEYS, v.threads)
     place, owner = placing(PACKED, SLOTS)
     finish, thin = scoring_tile(v)
@@ -70,28 +70,28 @@ def forward(v):
         key_at, value_at = job.key.at[head0], job.value.at[head0]
         low = low // KEYS * KEYS
         if low < high:
-            begin(keys, job.key.data, key_at + low * job.key.row, job.key.row, job.Lk - low, job.D)
+            begin(keys, 0, job.key.data, key_at + low * job.key.row, job.key.row, job.Lk - low, job.D)
         commit()
         for start in range(low, high, KEYS):
             k0 = int32(start)
             wait_for_all()
             cuda.syncthreads()
-            begin(values, job.value.data, value_at + k0 * job.value.row, job.value.row, job.Lk - k0, job.Dv)
+            begin(values, 0, job.value.data, value_at + k0 * job.value.row, job.value.row, job.Lk - k0, job.Dv)
             commit()
             for i in range(SCORES):
                 s[i] = 0
-            times_transposed(s, rows, keys, job.query.data, at, job.D)
+            times_transposed(s, rows, keys, 0, job.query.data, at, job.D)
             edge = SOME_HIDDEN or k0 < near or k0 + KEYS > far
             finish(job, s, at, lo, hi, row0, k0, edge)
             wait_for_all()
             cuda.syncthreads()
             next0 = int32(k0 + KEYS)
             if next0 < high:
-                begin(keys, job.key.data, key_at + next0 * job.key.row, job.key.row, job.Lk - next0, job.D)
+                begin(keys, 0, job.key.data, key_at + next0 * job.key.row, job.key.row, job.Lk - next0, job.D)
             commit()
             spoiled, hidden = False, types.int64(0)
             if edge:
-                spoiled = take_out(values, odd)
+                spoiled = take_out(values, 0, odd)
                 if spoiled:
                     hidden = hidden_bits(s, SCORES)
 
@@ -99,7 +99,7 @@ def forward(v):
             exponentials(s, o, top, total)
             if DROPOUT:
                 thin(job, s, row0, k0)
-            times(o, s, values, shared)
+            times(o, s, values, 0, shared)
             if spoiled:
                 for j in range(KEYS):
                     if odd[j] != 0:

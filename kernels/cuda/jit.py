@@ -64,7 +64,8 @@ def job_type(job_class, storage):
 
 
 class Kernel:
-    """`build(variant)` gives the function to compile; `variant.element` and `variant.threads` are asked for."""
+    """`build(variant)` gives the function to compile; asked for are `variant.element`, `.threads` and
+    `.resident`, how many blocks of threads shall fit on one multiprocessor."""
 
     def __init__(self, build, job_class):
         functools.update_wrapper(self, build)
@@ -99,7 +100,7 @@ class Kernel:
         _log.info("compiling the GPU kernel %s for %s", self.name, variant)
         start = time.perf_counter()
         signature = self.signature(variant)
-        dispatcher = cuda.jit(launch_bounds=variant.threads, fastmath=FAST)(function)
+        dispatcher = cuda.jit(launch_bounds=(variant.threads, variant.resident), fastmath=FAST)(function)
         compiled = dispatcher.compile(signature.args)
         _log.info("%s took %.1f s to compile", self.name, time.perf_counter() - start)
         return compiled
@@ -109,7 +110,7 @@ class Kernel:
         with _as_if_there_were(compute_capability):
             code, _ = cuda.compile_ptx(
                 self._build(variant), self.signature(variant).args, cc=compute_capability, fastmath=FAST,
-                launch_bounds=variant.threads,
+                launch_bounds=(variant.threads, variant.resident),
             )  # fmt: skip
         return code
 

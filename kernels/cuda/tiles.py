@@ -32,9 +32,10 @@ def pitch(element, width):
     return width + 16 // ELEMENTS[element].itemsize
 
 
-def held(element, width, tall):
-    """How many words hold a warp's rows as the tensor cores' left factor."""
-    return tall * width // 4 if element != "float32" else 1
+def held(element, width, tall, hold=True):
+    """How many words hold a warp's rows as the tensor cores' left factor; without `hold`, of 16 rows, they are read each
+    time."""
+    return tall * width // 4 if hold and element != "float32" else 1
 
 
 def passed(element, tall, columns, threads):
@@ -50,13 +51,13 @@ class Operations(NamedTuple):
 
 
 @functools.cache
-def operations(element, width, tall, columns):
+def operations(element, width, tall, columns, hold=True):
     """Those of a warp of 16 * tall rows with tiles of `columns` rows of `width` elements."""
     make = _by_lanes if element == "float32" else _by_tensor_cores
-    return Operations(*make(element, width, tall, columns), _add_row(element, width, tall, columns))
+    return Operations(*make(element, width, tall, columns, hold), _add_row(element, width, tall, columns))
 
 
-def _by_tensor_cores(element, width, tall, columns):
+def _by_tensor_cores(element, width, tall, columns, hold):
     PITCH, STEPS, BLOCKS = pitch(element, width), width // 16, columns // 8
     PAIRS, WIDE = columns // 16, width // 8
     WIDE_PAIRS, int32 = width // 16, types.int32
@@ -64,37 +65,49 @@ def _by_tensor_cores(element, width, tall, columns):
     address, word, fragments, fragments_transposed = gpu.address, gpu.word, gpu.fragments, gpu.fragments_transposed
 
     @device
-    def load_rows(rows, pointer, at, D):
-        """rows = pointer[at[slot] : at[slot] + D] for each row slot, nothing where at[slot] < 0"""
-        t = cuda.threadIdx.x & 3
-        for m in range(tall):
-            for s in range(STEPS):
-                for r in range(4):
-                    column, there = int32(s * 16 + (r // 2) * 8 + 2 * t), at[2 * m + r % 2]
-                    found = int32(0)
-                    if there >= 0 and column < D:
-                        found = word(pointer, there + column)
-                    rows[(m * STEPS + s) * 4 + r] = found
+    def left(pointer, at, m, s, D):
+        """The left factor's four words of step s, nothing where at[slot] < 0."""
+        column, near, far = int32(s * 16 + 2 * (cuda.threadIdx.x & 3)), at[2 * m], at[2 * m + 1]
+        a, b, c, d = int32(0), int32(0), int32(0), int32(0)
+        if near >= 0 and column < D:
+            a = word(pointer, near + column)
+        if far >= 0 and column < D:
+            b = word(pointer, far + column)
+        if near >= 0 and column + 8 < D:
+            c = word(pointer, near + column + 8)
+        if far >= 0 and column + 8 < D:
+            d = word(pointer, far + column + 8)
+        return a, b, c, d
 
     @device
-    def times_transposed(sums, rows, tile, pointer, at, D):
+    def load_rows(rows, pointer, at, D):
+        """rows = pointer[at[slot] : at[slot] + D] for each row slot"""
+        if hold:
+            for m in range(tall):
+                for s in range(STEPS):
+                    i = (m * STEPS + s) * 4
+                    rows[i], rows[i + 1], rows[i + 2], rows[i + 3] = left(pointer, at, m, s, D)
+
+    @device
+    def times_transposed(sums, rows, tile, offset, pointer, at, D):
         lane = cuda.threadIdx.x & 31
-        mine = address(tile, int32(((lane >> 4) * 8 + (lane & 7)) * PITCH + (lane >> 3 & 1) * 8))
+        mine = address(tile, int32(offset + ((lane >> 4) * 8 + (lane & 7)) * PITCH + (lane >> 3 & 1) * 8))
         for s in range(STEPS):
+            read = left(pointer, at, 0, s, D) if not hold else (0, 0, 0, 0)
             for p in range(PAIRS):
                 f = fragments(mine + 2 * (p * 16 * PITCH + s * 16))
                 for m in range(tall):
                     i, j = (m * STEPS + s) * 4, (m * BLOCKS + 2 * p) * 4
-                    a = (rows[i], rows[i + 1], rows[i + 2], rows[i + 3])
+                    a = (rows[i], rows[i + 1], rows[i + 2], rows[i + 3]) if hold else read
                     c = multiply_add(a, (f[0], f[1]), (sums[j], sums[j + 1], sums[j + 2], sums[j + 3]))
                     sums[j], sums[j + 1], sums[j + 2], sums[j + 3] = c[0], c[1], c[2], c[3]
                     c = multiply_add(a, (f[2], f[3]), (sums[j + 4], sums[j + 5], sums[j + 6], sums[j + 7]))
                     sums[j + 4], sums[j + 5], sums[j + 6], sums[j + 7] = c[0], c[1], c[2], c[3]
 
     @device
-    def times(sums, x, tile, shared):
+    def times(sums, x, tile, offset, shared):
         lane = cuda.threadIdx.x & 31
-        mine = address(tile, int32((lane & 15) * PITCH + (lane >> 4) * 8))
+        mine = address(tile, int32(offset + (lane & 15) * PITCH + (lane >> 4) * 8))
         for k in range(PAIRS):
             for p in range(WIDE_PAIRS):
                 f = fragments_transposed(mine + 2 * (k * 16 * PITCH + p * 16))
@@ -112,7 +125,7 @@ def _by_tensor_cores(element, width, tall, columns):
     return load_rows, times_transposed, times
 
 
-def _by_lanes(element, width, tall, columns):
+def _by_lanes(element, width, tall, columns, hold):
     PITCH, BLOCKS, WIDE, SLOTS = pitch(element, width), columns // 8, width // 8, 2 * tall
     LINE = columns + 1  # of what `times` passes through shared memory
     float32, int32 = types.float32, types.int32
@@ -122,8 +135,8 @@ def _by_lanes(element, width, tall, columns):
         """Nothing: they are read where they are needed."""
 
     @device
-    def times_transposed(sums, rows, tile, pointer, at, D):
-        mine = int32((cuda.threadIdx.x & 3) * 2 * PITCH)
+    def times_transposed(sums, rows, tile, offset, pointer, at, D):
+        mine = int32(offset + (cuda.threadIdx.x & 3) * 2 * PITCH)
         for k in range(D):
             for r in range(SLOTS):
                 x = pointer[at[r] + k] if at[r] >= 0 else float32(0)
@@ -133,7 +146,7 @@ def _by_lanes(element, width, tall, columns):
                     sums[i + 1] += x * tile[there + PITCH]
 
     @device
-    def times(sums, x, tile, shared):
+    def times(sums, x, tile, offset, shared):
         warp, g, t = cuda.threadIdx.x >> 5, (cuda.threadIdx.x & 31) >> 2, cuda.threadIdx.x & 3
         line = int32((warp * 16 * tall + g) * LINE)
         warp_waits()
@@ -146,7 +159,7 @@ def _by_lanes(element, width, tall, columns):
             for r in range(SLOTS):
                 p = shared[line + r * 8 * LINE + j]
                 for c in range(WIDE):
-                    i, there = ((r // 2) * WIDE + c) * 4 + r % 2 * 2, int32(j * PITCH + 8 * c + 2 * t)
+                    i, there = ((r // 2) * WIDE + c) * 4 + r % 2 * 2, int32(offset + j * PITCH + 8 * c + 2 * t)
                     sums[i] += p * tile[there]
                     sums[i + 1] += p * tile[there + 1]
 
@@ -196,8 +209,9 @@ def widen(element):
 # --- tiles in shared memory ------------------------------------------------------------------------------------------
 @functools.cache
 def loading(element, width, rows, threads):
-    """begin(tile, pointer, at, stride, live, D), which begins to copy `rows` rows of D elements, of which `live` are
-    there; and take_out(tile, odd), which clears the rows that hold NaN or infinity and says which they are."""
+    """begin(tile, offset, pointer, at, stride, live, D), which begins to copy `rows` rows of D elements, of which `live`
+    are there, to tile[offset:]; and take_out(tile, offset, odd), which clears the rows that hold NaN or infinity and
+    says which they are."""
     PITCH, PER_COPY, exponent = pitch(element, width), 16 // ELEMENTS[element].itemsize, ELEMENTS[element].exponent
     COPIES = min(width // PER_COPY, threads)  # of a row at once
     ROWS_AT_ONCE, PARTS = threads // COPIES, width // PER_COPY // COPIES
@@ -207,9 +221,9 @@ def loading(element, width, rows, threads):
     address, copy, int32 = gpu.address, gpu.copy, types.int32
 
     @device
-    def begin(tile, pointer, at, stride, live, D):
+    def begin(tile, offset, pointer, at, stride, live, D):
         row, column = int32(cuda.threadIdx.x // COPIES), int32(cuda.threadIdx.x % COPIES * PER_COPY)
-        to = address(tile, int32(row * PITCH + column))
+        to = address(tile, int32(offset + row * PITCH + column))
         source = at + row * stride + column
         for i in range(ROUNDS):
             for p in range(PARTS):
@@ -220,12 +234,12 @@ def loading(element, width, rows, threads):
             source += ROWS_AT_ONCE * stride
 
     @device
-    def take_out(tile, odd):
+    def take_out(tile, offset, odd):
         found = types.int32(0)
         for row in range(cuda.threadIdx.x, rows, threads):
             spoiled = False
             for d in range(width):
-                x = tile[row * PITCH + d]
+                x = tile[offset + row * PITCH + d]
                 if is_float:
                     spoiled = spoiled or not x - x == 0
                 else:
@@ -234,7 +248,7 @@ def loading(element, width, rows, threads):
             if spoiled:
                 found = types.int32(1)
                 for d in range(width):
-                    tile[row * PITCH + d] = 0
+                    tile[offset + row * PITCH + d] = 0
         return cuda.syncthreads_or(found) != 0
 
     return begin, take_out

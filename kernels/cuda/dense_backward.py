@@ -1,0 +1,333 @@
+"""Dense attention on a GPU, backward. Weights are made again, tile by tile, from what the forward pass kept.
+
+    p = 2**(s - shift) * share      dv = p^T do       dp = do v^T     ds = p * (dp - delta)
+    dq = scale * ds k               dk = scale * ds^T q               delta = sum_d o * do - dlse
+
+Two kernels, one that owns queries and one that owns keys, make seven products where five would do if both were one:
+then the gradients of the queries would be summed by atomics, in an order that changes from run to run.
+"""
+
+from numba import cuda, types
+
+from . import instructions as gpu
+from .blocks import INF, GradientJob, placing, scoring_tile
+from .elements import STORAGE
+from .jit import WARP, kernel
+from .scoring import dice, hidden_bits, kept, scoring, sees_from, sees_to
+from .tiles import held, loading, operations, passed, pitch, storing, widen
+
+across, exp2 = gpu.across, gpu.exp2
+commit, wait_for_all, wait_for_all_but_one = gpu.commit, gpu.wait_for_all, gpu.wait_for_all_but_one
+
+
+@kernel(GradientJob)
+def prepare(v):
+    """shift, share and delta of each query: a warp has one."""
+    widened, WARPS = widen(v.element), v.threads // WARP
+    float32 = types.float32
+
+    def prepare_backward(job):
+        lane, i, head = cuda.threadIdx.x & 31, cuda.blockIdx.x * WARPS + (cuda.threadIdx.x >> 5), cuda.blockIdx.y
+        if i < job.Lq:
+            made = job.output.at[head] + i * job.output.row
+            given = job.grad_output.at[head] + i * job.grad_output.row
+            delta = float32(0)
+            for d in range(lane, job.Dv, WARP):
+                delta += widened(job.output.data[made + d]) * widened(job.grad_output.data[given + d])
+            for distance in (1, 2, 4, 8, 16):
+                delta += across(delta, distance)
+            if lane == 0:
+                where = head * job.Lq + i
+                top, total = job.top[where], job.total[where]
+                job.shift[where] = top if top > -INF else float32(0)
+                job.share[where] = 1 / total if total != 0 else float32(0)
+                job.delta[where] = delta - job.grad_lse[where]
+
+    return prepare_backward
+
+
+@kernel(GradientJob)
+def to_query(v):
+    """dq = scale * ds k. A block owns queries and goes past the keys they see."""
+    KEYS, TALL, SLOTS, ROWS = v.keys, v.tall, 2 * v.tall, v.rows
+    BLOCKS, WIDE, STORED = KEYS // 8, v.width // 8, STORAGE[v.element]
+    TILE, SCORES, SUMS = KEYS * pitch(v.element, v.width), TALL * BLOCKS * 4, TALL * WIDE * 4
+    HELD, PASSED, SPANS = held(v.element, v.width, TALL, v.hold), passed(v.element, TALL, KEYS, v.threads), v.threads // 8
+    TWO, SOME_HIDDEN, DROPOUT, SOFTCAP = 2 * TILE, v.bias or v.mask, v.dropout, v.softcap
+    SLOPES_OF_CAP = SCORES if SOFTCAP else 1
+    load_rows, times_transposed, times, add_row = operations(v.element, v.width, TALL, KEYS, v.hold)
+    begin, take_out = loading(v.element, v.width, KEYS, v.threads)
+    place, _ = placing(False, SLOTS)
+    finish, thin = scoring_tile(v)
+    _, slope_of_cap = scoring(v.element, v.softcap, v.slopes, v.bias, v.mask)
+    put = storing(v.element)
+    int32, float32 = types.int32, types.float32
+
+    def backward_to_query(job):
+        keys = cuda.shared.array(TWO, STORED)
+        values = cuda.shared.array(TWO, STORED)
+        odd = cuda.shared.array(KEYS, types.int32)
+        spans = cuda.shared.array(SPANS, types.int32)
+        shared = cuda.shared.array(PASSED, types.float32)
+        queries = cuda.local.array(HELD, types.int32)
+        grads = cuda.local.array(HELD, types.int32)
+        s = cuda.local.array(SCORES, types.float32)
+        ds = cuda.local.array(SCORES, types.float32)
+        slopes = cuda.local.array(SLOPES_OF_CAP, types.float32)
+        dq = cuda.local.array(SUMS, types.float32)
+        at = cuda.local.array(SLOTS, types.int64)
+        grad_at = cuda.local.array(SLOTS, types.int64)
+        lo = cuda.local.array(SLOTS, types.int32)
+        hi = cuda.local.array(SLOTS, types.int32)
+        shift = cuda.local.array(SLOTS, types.float32)
+        share = cuda.local.array(SLOTS, types.float32)
+        delta = cuda.local.array(SLOTS, types.float32)
+
+        # 1. The rows of this warp: queries, and the gradients of their outputs.
+        head, t = cuda.blockIdx.y, cuda.threadIdx.x & 3
+        warp, g = cuda.threadIdx.x >> 5, (cuda.threadIdx.x & 31) >> 2
+        row0 = int32((cuda.gridDim.x - 1 - cuda.blockIdx.x) * ROWS + warp * 16 * TALL + g)
+        low, near, far, high = place(job, row0, at, lo, hi, spans)
+        for r in range(SLOTS):
+            grad_at[r], shift[r], share[r], delta[r] = -1, 0, 0, 0
+            if at[r] >= 0:
+                grad_at[r] = job.grad_output.at[head] + (row0 + 8 * r) * job.grad_output.row
+                where = head * job.Lq + row0 + 8 * r
+                shift[r], share[r], delta[r] = job.shift[where], job.share[where], job.delta[where]
+        load_rows(queries, job.query.data, at, job.D)
+        load_rows(grads, job.grad_output.data, grad_at, job.Dv)
+        for i in range(SUMS):
+            dq[i] = 0
+
+        # 2. Past the keys and values, two tiles of each in turn.
+        key_at, value_at = job.key.at[head], job.value.at[head]
+        low = low // KEYS * KEYS
+        if low < high:
+            begin(keys, 0, job.key.data, key_at + low * job.key.row, job.key.row, job.Lk - low, job.D)
+            begin(values, 0, job.value.data, value_at + low * job.value.row, job.value.row, job.Lk - low, job.Dv)
+        commit()
+        now = int32(0)
+        for start in range(low, high, KEYS):
+            k0, next0 = int32(start), int32(start + KEYS)
+            if next0 < high:
+                live, to = job.Lk - next0, int32(TILE - now)
+                begin(keys, to, job.key.data, key_at + next0 * job.key.row, job.key.row, live, job.D)
+                begin(values, to, job.value.data, value_at + next0 * job.value.row, job.value.row, live, job.Dv)
+            commit()
+            wait_for_all_but_one()
+            cuda.syncthreads()
+            for i in range(SCORES):
+                s[i], ds[i] = 0, 0
+            times_transposed(s, queries, keys, now, job.query.data, at, job.D)
+            times_transposed(ds, grads, values, now, job.grad_output.data, grad_at, job.Dv)
+            if SOFTCAP:
+                for i in range(SCORES):
+                    slopes[i] = slope_of_cap(job.terms, s[i])
+            edge = SOME_HIDDEN or k0 < near or k0 + KEYS > far
+            finish(job, s, at, lo, hi, row0, k0, edge)
+            spoiled, hidden = False, types.int64(0)
+            if edge:
+                cuda.syncthreads()
+                spoiled = take_out(keys, now, odd)
+                if spoiled:
+                    hidden = hidden_bits(s, SCORES)
+
+            # 3. ds = p * (dp - delta), 0 where hidden; dq += ds k.
+            if DROPOUT:
+                thin(job, ds, row0, k0)
+            for r in range(SLOTS):
+                for b in range(BLOCKS):
+                    for e in range(2):
+                        n = (r // 2 * BLOCKS + b) * 4 + r % 2 * 2 + e
+                        x = exp2(s[n] - shift[r]) * share[r] * (ds[n] - delta[r])
+                        if SOFTCAP:
+                            x *= slopes[n]
+                        ds[n] = float32(0) if edge and s[n] == -INF else x
+            times(dq, ds, keys, now, shared)
+            if spoiled:
+                for j in range(KEYS):
+                    if odd[j] != 0:
+                        add_row(dq, ds, hidden, j, job.key.data, key_at + (k0 + j) * job.key.row, job.D)
+            cuda.syncthreads()
+            now = int32(TILE - now)
+
+        for r in range(SLOTS):
+            for c in range(WIDE):
+                n, d = (r // 2 * WIDE + c) * 4 + r % 2 * 2, 8 * c + 2 * t
+                if at[r] >= 0 and d < job.D:
+                    there = job.grad_query.at[head] + (row0 + 8 * r) * job.grad_query.row + d
+                    put(job.grad_query.data, there, dq[n] * float32(job.slope), dq[n + 1] * float32(job.slope))
+
+    return backward_to_query
+
+
+@kernel(GradientJob)
+def to_key(v):
+    """dv = p^T do, dk = scale * ds^T q. A block owns keys of one head and goes past all queries that see them, those of
+    every head that shares the keys. Rows are keys and columns are queries."""
+    QUERIES, TALL, SLOTS, ROWS = v.keys, v.tall, 2 * v.tall, v.rows
+    BLOCKS, WIDE, STORED = QUERIES // 8, v.width // 8, STORAGE[v.element]
+    TILE, SCORES, SUMS = QUERIES * pitch(v.element, v.width), TALL * BLOCKS * 4, TALL * WIDE * 4
+    HELD, PASSED = held(v.element, v.width, TALL, v.hold), passed(v.element, TALL, QUERIES, v.threads)
+    TWO, SOME_HIDDEN, DROPOUT, SOFTCAP, SLOPES = 2 * TILE, v.bias or v.mask, v.dropout, v.softcap, v.slopes
+    TO_KEY, TO_VALUE = v.makes != "value", v.makes != "key"
+    DK, DV, THIN = SUMS if TO_KEY else 1, SUMS if TO_VALUE else 1, SCORES if DROPOUT else 1
+    load_rows, times_transposed, times, add_row = operations(v.element, v.width, TALL, QUERIES, v.hold)
+    begin, take_out = loading(v.element, v.width, QUERIES, v.threads)
+    score, slope_of_cap = scoring(v.element, v.softcap, v.slopes, v.bias, v.mask)
+    put = storing(v.element)
+    int32, float32 = types.int32, types.float32
+
+    def backward_to_key(job):
+        queries = cuda.shared.array(TWO, STORED)
+        grads = cuda.shared.array(TWO, STORED)
+        odd = cuda.shared.array(QUERIES, types.int32)
+        odd_grads = cuda.shared.array(QUERIES, types.int32)
+        lo = cuda.shared.array(QUERIES, types.int32)
+        hi = cuda.shared.array(QUERIES, types.int32)
+        shift = cuda.shared.array(QUERIES, types.float32)
+        share = cuda.shared.array(QUERIES, types.float32)
+        delta = cuda.shared.array(QUERIES, types.float32)
+        shared = cuda.shared.array(PASSED, types.float32)
+        keys = cuda.local.array(HELD, types.int32)
+        values = cuda.local.array(HELD, types.int32)
+        s = cuda.local.array(SCORES, types.float32)
+        ds = cuda.local.array(SCORES, types.float32)
+        thinned = cuda.local.array(THIN, types.float32)
+        dk = cuda.local.array(DK, types.float32)
+        dv = cuda.local.array(DV, types.float32)
+        at = cuda.local.array(SLOTS, types.int64)
+        value_at = cuda.local.array(SLOTS, types.int64)
+
+        # 1. The rows of this warp: keys and values.
+        head0, t = int32(cuda.blockIdx.y * job.group), cuda.threadIdx.x & 3
+        warp, g = cuda.threadIdx.x >> 5, (cuda.threadIdx.x & 31) >> 2
+        j0 = int32(cuda.blockIdx.x * ROWS)
+        j1, row0 = int32(min(job.Lk, j0 + ROWS)), int32(j0 + warp * 16 * TALL + g)
+        for r in range(SLOTS):
+            at[r], value_at[r] = -1, -1
+            if row0 + 8 * r < job.Lk:
+                at[r] = job.key.at[head0] + (row0 + 8 * r) * job.key.row
+                value_at[r] = job.value.at[head0] + (row0 + 8 * r) * job.value.row
+        load_rows(keys, job.key.data, at, job.D)
+        load_rows(values, job.value.data, value_at, job.Dv)
+        if TO_KEY:
+            for i in range(SUMS):
+                dk[i] = 0
+        if TO_VALUE:
+            for i in range(SUMS):
+                dv[i] = 0
+
+        # 2. Past the queries that may see one of these keys, first <= j - i < last: head by head, two tiles in turn.
+        low = int32(max(0, j0 - job.sight.last + 1) // QUERIES * QUERIES)
+        high = int32(min(job.Lq, j1 - job.sight.first))
+        tiles = int32(max(0, high - low + QUERIES - 1) // QUERIES)
+        if tiles > 0:
+            q_at, g_at = job.query.at[head0], job.grad_output.at[head0]
+            begin(queries, 0, job.query.data, q_at + low * job.query.row, job.query.row, job.Lq - low, job.D)
+            row = job.grad_output.row
+            begin(grads, 0, job.grad_output.data, g_at + low * row, row, job.Lq - low, job.Dv)
+        commit()
+        now = int32(0)
+        for turn in range(tiles * job.group):
+            head, i0 = int32(head0 + turn // tiles), int32(low + turn % tiles * QUERIES)
+            q_at, g_at = job.query.at[head], job.grad_output.at[head]
+            if turn + 1 < tiles * job.group:
+                next_head, next0 = head0 + (turn + 1) // tiles, int32(low + (turn + 1) % tiles * QUERIES)
+                live, to = job.Lq - next0, int32(TILE - now)
+                there = job.query.at[next_head] + next0 * job.query.row
+                begin(queries, to, job.query.data, there, job.query.row, live, job.D)
+                there = job.grad_output.at[next_head] + next0 * job.grad_output.row
+                begin(grads, to, job.grad_output.data, there, job.grad_output.row, live, job.Dv)
+            commit()
+            some, missing = int32(0), int32(0)
+            for n in range(cuda.threadIdx.x, QUERIES, cuda.blockDim.x):
+                i, where = int32(i0 + n), head * job.Lq + i0 + n
+                lo[n], hi[n], shift[n], share[n], delta[n] = 0, 0, 0, 0, 0
+                if i < job.Lq:
+                    lo[n] = sees_from(job.sight, head // job.H, i)
+                    hi[n] = min(int32(job.Lk), sees_to(job.sight, head // job.H, i))
+                    shift[n], share[n], delta[n] = job.shift[where], job.share[where], job.delta[where]
+                if lo[n] < j1 and hi[n] > j0 and lo[n] < hi[n]:
+                    some = int32(1)
+                if lo[n] > j0 or hi[n] < j0 + ROWS:
+                    missing = int32(1)
+            some, missing = cuda.syncthreads_or(some), cuda.syncthreads_or(missing)
+            wait_for_all_but_one()
+            cuda.syncthreads()
+            if some != 0:
+                for i in range(SCORES):
+                    s[i], ds[i] = 0, 0
+                times_transposed(s, keys, queries, now, job.key.data, at, job.D)
+                if TO_KEY:
+                    times_transposed(ds, values, grads, now, job.value.data, value_at, job.Dv)
+                edge = SOME_HIDDEN or missing != 0
+                slope = float32(0)
+                if SLOPES:
+                    slope = job.terms.slopes[head]
+
+                # 3. p, thinned for the values; ds = p * (dp - delta), 0 where hidden.
+                hidden = types.int64(0)
+                for b in range(BLOCKS):
+                    for e in range(2):
+                        n = 8 * b + 2 * t + e
+                        thrown = types.uint64(0)
+                        if DROPOUT:
+                            thrown = dice(job.terms.seed, head, i0 + n)
+                        for r in range(SLOTS):
+                            k, j = (r // 2 * BLOCKS + b) * 4 + r % 2 * 2 + e, int32(row0 + 8 * r)
+                            there = j < job.Lk and i0 + n < job.Lq
+                            x = score(job.terms, s[k], slope, head, int32(i0 + n), j, there)
+                            if edge and (j < lo[n] or j >= hi[n]):
+                                x = float32(-INF)
+                            if x == -INF:
+                                hidden |= types.int64(1) << k
+                            p, dp = exp2(x - shift[n]) * share[n], ds[k]
+                            if edge and x == -INF:
+                                p = float32(0)
+                            if DROPOUT:
+                                gain = float32(job.terms.gain) if kept(thrown, j, job.terms.threshold) else float32(0)
+                                thinned[k] = p * gain
+                                dp = dp * gain if gain > 0 else float32(0)
+                            y = p * (dp - delta[n])
+                            if SOFTCAP:
+                                y *= slope_of_cap(job.terms, s[k])
+                            ds[k], s[k] = float32(0) if edge and x == -INF else y, p
+
+                # 4. dv += p^T do, dk += ds^T q.
+                spoiled, spoiled_grads = False, False
+                if edge:
+                    cuda.syncthreads()
+                    spoiled = take_out(queries, now, odd)
+                    spoiled_grads = take_out(grads, now, odd_grads)
+                if TO_VALUE:
+                    if DROPOUT:
+                        times(dv, thinned, grads, now, shared)
+                    else:
+                        times(dv, s, grads, now, shared)
+                if TO_KEY:
+                    times(dk, ds, queries, now, shared)
+                if spoiled or spoiled_grads:
+                    for n in range(QUERIES):
+                        if TO_KEY and odd[n] != 0:
+                            add_row(dk, ds, hidden, n, job.query.data, q_at + (i0 + n) * job.query.row, job.D)
+                        if TO_VALUE and odd_grads[n] != 0:
+                            there = g_at + (i0 + n) * job.grad_output.row
+                            if DROPOUT:
+                                add_row(dv, thinned, hidden, n, job.grad_output.data, there, job.Dv)
+                            else:
+                                add_row(dv, s, hidden, n, job.grad_output.data, there, job.Dv)
+            cuda.syncthreads()
+            now = int32(TILE - now)
+
+        for r in range(SLOTS):
+            for c in range(WIDE):
+                n, d = (r // 2 * WIDE + c) * 4 + r % 2 * 2, 8 * c + 2 * t
+                if TO_KEY and row0 + 8 * r < job.Lk and d < job.D:
+                    there = job.grad_key.at[cuda.blockIdx.y] + (row0 + 8 * r) * job.grad_key.row + d
+                    put(job.grad_key.data, there, dk[n] * float32(job.slope), dk[n + 1] * float32(job.slope))
+                if TO_VALUE and row0 + 8 * r < job.Lk and d < job.Dv:
+                    there = job.grad_value.at[cuda.blockIdx.y] + (row0 + 8 * r) * job.grad_value.row + d
+                    put(job.grad_value.data, there, dv[n], dv[n + 1])
+
+    return backward_to_key
