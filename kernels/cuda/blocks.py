@@ -61,8 +61,7 @@ class GradientJob(NamedTuple):
     top: Floats  # (B * H, Lq), as total: of the forward pass
     total: Floats
     grad_lse: Floats  # (B * H, Lq)
-    shift: Floats  # (B * H, Lq), made first: p = 2**(score - shift) * share
-    share: Floats
+    shift: Floats  # (B * H, Lq), made first: p = 2**(score - shift)
     delta: Floats  # sum over d of output * grad_output, less grad_lse
     terms: Terms
     sight: Sight

@@ -33,7 +33,7 @@ def forward(v):
     HELD, PASSED, SPANS = held(v.element, v.width, TALL, v.hold), passed(v.element, TALL, KEYS, v.threads), v.threads // WARP * 4
     DROPOUT, SOME_HIDDEN = v.dropout, v.bias or v.mask
     load_rows, times_transposed, times, add_row = operations(v.element, v.width, TALL, KEYS, v.hold)
-    begin, take_out = loading(v.element, v.width, KEYS, v.threads)
+    begin, take_out, forget = loading(v.element, v.width, KEYS, v.threads)
     place, owner = placing(PACKED, SLOTS)
     finish, thin = scoring_tile(v)
     exponentials, join = softmax(SLOTS, BLOCKS, WIDE)
@@ -58,6 +58,7 @@ def forward(v):
         # 1. The rows of this warp, the longest first, and which keys they see.
         warp, g = cuda.threadIdx.x >> 5, (cuda.threadIdx.x & 31) >> 2
         row0 = int32((cuda.gridDim.x - 1 - cuda.blockIdx.x) * ROWS + warp * 16 * TALL + g)
+        forget(odd)
         low, near, far, high = place(job, row0, at, lo, hi, spans)
         load_rows(rows, job.query.data, at, job.D)
         for r in range(SLOTS):
@@ -104,7 +105,7 @@ def forward(v):
                 for j in range(KEYS):
                     if odd[j] != 0:
                         add_row(o, s, hidden, j, job.value.data, value_at + (k0 + j) * job.value.row, job.Dv)
-                cuda.syncthreads()
+                forget(odd)
 
         # 4. Divide, and tell the backward pass by what.
         join(total)

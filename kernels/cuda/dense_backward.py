@@ -1,19 +1,21 @@
 """Dense attention on a GPU, backward. Weights are made again, tile by tile, from what the forward pass kept.
 
-    p = 2**(s - shift) * share      dv = p^T do       dp = do v^T     ds = p * (dp - delta)
-    dq = scale * ds k               dk = scale * ds^T q               delta = sum_d o * do - dlse
+    p = 2**(s - shift)     dv = p^T do       dp = do v^T       ds = p * (dp - delta)
+    dq = scale * ds k      dk = scale * ds^T q      shift = log2 sum_j 2**s      delta = sum_d o * do - dlse
 
 Two kernels, one that owns queries and one that owns keys, make seven products where five would do if both were one:
 then the gradients of the queries would be summed by atomics, in an order that changes from run to run.
 """
+
+import math
 
 from numba import cuda, types
 
 from . import instructions as gpu
 from .blocks import INF, GradientJob, placing, scoring_tile
 from .elements import STORAGE
-from .jit import WARP, kernel
-from .scoring import dice, hidden_bits, kept, scoring, sees_from, sees_to
+from .jit import WARP, device, kernel
+from .scoring import dice, hidden_bits, hidden_zeros, kept, scoring, sees_from, sees_to
 from .tiles import held, loading, operations, passed, pitch, storing, widen
 
 across, exp2 = gpu.across, gpu.exp2
@@ -22,7 +24,7 @@ commit, wait_for_all, wait_for_all_but_one = gpu.commit, gpu.wait_for_all, gpu.w
 
 @kernel(GradientJob)
 def prepare(v):
-    """shift, share and delta of each query: a warp has one."""
+    """shift and delta of each query: a warp has one."""
     widened, WARPS = widen(v.element), v.threads // WARP
     float32 = types.float32
 
@@ -39,8 +41,7 @@ def prepare(v):
             if lane == 0:
                 where = head * job.Lq + i
                 top, total = job.top[where], job.total[where]
-                job.shift[where] = top if top > -INF else float32(0)
-                job.share[where] = 1 / total if total != 0 else float32(0)
+                job.shift[where] = top + math.log2(total) if total != 0 else float32(0)  # where nothing is seen, p = 0
                 job.delta[where] = delta - job.grad_lse[where]
 
     return prepare_backward
@@ -56,7 +57,7 @@ def to_query(v):
     TWO, SOME_HIDDEN, DROPOUT, SOFTCAP = 2 * TILE, v.bias or v.mask, v.dropout, v.softcap
     SLOPES_OF_CAP = SCORES if SOFTCAP else 1
     load_rows, times_transposed, times, add_row = operations(v.element, v.width, TALL, KEYS, v.hold)
-    begin, take_out = loading(v.element, v.width, KEYS, v.threads)
+    begin, take_out, forget = loading(v.element, v.width, KEYS, v.threads)
     place, _ = placing(False, SLOTS)
     finish, thin = scoring_tile(v)
     _, slope_of_cap = scoring(v.element, v.softcap, v.slopes, v.bias, v.mask)
@@ -80,20 +81,20 @@ def to_query(v):
         lo = cuda.local.array(SLOTS, types.int32)
         hi = cuda.local.array(SLOTS, types.int32)
         shift = cuda.local.array(SLOTS, types.float32)
-        share = cuda.local.array(SLOTS, types.float32)
         delta = cuda.local.array(SLOTS, types.float32)
 
         # 1. The rows of this warp: queries, and the gradients of their outputs.
         head, t = cuda.blockIdx.y, cuda.threadIdx.x & 3
         warp, g = cuda.threadIdx.x >> 5, (cuda.threadIdx.x & 31) >> 2
         row0 = int32((cuda.gridDim.x - 1 - cuda.blockIdx.x) * ROWS + warp * 16 * TALL + g)
+        forget(odd)
         low, near, far, high = place(job, row0, at, lo, hi, spans)
         for r in range(SLOTS):
-            grad_at[r], shift[r], share[r], delta[r] = -1, 0, 0, 0
+            grad_at[r], shift[r], delta[r] = -1, 0, 0
             if at[r] >= 0:
                 grad_at[r] = job.grad_output.at[head] + (row0 + 8 * r) * job.grad_output.row
                 where = head * job.Lq + row0 + 8 * r
-                shift[r], share[r], delta[r] = job.shift[where], job.share[where], job.delta[where]
+                shift[r], delta[r] = job.shift[where], job.delta[where]
         load_rows(queries, job.query.data, at, job.D)
         load_rows(grads, job.grad_output.data, grad_at, job.Dv)
         for i in range(SUMS):
@@ -139,7 +140,7 @@ def to_query(v):
                 for b in range(BLOCKS):
                     for e in range(2):
                         n = (r // 2 * BLOCKS + b) * 4 + r % 2 * 2 + e
-                        x = exp2(s[n] - shift[r]) * share[r] * (ds[n] - delta[r])
+                        x = exp2(s[n] - shift[r]) * (ds[n] - delta[r])
                         if SOFTCAP:
                             x *= slopes[n]
                         ds[n] = float32(0) if edge and s[n] == -INF else x
@@ -148,6 +149,7 @@ def to_query(v):
                 for j in range(KEYS):
                     if odd[j] != 0:
                         add_row(dq, ds, hidden, j, job.key.data, key_at + (k0 + j) * job.key.row, job.D)
+                forget(odd)
             cuda.syncthreads()
             now = int32(TILE - now)
 
@@ -169,25 +171,42 @@ def to_key(v):
     BLOCKS, WIDE, STORED = QUERIES // 8, v.width // 8, STORAGE[v.element]
     TILE, SCORES, SUMS = QUERIES * pitch(v.element, v.width), TALL * BLOCKS * 4, TALL * WIDE * 4
     HELD, PASSED = held(v.element, v.width, TALL, v.hold), passed(v.element, TALL, QUERIES, v.threads)
-    TWO, SOME_HIDDEN, DROPOUT, SOFTCAP, SLOPES = 2 * TILE, v.bias or v.mask, v.dropout, v.softcap, v.slopes
+    TWO, BOTH, SOME_HIDDEN = 2 * TILE, 2 * QUERIES, v.bias or v.mask
+    DROPOUT, SOFTCAP, SLOPES = v.dropout, v.softcap, v.slopes
     TO_KEY, TO_VALUE = v.makes != "value", v.makes != "key"
     DK, DV, THIN = SUMS if TO_KEY else 1, SUMS if TO_VALUE else 1, SCORES if DROPOUT else 1
     load_rows, times_transposed, times, add_row = operations(v.element, v.width, TALL, QUERIES, v.hold)
-    begin, take_out = loading(v.element, v.width, QUERIES, v.threads)
+    begin, take_out, forget = loading(v.element, v.width, QUERIES, v.threads)
     score, slope_of_cap = scoring(v.element, v.softcap, v.slopes, v.bias, v.mask)
     put = storing(v.element)
     int32, float32 = types.int32, types.float32
+
+    @device
+    def fetch(job, queries, grads, to, head, i0):
+        """Begin to copy a tile of queries and one of output gradients."""
+        row, live = job.query.row, job.Lq - i0
+        begin(queries, to, job.query.data, job.query.at[head] + i0 * row, row, live, job.D)
+        row = job.grad_output.row
+        begin(grads, to, job.grad_output.data, job.grad_output.at[head] + i0 * row, row, live, job.Dv)
+
+    @device
+    def look(job, head, i):
+        """What is known of query i: the keys it sees, lo and hi, shift and delta."""
+        if i >= job.Lq:
+            return int32(0), int32(0), float32(0), float32(0)
+        where, batch = head * job.Lq + i, head // job.H
+        lo, hi = sees_from(job.sight, batch, i), min(int32(job.Lk), sees_to(job.sight, batch, i))
+        return lo, hi, job.shift[where], job.delta[where]
 
     def backward_to_key(job):
         queries = cuda.shared.array(TWO, STORED)
         grads = cuda.shared.array(TWO, STORED)
         odd = cuda.shared.array(QUERIES, types.int32)
         odd_grads = cuda.shared.array(QUERIES, types.int32)
-        lo = cuda.shared.array(QUERIES, types.int32)
-        hi = cuda.shared.array(QUERIES, types.int32)
-        shift = cuda.shared.array(QUERIES, types.float32)
-        share = cuda.shared.array(QUERIES, types.float32)
-        delta = cuda.shared.array(QUERIES, types.float32)
+        lo = cuda.shared.array(BOTH, types.int32)
+        hi = cuda.shared.array(BOTH, types.int32)
+        shift = cuda.shared.array(BOTH, types.float32)
+        delta = cuda.shared.array(BOTH, types.float32)
         shared = cuda.shared.array(PASSED, types.float32)
         keys = cuda.local.array(HELD, types.int32)
         values = cuda.local.array(HELD, types.int32)
@@ -200,6 +219,8 @@ def to_key(v):
         value_at = cuda.local.array(SLOTS, types.int64)
 
         # 1. The rows of this warp: keys and values.
+        forget(odd)
+        forget(odd_grads)
         head0, t = int32(cuda.blockIdx.y * job.group), cuda.threadIdx.x & 3
         warp, g = cuda.threadIdx.x >> 5, (cuda.threadIdx.x & 31) >> 2
         j0 = int32(cuda.blockIdx.x * ROWS)
@@ -222,37 +243,25 @@ def to_key(v):
         low = int32(max(0, j0 - job.sight.last + 1) // QUERIES * QUERIES)
         high = int32(min(job.Lq, j1 - job.sight.first))
         tiles = int32(max(0, high - low + QUERIES - 1) // QUERIES)
+        turns, now, half = int32(tiles * job.group), int32(0), int32(0)
         if tiles > 0:
-            q_at, g_at = job.query.at[head0], job.grad_output.at[head0]
-            begin(queries, 0, job.query.data, q_at + low * job.query.row, job.query.row, job.Lq - low, job.D)
-            row = job.grad_output.row
-            begin(grads, 0, job.grad_output.data, g_at + low * row, row, job.Lq - low, job.Dv)
+            fetch(job, queries, grads, 0, head0, low)
         commit()
-        now = int32(0)
-        for turn in range(tiles * job.group):
+        n, some, missing = int32(cuda.threadIdx.x), int32(0), int32(0)
+        if n < QUERIES and tiles > 0:
+            lo[n], hi[n], shift[n], delta[n] = look(job, head0, int32(low + n))
+            some, missing = lo[n] < j1 and hi[n] > j0, lo[n] > j0 or hi[n] < j0 + ROWS
+        some, missing = cuda.syncthreads_or(int32(some)), cuda.syncthreads_or(int32(missing))
+        for turn in range(turns):
             head, i0 = int32(head0 + turn // tiles), int32(low + turn % tiles * QUERIES)
+            next_head, next0 = int32(head0 + (turn + 1) // tiles), int32(low + (turn + 1) % tiles * QUERIES)
             q_at, g_at = job.query.at[head], job.grad_output.at[head]
-            if turn + 1 < tiles * job.group:
-                next_head, next0 = head0 + (turn + 1) // tiles, int32(low + (turn + 1) % tiles * QUERIES)
-                live, to = job.Lq - next0, int32(TILE - now)
-                there = job.query.at[next_head] + next0 * job.query.row
-                begin(queries, to, job.query.data, there, job.query.row, live, job.D)
-                there = job.grad_output.at[next_head] + next0 * job.grad_output.row
-                begin(grads, to, job.grad_output.data, there, job.grad_output.row, live, job.Dv)
+            next_lo, next_hi, next_shift, next_delta = int32(0), int32(0), float32(0), float32(0)
+            if turn + 1 < turns:
+                fetch(job, queries, grads, int32(TILE - now), next_head, next0)
+                if cuda.threadIdx.x < QUERIES:  # asked for now, needed when this tile is done
+                    next_lo, next_hi, next_shift, next_delta = look(job, next_head, int32(next0 + cuda.threadIdx.x))
             commit()
-            some, missing = int32(0), int32(0)
-            for n in range(cuda.threadIdx.x, QUERIES, cuda.blockDim.x):
-                i, where = int32(i0 + n), head * job.Lq + i0 + n
-                lo[n], hi[n], shift[n], share[n], delta[n] = 0, 0, 0, 0, 0
-                if i < job.Lq:
-                    lo[n] = sees_from(job.sight, head // job.H, i)
-                    hi[n] = min(int32(job.Lk), sees_to(job.sight, head // job.H, i))
-                    shift[n], share[n], delta[n] = job.shift[where], job.share[where], job.delta[where]
-                if lo[n] < j1 and hi[n] > j0 and lo[n] < hi[n]:
-                    some = int32(1)
-                if lo[n] > j0 or hi[n] < j0 + ROWS:
-                    missing = int32(1)
-            some, missing = cuda.syncthreads_or(some), cuda.syncthreads_or(missing)
             wait_for_all_but_one()
             cuda.syncthreads()
             if some != 0:
@@ -267,24 +276,20 @@ def to_key(v):
                     slope = job.terms.slopes[head]
 
                 # 3. p, thinned for the values; ds = p * (dp - delta), 0 where hidden.
-                hidden = types.int64(0)
                 for b in range(BLOCKS):
                     for e in range(2):
-                        n = 8 * b + 2 * t + e
+                        n, i = int32(half + 8 * b + 2 * t + e), int32(i0 + 8 * b + 2 * t + e)
                         thrown = types.uint64(0)
                         if DROPOUT:
-                            thrown = dice(job.terms.seed, head, i0 + n)
+                            thrown = dice(job.terms.seed, head, i)
                         for r in range(SLOTS):
                             k, j = (r // 2 * BLOCKS + b) * 4 + r % 2 * 2 + e, int32(row0 + 8 * r)
-                            there = j < job.Lk and i0 + n < job.Lq
-                            x = score(job.terms, s[k], slope, head, int32(i0 + n), j, there)
+                            x = score(job.terms, s[k], slope, head, i, j, j < job.Lk and i < job.Lq)
                             if edge and (j < lo[n] or j >= hi[n]):
                                 x = float32(-INF)
-                            if x == -INF:
-                                hidden |= types.int64(1) << k
-                            p, dp = exp2(x - shift[n]) * share[n], ds[k]
+                            p, dp = exp2(x - shift[n]), ds[k]
                             if edge and x == -INF:
-                                p = float32(0)
+                                p = float32(-0.0)  # the sign tells `hidden_zeros`
                             if DROPOUT:
                                 gain = float32(job.terms.gain) if kept(thrown, j, job.terms.threshold) else float32(0)
                                 thinned[k] = p * gain
@@ -308,6 +313,7 @@ def to_key(v):
                 if TO_KEY:
                     times(dk, ds, queries, now, shared)
                 if spoiled or spoiled_grads:
+                    hidden = hidden_zeros(s, SCORES)
                     for n in range(QUERIES):
                         if TO_KEY and odd[n] != 0:
                             add_row(dk, ds, hidden, n, job.query.data, q_at + (i0 + n) * job.query.row, job.D)
@@ -317,8 +323,16 @@ def to_key(v):
                                 add_row(dv, thinned, hidden, n, job.grad_output.data, there, job.Dv)
                             else:
                                 add_row(dv, s, hidden, n, job.grad_output.data, there, job.Dv)
-            cuda.syncthreads()
-            now = int32(TILE - now)
+                    forget(odd)
+                    forget(odd_grads)
+            now, half = int32(TILE - now), int32(QUERIES - half)
+            some, missing = int32(0), int32(0)
+            if cuda.threadIdx.x < QUERIES:
+                n = int32(half + cuda.threadIdx.x)
+                lo[n], hi[n], shift[n], delta[n] = next_lo, next_hi, next_shift, next_delta
+                some, missing = next_lo < j1 and next_hi > j0, next_lo > j0 or next_hi < j0 + ROWS
+            missing = cuda.syncthreads_or(int32(missing))
+            some = cuda.syncthreads_or(int32(some)) if job.sight.limits_row != 0 else int32(1)
 
         for r in range(SLOTS):
             for c in range(WIDE):

@@ -15,16 +15,16 @@ class Element(NamedTuple):
     widen: object
     pair: object
     multiply_add: object
-    exponent: int  # the bits that are all set in infinity and NaN
+    exponents: tuple  # of the one or two numbers in a word: the bits that are all set in infinity and NaN
 
 
 ELEMENTS = {
-    "float32": Element(types.float32, 4, None, None, None, 0),
+    "float32": Element(types.float32, 4, None, None, None, (0x7F800000, 0x7F800000)),
     "float16": Element(
-        types.uint16, 2, gpu.widen_float16, gpu.pair_float16, gpu.multiply_add_float16, 0x7C00
+        types.uint16, 2, gpu.widen_float16, gpu.pair_float16, gpu.multiply_add_float16, (0x7C000000, 0x7C00)
     ),
     "bfloat16": Element(
-        types.uint16, 2, gpu.widen_bfloat16, gpu.pair_bfloat16, gpu.multiply_add_bfloat16, 0x7F80
+        types.uint16, 2, gpu.widen_bfloat16, gpu.pair_bfloat16, gpu.multiply_add_bfloat16, (0x7F800000, 0x7F80)
     ),
 }  # fmt: skip
 STORAGE = {name: element.storage for name, element in ELEMENTS.items()}

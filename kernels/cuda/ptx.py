@@ -98,6 +98,18 @@ fragments, fragments_transposed = _fragments(False), _fragments(True)
 
 
 @intrinsic
+def read(typingctx, address):
+    """The four words at a multiple of 16 bytes."""
+
+    def generate(context, builder, signature, args):
+        result = ir.LiteralStructType([_INT] * 4)
+        code = "ld.shared.v4.b32 {$0,$1,$2,$3}, [$4];"
+        return _packed(builder, _call(builder, result, args, code, "=r,=r,=r,=r,r,~{memory}", effect=True), _INT, 4)
+
+    return types.UniTuple(types.int32, 4)(types.int32), generate
+
+
+@intrinsic
 def copy(typingctx, address, pointer, index, wanted):
     """Begin to copy 16 bytes from pointer[index] to shared memory; zeros where nothing is wanted."""
     signature = types.void(types.int32, pointer, types.int64, types.boolean)
@@ -243,6 +255,7 @@ __all__ = [
     "pair_bfloat16",
     "pair_float16",
     "put_word",
+    "read",
     "wait_for_all",
     "wait_for_all_but_one",
     "warp_waits",

@@ -153,6 +153,11 @@ def fragments_transposed(address):
     return _together(address, lambda given: _spread(_read_rows(given).transpose(0, 2, 1).reshape(4, 8, 4, 2)))
 
 
+def read(address):
+    n = 16 // address.array.itemsize
+    return tuple(int(w) for w in address.array[address.index : address.index + n].view(np.int32))
+
+
 def copy(address, pointer, index, wanted):
     n = 16 // address.array.itemsize
     address.array[address.index : address.index + n] = pointer[index : index + n] if wanted else 0
@@ -202,6 +207,7 @@ __all__ = [
     "pair_bfloat16",
     "pair_float16",
     "put_word",
+    "read",
     "wait_for_all",
     "wait_for_all_but_one",
     "warp_waits",

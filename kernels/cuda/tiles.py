@@ -210,15 +210,15 @@ def widen(element):
 @functools.cache
 def loading(element, width, rows, threads):
     """begin(tile, offset, pointer, at, stride, live, D), which begins to copy `rows` rows of D elements, of which `live`
-    are there, to tile[offset:]; and take_out(tile, offset, odd), which clears the rows that hold NaN or infinity and
-    says which they are."""
-    PITCH, PER_COPY, exponent = pitch(element, width), 16 // ELEMENTS[element].itemsize, ELEMENTS[element].exponent
+    are there, to tile[offset:]; take_out(tile, offset, odd), which clears the rows that hold NaN or infinity and marks
+    them; and forget(odd), which takes the marks away."""
+    PITCH, PER_COPY = pitch(element, width), 16 // ELEMENTS[element].itemsize
+    high, low = ELEMENTS[element].exponents
     COPIES = min(width // PER_COPY, threads)  # of a row at once
     ROWS_AT_ONCE, PARTS = threads // COPIES, width // PER_COPY // COPIES
     ROUNDS = -(-rows // ROWS_AT_ONCE)
     WHOLE = rows % ROWS_AT_ONCE == 0
-    is_float = element == "float32"
-    address, copy, int32 = gpu.address, gpu.copy, types.int32
+    address, copy, read, int32 = gpu.address, gpu.copy, gpu.read, types.int32
 
     @device
     def begin(tile, offset, pointer, at, stride, live, D):
@@ -235,23 +235,32 @@ def loading(element, width, rows, threads):
 
     @device
     def take_out(tile, offset, odd):
-        found = types.int32(0)
-        for row in range(cuda.threadIdx.x, rows, threads):
-            spoiled = False
-            for d in range(width):
-                x = tile[offset + row * PITCH + d]
-                if is_float:
-                    spoiled = spoiled or not x - x == 0
-                else:
-                    spoiled = spoiled or (types.int32(x) & exponent) == exponent
-            odd[row] = spoiled
-            if spoiled:
-                found = types.int32(1)
-                for d in range(width):
-                    tile[offset + row * PITCH + d] = 0
-        return cuda.syncthreads_or(found) != 0
+        row, column = int32(cuda.threadIdx.x // COPIES), int32(cuda.threadIdx.x % COPIES * PER_COPY)
+        source, found = address(tile, int32(offset + row * PITCH + column)), int32(0)
+        for i in range(ROUNDS):
+            for p in range(PARTS):
+                if WHOLE or row + i * ROWS_AT_ONCE < rows:
+                    words = read(source + (i * ROWS_AT_ONCE * PITCH + p * COPIES * PER_COPY) * 16 // PER_COPY)
+                    for w in range(4):
+                        if words[w] & high == high or words[w] & low == low:
+                            odd[row + i * ROWS_AT_ONCE], found = 1, int32(1)
+        if cuda.syncthreads_or(found) == 0:
+            return False
+        for n in range(cuda.threadIdx.x, rows * width, threads):
+            if odd[n // width] != 0:
+                tile[offset + n // width * PITCH + n % width] = 0
+        cuda.syncthreads()
+        return True
 
-    return begin, take_out
+    @device
+    def forget(odd):
+        """No row is odd: must be said before the first and after each tile that had some."""
+        cuda.syncthreads()
+        for n in range(cuda.threadIdx.x, rows, threads):
+            odd[n] = 0
+        cuda.syncthreads()
+
+    return begin, take_out, forget
 
 
 @functools.cache
