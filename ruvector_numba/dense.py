@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from . import checks, masks
+from . import checks, gpu, masks
 from .checks import Array, Call
 from .errors import DimensionMismatchError, InvalidInputError
 from .results import AttentionCache, InputGradients
@@ -39,6 +39,7 @@ def scaled_dot_product_attention(
     alibi_slopes: ArrayLike | None = None,
     seed: int | None = None,
     out: Array | None = None,
+    device: str | None = None,
 ) -> Array:
     """softmax(query key^T * scale) value, exactly, without forming the Lq x Lk weights.
 
@@ -69,6 +70,10 @@ def scaled_dot_product_attention(
         Of the dropout: the same seed drops the same weights, on any number of threads. Fresh for each call if None.
     out : array (..., H, Lq, Dv), optional
         Where to write the result; it must not overlap an input.
+    device : "cuda", optional
+        Move arrays of NumPy to the GPU, and the results back. Arrays that lie on a GPU already (of torch, CuPy, Numba, or
+        of anything with ``__cuda_array_interface__`` or DLPack) are read there without it, float32, float16 or bfloat16,
+        and the result is an array of the same library.
 
     Returns
     -------
@@ -88,9 +93,10 @@ def scaled_dot_product_attention(
     array([[1., 1., 1.],
            [1., 1., 1.]], dtype=float32)
     """
-    c = checks.call(
-        query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, softcap, alibi_slopes, seed
-    )  # fmt: skip
+    terms = (dropout_p, is_causal, scale, enable_gqa, softcap, alibi_slopes, seed)
+    if gpu.concerns(device, query, key, value):
+        return gpu_dense().run(query, key, value, attn_mask, out, device, *terms).result
+    c = checks.call(query, key, value, attn_mask, *terms)
     return _forward(c, None if out is None else checks.output(out, c), wants_lse=False).output
 
 
@@ -108,6 +114,7 @@ def attention_forward(
     alibi_slopes: ArrayLike | None = None,
     seed: int | None = None,
     out: Array | None = None,
+    device: str | None = None,
 ) -> AttentionCache:
     """As `scaled_dot_product_attention`, and remember what its gradients need.
 
@@ -128,9 +135,12 @@ def attention_forward(
     >>> float(rv.attention_backward(np.ones((3, 3)), cache).value.sum())
     9.0
     """
-    c = checks.call(
-        query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, softcap, alibi_slopes, seed
-    )  # fmt: skip
+    terms = (dropout_p, is_causal, scale, enable_gqa, softcap, alibi_slopes, seed)
+    if gpu.concerns(device, query, key, value):
+        there = gpu_dense().run(query, key, value, attn_mask, out, device, *terms)
+        lse = there.given(there.lse)
+        return AttentionCache(query, key, value, mask=attn_mask, output=there.result, lse=lse, record=there)
+    c = checks.call(query, key, value, attn_mask, *terms)
     result = forward(c, None if out is None else checks.output(out, c))
     return AttentionCache(c.query, c.key, c.value, mask=attn_mask, output=result.output, lse=result.lse, record=result)
 
@@ -172,6 +182,8 @@ def attention_backward(
     ((4, 4), None)
     """
     past = cache.record if isinstance(cache, AttentionCache) else cache
+    if getattr(past, "on_gpu", False):
+        return past.backward(grad_output, grad_lse)  # type: ignore[union-attr]
     if not isinstance(past, Past):
         made_by = "built by hand" if isinstance(cache, AttentionCache) else f"a {type(cache).__name__}"
         hint = "give what attention_forward returned; a layer's cache goes to the layer's own backward"
@@ -225,6 +237,13 @@ def merge(outputs: Sequence[ArrayLike], lses: Sequence[ArrayLike]) -> tuple[Arra
             raise InvalidInputError("outputs and lses are floats of one kind", shapes=dtypes, hint="cast them")
     output, lse = _merged(np.stack(parts), np.stack(logs).astype(np.float64, copy=False))
     return output, lse.astype(logs[0].dtype, copy=False)
+
+
+def gpu_dense() -> Any:
+    """The same on a GPU, loaded when first wanted."""
+    from . import gpu_dense
+
+    return gpu_dense
 
 
 # --- from checked calls to plans -----------------------------------------------------------------------------------

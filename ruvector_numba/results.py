@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from . import checks
+from . import checks, gpu
 from .errors import InvalidInputError
 
 __all__ = ["AttentionCache", "AttentionGradients", "InputGradients"]
@@ -64,7 +64,8 @@ class AttentionCache:
         record: Record | None = None,
     ) -> None:
         self.query, self.key, self.value = (
-            checks.from_sequence(name, x) for name, x in (("query", query), ("key", key), ("value", value))
+            x if gpu.is_on_gpu(x) else checks.from_sequence(name, x)
+            for name, x in (("query", query), ("key", key), ("value", value))
         )
         self._given_weights = (
             None if attention_weights is None else checks.from_sequence("attention_weights", attention_weights)

@@ -34,6 +34,8 @@ class AttentionJob(NamedTuple):
     total: Floats  # the sum of 2**(score - top), eps included: what the backward pass needs
     lse: Floats  # (B * H, Lq): natural
     parts: Floats  # (B * H, splits, Lq, Dv): the outputs of parts of the keys, not divided
+    merged_top: Floats  # (B * H, Lq), as the next: what `merge` makes of top and total
+    merged_total: Floats
     terms: Terms
     sight: Sight
     epsilon: float

@@ -22,7 +22,7 @@ from .scoring import LN2, hidden_bits
 from .softmax import softmax
 from .tiles import held, loading, operations, passed, pitch, storing
 
-commit, wait_for_all = gpu.commit, gpu.wait_for_all
+commit, exp2, larger, wait_for_all = gpu.commit, gpu.exp2, gpu.larger, gpu.wait_for_all
 
 
 @kernel(AttentionJob)
@@ -133,3 +133,39 @@ def forward(v):
                             put(job.output.data, there, o[n] * share, o[n + 1] * share)
 
     return attention_forward
+
+
+@kernel(AttentionJob)
+def merge(v):
+    """The union of the parts of a query's keys: a warp has one query, and joins its parts in their order."""
+    WARPS, put = v.threads // WARP, storing(v.element)
+    float32 = types.float32
+
+    def merge_parts(job):
+        lane, i, head = cuda.threadIdx.x & 31, cuda.blockIdx.x * WARPS + (cuda.threadIdx.x >> 5), cuda.blockIdx.y
+        if i < job.Lq:
+            first, step = head * job.splits * job.Lq + i, job.Lq
+            best, total = float32(-INF), float32(0)
+            for n in range(job.splits):
+                best = larger(best, job.top[first + n * step])
+            shift = best if best > -INF else float32(0)
+            for n in range(job.splits):
+                total += exp2(job.top[first + n * step] - shift) * job.total[first + n * step]
+            seen = best > -INF or total != 0
+            total += float32(job.epsilon)
+            share = 1 / total if seen else float32(0)
+            for d in range(2 * lane, job.Dv, 2 * WARP):
+                low, high = float32(0), float32(0)
+                for n in range(job.splits):
+                    where = first + n * step
+                    if job.top[where] > -INF or job.total[where] != 0:  # else it saw nothing
+                        weight = exp2(job.top[where] - shift)
+                        low += weight * job.parts[where * job.Dv + d]
+                        high += weight * job.parts[where * job.Dv + d + 1]
+                put(job.output.data, job.output.at[head] + i * job.output.row + d, low * share, high * share)
+            if lane == 0:
+                where = head * job.Lq + i
+                job.merged_top[where], job.merged_total[where] = best, total
+                job.lse[where] = best * float32(LN2) + math.log(total) if seen else float32(-INF)
+
+    return merge_parts

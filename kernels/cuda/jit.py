@@ -19,12 +19,9 @@ import typing
 from types import SimpleNamespace as Described
 
 import numpy as np
-from numba import cuda, types
+from numba import config, cuda, types
 
-if not hasattr(np, "row_stack"):  # gone from NumPy 2.5, and numba-cuda 0.30 still asks for it
-    np.row_stack = np.vstack
-
-SIMULATED = bool(cuda.config.ENABLE_CUDASIM) if hasattr(cuda, "config") else not hasattr(cuda, "dispatcher")
+SIMULATED = bool(config.ENABLE_CUDASIM)
 
 Halves = typing.NewType("Halves", int)  # a pointer to elements of 16 bits, as uint16
 Floats = typing.NewType("Floats", int)  # to float32
@@ -143,13 +140,14 @@ class Kernel:
         start = time.perf_counter()
         signature = self.signature(variant)
         dispatcher = cuda.jit(launch_bounds=(variant.threads, variant.resident), fastmath=FAST)(function)
-        launch = _Launch(dispatcher.compile(signature.args), self.job_class)
+        with _row_stack():
+            launch = _Launch(dispatcher.compile(signature.args), self.job_class)
         _log.info("%s took %.1f s to compile", self.name, time.perf_counter() - start)
         return launch
 
     def ptx(self, variant, compute_capability):
         """The assembly for a compute capability such as (9, 0); needs a toolkit, no GPU. One capability a process."""
-        with _as_if_there_were(compute_capability):
+        with _as_if_there_were(compute_capability), _row_stack():
             code, _ = cuda.compile_ptx(
                 self._build(variant), self.signature(variant).args, cc=compute_capability, fastmath=FAST,
                 launch_bounds=(variant.threads, variant.resident),
@@ -163,6 +161,19 @@ class Kernel:
             compiled[grid, variant.threads](job)
         else:
             compiled(job, grid, variant.threads, stream)
+
+
+@contextlib.contextmanager
+def _row_stack():
+    """NumPy 2.5 has dropped a name that numba-cuda 0.30 asks for when it first compiles."""
+    missing = not hasattr(np, "row_stack")
+    if missing:
+        np.row_stack = np.vstack
+    try:
+        yield
+    finally:
+        if missing:
+            del np.row_stack
 
 
 @contextlib.contextmanager

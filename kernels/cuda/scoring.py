@@ -94,7 +94,7 @@ def dice(seed, head, i):
 def kept(thrown, j, threshold):
     """Is the weight of key j kept? All in the low 32 bits."""
     low, high = types.int64(thrown & types.uint64(_LOW)), types.int64(thrown >> types.uint64(32))
-    x = (j * 0x9E3779B1 & _LOW) ^ low
+    x = (types.int64(j) * 0x9E3779B1 & _LOW) ^ low
     x = ((x ^ (x >> 16)) * 0x7FEB352D & _LOW) ^ high
     x = (x ^ (x >> 15)) * 0x846CA68B & _LOW
     return (x ^ (x >> 16)) >= threshold

@@ -1,0 +1,94 @@
+"""What has an entry for each pair of a query and a key: the weights, and the gradient of a bias. Made on demand, in
+float32 and one product at a time: the twin of the CPU's pairs.py, and no faster than it must be.
+"""
+
+from typing import NamedTuple
+
+from numba import cuda, types
+
+from . import instructions as gpu
+from .blocks import INF, GradientJob
+from .jit import WARP, Floats, Indices, kernel
+from .scoring import dice, kept, scoring, sees_from, sees_to
+from .tiles import widen
+
+across, exp2 = gpu.across, gpu.exp2
+
+
+class PairJob(NamedTuple):
+    """`attention` tells of scores and of what the forward pass kept, its delta of the backward pass."""
+
+    attention: GradientJob
+    out: Floats
+    rows: Indices  # weights: which queries
+    count: int  # how many of them
+    begins: Indices  # gradient: matrix m of the bias belongs to the heads members[begins[m] : begins[m + 1]]
+    members: Indices
+    R: int  # rows and columns of a matrix of the bias: Lq or 1, Lk or 1
+    C: int
+
+
+@kernel(PairJob)
+def weights(v):
+    """out[head, n, j] = p of query rows[n] and key j"""
+    widened, SLOPES, THREADS = widen(v.element), v.slopes, v.threads
+    score, _ = scoring(v.element, v.softcap, v.slopes, v.bias, v.mask)
+    int32, float32 = types.int32, types.float32
+
+    def attention_weights(job):
+        a, head, n = job.attention, cuda.blockIdx.z, cuda.blockIdx.y
+        j, i = int32(cuda.blockIdx.x * THREADS + cuda.threadIdx.x), int32(job.rows[n])
+        if j < a.Lk:
+            batch, p = head // a.H, float32(0)
+            if sees_from(a.sight, batch, i) <= j and j < sees_to(a.sight, batch, i):
+                q_at, k_at, s = a.query.at[head] + i * a.query.row, a.key.at[head] + j * a.key.row, float32(0)
+                for d in range(a.D):
+                    s += widened(a.query.data[q_at + d]) * widened(a.key.data[k_at + d])
+                slope = a.terms.slopes[head] if SLOPES else float32(0)
+                s = score(a.terms, s, slope, head, i, j, True)
+                if s != -INF:
+                    p = exp2(s - a.shift[head * a.Lq + i])
+            job.out[(head * job.count + n) * a.Lk + j] = p
+
+    return attention_weights
+
+
+@kernel(PairJob)
+def bias_gradient(v):
+    """out[m, r, c] = the sum of ds over the heads of matrix m, and over the queries or keys where it has one row or
+    column: a warp has one entry."""
+    widened, SLOPES, DROPOUT, WARPS = widen(v.element), v.slopes, v.dropout, v.threads // WARP
+    score, _ = scoring(v.element, v.softcap, v.slopes, v.bias, v.mask)
+    int32, float32 = types.int32, types.float32
+
+    def gradient_of_bias(job):
+        a, entry = job.attention, cuda.blockIdx.x * WARPS + (cuda.threadIdx.x >> 5)
+        if entry < job.R * job.C:
+            matrix, r, c = cuda.blockIdx.y, entry // job.C, entry % job.C
+            rows, columns = a.Lq if job.R == 1 else 1, a.Lk if job.C == 1 else 1
+            first, heads = job.begins[matrix], job.begins[matrix + 1] - job.begins[matrix]
+            found = float32(0)
+            for n in range(cuda.threadIdx.x & 31, heads * rows * columns, WARP):
+                head = job.members[first + n // (rows * columns)]
+                i, j = int32(r + n // columns % rows), int32(c + n % columns)
+                batch = head // a.H
+                if sees_from(a.sight, batch, i) <= j and j < sees_to(a.sight, batch, i):
+                    q_at, k_at, s = a.query.at[head] + i * a.query.row, a.key.at[head] + j * a.key.row, float32(0)
+                    for d in range(a.D):
+                        s += widened(a.query.data[q_at + d]) * widened(a.key.data[k_at + d])
+                    slope = a.terms.slopes[head] if SLOPES else float32(0)
+                    s = score(a.terms, s, slope, head, i, j, True)
+                    if s != -INF:
+                        g_at, v_at, dp = a.grad_output.at[head] + i * a.grad_output.row, a.value.at[head] + j * a.value.row, float32(0)
+                        for d in range(a.Dv):
+                            dp += widened(a.grad_output.data[g_at + d]) * widened(a.value.data[v_at + d])
+                        if DROPOUT:
+                            keep = kept(dice(a.terms.seed, head, i), j, a.terms.threshold)
+                            dp = dp * float32(a.terms.gain) if keep else float32(0)
+                        found += exp2(s - a.shift[head * a.Lq + i]) * (dp - a.delta[head * a.Lq + i])
+            for distance in (1, 2, 4, 8, 16):
+                found += across(found, distance)
+            if cuda.threadIdx.x & 31 == 0:
+                job.out[(matrix * job.R + r) * job.C + c] = found
+
+    return gradient_of_bias

@@ -1,0 +1,394 @@
+"""Arrays on a GPU: knowing one, reading it where it lies, and making results in its owner's library.
+
+An array is one on a GPU if it is a torch tensor or CuPy or Numba array there, or if it speaks
+``__cuda_array_interface__`` or DLPack and says so. Nothing is imported until one is seen, and arrays of NumPy never move
+unless ``device="cuda"`` is given. Results are arrays of the library that `query` came from, made on its current stream.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import threading
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .checks import Array, Shape
+from .errors import AttentionError, InvalidInputError
+
+__all__ = ["GpuArray", "is_on_gpu", "problem"]
+
+ELEMENTS = ("float32", "float16", "bfloat16")
+_ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2, "bool": 1, "uint8": 1, "int32": 4, "int64": 8}
+_DLPACK_CUDA = 2
+
+
+class GpuUnavailableError(AttentionError, RuntimeError):
+    """There is no GPU that can be used, or something between it and Python is missing."""
+
+    sentence = "No GPU to be used: {}"
+
+
+# --- is there one ----------------------------------------------------------------------------------------------------
+@functools.cache
+def problem() -> tuple[str, str] | None:
+    """What is missing and what would help; None if a GPU can be used, or is simulated.
+
+    Examples
+    --------
+    >>> from ruvector_numba import gpu
+    >>> isinstance(gpu.problem(), (tuple, type(None)))
+    True
+    """
+    install = 'pip install "ruvector-numba[cuda]"'
+    try:
+        import importlib.util
+
+        import numba
+
+        if importlib.util.find_spec("numba_cuda") is None:
+            return "the package numba-cuda is not installed", install
+        from numba import cuda
+
+        if numba.config.ENABLE_CUDASIM:
+            return None
+        if not cuda.is_available():
+            return (
+                "numba-cuda finds no NVIDIA driver, or no GPU",
+                "nvidia-smi must list a GPU, and its driver be of CUDA 13 (580) or newer",
+            )
+        capability = cuda.get_current_device().compute_capability
+    except Exception as error:
+        return f"numba-cuda does not start: {error}", install
+    if tuple(capability) < (8, 0):
+        return f"the GPU has compute capability {capability[0]}.{capability[1]}", "8.0 (Ampere) or newer is needed"
+    return None
+
+
+def require() -> None:
+    """Raise `GpuUnavailableError` unless a GPU can be used."""
+    found = problem()
+    if found is not None:
+        raise GpuUnavailableError(found[0], hint=found[1])
+
+
+# --- knowing an array ------------------------------------------------------------------------------------------------
+def is_on_gpu(x: object) -> bool:
+    """Is it an array on a GPU? Looks at nothing but what the array says of itself."""
+    kind = type(x)
+    if kind is np.ndarray:
+        return False
+    if kind.__module__.split(".")[0] == "torch":
+        return bool(getattr(x, "is_cuda", False))
+    if hasattr(kind, "__cuda_array_interface__") or (kind.__name__ == "FakeCUDAArray"):
+        return True
+    if hasattr(kind, "__dlpack_device__") and not isinstance(x, np.ndarray | np.generic):
+        try:
+            return int(x.__dlpack_device__()[0]) == _DLPACK_CUDA  # type: ignore[attr-defined]
+        except Exception:
+            return False
+    return False
+
+
+def any_on_gpu(*arrays: object) -> bool:
+    return any(type(x) is not np.ndarray and x is not None and is_on_gpu(x) for x in arrays)
+
+
+class GpuArray(NamedTuple):
+    """An array where it lies. `data` is its first element's address, or on the simulator a flat array and `start` in
+    it; strides are in elements."""
+
+    data: Any
+    start: int
+    shape: Shape
+    strides: tuple[int, ...]
+    element: str
+    native: Any  # what the caller has, which keeps the memory
+
+    @property
+    def aligned(self) -> bool:
+        """Do rows begin on 16 bytes and lie element by element, in whole pieces of 16 bytes?"""
+        piece = 16 // _ITEMSIZE[self.element]
+        begins = self.start if isinstance(self.data, np.ndarray) else self.data // _ITEMSIZE[self.element]
+        if not isinstance(self.data, np.ndarray) and self.data % 16:
+            return False
+        sides = zip(self.shape[:-1], self.strides[:-1], strict=True)
+        steps = [stride for n, stride in sides if n > 1]
+        last = self.strides[-1] == 1 or self.shape[-1] == 1
+        return last and self.shape[-1] > 0 == self.shape[-1] % piece and begins % piece == 0 and all(s % piece == 0 for s in steps)
+
+
+def contiguous_strides(shape: Shape) -> tuple[int, ...]:
+    steps = [1]
+    for n in shape[:0:-1]:
+        steps.append(steps[-1] * max(1, n))
+    return tuple(reversed(steps)) if shape else ()
+
+
+def _name(dtype: object) -> str:
+    return str(getattr(dtype, "name", dtype)).replace("torch.", "")
+
+
+# --- the libraries ---------------------------------------------------------------------------------------------------
+class Library:
+    """How arrays are made and read. This one is Numba's own, and serves those that have none of their own."""
+
+    name = "numba"
+
+    def view(self, x: Any) -> GpuArray:
+        interface = x.__cuda_array_interface__
+        shape, kind = tuple(interface["shape"]), interface["typestr"]
+        element = "bfloat16" if kind in ("<V2", "|V2") else np.dtype(kind).name
+        itemsize = 2 if element == "bfloat16" else np.dtype(kind).itemsize
+        strides = interface.get("strides")
+        steps = contiguous_strides(shape) if strides is None else tuple(s // itemsize for s in strides)
+        return GpuArray(int(interface["data"][0] or 0), 0, shape, steps, element, x)
+
+    def empty(self, shape: Shape, element: str) -> Any:
+        from numba import cuda
+
+        return cuda.device_array(shape, _numpy_type(element))
+
+    def upload(self, x: Array) -> Any:
+        from numba import cuda
+
+        return cuda.to_device(np.ascontiguousarray(x))
+
+    def download(self, x: Any) -> Array:
+        return np.asarray(x.copy_to_host())
+
+    def stream(self) -> int:
+        return 0
+
+
+class _Torch(Library):
+    name = "torch"
+
+    def __init__(self, device: Any) -> None:
+        self.device = device
+
+    def view(self, x: Any) -> GpuArray:
+        return GpuArray(x.data_ptr(), 0, tuple(x.shape), tuple(x.stride()), _name(x.dtype), x)
+
+    def empty(self, shape: Shape, element: str) -> Any:
+        import torch
+
+        return torch.empty(shape, dtype=getattr(torch, element), device=self.device)
+
+    def upload(self, x: Array) -> Any:
+        import torch
+
+        return torch.from_numpy(np.ascontiguousarray(x)).to(self.device)
+
+    def download(self, x: Any) -> Array:
+        return np.asarray(x.detach().cpu().numpy())
+
+    def stream(self) -> int:
+        import torch
+
+        return int(torch.cuda.current_stream(self.device).cuda_stream)
+
+
+class _Cupy(Library):
+    name = "cupy"
+
+    def empty(self, shape: Shape, element: str) -> Any:
+        import cupy
+
+        return cupy.empty(shape, _numpy_type(element))
+
+    def upload(self, x: Array) -> Any:
+        import cupy
+
+        return cupy.asarray(x)
+
+    def download(self, x: Any) -> Array:
+        return np.asarray(x.get())
+
+    def stream(self) -> int:
+        import cupy
+
+        return int(cupy.cuda.get_current_stream().ptr)
+
+
+class _Simulated(Library):
+    """Numba's simulator: arrays of NumPy in disguise."""
+
+    name = "simulated"
+
+    def view(self, x: Any) -> GpuArray:
+        array = x._ary
+        root = array
+        while isinstance(root.base, np.ndarray):
+            root = root.base
+        flat = root.reshape(-1) if root.dtype == array.dtype else root.reshape(-1).view(array.dtype)
+        start = (array.ctypes.data - root.ctypes.data) // array.itemsize
+        steps = tuple(s // array.itemsize for s in array.strides)
+        element = _name(array.dtype)
+        if element == "bfloat16":
+            flat = flat.view(np.uint16)
+        elif element == "float16":
+            flat = flat.view(np.uint16)
+        return GpuArray(flat, start, array.shape, steps, element, x)
+
+    def empty(self, shape: Shape, element: str) -> Any:
+        from numba import cuda
+
+        return cuda.to_device(np.empty(shape, _numpy_type(element)))
+
+    def download(self, x: Any) -> Array:
+        return np.asarray(x._ary)
+
+
+def _numpy_type(element: str) -> Any:
+    if element != "bfloat16":
+        return np.dtype(element)
+    try:
+        import ml_dtypes
+    except ModuleNotFoundError:
+        return np.dtype(np.uint16)
+    return np.dtype(ml_dtypes.bfloat16)
+
+
+_own, _local = Library(), threading.local()
+
+
+def library(x: object) -> Library:
+    """The library that an array on a GPU belongs to."""
+    package = type(x).__module__.split(".")[0]
+    if package == "torch":
+        return _Torch(x.device)  # type: ignore[attr-defined]
+    if package == "cupy":
+        return _Cupy()
+    return default()
+
+
+def default() -> Library:
+    import numba
+
+    return _Simulated() if numba.config.ENABLE_CUDASIM else _own
+
+
+def view(name: str, x: Any, dtype: str | None = None) -> GpuArray:
+    """The array where it lies; `dtype` says what 16 bits of an integer type stand for."""
+    if not is_on_gpu(x):
+        hint = f"move it there, or take the others to the CPU; or give device='cuda' to have all of them moved: {name}"
+        raise InvalidInputError(f"{name} is on the CPU, other arrays are on the GPU", hint=hint)
+    if not hasattr(type(x), "__cuda_array_interface__") and type(x).__name__ != "FakeCUDAArray":
+        found = _from_dlpack(x)
+    else:
+        found = library(x).view(x)
+    if dtype is not None and found.element in ("uint16", "int16"):
+        found = found._replace(element=dtype)
+    return found
+
+
+def _from_dlpack(x: Any) -> GpuArray:
+    from cuda.core.utils import StridedMemoryView
+
+    seen = StridedMemoryView(x, stream_ptr=-1)
+    shape = tuple(seen.shape)
+    steps = tuple(seen.strides) if seen.strides is not None else contiguous_strides(shape)
+    return GpuArray(int(seen.ptr), 0, shape, steps, _name(seen.dtype), x)
+
+
+def floats(name: str, x: Any, dtype: str | None = None) -> GpuArray:
+    """The same, of a type that the kernels know."""
+    found = view(name, x, dtype)
+    if found.element not in ELEMENTS:
+        hint = f"cast it to one of {', '.join(ELEMENTS)}; double precision is for the CPU"
+        raise InvalidInputError(f"{name} has dtype {found.element} on the GPU", hint=hint)
+    return found
+
+
+# --- what kernels are given --------------------------------------------------------------------------------------------
+class Space:
+    """Memory and uploads of one call, in the caller's library and on its stream."""
+
+    def __init__(self, like: Any) -> None:
+        self.library = like if isinstance(like, Library) else library(like)
+        self.stream = self.library.stream()
+        self._kept: list[Any] = []
+        enter()
+
+    def empty(self, shape: Shape, element: str) -> GpuArray:
+        return self.library.view(self.library.empty(shape, element))
+
+    def pointer(self, x: GpuArray | None) -> Any:
+        """What a kernel is given for an array whose first element is where its offsets begin."""
+        if x is None:
+            return self.nothing.data
+        return x.data[x.start :] if isinstance(x.data, np.ndarray) else x.data
+
+    def scratch(self, n: int, element: str = "float32") -> Any:
+        """The address of room for n elements, which stays as long as this does."""
+        made = self.empty((max(1, n),), element)
+        self._kept.append(made)
+        return self.pointer(made)
+
+    def upload(self, x: Array) -> Any:
+        """The address of a copy of an array of NumPy, which stays likewise."""
+        made = self.library.view(self.library.upload(x))
+        self._kept.append(made)
+        return self.pointer(made)
+
+    def constant(self, x: NDArray[Any]) -> Any:
+        """The address of a small array that many calls share: where heads begin, say."""
+        key = (self.library.name, str(getattr(self.library, "device", "")), x.dtype.str, x.shape, x.tobytes())
+        found = _constants.get(key)
+        if found is None:
+            if len(_constants) > 512:
+                _constants.clear()
+            found = _constants[key] = self.library.view(self.library.upload(x))
+        self._kept.append(found)
+        return self.pointer(found)
+
+    @property
+    def nothing(self) -> GpuArray:
+        key = (self.library.name, "nothing")
+        found = _constants.get(key)
+        if found is None:
+            found = _constants[key] = self.library.view(self.library.upload(np.zeros(16, np.int64)))
+        return found
+
+
+_constants: dict[Any, GpuArray] = {}
+
+
+def enter() -> None:
+    """Make the GPU's context current in this Python thread, once; raise if there is no GPU."""
+    if not getattr(_local, "entered", False):
+        require()
+        import numba
+
+        if not numba.config.ENABLE_CUDASIM:
+            from numba import cuda
+
+            cuda.current_context()
+        _local.entered = True
+
+
+def concerns(device: object, *arrays: object) -> bool:
+    """Is a call one for the GPU: because an array lies there, or because `device` asks for it?"""
+    if device is not None and device not in ("cpu", "cuda"):
+        raise InvalidInputError(f"device is {device!r}", hint="give 'cuda', 'cpu', or None for where the arrays are")
+    return device == "cuda" or any_on_gpu(*arrays)
+
+
+def moved(x: Any, dtype: str | None = None) -> Any:
+    """An array of NumPy on the GPU, as one of Numba's."""
+    enter()
+    if x is None or is_on_gpu(x):
+        return x
+    return default().upload(np.asarray(x))
+
+
+def shadow(shape: Shape, dtype: Any = np.float32) -> Array:
+    """An array of NumPy of this shape and next to no memory, for checks that ask for shapes alone."""
+    return np.broadcast_to(np.zeros((), dtype), shape)
+
+
+def size(shape: Shape) -> int:
+    return math.prod(shape)
