@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import math
 import threading
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -127,6 +128,13 @@ def contiguous_strides(shape: Shape) -> tuple[int, ...]:
     return tuple(reversed(steps)) if shape else ()
 
 
+def part(x: GpuArray, start: int, n: int) -> GpuArray:
+    """n elements of a contiguous array, from `start` on."""
+    if isinstance(x.data, np.ndarray):
+        return x._replace(start=x.start + start, shape=(n,), strides=(1,))
+    return x._replace(data=x.data + start * _ITEMSIZE[x.element], shape=(n,), strides=(1,))
+
+
 def _name(dtype: object) -> str:
     return str(getattr(dtype, "name", dtype)).replace("torch.", "")
 
@@ -136,6 +144,11 @@ class Library:
     """How arrays are made and read. This one is Numba's own, and serves those that have none of their own."""
 
     name = "numba"
+
+    @property
+    def key(self) -> Any:
+        """Whose arrays may be shared."""
+        return self.name
 
     def view(self, x: Any) -> GpuArray:
         interface = x.__cuda_array_interface__
@@ -168,6 +181,10 @@ class _Torch(Library):
 
     def __init__(self, device: Any) -> None:
         self.device = device
+
+    @property
+    def key(self) -> Any:
+        return "torch", self.device.index
 
     def view(self, x: Any) -> GpuArray:
         return GpuArray(x.data_ptr(), 0, tuple(x.shape), tuple(x.stride()), _name(x.dtype), x)
@@ -319,7 +336,7 @@ class Space:
     def pointer(self, x: GpuArray | None) -> Any:
         """What a kernel is given for an array whose first element is where its offsets begin."""
         if x is None:
-            return self.nothing.data
+            return self.nothing
         return x.data[x.start :] if isinstance(x.data, np.ndarray) else x.data
 
     def scratch(self, n: int, element: str = "float32") -> Any:
@@ -334,24 +351,25 @@ class Space:
         self._kept.append(made)
         return self.pointer(made)
 
-    def constant(self, x: NDArray[Any]) -> Any:
-        """The address of a small array that many calls share: where heads begin, say."""
-        key = (self.library.name, str(getattr(self.library, "device", "")), x.dtype.str, x.shape, x.tobytes())
-        found = _constants.get(key)
+    def constant(self, key: Any, make: Callable[[], NDArray[Any]]) -> Any:
+        """The address of a small array that all calls of one shape share: where heads begin, say."""
+        known = (self.library.key, key)
+        found = _constants.get(known)
         if found is None:
-            if len(_constants) > 512:
+            if len(_constants) > 4096:
                 _constants.clear()
-            found = _constants[key] = self.library.view(self.library.upload(x))
+            found = _constants[known] = self.library.view(self.library.upload(make()))
         self._kept.append(found)
         return self.pointer(found)
 
+    def keep(self, x: GpuArray) -> GpuArray:
+        self._kept.append(x)
+        return x
+
     @property
-    def nothing(self) -> GpuArray:
-        key = (self.library.name, "nothing")
-        found = _constants.get(key)
-        if found is None:
-            found = _constants[key] = self.library.view(self.library.upload(np.zeros(16, np.int64)))
-        return found
+    def nothing(self) -> Any:
+        """What a pointer that is not used points to."""
+        return self.constant("nothing", lambda: np.zeros(16, np.int64))
 
 
 _constants: dict[Any, GpuArray] = {}

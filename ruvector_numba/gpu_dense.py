@@ -67,7 +67,12 @@ def _matrices(space: Space, x: GpuArray, repeat: int = 1) -> Any:
     from .kernels.cuda.blocks import Matrices
 
     x = aligned(space, x)
-    return Matrices(space.pointer(x), space.constant(_starts(x.shape[:-2], x.strides[:-2], repeat)), x.strides[-2])
+    return Matrices(space.pointer(x), starts(space, x.shape[:-2], x.strides[:-2], repeat), x.strides[-2])
+
+
+def starts(space: Space, shape: Shape, strides: tuple[int, ...], repeat: int = 1) -> Any:
+    """The address of where each matrix of a stack begins, the last axis `repeat` times."""
+    return space.constant((shape, strides, repeat), lambda: _starts(shape, strides, repeat))
 
 
 def _starts(shape: Shape, strides: tuple[int, ...], repeat: int = 1) -> Any:
@@ -90,10 +95,10 @@ def aligned(space: Space, x: GpuArray) -> GpuArray:
         return x
     from .kernels.cuda import copying
 
-    made = room(space, x.shape, x.element)
+    made = space.keep(room(space, x.shape, x.element))
     heads, (rows, columns) = math.prod(x.shape[:-2]), x.shape[-2:]
     job = copying.CopyJob(
-        space.pointer(x), space.constant(_starts(x.shape[:-2], x.strides[:-2])), x.strides[-2], x.strides[-1],
+        space.pointer(x), starts(space, x.shape[:-2], x.strides[:-2]), x.strides[-2], x.strides[-1],
         space.pointer(made), rows, columns, made.shape[-1],
     )  # fmt: skip
     v = copying.Variant(x.element, 32 if isinstance(x.data, np.ndarray) else 256)
@@ -119,8 +124,7 @@ class Past(NamedTuple):
     call: Call
     output: GpuArray  # as the kernels wrote it: rows of whole pieces
     lse: Any
-    top: Any
-    total: Any
+    kept: GpuArray | None  # (2, B * H * Lq): the largest scores and the sums
 
     @property
     def on_gpu(self) -> bool:
@@ -186,8 +190,8 @@ def _score_terms(c: Call, space: Space) -> tuple[Any, Any]:
             matrices += [nothing, nothing, 0, 0]
         else:
             whole = _broadcast(x, scores)
-            starts = space.constant(_starts(scores[:-2], whole.strides[:-2]))
-            matrices += [space.pointer(whole), starts, *whole.strides[-2:]]
+            at = starts(space, scores[:-2], whole.strides[:-2])
+            matrices += [space.pointer(whole), at, *whole.strides[-2:]]
     natural = a.softcap is not None or a.slopes is not None or c.bias is not None
     slopes = nothing if a.slopes is None else space.upload(np.ascontiguousarray(a.slopes, np.float32).reshape(-1))
     threshold, gain = min(round(a.dropout * (1 << 32)), (1 << 32) - 1), 0.0 if a.dropout == 1 else 1 / (1 - a.dropout)
@@ -196,7 +200,7 @@ def _score_terms(c: Call, space: Space) -> tuple[Any, Any]:
     )
     first, last = max(-_FAR, min(_FAR, seen.first)), max(-_FAR, min(_FAR, seen.last))
     if seen.limits is None:
-        return terms, Sight(space.constant(np.array([0, Lk], np.int64)), 0, 0, first, last)
+        return terms, Sight(space.constant(("keys", Lk), lambda: np.array([0, Lk], np.int64)), 0, 0, first, last)
     limits = np.broadcast_to(seen.limits, (*a.batch, Lq, 2))
     return terms, Sight(space.upload(np.ascontiguousarray(limits, np.int64)), 2 * Lq, 2, first, last)
 
@@ -234,17 +238,18 @@ def forward(c: Call, out: Any = None) -> Past:
     output = room(space, a.output_shape, element) if out is None else _out(out, c)
     lse = space.empty(a.query.shape[:-1], "float32")
     if not gpu.size(a.query.shape[:-1]):
-        return Past(c, output, lse.native, None, None)
+        return Past(c, output, lse.native, None)
     if not Lk:
         zero(space, output, 0.0)
         zero(space, lse, -math.inf)
-        return Past(c, output, lse.native, None, None)
+        return Past(c, output, lse.native, None)
     cutting = plan.split(Lq, Lk, a.group)
     channels = plan.width(max(D, Dv, 1))
     assert channels is not None
     v = plan.variant("forward", element, channels, _terms(c))
-    top, total = (space.empty((heads, Lq), "float32") for _ in range(2))
-    tops, totals, parts = space.pointer(top), space.pointer(total), space.pointer(None)
+    kept = space.empty((2, heads * Lq), "float32")
+    top, total = (space.pointer(gpu.part(kept, n * heads * Lq, heads * Lq)) for n in range(2))
+    tops, totals, parts = top, total, space.pointer(None)
     if cutting.splits > 1:
         v = plan.packed(v, Lq * cutting.heads)
         tops, totals = (space.scratch(heads * cutting.splits * Lq) for _ in range(2))
@@ -252,7 +257,7 @@ def forward(c: Call, out: Any = None) -> Past:
     terms, sight = _score_terms(c, space)
     job = blocks.AttentionJob(
         _matrices(space, c.query), _matrices(space, c.key, a.group), _matrices(space, c.value, a.group),
-        _matrices(space, output), tops, totals, space.pointer(lse), parts, space.pointer(top), space.pointer(total),
+        _matrices(space, output), tops, totals, space.pointer(lse), parts, top, total,
         terms, sight, a.eps, Lq, Lk, whole(D, element), output.shape[-1], a.heads, cutting.heads, cutting.splits,
         cutting.split_keys,
     )  # fmt: skip
@@ -261,7 +266,7 @@ def forward(c: Call, out: Any = None) -> Past:
     if cutting.splits > 1:
         warps = blocks.Variant(element, channels, v.keys, 1, 32 if v.threads == 32 else 128)
         dense.merge(warps, job, (-(-Lq // (warps.threads // 32)), heads, 1), space.stream)
-    return Past(c, output, lse.native, top, total)
+    return Past(c, output, lse.native, kept)
 
 
 def whole(n: int, element: str) -> int:
@@ -287,6 +292,11 @@ def _gradient_job(past: Past, space: Space, grad_output: GpuArray, grad_lse: Gpu
     c, a = past.call, past.call.checked
     heads, (Lq, D), (Lk, _) = math.prod(a.query.shape[:-2]), a.query.shape[-2:], a.value.shape[-2:]
     dq, dk, dv = made
+    assert past.kept is not None
+    n = heads * Lq
+    kept = [space.pointer(gpu.part(past.kept, i * n, n)) for i in range(2)]
+    both = space.keep(space.empty((2, n), "float32"))
+    made_first = [space.pointer(gpu.part(both, i * n, n)) for i in range(2)]
     terms, sight = _score_terms(c, space)
     if grad_lse is None:
         lse = space.scratch(heads * Lq)
@@ -296,8 +306,7 @@ def _gradient_job(past: Past, space: Space, grad_output: GpuArray, grad_lse: Gpu
     return blocks.GradientJob(
         _matrices(space, c.query), _matrices(space, c.key, a.group), _matrices(space, c.value, a.group),
         _matrices(space, past.output), _matrices(space, grad_output), _matrices(space, dq), _matrices(space, dk),
-        _matrices(space, dv), space.pointer(past.top), space.pointer(past.total), lse, space.scratch(heads * Lq),
-        space.scratch(heads * Lq), terms, sight, a.scale, Lq, Lk, whole(D, c.query.element), past.output.shape[-1],
+        _matrices(space, dv), *kept, lse, *made_first, terms, sight, a.scale, Lq, Lk, whole(D, c.query.element), past.output.shape[-1],
         a.heads, 1, a.group,
     )  # fmt: skip
 
@@ -308,10 +317,10 @@ def _compact(space: Space, x: GpuArray) -> GpuArray:
         return x
     from .kernels.cuda import copying
 
-    made = space.empty(x.shape, x.element)
+    made = space.keep(space.empty(x.shape, x.element))
     rows = x._replace(shape=(*x.shape, 1), strides=(*x.strides, 1))
     job = copying.CopyJob(
-        space.pointer(x), space.constant(_starts(rows.shape[:-2], rows.strides[:-2])), rows.strides[-2], 1,
+        space.pointer(x), starts(space, rows.shape[:-2], rows.strides[:-2]), rows.strides[-2], 1,
         space.pointer(made), rows.shape[-2], 1, 1,
     )  # fmt: skip
     v = copying.Variant(x.element, 32 if isinstance(x.data, np.ndarray) else 256)
@@ -328,7 +337,8 @@ def _prepared(past: Past, space: Space, job: Any) -> int:
     channels = plan.width(max(job.D, job.Dv))
     assert channels is not None
     v = blocks.Variant(c.query.element, channels, 16, 1, 32 if isinstance(c.query.data, np.ndarray) else 128)
-    dense_backward.prepare(v, job, (-(-job.Lq // (v.threads // 32)), heads, 1), space.stream)
+    rows = v.threads // 32 * dense_backward.ROWS_OF_A_WARP
+    dense_backward.prepare(v, job, (-(-job.Lq // rows), heads, 1), space.stream)
     return channels
 
 
@@ -339,7 +349,7 @@ def _backward(past: Past, grad_output: GpuArray, grad_lse: GpuArray | None, want
     c, a, space, element = past.call, past.call.checked, past.call.space(), past.call.query.element
     dq, dk, dv = (room(space, x.shape, element) for x in (c.query, c.key, c.value))
     bias = space.empty(c.bias.shape, "float32") if wants_bias and c.bias is not None else None
-    if past.top is None:
+    if past.kept is None:
         for x in (dq, dk, dv, *(() if bias is None else (bias,))):
             zero(space, x, 0.0)
     else:
@@ -368,10 +378,10 @@ def _bias_gradient(c: Call, space: Space, job: Any, bias: GpuArray) -> None:
     members = np.argsort(owner, kind="stable").astype(np.int64)
     begins = np.searchsorted(owner[members], np.arange(matrices + 1)).astype(np.int64)
     v = blocks.Variant(
-        c.query.element, 64, 16, 1, 32 if isinstance(c.query.data, np.ndarray) else 128, 1, True, *_terms(c)
+        c.query.element, 64, 16, 1, 32 if isinstance(c.query.data, np.ndarray) else 128, 1, 2, *_terms(c)
     )
     more = pairs.PairJob(
-        job, space.pointer(bias), space.pointer(None), 0, space.constant(begins), space.constant(members), *shape[-2:]
+        job, space.pointer(bias), space.pointer(None), 0, space.upload(begins), space.upload(members), *shape[-2:]
     )
     pairs.bias_gradient(v, more, (-(-shape[-2] * shape[-1] // (v.threads // 32)), matrices, 1), space.stream)
 
@@ -380,15 +390,15 @@ def _weights(past: Past, space: Space, chosen: Any, out: GpuArray) -> None:
     from .kernels.cuda import blocks, pairs
 
     c, a = past.call, past.call.checked
-    if past.top is None:
+    if past.kept is None:
         return zero(space, out, 0.0)
     job = _gradient_job(past, space, past.output._replace(shape=a.output_shape), None, (c.query, c.key, c.value))
     _prepared(past, space, job)
     threads = 32 if isinstance(c.query.data, np.ndarray) else 128
-    v = blocks.Variant(c.query.element, 64, 16, 1, threads, 1, True, *_terms(c))
+    v = blocks.Variant(c.query.element, 64, 16, 1, threads, 1, 2, *_terms(c))
     nothing = space.pointer(None)
     more = pairs.PairJob(
-        job, space.pointer(out), space.constant(chosen.astype(np.int64)), len(chosen), nothing, nothing, 0, 0
+        job, space.pointer(out), space.upload(chosen.astype(np.int64)), len(chosen), nothing, nothing, 0, 0
     )
     grid = (-(-job.Lk // threads), len(chosen), math.prod(a.query.shape[:-2]))
     pairs.weights(v, more, grid, space.stream)

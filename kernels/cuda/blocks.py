@@ -86,7 +86,7 @@ class Variant(NamedTuple):
     tall: int  # a warp owns 16 * tall rows
     threads: int
     resident: int = 1  # blocks that shall fit on one multiprocessor: bounds the registers
-    hold: bool = True  # the rows' own factor stays in registers
+    hold: int = 2  # how many left factors stay in registers: first queries or keys, then output gradients or values
     softcap: bool = False
     slopes: bool = False
     bias: bool = False
@@ -173,10 +173,14 @@ def scoring_tile(v):
             for b in range(BLOCKS):
                 for e in range(2):
                     n, j = (r // 2 * BLOCKS + b) * 4 + r % 2 * 2 + e, int32(key + 8 * b + e)
-                    x = score(job.terms, s[n], slope, head, i, j, there and j < job.Lk)
-                    if edge and (j < lo[r] or j >= hi[r]):
-                        x = float32(-INF)
-                    s[n] = x
+                    s[n] = score(job.terms, s[n], slope, head, i, j, there and j < job.Lk)
+        if edge:  # a loop of its own, which most tiles skip: a test inside the other costs every score
+            for r in range(SLOTS):
+                for b in range(BLOCKS):
+                    for e in range(2):
+                        n, j = (r // 2 * BLOCKS + b) * 4 + r % 2 * 2 + e, int32(key + 8 * b + e)
+                        if j < lo[r] or j >= hi[r]:
+                            s[n] = float32(-INF)
 
     @device
     def thin(job, s, row0, k0):

@@ -15,34 +15,41 @@ from . import instructions as gpu
 from .blocks import INF, GradientJob, placing, scoring_tile
 from .elements import STORAGE
 from .jit import WARP, device, kernel
-from .scoring import dice, hidden_bits, hidden_zeros, kept, scoring, sees_from, sees_to
+from .scoring import dice, hidden_bits, kept, scoring, sees_from, sees_to
 from .tiles import held, loading, operations, passed, pitch, storing, widen
 
+ROWS_OF_A_WARP = 8  # in `prepare`; one takes 0.3 ms for half a million queries, four times what their bytes need
 across, exp2 = gpu.across, gpu.exp2
 commit, wait_for_all, wait_for_all_but_one = gpu.commit, gpu.wait_for_all, gpu.wait_for_all_but_one
 
 
 @kernel(GradientJob)
 def prepare(v):
-    """shift and delta of each query: a warp has one."""
-    widened, WARPS = widen(v.element), v.threads // WARP
-    float32 = types.float32
+    """shift and delta of each query: a warp has eight of them, whose loads are all under way at once."""
+    widened, WARPS, QUERIES = widen(v.element), v.threads // WARP, ROWS_OF_A_WARP
+    int32, float32 = types.int32, types.float32
 
     def prepare_backward(job):
-        lane, i, head = cuda.threadIdx.x & 31, cuda.blockIdx.x * WARPS + (cuda.threadIdx.x >> 5), cuda.blockIdx.y
-        if i < job.Lq:
-            made = job.output.at[head] + i * job.output.row
-            given = job.grad_output.at[head] + i * job.grad_output.row
-            delta = float32(0)
-            for d in range(lane, job.Dv, WARP):
-                delta += widened(job.output.data[made + d]) * widened(job.grad_output.data[given + d])
+        lane, head = cuda.threadIdx.x & 31, cuda.blockIdx.y
+        i0 = int32((cuda.blockIdx.x * WARPS + (cuda.threadIdx.x >> 5)) * QUERIES)
+        delta = cuda.local.array(QUERIES, types.float32)
+        for n in range(QUERIES):
+            delta[n] = 0
+        for d in range(2 * lane, job.Dv, 2 * WARP):
+            for n in range(QUERIES):
+                if i0 + n < job.Lq:
+                    made = job.output.at[head] + (i0 + n) * job.output.row + d
+                    given = job.grad_output.at[head] + (i0 + n) * job.grad_output.row + d
+                    delta[n] += widened(job.output.data[made]) * widened(job.grad_output.data[given])
+                    delta[n] += widened(job.output.data[made + 1]) * widened(job.grad_output.data[given + 1])
+        for n in range(QUERIES):
             for distance in (1, 2, 4, 8, 16):
-                delta += across(delta, distance)
-            if lane == 0:
-                where = head * job.Lq + i
+                delta[n] += across(delta[n], distance)
+            if lane == n and i0 + n < job.Lq:
+                where = head * job.Lq + i0 + n
                 top, total = job.top[where], job.total[where]
                 job.shift[where] = top + math.log2(total) if total != 0 else float32(0)  # where nothing is seen, p = 0
-                job.delta[where] = delta - job.grad_lse[where]
+                job.delta[where] = delta[n] - job.grad_lse[where]
 
     return prepare_backward
 
@@ -53,10 +60,12 @@ def to_query(v):
     KEYS, TALL, SLOTS, ROWS = v.keys, v.tall, 2 * v.tall, v.rows
     BLOCKS, WIDE, STORED = KEYS // 8, v.width // 8, STORAGE[v.element]
     TILE, SCORES, SUMS = KEYS * pitch(v.element, v.width), TALL * BLOCKS * 4, TALL * WIDE * 4
-    HELD, PASSED, SPANS = held(v.element, v.width, TALL, v.hold), passed(v.element, TALL, KEYS, v.threads), v.threads // 8
+    HELD, HELD_GRADS = (held(v.element, v.width, TALL, v.hold > n) for n in range(2))
+    PASSED, SPANS = passed(v.element, TALL, KEYS, v.threads), v.threads // 8
     TWO, SOME_HIDDEN, DROPOUT, SOFTCAP = 2 * TILE, v.bias or v.mask, v.dropout, v.softcap
     SLOPES_OF_CAP = SCORES if SOFTCAP else 1
-    load_rows, times_transposed, times, add_row = operations(v.element, v.width, TALL, KEYS, v.hold)
+    load_rows, times_transposed, times, add_row = operations(v.element, v.width, TALL, KEYS, v.hold > 0)
+    load_grads, grads_times_transposed, _, _ = operations(v.element, v.width, TALL, KEYS, v.hold > 1)
     begin, take_out, forget = loading(v.element, v.width, KEYS, v.threads)
     place, _ = placing(False, SLOTS)
     finish, thin = scoring_tile(v)
@@ -71,7 +80,7 @@ def to_query(v):
         spans = cuda.shared.array(SPANS, types.int32)
         shared = cuda.shared.array(PASSED, types.float32)
         queries = cuda.local.array(HELD, types.int32)
-        grads = cuda.local.array(HELD, types.int32)
+        grads = cuda.local.array(HELD_GRADS, types.int32)
         s = cuda.local.array(SCORES, types.float32)
         ds = cuda.local.array(SCORES, types.float32)
         slopes = cuda.local.array(SLOPES_OF_CAP, types.float32)
@@ -96,7 +105,7 @@ def to_query(v):
                 where = head * job.Lq + row0 + 8 * r
                 shift[r], delta[r] = job.shift[where], job.delta[where]
         load_rows(queries, job.query.data, at, job.D)
-        load_rows(grads, job.grad_output.data, grad_at, job.Dv)
+        load_grads(grads, job.grad_output.data, grad_at, job.Dv)
         for i in range(SUMS):
             dq[i] = 0
 
@@ -120,7 +129,7 @@ def to_query(v):
             for i in range(SCORES):
                 s[i], ds[i] = 0, 0
             times_transposed(s, queries, keys, now, job.query.data, at, job.D)
-            times_transposed(ds, grads, values, now, job.grad_output.data, grad_at, job.Dv)
+            grads_times_transposed(ds, grads, values, now, job.grad_output.data, grad_at, job.Dv)
             if SOFTCAP:
                 for i in range(SCORES):
                     slopes[i] = slope_of_cap(job.terms, s[i])
@@ -143,7 +152,11 @@ def to_query(v):
                         x = exp2(s[n] - shift[r]) * (ds[n] - delta[r])
                         if SOFTCAP:
                             x *= slopes[n]
-                        ds[n] = float32(0) if edge and s[n] == -INF else x
+                        ds[n] = x
+            if edge:
+                for n in range(SCORES):
+                    if s[n] == -INF:
+                        ds[n] = float32(0)
             times(dq, ds, keys, now, shared)
             if spoiled:
                 for j in range(KEYS):
@@ -170,12 +183,15 @@ def to_key(v):
     QUERIES, TALL, SLOTS, ROWS = v.keys, v.tall, 2 * v.tall, v.rows
     BLOCKS, WIDE, STORED = QUERIES // 8, v.width // 8, STORAGE[v.element]
     TILE, SCORES, SUMS = QUERIES * pitch(v.element, v.width), TALL * BLOCKS * 4, TALL * WIDE * 4
-    HELD, PASSED = held(v.element, v.width, TALL, v.hold), passed(v.element, TALL, QUERIES, v.threads)
+    HELD, HELD_VALUES = (held(v.element, v.width, TALL, v.hold > n) for n in range(2))
+    PASSED = passed(v.element, TALL, QUERIES, v.threads)
     TWO, BOTH, SOME_HIDDEN = 2 * TILE, 2 * QUERIES, v.bias or v.mask
     DROPOUT, SOFTCAP, SLOPES = v.dropout, v.softcap, v.slopes
     TO_KEY, TO_VALUE = v.makes != "value", v.makes != "key"
     DK, DV, THIN = SUMS if TO_KEY else 1, SUMS if TO_VALUE else 1, SCORES if DROPOUT else 1
-    load_rows, times_transposed, times, add_row = operations(v.element, v.width, TALL, QUERIES, v.hold)
+    SLOPES_OF_CAP = SCORES if SOFTCAP else 1
+    load_rows, times_transposed, times, add_row = operations(v.element, v.width, TALL, QUERIES, v.hold > 0)
+    load_values, values_times_transposed, _, _ = operations(v.element, v.width, TALL, QUERIES, v.hold > 1)
     begin, take_out, forget = loading(v.element, v.width, QUERIES, v.threads)
     score, slope_of_cap = scoring(v.element, v.softcap, v.slopes, v.bias, v.mask)
     put = storing(v.element)
@@ -190,11 +206,11 @@ def to_key(v):
         begin(grads, to, job.grad_output.data, job.grad_output.at[head] + i0 * row, row, live, job.Dv)
 
     @device
-    def look(job, head, i):
+    def look(job, batch, head, i):
         """What is known of query i: the keys it sees, lo and hi, shift and delta."""
         if i >= job.Lq:
             return int32(0), int32(0), float32(0), float32(0)
-        where, batch = head * job.Lq + i, head // job.H
+        where = head * job.Lq + i
         lo, hi = sees_from(job.sight, batch, i), min(int32(job.Lk), sees_to(job.sight, batch, i))
         return lo, hi, job.shift[where], job.delta[where]
 
@@ -209,10 +225,11 @@ def to_key(v):
         delta = cuda.shared.array(BOTH, types.float32)
         shared = cuda.shared.array(PASSED, types.float32)
         keys = cuda.local.array(HELD, types.int32)
-        values = cuda.local.array(HELD, types.int32)
+        values = cuda.local.array(HELD_VALUES, types.int32)
         s = cuda.local.array(SCORES, types.float32)
         ds = cuda.local.array(SCORES, types.float32)
         thinned = cuda.local.array(THIN, types.float32)
+        slopes = cuda.local.array(SLOPES_OF_CAP, types.float32)
         dk = cuda.local.array(DK, types.float32)
         dv = cuda.local.array(DV, types.float32)
         at = cuda.local.array(SLOTS, types.int64)
@@ -222,6 +239,7 @@ def to_key(v):
         forget(odd)
         forget(odd_grads)
         head0, t = int32(cuda.blockIdx.y * job.group), cuda.threadIdx.x & 3
+        batch = int32(head0 // job.H)
         warp, g = cuda.threadIdx.x >> 5, (cuda.threadIdx.x & 31) >> 2
         j0 = int32(cuda.blockIdx.x * ROWS)
         j1, row0 = int32(min(job.Lk, j0 + ROWS)), int32(j0 + warp * 16 * TALL + g)
@@ -231,7 +249,7 @@ def to_key(v):
                 at[r] = job.key.at[head0] + (row0 + 8 * r) * job.key.row
                 value_at[r] = job.value.at[head0] + (row0 + 8 * r) * job.value.row
         load_rows(keys, job.key.data, at, job.D)
-        load_rows(values, job.value.data, value_at, job.Dv)
+        load_values(values, job.value.data, value_at, job.Dv)
         if TO_KEY:
             for i in range(SUMS):
                 dk[i] = 0
@@ -249,18 +267,20 @@ def to_key(v):
         commit()
         n, some, missing = int32(cuda.threadIdx.x), int32(0), int32(0)
         if n < QUERIES and tiles > 0:
-            lo[n], hi[n], shift[n], delta[n] = look(job, head0, int32(low + n))
+            lo[n], hi[n], shift[n], delta[n] = look(job, batch, head0, int32(low + n))
             some, missing = lo[n] < j1 and hi[n] > j0, lo[n] > j0 or hi[n] < j0 + ROWS
         some, missing = cuda.syncthreads_or(int32(some)), cuda.syncthreads_or(int32(missing))
+        head, i0 = head0, low
         for turn in range(turns):
-            head, i0 = int32(head0 + turn // tiles), int32(low + turn % tiles * QUERIES)
-            next_head, next0 = int32(head0 + (turn + 1) // tiles), int32(low + (turn + 1) % tiles * QUERIES)
+            next_head, next0 = head, int32(i0 + QUERIES)
+            if next0 >= high:
+                next_head, next0 = int32(head + 1), low
             q_at, g_at = job.query.at[head], job.grad_output.at[head]
             next_lo, next_hi, next_shift, next_delta = int32(0), int32(0), float32(0), float32(0)
             if turn + 1 < turns:
                 fetch(job, queries, grads, int32(TILE - now), next_head, next0)
                 if cuda.threadIdx.x < QUERIES:  # asked for now, needed when this tile is done
-                    next_lo, next_hi, next_shift, next_delta = look(job, next_head, int32(next0 + cuda.threadIdx.x))
+                    next_lo, next_hi, next_shift, next_delta = look(job, batch, next_head, int32(next0 + cuda.threadIdx.x))
             commit()
             wait_for_all_but_one()
             cuda.syncthreads()
@@ -269,13 +289,33 @@ def to_key(v):
                     s[i], ds[i] = 0, 0
                 times_transposed(s, keys, queries, now, job.key.data, at, job.D)
                 if TO_KEY:
-                    times_transposed(ds, values, grads, now, job.value.data, value_at, job.Dv)
+                    values_times_transposed(ds, values, grads, now, job.value.data, value_at, job.Dv)
                 edge = SOME_HIDDEN or missing != 0
                 slope = float32(0)
                 if SLOPES:
                     slope = job.terms.slopes[head]
 
-                # 3. p, thinned for the values; ds = p * (dp - delta), 0 where hidden.
+                # 3. Scores, and which of them are hidden.
+                for b in range(BLOCKS):
+                    for e in range(2):
+                        i = int32(i0 + 8 * b + 2 * t + e)
+                        for r in range(SLOTS):
+                            k, j = (r // 2 * BLOCKS + b) * 4 + r % 2 * 2 + e, int32(row0 + 8 * r)
+                            if SOFTCAP:
+                                slopes[k] = slope_of_cap(job.terms, s[k])
+                            s[k] = score(job.terms, s[k], slope, head, i, j, j < job.Lk and i < job.Lq)
+                hidden = types.int64(0)
+                if edge:
+                    for b in range(BLOCKS):
+                        for e in range(2):
+                            n = int32(half + 8 * b + 2 * t + e)
+                            for r in range(SLOTS):
+                                k, j = (r // 2 * BLOCKS + b) * 4 + r % 2 * 2 + e, int32(row0 + 8 * r)
+                                if j < lo[n] or j >= hi[n]:
+                                    s[k] = float32(-INF)
+                    hidden = hidden_bits(s, SCORES)
+
+                # 4. p, thinned for the values; ds = p * (dp - delta); both 0 where hidden.
                 for b in range(BLOCKS):
                     for e in range(2):
                         n, i = int32(half + 8 * b + 2 * t + e), int32(i0 + 8 * b + 2 * t + e)
@@ -284,22 +324,22 @@ def to_key(v):
                             thrown = dice(job.terms.seed, head, i)
                         for r in range(SLOTS):
                             k, j = (r // 2 * BLOCKS + b) * 4 + r % 2 * 2 + e, int32(row0 + 8 * r)
-                            x = score(job.terms, s[k], slope, head, i, j, j < job.Lk and i < job.Lq)
-                            if edge and (j < lo[n] or j >= hi[n]):
-                                x = float32(-INF)
-                            p, dp = exp2(x - shift[n]), ds[k]
-                            if edge and x == -INF:
-                                p = float32(-0.0)  # the sign tells `hidden_zeros`
+                            p, dp = exp2(s[k] - shift[n]), ds[k]
                             if DROPOUT:
                                 gain = float32(job.terms.gain) if kept(thrown, j, job.terms.threshold) else float32(0)
                                 thinned[k] = p * gain
                                 dp = dp * gain if gain > 0 else float32(0)
-                            y = p * (dp - delta[n])
+                            ds[k], s[k] = p * (dp - delta[n]), p
                             if SOFTCAP:
-                                y *= slope_of_cap(job.terms, s[k])
-                            ds[k], s[k] = float32(0) if edge and x == -INF else y, p
+                                ds[k] *= slopes[k]
+                if edge:
+                    for k in range(SCORES):
+                        if hidden >> k & 1:
+                            s[k], ds[k] = float32(0), float32(0)
+                            if DROPOUT:
+                                thinned[k] = float32(0)
 
-                # 4. dv += p^T do, dk += ds^T q.
+                # 5. dv += p^T do, dk += ds^T q.
                 spoiled, spoiled_grads = False, False
                 if edge:
                     cuda.syncthreads()
@@ -313,7 +353,6 @@ def to_key(v):
                 if TO_KEY:
                     times(dk, ds, queries, now, shared)
                 if spoiled or spoiled_grads:
-                    hidden = hidden_zeros(s, SCORES)
                     for n in range(QUERIES):
                         if TO_KEY and odd[n] != 0:
                             add_row(dk, ds, hidden, n, job.query.data, q_at + (i0 + n) * job.query.row, job.D)
@@ -325,7 +364,7 @@ def to_key(v):
                                 add_row(dv, s, hidden, n, job.grad_output.data, there, job.Dv)
                     forget(odd)
                     forget(odd_grads)
-            now, half = int32(TILE - now), int32(QUERIES - half)
+            now, half, head, i0 = int32(TILE - now), int32(QUERIES - half), next_head, next0
             some, missing = int32(0), int32(0)
             if cuda.threadIdx.x < QUERIES:
                 n = int32(half + cuda.threadIdx.x)

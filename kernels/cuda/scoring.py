@@ -142,13 +142,3 @@ def hidden_bits(s, n):
         if s[i] == -INF:
             bits |= types.int64(1) << i
     return bits
-
-
-@device
-def hidden_zeros(p, n):
-    """Likewise, of weights: those that are hidden are -0.0."""
-    bits = types.int64(0)
-    for i in range(n):
-        if p[i] == 0 and math.copysign(types.float32(1), p[i]) < 0:
-            bits |= types.int64(1) << i
-    return bits

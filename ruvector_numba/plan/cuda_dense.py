@@ -17,16 +17,16 @@ SPLIT_KEYS = 256  # at least so many in a part: 64 blocks of one warp for one se
 MOST_SPLITS = 128
 WIDTHS = (32, 64, 128, 256)
 
-# keys in a tile, tall, blocks on a multiprocessor, rows held in registers
+# keys in a tile, tall, blocks on a multiprocessor, left factors held in registers
 _HALVES = {
-    "forward": {32: (64, 2, 2, True), 64: (64, 2, 2, True), 128: (64, 1, 2, True), 256: (32, 1, 1, False)},
-    "to_query": {32: (64, 1, 2, True), 64: (64, 1, 2, True), 128: (32, 1, 2, True), 256: (16, 1, 1, False)},
-    "to_key": {32: (64, 1, 2, True), 64: (32, 1, 2, True), 128: (32, 1, 2, False), 256: (16, 1, 1, False)},
+    "forward": {32: (64, 2, 2, 2), 64: (64, 2, 2, 2), 128: (64, 1, 2, 2), 256: (32, 1, 1, 0)},
+    "to_query": {32: (32, 2, 2, 2), 64: (32, 2, 2, 2), 128: (32, 1, 2, 2), 256: (16, 1, 1, 0)},
+    "to_key": {32: (64, 1, 2, 2), 64: (64, 1, 2, 2), 128: (32, 1, 2, 2), 256: (16, 1, 1, 0)},
 }
 _FLOATS = {
-    "forward": {32: (32, 1, 2, False), 64: (32, 1, 2, False), 128: (16, 1, 1, False), 256: (16, 1, 1, False)},
-    "to_query": {32: (32, 1, 2, False), 64: (32, 1, 2, False), 128: (16, 1, 1, False), 256: (8, 1, 1, False)},
-    "to_key": {32: (16, 1, 2, False), 64: (16, 1, 2, False), 128: (16, 1, 1, False), 256: (8, 1, 1, False)},
+    "forward": {32: (32, 1, 2, 0), 64: (32, 1, 2, 0), 128: (16, 1, 1, 0), 256: (16, 1, 1, 0)},
+    "to_query": {32: (32, 1, 2, 0), 64: (32, 1, 2, 0), 128: (16, 1, 1, 0), 256: (8, 1, 1, 0)},
+    "to_key": {32: (16, 1, 2, 0), 64: (16, 1, 2, 0), 128: (16, 1, 1, 0), 256: (8, 1, 1, 0)},
 }
 
 
@@ -77,7 +77,7 @@ def split(Lq: int, Lk: int, group: int) -> Split:
 
 def packed(v: Variant, rows: int) -> Variant:
     """The forward kernel for few rows: as many warps as they need, 16 rows in each."""
-    return v._replace(packed=True, tall=1, threads=32 * -(-rows // 16), resident=1)
+    return v._replace(packed=2, tall=1, threads=32 * -(-rows // 16), resident=1)
 
 
 def makes(channels: int) -> tuple[str, ...]:
