@@ -222,6 +222,140 @@ def put_word(typingctx, pointer, index, value):
     return signature, generate
 
 
+# --- rows of memory that nobody writes meanwhile -------------------------------------------------------------------
+# Four neighbours of each element in one load, as float32; where they are not wanted the load is skipped and they are 0.
+_FOUR = {
+    "float32": (
+        "mov.b32 $0, 0; mov.b32 $1, 0; mov.b32 $2, 0; mov.b32 $3, 0; @p ld.global.nc.v4.f32 {$0,$1,$2,$3}, [t];"
+    ),
+    "float16": (
+        ".reg .b32 a, b; .reg .b16 c, d, e, f; mov.b32 a, 0; mov.b32 b, 0; @p ld.global.nc.v2.b32 {a, b}, [t]; "
+        "mov.b32 {c, d}, a; mov.b32 {e, f}, b; "
+        "cvt.f32.f16 $0, c; cvt.f32.f16 $1, d; cvt.f32.f16 $2, e; cvt.f32.f16 $3, f;"
+    ),
+    "bfloat16": (
+        ".reg .b32 a, b; mov.b32 a, 0; mov.b32 b, 0; @p ld.global.nc.v2.b32 {a, b}, [t]; "
+        "shl.b32 $0, a, 16; and.b32 $1, a, 0xffff0000; shl.b32 $2, b, 16; and.b32 $3, b, 0xffff0000;"
+    ),
+}
+_ONE = {
+    "float32": "mov.b32 $0, 0; @p ld.global.nc.f32 $0, [t];",
+    "float16": ".reg .b16 a; mov.b16 a, 0; @p ld.global.nc.b16 a, [t]; cvt.f32.f16 $0, a;",
+    "bfloat16": ".reg .b16 a, z; mov.b16 a, 0; mov.b16 z, 0; @p ld.global.nc.b16 a, [t]; mov.b32 $0, {z, a};",
+}
+
+
+def _wanted(n, result, code):
+    """Load n numbers from pointer[index] if `there`."""
+    kind = {_FLOAT: types.float32, _INT: types.int32}[result]
+    letter = "f" if result is _FLOAT else "r"
+
+    @intrinsic
+    def load(typingctx, pointer, index, there):
+        made_type = kind if n == 1 else types.UniTuple(kind, n)
+        signature = made_type(pointer, types.int64, types.boolean)
+
+        def generate(context, builder, signature, args):
+            where = builder.ptrtoint(builder.gep(args[0], [args[1]]), _LONG)
+            wanted = builder.zext(builder.icmp_unsigned("!=", args[2], args[2].type(0)), _INT)
+            text = (
+                f"{{ .reg .pred p; .reg .u64 t; cvta.to.global.u64 t, ${n}; setp.ne.u32 p, ${n + 1}, 0; {code} }}"
+            )
+            kinds = ",".join([f"=&{letter}"] * n + ["l", "r"])
+            if n == 1:
+                return _call(builder, result, [where, wanted], text, kinds)
+            made = _call(builder, ir.LiteralStructType([result] * n), [where, wanted], text, kinds)
+            return _packed(builder, made, result, n)
+
+        return signature, generate
+
+    return load
+
+
+four = {element: _wanted(4, _FLOAT, code) for element, code in _FOUR.items()}
+one = {element: _wanted(1, _FLOAT, code) for element, code in _ONE.items()}
+number = _wanted(1, _INT, "mov.b32 $0, 0; @p ld.global.nc.b32 $0, [t];")
+
+
+def _put_four(element):
+    @intrinsic
+    def put_four(typingctx, pointer, index, x):
+        """pointer[index : index + 4] = x, rounded to the element; the place is one of four whole elements"""
+        signature = types.void(pointer, types.int64, types.UniTuple(types.float32, 4))
+
+        def generate(context, builder, signature, args):
+            where = builder.ptrtoint(builder.gep(args[0], [args[1]]), _LONG)
+            code = "st.global.v4.f32 [t], {$1,$2,$3,$4};"
+            if element != "float32":
+                kind = {"float16": "f16x2", "bfloat16": "bf16x2"}[element]
+                code = (
+                    f".reg .b32 a, b; cvt.rn.{kind}.f32 a, $2, $1; cvt.rn.{kind}.f32 b, $4, $3; "
+                    "st.global.v2.b32 [t], {a, b};"
+                )
+            text = f"{{ .reg .u64 t; cvta.to.global.u64 t, $0; {code} }}"
+            given = [where, *_unpacked(builder, args[2], 4)]
+            _call(builder, _VOID, given, text, "l,f,f,f,f,~{memory}", effect=True)
+            return context.get_dummy_value()
+
+        return signature, generate
+
+    return put_four
+
+
+put_four = {element: _put_four(element) for element in _FOUR}
+
+
+def _narrow(code):
+    @intrinsic
+    def narrow(typingctx, x):
+        """A float32 rounded to 16 bits."""
+
+        def generate(context, builder, signature, args):
+            return _call(builder, ir.IntType(16), args, code, "=h,f")
+
+        return types.uint16(types.float32), generate
+
+    return narrow
+
+
+narrow = {"float16": _narrow("cvt.rn.f16.f32 $0, $1;"), "bfloat16": _narrow("cvt.rn.bf16.f32 $0, $1;")}
+
+
+@intrinsic
+def shared_four(typingctx, array, index):
+    """array[index : index + 4] of float32 in shared memory; the index is a multiple of 4"""
+    four = types.UniTuple(types.float32, 4)
+    signature = four(array, types.int32)
+
+    def generate(context, builder, signature, args):
+        data = context.make_array(signature.args[0])(context, builder, args[0]).data
+        shared = ir.PointerType(ir.VectorType(_FLOAT, 4), 3)
+        there = builder.load(builder.addrspacecast(builder.gep(data, [args[1]]), shared), align=16)
+        made = ir.Constant(ir.ArrayType(_FLOAT, 4), ir.Undefined)
+        for i in range(4):
+            made = builder.insert_value(made, builder.extract_element(there, _INT(i)), i)
+        return made
+
+    return signature, generate
+
+
+@intrinsic
+def put_shared_four(typingctx, array, index, x):
+    """array[index : index + 4] = x, of float32 in shared memory; the index is a multiple of 4"""
+    signature = types.void(array, types.int32, types.UniTuple(types.float32, 4))
+
+    def generate(context, builder, signature, args):
+        data = context.make_array(signature.args[0])(context, builder, args[0]).data
+        shared = ir.PointerType(ir.VectorType(_FLOAT, 4), 3)
+        value = ir.Constant(ir.VectorType(_FLOAT, 4), ir.Undefined)
+        for i, part in enumerate(_unpacked(builder, args[2], 4)):
+            value = builder.insert_element(value, part, _INT(i))
+        builder.store(value, builder.addrspacecast(builder.gep(data, [args[1]]), shared), align=16)
+        return context.get_dummy_value()
+
+    return signature, generate
+
+
 # --- between lanes -------------------------------------------------------------------------------------------------
 @device
 def of_lane(x, lane):
@@ -246,16 +380,23 @@ __all__ = [
     "commit",
     "copy",
     "exp2",
+    "four",
     "fragments",
     "fragments_transposed",
     "larger",
     "multiply_add_bfloat16",
     "multiply_add_float16",
+    "narrow",
+    "number",
     "of_lane",
+    "one",
     "pair_bfloat16",
     "pair_float16",
+    "put_four",
+    "put_shared_four",
     "put_word",
     "read",
+    "shared_four",
     "wait_for_all",
     "wait_for_all_but_one",
     "warp_waits",

@@ -1,10 +1,26 @@
 """What `ptx.py` names, for Numba's simulator: each warp's lanes meet, the last to come does the work for all."""
 
+import sys
 import threading
 
 import numpy as np
+from numba.cuda.simulator.kernelapi import FakeCUDAShared
 
 WARP = 32
+_lock = threading.Lock()
+
+
+def _shared_array(self, shape, dtype, alignment=None):
+    """`cuda.shared.array` of the simulator, which refuses to be told of alignment: one array for each line."""
+    caller = sys._getframe(1)
+    place = caller.f_code.co_filename, caller.f_lineno
+    with _lock:
+        if place not in self._allocations:
+            self._allocations[place] = np.empty(shape, str(dtype))
+        return self._allocations[place]
+
+
+FakeCUDAShared.array = _shared_array
 
 
 class _Meeting:
@@ -19,7 +35,6 @@ class _Meeting:
 
 
 _meetings: dict = {}
-_lock = threading.Lock()
 
 
 def _together(value, task):
@@ -180,6 +195,65 @@ def larger(x, y):
     return np.fmax(np.float32(x), np.float32(y))
 
 
+# --- rows of memory ------------------------------------------------------------------------------------------------
+def _itself(x):
+    return x
+
+
+_WIDEN = {"float32": _itself, "float16": _from_float16, "bfloat16": _from_bfloat16}
+_NARROW = {"float32": _itself, "float16": _to_float16, "bfloat16": _to_bfloat16}
+
+
+def _four(element):
+    def four(pointer, index, there):
+        assert not there or (pointer.ctypes.data // pointer.itemsize + int(index)) % 4 == 0, "not aligned"
+        if not there:
+            return (np.float32(0),) * 4
+        assert index >= 0
+        return tuple(_WIDEN[element](pointer[index : index + 4]))
+
+    return four
+
+
+def _one(element):
+    def one(pointer, index, there):
+        if not there:
+            return np.float32(0)
+        assert index >= 0
+        return _WIDEN[element](pointer[index : index + 1])[0]
+
+    return one
+
+
+def _put_four(element):
+    def put_four(pointer, index, x):
+        assert index >= 0
+        assert (pointer.ctypes.data // pointer.itemsize + int(index)) % 4 == 0, "not aligned"
+        for i in range(4):
+            pointer[index + i] = _NARROW[element](x[i])
+
+    return put_four
+
+
+four, one, put_four = ({element: make(element) for element in _WIDEN} for make in (_four, _one, _put_four))
+narrow = {element: _NARROW[element] for element in ("float16", "bfloat16")}
+
+
+def number(pointer, index, there):
+    assert not there or index >= 0
+    return pointer[index] if there else np.int32(0)
+
+
+def shared_four(array, index):
+    assert index % 4 == 0
+    return tuple(array[index : index + 4])
+
+
+def put_shared_four(array, index, x):
+    assert index % 4 == 0
+    array[index : index + 4] = x
+
+
 # --- between lanes -------------------------------------------------------------------------------------------------
 def of_lane(x, lane):
     return _together((x, lane), lambda given: [given[g[1]][0] for g in given])
@@ -198,16 +272,23 @@ __all__ = [
     "commit",
     "copy",
     "exp2",
+    "four",
     "fragments",
     "fragments_transposed",
     "larger",
     "multiply_add_bfloat16",
     "multiply_add_float16",
+    "narrow",
+    "number",
     "of_lane",
+    "one",
     "pair_bfloat16",
     "pair_float16",
+    "put_four",
+    "put_shared_four",
     "put_word",
     "read",
+    "shared_four",
     "wait_for_all",
     "wait_for_all_but_one",
     "warp_waits",
