@@ -403,6 +403,7 @@ def moved(x: Any, dtype: str | None = None) -> Any:
     return default().upload(np.asarray(x))
 
 
+@functools.lru_cache(1024)
 def shadow(shape: Shape, dtype: Any = np.float32) -> Array:
     """An array of NumPy of this shape and next to no memory, for checks that ask for shapes alone."""
     return np.broadcast_to(np.zeros((), dtype), shape)
