@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = ["AttentionModel", "AttentionOutputs", "Backend", "attention", "flex_attention", "replace_attention"]
 
+ABSORBING = -1e30  # so low that adding it to a score gives the same number as putting it in the score's place
 ELSEWHERE = {
     "AttentionModel": "onnx_model",
     "Backend": "onnx_backend",
@@ -178,7 +179,7 @@ def attention(
     if lengths is not None:
         seen = seen & masks.Lengths(keys=lengths)
     if mask is not None:
-        seen = seen & (mask if mask.dtype == bool else mask.astype(dtype, copy=False))
+        seen = seen & tightened(mask if mask.dtype == bool else mask.astype(dtype, copy=False), key.shape[2])
     query, key_there, value_there = (x.astype(dtype, copy=False) for x in (query, key, value))
     output, stage = _Run(query, key_there, value_there, seen, scale, cap)(rank == 3, mode)
     to = arrays["Q"].dtype
@@ -223,6 +224,28 @@ class _Run(NamedTuple):
         if mode and self.softcap is not None:
             scores = self.softcap * np.tanh(scores / self.softcap)
         return functional.apply_mask(scores, self.seen) if mode == 2 else scores
+
+
+def tightened(mask: Array, Lk: int) -> Array | masks.Mask:
+    """A mask that hides the same last keys from all queries, as padding does, as a length: hidden keys cost nothing.
+
+    A float mask does so with 0 and very low numbers. They leave a hidden key a weight of 0 as long as one key is seen;
+    where none is, they are all there is, and the mask stays what it was.
+    """
+    shape = (1,) * (4 - mask.ndim) + mask.shape
+    if len(shape) > 4 or shape[1] != 1 or shape[2] == 0 or shape[3] != Lk:
+        return mask
+    whole = mask.reshape(shape)[:, 0]  # (B or 1, Lq or 1, Lk), the same for all heads
+    rows = whole[:, 0]
+    if not ((whole[:, -1] == rows).all() and (whole == rows[:, None]).all()):  # the last row tells of most that differ
+        return mask
+    seen = rows if mask.dtype == bool else rows == 0
+    lengths = seen.sum(axis=1)
+    if not np.array_equal(seen, np.arange(Lk) < lengths[:, None]):
+        return mask
+    if mask.dtype != bool and not (lengths.all() and (seen | (rows <= ABSORBING)).all()):
+        return mask
+    return masks.Lengths(keys=lengths)
 
 
 def _engine_type(arrays: Iterable[Array], mask: Array | None, precision: str | None) -> type[np.float32 | np.float64]:

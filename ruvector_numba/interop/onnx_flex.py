@@ -7,6 +7,8 @@ kernels know. Whatever else is refused by its name.
 
 from __future__ import annotations
 
+import operator
+from functools import reduce
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,7 +18,7 @@ from .. import dense, masks
 from ..checks import Array, Shape
 from ..errors import InvalidConfigError, InvalidInputError
 from . import onnx_checks as given
-from .onnx import _engine_type
+from .onnx import ABSORBING, _engine_type, tightened
 
 try:
     import onnx
@@ -27,8 +29,6 @@ except ModuleNotFoundError as error:
     raise ModuleNotFoundError(words, name=error.name) from error
 
 __all__ = ["flex_attention"]
-
-ABSORBING = -1e30  # so low that adding it to a score gives the same number as putting it in the score's place
 
 
 def flex_attention(
@@ -105,7 +105,7 @@ def flex_attention(
     query, key, value = (x.astype(dtype, copy=False) for x in (query, key, value))
     total = given.scale(scale, query.shape[3]) * scores.factor
     output = dense.scaled_dot_product_attention(
-        query, key, value, scores.mask(dtype), scale=total, enable_gqa=True, softcap=scores.cap
+        query, key, value, scores.mask(dtype, key.shape[2]), scale=total, enable_gqa=True, softcap=scores.cap
     )
     if weights.factor is not None:
         output = output * weights.factor.astype(dtype)
@@ -124,10 +124,10 @@ class Scores(NamedTuple):
     bias: Array | None = None
     seen: Array | None = None
 
-    def mask(self, dtype: type) -> masks.Mask:
+    def mask(self, dtype: type, Lk: int) -> masks.Mask:
         """Bias and visibility, as the engine takes them."""
-        bias: Array | None = None if self.bias is None else self.bias.astype(dtype)
-        return masks.Full() & bias & self.seen
+        parts = [x for x in (None if self.bias is None else self.bias.astype(dtype), self.seen) if x is not None]
+        return reduce(operator.and_, (tightened(x, Lk) for x in parts), masks.Full())
 
     def times(self, x: Array) -> Scores:
         """A capped score is capped at so much more; tanh is odd."""

@@ -81,7 +81,7 @@ def replace_attention(
     (('p',), (2, 3, 8))
     """
     proto = _loaded(model)
-    graph = Graph(proto)
+    graph = Graph(onnx.shape_inference.infer_shapes(proto, data_prop=True))
     found = sites(graph)
     if not found:
         hint = "replaced are Attention of opsets 23 to 28, and MatMul, Softmax, MatMul; export without fusing them"
@@ -193,6 +193,7 @@ class _Parts:
 
     def __init__(self, model: onnx.ModelProto, graph: Graph) -> None:
         self.model, self.graph = model, graph
+        self.told = {x.name for x in (*model.graph.value_info, *model.graph.input, *model.graph.output)}
         # Values that depend on no input are made anew in each part: optimisers look for constants.
         self.constant = set(graph.initializers)
         for node in graph.nodes:
@@ -242,18 +243,20 @@ class _Parts:
         if typed is None or not typed.type.WhichOneof("value"):
             hint = "add it to the file: python -m onnxruntime.tools.symbolic_shape_infer --input ... --output ..."
             raise InvalidInputError(f"the model does not tell the type of {name}, where it is to be cut", hint=hint)
-        return typed
+        if name in self.told:
+            return typed
+        # What only this package inferred is not passed on: ONNX Runtime then fuses what it fuses in the whole model.
+        return helper.make_tensor_value_info(name, typed.type.tensor_type.elem_type, None)
 
 
 def _loaded(model: Any) -> onnx.ModelProto:
-    """The model, with the types of its values as far as they can be inferred."""
     if isinstance(model, bytes):
         model = onnx.load_from_string(model)
     elif isinstance(model, str | os.PathLike):
         model = onnx.load(os.fspath(model))
     if not isinstance(model, onnx.ModelProto):
         raise InvalidInputError(f"model is a {type(model).__name__}", hint="give an onnx.ModelProto, bytes or a path")
-    return onnx.shape_inference.infer_shapes(model, data_prop=True)
+    return model
 
 
 def _onnxruntime() -> Any:

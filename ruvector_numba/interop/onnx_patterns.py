@@ -7,9 +7,11 @@ hides with Where. Searching starts at each Softmax, backwards to the first produ
 from __future__ import annotations
 
 import math
+import operator
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -19,9 +21,8 @@ from onnx import helper, numpy_helper
 from .. import dense, masks
 from ..checks import Array
 from . import onnx_checks as given
-from .onnx import _engine_type
+from .onnx import ABSORBING, _engine_type, tightened
 from .onnx_backend import run_node
-from .onnx_flex import ABSORBING
 
 __all__ = ["Graph", "Site", "sites"]
 
@@ -202,20 +203,17 @@ class WrittenOut(Site):
         turn = range(len(shape)) if self.turn is None else self.turn
         made = np.empty([shape[axis] for axis in turn], dtype)
         dense.scaled_dot_product_attention(
-            query, key.swapaxes(-1, -2), value, _joined(terms), scale=self.scores.scale,
+            query, key.swapaxes(-1, -2), value, _joined(terms, key.shape[-1]), scale=self.scores.scale,
             out=made.transpose(np.argsort(turn)),
         )  # fmt: skip
         return {self.outputs[0]: made.astype(given_type, copy=False)}
 
 
-def _joined(terms: Sequence[Array]) -> masks.Mask:
+def _joined(terms: Sequence[Array], Lk: int) -> masks.Mask:
     """Biases are added, conditions must all hold."""
-    biases = [x for x in terms if x.dtype != bool]
-    mask = masks.Full() & (sum(biases[1:], biases[0]) if biases else None)
-    for condition in terms:
-        if condition.dtype == bool:
-            mask = mask & condition
-    return mask
+    biases, conditions = ([x for x in terms if (x.dtype == bool) is is_bool] for is_bool in (False, True))
+    parts = [*conditions, *([sum(biases[1:], biases[0])] if biases else [])]
+    return reduce(operator.and_, (tightened(x, Lk) for x in parts), masks.Full())
 
 
 def _written_out(graph: Graph, softmax: int) -> WrittenOut | None:
