@@ -92,7 +92,7 @@ def by_heads(name: str, x: Array, heads: int) -> Array:
 
 def check_sizes(query: Array, key: Array, value: Array) -> None:
     """Q, K and V by heads, before the past is put in front."""
-    shapes = {"Q.shape": query.shape, "K.shape": key.shape, "V.shape": value.shape}
+    shapes = {"Q by heads": query.shape, "K by heads": key.shape, "V by heads": value.shape}
     pairs = (
         (query, key, 0, "Q, K and V have one batch size, the first axis"),
         (key, value, 0, "Q, K and V have one batch size, the first axis"),
@@ -101,7 +101,7 @@ def check_sizes(query: Array, key: Array, value: Array) -> None:
     )
     for a, b, axis, hint in pairs:
         if a.shape[axis] != b.shape[axis]:
-            raise DimensionMismatchError(a.shape[axis], b.shape[axis], shapes=shapes, hint=f"by heads, {hint}")
+            raise DimensionMismatchError(a.shape[axis], b.shape[axis], shapes=shapes, hint=hint)
 
 
 def past(arrays: dict[str, Array], key: Array, value: Array) -> tuple[Array, Array] | None:

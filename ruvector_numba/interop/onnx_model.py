@@ -63,7 +63,8 @@ def replace_attention(
     Notes
     -----
     Results differ from those of ONNX Runtime alone in the last digits, and where a query sees no key at all: it gets 0,
-    and not NaN.
+    and not NaN. Where(IsNaN(weights), 0, weights), which torch writes into its files for such queries, is taken for
+    that: a NaN among the inputs stays NaN.
 
     Examples
     --------

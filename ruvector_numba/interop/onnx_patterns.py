@@ -250,12 +250,28 @@ def _operand(graph: Graph, name: str) -> Operand:
 
 
 def _forth(graph: Graph, name: str) -> tuple[str, list[int]]:
-    """Past what does nothing to the weights outside of training."""
+    """Past what does nothing to the weights outside of training, or puts 0 where a query sees no key."""
+    passed = _guard(graph, name)
     at = graph.taken_by(name, "Dropout", "Identity")
-    if at is None or len(graph.nodes[at].input) > 2 or any(graph.nodes[at].output[1:]):
+    if at is not None and len(graph.nodes[at].input) <= 2 and not any(graph.nodes[at].output[1:]):
+        passed = [at]
+    if not passed:
         return name, []
-    name, more = _forth(graph, graph.nodes[at].output[0])
-    return name, [at, *more]
+    name, more = _forth(graph, graph.nodes[passed[-1]].output[0])
+    return name, [*passed, *more]
+
+
+def _guard(graph: Graph, name: str) -> list[int]:
+    """Where(IsNaN(p), 0, p), which torch writes behind a softmax under a mask: here rows without keys are 0 anyway."""
+    takers = graph.takers[name]
+    if len(takers) != 2 or name in graph.outputs or not graph.is_a(takers[0], "IsNaN"):
+        return []
+    test = graph.nodes[takers[0]].output[0]
+    choice = graph.taken_by(test, "Where")
+    if choice is None or choice != takers[1]:
+        return []
+    condition, instead, otherwise = graph.nodes[choice].input
+    return takers if condition == test and otherwise == name and graph.number(instead) == 0 else []
 
 
 def _back(graph: Graph, name: str, factor: float = 1.0, may_add: bool = True) -> Scores | None:
