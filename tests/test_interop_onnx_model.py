@@ -259,6 +259,20 @@ def test_files_of_torch():
         torch.backends.mha.set_fastpath_enabled(True)
 
 
+def test_the_operator_on_three_axes_and_what_becomes_of_all_its_outputs():
+    inputs = "float[B,L,C] q, float[B,M,C] k, float[B,M,E] v"
+    outputs = "float[B,L,E] y, float[B,H,M,D] a, float[B,H,M,F] b, float[B,H,L,M] c"
+    settings = "q_num_heads = 2, kv_num_heads = 2, softcap = 2.0, qk_matmul_output_mode = 1"
+    body = (
+        f"{{ y, nk, nv, qk = Attention <{settings}> (q, k, v) "
+        """
+        a = Neg (nk)  b = Neg (nv)  c = Neg (qk) }"""
+    )
+    model = model_of(body, inputs, outputs, 23)
+    model.ir_version = 11
+    check(model, {"q": draw(B, 3, 8), "k": draw(B, 5, 8, seed=1), "v": draw(B, 5, 6)})
+
+
 # What is not attention, or must not be taken for it
 
 

@@ -120,7 +120,7 @@ class AttentionModel:
         self.outputs = tuple(graph.outputs)
         levels = _levels(graph, found, self.inputs)
         self.attentions = tuple(site.name for level in levels for site in level.sites)
-        parts = _Parts(model, graph)
+        parts = _Parts(model, graph, {name: other for site in found for name, other in site.like().items()})
         needed = set(self.outputs)
         for_sites = needed.union(*(site.inputs for site in found))
         self._constants = {
@@ -192,8 +192,8 @@ def _levels(graph: Graph, found: Sequence[Site], inputs: Sequence[str]) -> list[
 class _Parts:
     """Cuts levels out of a model."""
 
-    def __init__(self, model: onnx.ModelProto, graph: Graph) -> None:
-        self.model, self.graph = model, graph
+    def __init__(self, model: onnx.ModelProto, graph: Graph, like: Mapping[str, str]) -> None:
+        self.model, self.graph, self.like = model, graph, like
         self.told = {x.name for x in (*model.graph.value_info, *model.graph.input, *model.graph.output)}
         # Values that depend on no input are made anew in each part: optimisers look for constants.
         self.constant = set(graph.initializers)
@@ -240,7 +240,7 @@ class _Parts:
         return runtime.InferenceSession(part.SerializeToString(), options, providers=list(providers))
 
     def _typed(self, name: str) -> onnx.ValueInfoProto:
-        typed = self.graph.types.get(name)
+        typed = self.graph.types.get(name) or self.graph.types.get(self.like.get(name, ""))
         if typed is None or not typed.type.WhichOneof("value"):
             hint = "add it to the file: python -m onnxruntime.tools.symbolic_shape_infer --input ... --output ..."
             raise InvalidInputError(f"the model does not tell the type of {name}, where it is to be cut", hint=hint)

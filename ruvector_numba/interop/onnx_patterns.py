@@ -108,6 +108,10 @@ class Site:
     inputs: list[str]
     outputs: list[str]
 
+    def like(self) -> dict[str, str]:
+        """For each output an input that has its type."""
+        return dict.fromkeys(self.outputs, self.inputs[0])
+
     def run(self, known: Mapping[str, Array]) -> dict[str, Array]:
         raise NotImplementedError
 
@@ -135,6 +139,10 @@ class Operator(Site):
 
     node: onnx.NodeProto
     opset: int
+
+    def like(self) -> dict[str, str]:
+        Q, _, V = self.node.input[:3]
+        return {name: V if at == 2 else Q for at, name in enumerate(self.node.output) if name}
 
     def run(self, known: Mapping[str, Array]) -> dict[str, Array]:
         results = run_node(self.node, known, self.opset)
