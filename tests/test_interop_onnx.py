@@ -211,7 +211,8 @@ def test_padding_as_a_mask(dtype, expanded):
         seen = np.arange(Lk) < np.reshape(lengths, (B, 1, 1, 1))
         mask = seen if dtype is bool else np.where(seen, np.float32(0), np.finfo(np.float32).min)
         mask = np.broadcast_to(mask, (B, 1, Lq, Lk)).copy() if expanded else mask
-        got = check(inputs(np.float32, attn_mask=mask))
+        for mode in (0, 2, 3, None):  # of which 2 shows what the mask has
+            got = check(inputs(np.float32, attn_mask=mask), mode)
         if dtype is not bool and not all(lengths):  # the mean of the values
             np.testing.assert_allclose(got.Y[0, 0, 0], inputs(np.float32)["V"][0, 0].mean(0), rtol=1e-5, atol=1e-6)
     for odd in (draw(Lk) > 0, draw(Lq, Lk) > 0, np.arange(Lk)[::-1] < 3):

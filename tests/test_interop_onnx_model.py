@@ -179,6 +179,28 @@ def test_other_ranks(shape):
     check(model_of(body, f"{typed} x", f"{typed} y"), {"x": draw(*shape)})
 
 
+@pytest.mark.parametrize("shape", [(L, D), (B, L, D), (2, 2, H, L, D)], ids=str)
+def test_padding_of_other_ranks(shape):
+    typed = f"float[{','.join(map(str, shape))}]"
+    axes = [*range(len(shape) - 2), len(shape) - 1, len(shape) - 2]
+    body = f"""{{ t = Transpose <perm = {axes}> (x)  s = MatMul (x, t)  u = Add (s, m)  p = Softmax (u)
+        y = MatMul (p, x) }}"""
+    lowest = np.finfo(np.float32).min
+    check(
+        model_of(body, f"{typed} x, float[L] m", f"{typed} y"),
+        {"x": draw(*shape), "m": np.float32([0, 0, 0, lowest, lowest])},
+    )
+
+
+def test_numbers_drawn_at_random_are_drawn_once():
+    """Before and after an attention it is one value."""
+    body = """{ r = RandomNormal <shape = [4]> ()  a = Add (x, r)  t = Transpose <perm = [1, 0]> (a)
+        s = MatMul (a, t)  p = Softmax (s)  z = MatMul (p, a)  d = Sub (z, z)  e = Add (d, a)  y = Sub (e, r) }"""
+    x = draw(L, D)
+    got = replace_attention(model_of(body, "float[L,D] x", "float[L,D] y")).run({"x": x})["y"]
+    np.testing.assert_allclose(got, x, atol=1e-6)
+
+
 def test_one_attention_after_another_and_side_by_side():
     """Two of one level, one that takes both, a mask that all share, and outputs of every kind."""
     body = """{

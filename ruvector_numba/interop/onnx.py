@@ -179,7 +179,8 @@ def attention(
     if lengths is not None:
         seen = seen & masks.Lengths(keys=lengths)
     if mask is not None:
-        seen = seen & tightened(mask if mask.dtype == bool else mask.astype(dtype, copy=False), key.shape[2])
+        mask = mask if mask.dtype == bool else mask.astype(dtype, copy=False)
+        seen = seen & (mask if mode == 2 else tightened(mask, key.shape[2]))  # mode 2 shows the numbers of a mask
     query, key_there, value_there = (x.astype(dtype, copy=False) for x in (query, key, value))
     output, stage = _Run(query, key_there, value_there, seen, scale, cap)(rank == 3, mode)
     to = arrays["Q"].dtype
@@ -204,16 +205,11 @@ class _Run(NamedTuple):
         made = np.empty((B, Lq, H, Dv) if packed else (B, H, Lq, Dv), self.query.dtype)
         out = made.swapaxes(1, 2) if packed else made  # written in place: the heads lie side by side
         terms: dict[str, Any] = dict(scale=self.scale, softcap=self.softcap, enable_gqa=True, out=out)
-        stage = None
-        if mode == 3:
-            stage = dense.attention_forward(self.query, self.key, self.value, self.seen, **terms).weights()
-        else:
-            dense.scaled_dot_product_attention(self.query, self.key, self.value, self.seen, **terms)
-            stage = None if mode is None else self._scores(mode)
-        return made.reshape(B, Lq, H * Dv) if packed else made, stage
+        dense.scaled_dot_product_attention(self.query, self.key, self.value, self.seen, **terms)
+        return made.reshape(B, Lq, H * Dv) if packed else made, None if mode is None else self._stage(mode)
 
-    def _scores(self, mode: int) -> Array:
-        """What enters the softmax, or an earlier stage of it.
+    def _stage(self, mode: int) -> Array:
+        """The scores up to a step, for all queries and keys. Nothing of Y comes from here.
 
         In mode 0 the softcap is not there: text and function body of the operator say so, its Python reference differs.
         """
@@ -223,7 +219,9 @@ class _Run(NamedTuple):
         scores = functional.attention_scores(query, key, self.scale).reshape(B, H, Lq, Lk)
         if mode and self.softcap is not None:
             scores = self.softcap * np.tanh(scores / self.softcap)
-        return functional.apply_mask(scores, self.seen) if mode == 2 else scores
+        if mode >= 2:
+            scores = functional.apply_mask(scores, self.seen)
+        return functional.softmax(scores) if mode == 3 else scores
 
 
 def tightened(mask: Array, Lk: int) -> Array | masks.Mask:
@@ -245,7 +243,7 @@ def tightened(mask: Array, Lk: int) -> Array | masks.Mask:
         return mask
     if mask.dtype != bool and not (lengths.all() and (seen | (rows <= ABSORBING)).all()):
         return mask
-    return masks.Lengths(keys=lengths)
+    return masks.Lengths(keys=lengths if len(lengths) > 1 else int(lengths[0]))
 
 
 def _engine_type(arrays: Iterable[Array], mask: Array | None, precision: str | None) -> type[np.float32 | np.float64]:

@@ -198,7 +198,7 @@ class _Parts:
         # Values that depend on no input are made anew in each part: optimisers look for constants.
         self.constant = set(graph.initializers)
         for node in graph.nodes:
-            if self.constant.issuperset(captured(node)):
+            if _is_function(node) and self.constant.issuperset(captured(node)):
                 self.constant.update(name for name in node.output if name)
 
     def cut(self, level: Level, needed: set[str]) -> None:
@@ -248,6 +248,13 @@ class _Parts:
             return typed
         # What only this package inferred is not passed on: ONNX Runtime then fuses what it fuses in the whole model.
         return helper.make_tensor_value_info(name, typed.type.tensor_type.elem_type, None)
+
+
+def _is_function(node: onnx.NodeProto) -> bool:
+    """Does it give the same each time? Not what draws numbers; of other people's operators nobody knows."""
+    draws = node.op_type.startswith("Random") or node.op_type in ("Bernoulli", "Dropout", "Multinomial")
+    has_graph = any(a.type in (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS) for a in node.attribute)
+    return node.domain in ("", "ai.onnx") and not draws and not has_graph
 
 
 def _loaded(model: Any) -> onnx.ModelProto:
