@@ -1,6 +1,6 @@
 """A sentence encoder in a file of ONNX: its attention on these kernels, beside ONNX Runtime alone.
 
-    python perf/onnx_encoder.py                         about a minute; perf/onnx-<cpu>.json
+    python perf/onnx_encoder.py                         two minutes; perf/onnx-<cpu>.json
     python perf/onnx_encoder.py --smoke --output build  tiny sizes: shows that it works
 
 The encoder is that of MiniLM by its sizes (384 channels, 12 heads, feed-forward 1536), cut to two layers, with random
