@@ -50,6 +50,7 @@ def test_the_first_example_is_short():
         ".graph",
         ".graph_transformer",
         ".hgt",
+        ".interop.onnx",
         ".interop.pyg",
         ".interop.states",
         ".masks",

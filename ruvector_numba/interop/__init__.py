@@ -2,7 +2,8 @@
 
 `load_torch_state` and `to_torch_state` exchange parameters with ``torch.nn.MultiheadAttention``, as arrays;
 `load_pyg_state` and `to_pyg_state` do so with the layers on graphs of PyTorch Geometric;
-``interop.torch.attention`` is attention on torch's tensors, with gradients for its autograd.
+``interop.torch.attention`` is attention on torch's tensors, with gradients for its autograd;
+``interop.onnx`` has the operator Attention of ONNX, a backend for its models, and models whose attention runs here.
 """
 
 from __future__ import annotations
@@ -17,6 +18,6 @@ __all__ = ["load_pyg_state", "load_torch_state", "to_pyg_state", "to_torch_state
 
 
 def __getattr__(name: str) -> ModuleType:
-    if name == "torch":
-        return importlib.import_module(".torch", __name__)
+    if name in ("onnx", "torch"):
+        return importlib.import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
