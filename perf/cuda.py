@@ -25,18 +25,18 @@ from typing import Any
 # Instead of this folder, where a file called cuda.py hides NVIDIA's package of that name.
 sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
-import numpy as np
-import torch
-import torch.nn.functional as F
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
 
-import ruvector_numba as rv
+import ruvector_numba as rv  # noqa: E402
 
 Row = dict[str, Any]
 TOLERANCE = {"float32": 3e-6, "float16": 2e-3, "bfloat16": 1.2e-2}  # relative, of norms
 TOKENS, CHANNELS = 16384, 2048  # of a batch in all, and of all heads together
 
 
-# --- checks ----------------------------------------------------------------------------------------------------------
+# --- checks ------------------------------------------------------------------------------------------------------
 CASES: list[Row] = [
     dict(element="bfloat16", D=64),
     dict(element="bfloat16", D=64, causal=True, Hk=2, poison=True),
@@ -59,9 +59,9 @@ CASES: list[Row] = [
 
 
 def check(
-    element: str, D: int, Dv: int | None = None, H: int = 4, Hk: int = 4, L: int = 333, S: int | None = None, B: int = 2,
-    causal: bool = False, mask: str = "", softcap: float | None = None, alibi: bool = False, dropout: float = 0.0,
-    poison: bool = False,
+    element: str, D: int, Dv: int | None = None, H: int = 4, Hk: int = 4, L: int = 333, S: int | None = None,
+    B: int = 2, causal: bool = False, mask: str = "", softcap: float | None = None, alibi: bool = False,
+    dropout: float = 0.0, poison: bool = False,
 ) -> Row:  # fmt: skip
     """One case, all its results and gradients, beside the same in double precision."""
     S, Dv = L if S is None else S, D if Dv is None else Dv
@@ -86,7 +86,7 @@ def check(
     if mask == "lengths":
         lengths = np.array([S // 3, S])[:B]
         given = rv.masks.Lengths(keys=lengths)
-        seen &= (j < torch.tensor(lengths, device="cuda")[:, None, None, None])
+        seen &= j < torch.tensor(lengths, device="cuda")[:, None, None, None]
     if mask == "bottom_right":
         given, causal = rv.masks.Causal("bottom_right"), False
         seen = (j <= i + S - L).expand(B, H, L, S)
@@ -105,12 +105,11 @@ def check(
     ours = dict(output=past.output, query=got.query, key=got.key, value=got.value)
     if bias is not None:
         ours["bias"] = got.bias
+    pairs: list[tuple[Any, Any]] = [(past.output, twice.output)]
+    pairs += [(getattr(got, name), getattr(again, name)) for name in ("query", "key", "value")]
     same = all(
-        torch.equal(a.view(torch.uint8), b.view(torch.uint8))
-        for a, b in ((past.output.contiguous(), twice.output.contiguous()), (got.query.contiguous(), again.query.contiguous()),
-                     (got.key.contiguous(), again.key.contiguous()), (got.value.contiguous(), again.value.contiguous()))
-        if a.numel()
-    )  # fmt: skip
+        torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8)) for a, b in pairs if a.numel()
+    )
     theirs = _double(q, k, v, do, seen, bias, softcap, slopes, dropout, H // Hk)
     errors = {}
     for name, x in ours.items():
@@ -212,7 +211,14 @@ def checks(processes: int) -> list[Row]:
 
 def report(row: Row) -> None:
     errors = " ".join(f"{name} {e:.1e}" for name, e in row.get("errors", {}).items())
-    print("right" if row["right"] else "WRONG", row["case"], errors, row.get("error", ""), f"{row['seconds']} s", flush=True)
+    print(
+        "right" if row["right"] else "WRONG",
+        row["case"],
+        errors,
+        row.get("error", ""),
+        f"{row['seconds']} s",
+        flush=True,
+    )
     if "trace" in row:
         print(row["trace"], flush=True)
 
@@ -244,7 +250,7 @@ def small() -> None:
     torch.cuda.synchronize()
 
 
-# --- timings -----------------------------------------------------------------------------------------------------------
+# --- timings -----------------------------------------------------------------------------------------------------
 def block(call: Callable[[], Any], calls: int) -> float:
     """Milliseconds a call, of several in a row."""
     begin, end = torch.cuda.Event(True), torch.cuda.Event(True)
@@ -295,7 +301,7 @@ def dense(D: int, L: int, causal: bool) -> Row:
     one = paired(dict(ours=forward, flash=theirs(flash, False), cudnn=theirs(cudnn, False)))
     two = paired(dict(ours=both, flash=theirs(flash, True), cudnn=theirs(cudnn, True)))
     work = 4e-9 * B * H * L * L * D * (0.5 if causal else 1)
-    row = dict(
+    row: Row = dict(
         D=D, L=L, causal=causal, forward_ms=one, training_ms=two,
         forward_tflops={n: work / t for n, t in one.items()},
         training_tflops={n: 3.5 * work / t for n, t in two.items()},
@@ -320,7 +326,7 @@ def decode(S: int, D: int = 128, H: int = 32, Hk: int = 8, B: int = 8) -> Row:
         torch=lambda: F.scaled_dot_product_attention(q, k, v, enable_gqa=True),
     ))  # fmt: skip
     moved = 2 * 2 * B * Hk * S * D * 1e-6
-    row = dict(S=S, D=D, H=H, Hk=Hk, B=B, ms=times, gigabytes_per_s={n: moved / t for n, t in times.items()})
+    row: Row = dict(S=S, D=D, H=H, Hk=Hk, B=B, ms=times, gigabytes_per_s={n: moved / t for n, t in times.items()})
     print("decode", S, {n: f"{x:.0f} GB/s" for n, x in row["gigabytes_per_s"].items()}, flush=True)
     return row
 
@@ -363,9 +369,10 @@ def machine() -> Row:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--output", default="perf/cuda.json", help="where the numbers go")
     parser.add_argument("--quick", action="store_true", help="fewer sizes, no sanitizer")
+    parser.add_argument("--only", nargs="+", help="some of: checks dense decode host_us memory races graph")
     parser.add_argument("--processes", type=int, default=min(8, os.cpu_count() or 1), help="for checks")
     parser.add_argument("--cases", help=argparse.SUPPRESS)
     parser.add_argument("--small", action="store_true", help=argparse.SUPPRESS)
@@ -378,9 +385,9 @@ def main() -> None:
         return None
     found: Row = dict(machine=machine())
     print(found["machine"], flush=True)
-    found["checks"] = checks(options.processes)
     sizes = (4096,) if options.quick else (1024, 4096, 16384)
     steps: list[tuple[str, Callable[[], Any]]] = [
+        ("checks", lambda: checks(options.processes)),
         ("dense", lambda: [dense(D, L, causal) for D in (64, 128) for L in sizes for causal in (False, True)]),
         ("decode", lambda: [decode(S) for S in (4096, 16384)]),
         ("host_us", host_time),
@@ -389,6 +396,8 @@ def main() -> None:
     if not options.quick:
         steps.append(("races", races))
     for name, step in steps:
+        if options.only and name not in options.only:
+            continue
         try:
             found[name] = step()
         except Exception:
@@ -396,8 +405,8 @@ def main() -> None:
             print(name, found[name], flush=True)
         with open(options.output, "w", encoding="utf-8") as file:
             json.dump(found, file, indent=1, default=str)
-    print("host", found["host_us"], "us; memory", found["memory"], flush=True)
-    wrong = [row for row in found["checks"] if not row["right"]]
+    print({name: found.get(name) for name in ("host_us", "memory")}, flush=True)
+    wrong = [row for row in found.get("checks", ()) if not row["right"]]
     sys.exit(f"{len(wrong)} of {len(found['checks'])} checks failed" if wrong else 0)
 
 

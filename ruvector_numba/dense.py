@@ -71,9 +71,9 @@ def scaled_dot_product_attention(
     out : array (..., H, Lq, Dv), optional
         Where to write the result; it must not overlap an input.
     device : "cuda", optional
-        Move arrays of NumPy to the GPU, and the results back. Arrays that lie on a GPU already (of torch, CuPy, Numba, or
-        of anything with ``__cuda_array_interface__`` or DLPack) are read there without it, float32, float16 or bfloat16,
-        and the result is an array of the same library.
+        Move arrays of NumPy to the GPU, and the results back. Arrays that lie on a GPU already (of torch, CuPy, Numba,
+        or of anything with ``__cuda_array_interface__`` or DLPack) are read there without it, float32, float16 or
+        bfloat16, and the result is an array of the same library.
 
     Returns
     -------

@@ -1,8 +1,9 @@
 """Arrays on a GPU: knowing one, reading it where it lies, and making results in its owner's library.
 
 An array is one on a GPU if it is a torch tensor or CuPy or Numba array there, or if it speaks
-``__cuda_array_interface__`` or DLPack and says so. Nothing is imported until one is seen, and arrays of NumPy never move
-unless ``device="cuda"`` is given. Results are arrays of the library that `query` came from, made on its current stream.
+``__cuda_array_interface__`` or DLPack and says so. Nothing is imported until one is seen, and arrays of NumPy never
+move unless ``device="cuda"`` is given. Results are arrays of the library that `query` came from, made on its current
+stream.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class GpuUnavailableError(AttentionError, RuntimeError):
     sentence = "No GPU to be used: {}"
 
 
-# --- is there one ----------------------------------------------------------------------------------------------------
+# --- is there one ------------------------------------------------------------------------------------------------
 @functools.cache
 def problem() -> tuple[str, str] | None:
     """What is missing and what would help; None if a GPU can be used, or is simulated.
@@ -75,7 +76,7 @@ def require() -> None:
         raise GpuUnavailableError(found[0], hint=found[1])
 
 
-# --- knowing an array ------------------------------------------------------------------------------------------------
+# --- knowing an array --------------------------------------------------------------------------------------------
 def is_on_gpu(x: object) -> bool:
     """Is it an array on a GPU? Looks at nothing but what the array says of itself."""
     kind = type(x)
@@ -118,7 +119,12 @@ class GpuArray(NamedTuple):
         sides = zip(self.shape[:-1], self.strides[:-1], strict=True)
         steps = [stride for n, stride in sides if n > 1]
         last = self.strides[-1] == 1 or self.shape[-1] == 1
-        return last and self.shape[-1] > 0 == self.shape[-1] % piece and begins % piece == 0 and all(s % piece == 0 for s in steps)
+        return (
+            last
+            and self.shape[-1] > 0 == self.shape[-1] % piece
+            and begins % piece == 0
+            and all(s % piece == 0 for s in steps)
+        )
 
 
 def contiguous_strides(shape: Shape) -> tuple[int, ...]:
@@ -139,7 +145,7 @@ def _name(dtype: object) -> str:
     return str(getattr(dtype, "name", dtype)).replace("torch.", "")
 
 
-# --- the libraries ---------------------------------------------------------------------------------------------------
+# --- the libraries -----------------------------------------------------------------------------------------------
 class Library:
     """How arrays are made and read. This one is Numba's own, and serves those that have none of their own."""
 
@@ -320,7 +326,7 @@ def floats(name: str, x: Any, dtype: str | None = None) -> GpuArray:
     return found
 
 
-# --- what kernels are given --------------------------------------------------------------------------------------------
+# --- what kernels are given --------------------------------------------------------------------------------------
 class Space:
     """Memory and uploads of one call, in the caller's library and on its stream."""
 

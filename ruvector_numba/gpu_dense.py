@@ -50,7 +50,7 @@ def call(query: Any, key: Any, value: Any, attn_mask: Any, *terms: Any, dtype: s
             raise InvalidMaskError("a float mask has the dtype of query", shapes=dtypes, hint="cast it, or give bools")
         bias, mask = (None, seen) if is_bool else (seen, None)
         given = gpu.shadow(seen.shape, bool if is_bool else np.float32)
-    c = checks.call(*(gpu.shadow(x.shape) for x in (q, k, v)), given, *terms)
+    c = checks.call(gpu.shadow(q.shape), gpu.shadow(k.shape), gpu.shadow(v.shape), given, *terms)
     if isinstance(attn_mask, masks.Mask) and (c.seen.allowed is not None or c.seen.bias is not None):
         hint = "give it as attn_mask by itself, on the GPU, or write the rule with masks that hold no matrix"
         raise InvalidMaskError("a matrix joined to a mask lies on the CPU", hint=hint)
@@ -61,7 +61,7 @@ def call(query: Any, key: Any, value: Any, attn_mask: Any, *terms: Any, dtype: s
     return Call(c, q, k, v, bias, mask)
 
 
-# --- layouts -----------------------------------------------------------------------------------------------------------
+# --- layouts -----------------------------------------------------------------------------------------------------
 def _matrices(space: Space, x: GpuArray, repeat: int = 1) -> Any:
     """`Matrices` of rows that begin on 16 bytes, copied there first if they do not; each `repeat` times."""
     from .kernels.cuda.blocks import Matrices
@@ -117,7 +117,7 @@ def cut(x: GpuArray, n: int) -> Any:
     return x.native if x.shape[-1] == n else x.native[..., :n]
 
 
-# --- forward -----------------------------------------------------------------------------------------------------------
+# --- forward -----------------------------------------------------------------------------------------------------
 class Past(NamedTuple):
     """A call and what came of it; see `dense.Past`."""
 
@@ -196,7 +196,14 @@ def _score_terms(c: Call, space: Space) -> tuple[Any, Any]:
     slopes = nothing if a.slopes is None else space.upload(np.ascontiguousarray(a.slopes, np.float32).reshape(-1))
     threshold, gain = min(round(a.dropout * (1 << 32)), (1 << 32) - 1), 0.0 if a.dropout == 1 else 1 / (1 - a.dropout)
     terms = Terms(
-        a.scale * (1.0 if natural else _LOG2E), a.softcap or 0.0, slopes, *matrices, seen.offset, a.seed, threshold, gain
+        a.scale * (1.0 if natural else _LOG2E),
+        a.softcap or 0.0,
+        slopes,
+        *matrices,
+        seen.offset,
+        a.seed,
+        threshold,
+        gain,
     )
     first, last = max(-_FAR, min(_FAR, seen.first)), max(-_FAR, min(_FAR, seen.last))
     if seen.limits is None:
@@ -206,7 +213,7 @@ def _score_terms(c: Call, space: Space) -> tuple[Any, Any]:
 
 
 def run(query: Any, key: Any, value: Any, attn_mask: Any, out: Any, device: str | None, *terms: Any) -> Past:
-    """`scaled_dot_product_attention` and `attention_forward` on a GPU, arrays of NumPy moved there first if so wanted."""
+    """`scaled_dot_product_attention` and `attention_forward` on a GPU; arrays of NumPy are moved there if wanted."""
     if device == "cuda":
         mask = attn_mask if isinstance(attn_mask, masks.Mask) else gpu.moved(attn_mask)
         c = call(gpu.moved(query), gpu.moved(key), gpu.moved(value), mask, *terms)
@@ -282,11 +289,15 @@ def zero(space: Space, x: GpuArray, value: float) -> None:
     v = copying.Variant(x.element, 32 if isinstance(x.data, np.ndarray) else 256)
     n = gpu.size(x.shape)
     if n:
-        copying.fill(v, copying.FillJob(space.pointer(x), n, value), (min(1024, -(-n // v.threads)), 1, 1), space.stream)
+        copying.fill(
+            v, copying.FillJob(space.pointer(x), n, value), (min(1024, -(-n // v.threads)), 1, 1), space.stream
+        )
 
 
-# --- backward ----------------------------------------------------------------------------------------------------------
-def _gradient_job(past: Past, space: Space, grad_output: GpuArray, grad_lse: GpuArray | None, made: tuple[GpuArray, ...]) -> Any:
+# --- backward ----------------------------------------------------------------------------------------------------
+def _gradient_job(
+    past: Past, space: Space, grad_output: GpuArray, grad_lse: GpuArray | None, made: tuple[GpuArray, ...]
+) -> Any:
     from .kernels.cuda import blocks
 
     c, a = past.call, past.call.checked
@@ -306,8 +317,8 @@ def _gradient_job(past: Past, space: Space, grad_output: GpuArray, grad_lse: Gpu
     return blocks.GradientJob(
         _matrices(space, c.query), _matrices(space, c.key, a.group), _matrices(space, c.value, a.group),
         _matrices(space, past.output), _matrices(space, grad_output), _matrices(space, dq), _matrices(space, dk),
-        _matrices(space, dv), *kept, lse, *made_first, terms, sight, a.scale, Lq, Lk, whole(D, c.query.element), past.output.shape[-1],
-        a.heads, 1, a.group,
+        _matrices(space, dv), *kept, lse, *made_first, terms, sight, a.scale, Lq, Lk, whole(D, c.query.element),
+        past.output.shape[-1], a.heads, 1, a.group,
     )  # fmt: skip
 
 
@@ -363,8 +374,8 @@ def _backward(past: Past, grad_output: GpuArray, grad_lse: GpuArray | None, want
             dense_backward.to_key(v, job, (-(-job.Lk // v.rows), heads // a.group, 1), space.stream)
         if bias is not None:
             _bias_gradient(c, space, job, bias)
-    made = [past.given(cut(x, y.shape[-1])) for x, y in ((dq, c.query), (dk, c.key), (dv, c.value))]
-    return InputGradients(*made, None if bias is None else past.given(bias.native))
+    query, key, value = (past.given(cut(x, y.shape[-1])) for x, y in ((dq, c.query), (dk, c.key), (dv, c.value)))
+    return InputGradients(query, key, value, None if bias is None else past.given(bias.native))
 
 
 def _bias_gradient(c: Call, space: Space, job: Any, bias: GpuArray) -> None:

@@ -22,6 +22,11 @@ class Record(Protocol):
     def weights(self, rows: Any = None) -> Array: ...
 
 
+def _array(name: str, x: ArrayLike) -> Any:
+    """Arrays on a GPU stay there."""
+    return x if gpu.is_on_gpu(x) else checks.from_sequence(name, x)
+
+
 class AttentionCache:
     """What a forward pass leaves for the backward pass.
 
@@ -64,8 +69,7 @@ class AttentionCache:
         record: Record | None = None,
     ) -> None:
         self.query, self.key, self.value = (
-            x if gpu.is_on_gpu(x) else checks.from_sequence(name, x)
-            for name, x in (("query", query), ("key", key), ("value", value))
+            _array(name, x) for name, x in (("query", query), ("key", key), ("value", value))
         )
         self._given_weights = (
             None if attention_weights is None else checks.from_sequence("attention_weights", attention_weights)

@@ -9,7 +9,6 @@ from types import SimpleNamespace
 
 from greenlet import getcurrent, greenlet
 from numba.cuda.simulator import kernel, kernelapi
-
 from ruvector_numba.kernels.cuda import ptx_simulated
 
 WARP, BLOCK = "warp", "block"

@@ -70,7 +70,7 @@ def assert_close(got, wanted, tolerance):
     np.testing.assert_allclose(got[finite], wanted[finite], atol=tolerance * size, rtol=0)
 
 
-# --- numbers ---------------------------------------------------------------------------------------------------------
+# --- numbers -----------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("element", TOLERANCE)
 def test_plain_and_causal(element):
     compare(element)
@@ -159,7 +159,7 @@ def test_the_same_bits_every_time_and_in_any_batch():
         np.testing.assert_array_equal(a[1:].view(np.uint16), c.view(np.uint16))
 
 
-# --- arrays ------------------------------------------------------------------------------------------------------------
+# --- arrays ------------------------------------------------------------------------------------------------------
 def test_any_strides_are_read_where_they_lie():
     rng = np.random.default_rng(5)
     wide = rng.standard_normal((2, 19, 3, 40)).astype(np.float32)

@@ -30,7 +30,11 @@ def forward(v):
     KEYS, TALL, SLOTS, ROWS, PACKED = v.keys, v.tall, 2 * v.tall, v.rows, v.packed
     BLOCKS, WIDE, STORED = KEYS // 8, v.width // 8, STORAGE[v.element]
     TILE, SCORES, SUMS = KEYS * pitch(v.element, v.width), TALL * BLOCKS * 4, TALL * WIDE * 4
-    HELD, PASSED, SPANS = held(v.element, v.width, TALL, v.hold > 0), passed(v.element, TALL, KEYS, v.threads), v.threads // WARP * 4
+    HELD, PASSED, SPANS = (
+        held(v.element, v.width, TALL, v.hold > 0),
+        passed(v.element, TALL, KEYS, v.threads),
+        v.threads // WARP * 4,
+    )
     DROPOUT, SOME_HIDDEN = v.dropout, v.bias or v.mask
     load_rows, times_transposed, times, add_row = operations(v.element, v.width, TALL, KEYS, v.hold > 0)
     begin, take_out, forget = loading(v.element, v.width, KEYS, v.threads)

@@ -280,7 +280,9 @@ def to_key(v):
             if turn + 1 < turns:
                 fetch(job, queries, grads, int32(TILE - now), next_head, next0)
                 if cuda.threadIdx.x < QUERIES:  # asked for now, needed when this tile is done
-                    next_lo, next_hi, next_shift, next_delta = look(job, batch, next_head, int32(next0 + cuda.threadIdx.x))
+                    next_lo, next_hi, next_shift, next_delta = look(
+                        job, batch, next_head, int32(next0 + cuda.threadIdx.x)
+                    )
             commit()
             wait_for_all_but_one()
             cuda.syncthreads()

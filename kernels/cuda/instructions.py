@@ -4,7 +4,7 @@ from .jit import SIMULATED
 
 if SIMULATED:
     from .ptx_simulated import *  # noqa: F403
-    from .ptx_simulated import __all__  # noqa: F401
+    from .ptx_simulated import __all__
 else:
     from .ptx import *  # noqa: F403
     from .ptx import __all__  # noqa: F401

@@ -168,12 +168,12 @@ def _row_stack():
     """NumPy 2.5 has dropped a name that numba-cuda 0.30 asks for when it first compiles."""
     missing = not hasattr(np, "row_stack")
     if missing:
-        np.row_stack = np.vstack
+        np.vstack = np.vstack
     try:
         yield
     finally:
         if missing:
-            del np.row_stack
+            del np.vstack
 
 
 @contextlib.contextmanager

@@ -79,7 +79,11 @@ def bias_gradient(v):
                     slope = a.terms.slopes[head] if SLOPES else float32(0)
                     s = score(a.terms, s, slope, head, i, j, True)
                     if s != -INF:
-                        g_at, v_at, dp = a.grad_output.at[head] + i * a.grad_output.row, a.value.at[head] + j * a.value.row, float32(0)
+                        g_at, v_at, dp = (
+                            a.grad_output.at[head] + i * a.grad_output.row,
+                            a.value.at[head] + j * a.value.row,
+                            float32(0),
+                        )
                         for d in range(a.Dv):
                             dp += widened(a.grad_output.data[g_at + d]) * widened(a.value.data[v_at + d])
                         if DROPOUT:

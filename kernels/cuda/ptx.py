@@ -258,9 +258,7 @@ def _wanted(n, result, code):
         def generate(context, builder, signature, args):
             where = builder.ptrtoint(builder.gep(args[0], [args[1]]), _LONG)
             wanted = builder.zext(builder.icmp_unsigned("!=", args[2], args[2].type(0)), _INT)
-            text = (
-                f"{{ .reg .pred p; .reg .u64 t; cvta.to.global.u64 t, ${n}; setp.ne.u32 p, ${n + 1}, 0; {code} }}"
-            )
+            text = f"{{ .reg .pred p; .reg .u64 t; cvta.to.global.u64 t, ${n}; setp.ne.u32 p, ${n + 1}, 0; {code} }}"
             kinds = ",".join([f"=&{letter}"] * n + ["l", "r"])
             if n == 1:
                 return _call(builder, result, [where, wanted], text, kinds)
@@ -373,6 +371,7 @@ def across(x, distance):
 def warp_waits():
     """What a lane wrote to shared memory before, the others see after."""
     cuda.syncwarp(_EVERYONE)
+
 
 __all__ = [
     "across",

@@ -266,6 +266,7 @@ def across(x, distance):
 def warp_waits():
     _together(None, lambda given: given)
 
+
 __all__ = [
     "across",
     "address",

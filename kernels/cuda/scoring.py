@@ -103,7 +103,8 @@ def kept(thrown, j, threshold):
 # --- one score -------------------------------------------------------------------------------------------------------
 @functools.cache
 def scoring(element, softcap, slopes, bias, mask):
-    """score(terms, s, slope, head, i, j, there): in base 2, -inf where bias or mask hide; there is a query i and a key j.
+    """score(terms, s, slope, head, i, j, there): in base 2, -inf where bias or mask hide. Is `there` such a
+    pair?
     slope_of_cap(terms, s): the derivative of the softcap."""
     widened = widen(element)
     natural = softcap or slopes or bias

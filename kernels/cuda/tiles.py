@@ -33,8 +33,8 @@ def pitch(element, width):
 
 
 def held(element, width, tall, hold=True):
-    """How many words hold a warp's rows as the tensor cores' left factor; without `hold`, of 16 rows, they are read each
-    time."""
+    """How many words hold a warp's rows as the tensor cores' left factor; without `hold`, of 16 rows, they are read
+    each time."""
     return tall * width // 4 if hold and element != "float32" else 1
 
 
@@ -209,9 +209,9 @@ def widen(element):
 # --- tiles in shared memory ------------------------------------------------------------------------------------------
 @functools.cache
 def loading(element, width, rows, threads):
-    """begin(tile, offset, pointer, at, stride, live, D), which begins to copy `rows` rows of D elements, of which `live`
-    are there, to tile[offset:]; take_out(tile, offset, odd), which clears the rows that hold NaN or infinity and marks
-    them; and forget(odd), which takes the marks away."""
+    """begin(tile, offset, pointer, at, stride, live, D) begins to copy `rows` rows of D elements, of which `live` are
+    there, to tile[offset:]. take_out(tile, offset, odd) clears the rows that hold NaN or infinity and marks them, and
+    forget(odd) takes the marks away."""
     PITCH, PER_COPY = pitch(element, width), 16 // ELEMENTS[element].itemsize
     high, low = ELEMENTS[element].exponents
     COPIES = min(width // PER_COPY, threads)  # of a row at once

@@ -1,7 +1,12 @@
 """Which tiles the GPU's dense kernels take, and how the work is cut into blocks of threads.
 
-Measured on an H200, bfloat16, 4096 queries and keys, both in TFLOP/s of the products made, full and causal: forward at
-D = 64, tall 1 and 2: 198 and 224, 160 and 181; with 32 keys to a tile 168, 147. At D = 128, 64 and 32 keys: 237 and 193.
+Measured on an H200, bfloat16, 4096 queries and keys, in TFLOP/s of the products that are made:
+
+    forward, D = 64     keys 64: tall 2 240, tall 1 198; keys 32: tall 2 203, tall 1 168; keys 128: tall 1 222
+    forward, D = 128    keys 64: tall 1 249; keys 32: tall 1 193; keys 128: 174
+    to_query, D = 64    keys 32, tall 2 320; keys 64, tall 1 251        D = 128    keys 32, tall 1 280
+    to_key, D = 64      keys 64 254; keys 32 on three blocks 189, tall 2 186
+    to_key, D = 128     keys 32 182 (it spills 250 bytes); keys 16 169; nothing held 108
 """
 
 from __future__ import annotations
