@@ -18,19 +18,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .checks import Array, Shape
-from .errors import AttentionError, InvalidInputError
+from .errors import InvalidConfigError, InvalidInputError
 
 __all__ = ["GpuArray", "is_on_gpu", "problem"]
 
 ELEMENTS = ("float32", "float16", "bfloat16")
 _ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2, "bool": 1, "uint8": 1, "int32": 4, "int64": 8}
 _DLPACK_CUDA = 2
-
-
-class GpuUnavailableError(AttentionError, RuntimeError):
-    """There is no GPU that can be used, or something between it and Python is missing."""
-
-    sentence = "No GPU to be used: {}"
 
 
 # --- is there one ------------------------------------------------------------------------------------------------
@@ -70,10 +64,10 @@ def problem() -> tuple[str, str] | None:
 
 
 def require() -> None:
-    """Raise `GpuUnavailableError` unless a GPU can be used."""
+    """Raise `InvalidConfigError` unless a GPU can be used."""
     found = problem()
     if found is not None:
-        raise GpuUnavailableError(found[0], hint=found[1])
+        raise InvalidConfigError(f"no GPU can be used: {found[0]}", hint=found[1])
 
 
 # --- knowing an array --------------------------------------------------------------------------------------------
