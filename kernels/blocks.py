@@ -46,6 +46,13 @@ class Rounded(NamedTuple):
     value: StoredMatrices
 
 
+class Widened(NamedTuple):
+    """Keys and values in the kernel's type, where reading them as they lie would cost too much: see halves.py."""
+
+    key: Matrices
+    value: Matrices
+
+
 class BiasGradient(NamedTuple):
     """The gradient of a bias, of R rows and C columns that are queries or blocks of them, keys or tiles of them.
 
@@ -65,6 +72,7 @@ class AttentionJob(NamedTuple):
     query: StoredMatrices
     key: StoredMatrices
     value: StoredMatrices
+    widened: Widened | None
     output: StoredMatrices  # with several splits, one for each
     exact: Matrices | None  # the output as it was computed, where that is another type
     wants_output: int

@@ -1,7 +1,8 @@
 """What is made for pairs of a query and a key, by those who ask for it: the weights, and the gradient of a bias."""
 
 from .blocks import COLS, ROWS, TALL, AttentionJob, carve, carve_gradients, find_keys, place_chunk, sees, stage_additive
-from .dense import normalise, scores, stand, stand_gradients, take_tile
+from .dense import keys_of, scores, stand
+from .dense_backward import normalise, stand_gradients, take_tile
 from .jit import apart, kernel
 from .scoring import slope_of
 from .simd import given, lanes_of, tile_map, tile_row, tile_store, tile_zeros, width_of
@@ -56,7 +57,7 @@ def weights(job: AttentionJob, slot, task):
     stand(b, job, head, q0, nq)
     normalise(b, job, head * job.Lq + q0, nq, job.natural)
     for k0 in range(lowest // KB * KB, highest, KB):
-        n, key = min(KB, job.Lk - k0), matrix(job.key, head, k0)
+        n, key = min(KB, job.Lk - k0), keys_of(job, head, k0)
         place_chunk(b, job, nq, q0, k0, n, False)
         stage_additive(b, job.additive, job.bias, job.mask, head, q0, nq, k0, n)
         for column in range(0, nq, lanes):
@@ -86,4 +87,3 @@ def put_weights(out, b, queries, first, last, k0, additive):
         for j in range(first, last):
             if sees(b, additive, k0, j, i):  # where it does not, NaN in the row may have left NaN
                 out.data[i * out.row + (k0 + j) * out.col] = b.scores[j * width + i] * b.total[i]
-

@@ -173,14 +173,15 @@ def padded_rows(out, step, m, n, D, factor):
 
 @apart
 def copy_rows(out, m, n, D):
-    """out[row, d] = m[row, d] for n rows, rounded if out is of half precision; the elements of both rows adjoin."""
+    """out[row, d] = m[row, d] for n rows, widened or rounded if one of them is of half precision."""
     lanes = lanes_of(m.data)
+    whole = D // lanes * lanes if m.col == 1 and out.col == 1 else 0
     for row in range(n):
         to, at = row * out.row, row * m.row
-        for d in range(0, D // lanes * lanes, lanes):
+        for d in range(0, whole, lanes):
             store(load(m.data, at + d), out.data, to + d)
-        for d in range(D // lanes * lanes, D):
-            out.data[to + d] = m.data[at + d]
+        for d in range(whole, D):
+            out.data[to + d * out.col] = m.data[at + d * m.col]
 
 
 @apart

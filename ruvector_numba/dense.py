@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -49,8 +49,9 @@ def scaled_dot_product_attention(
 
     Parameters
     ----------
-    query : array (..., H, Lq, D), float32 or float64
-        Any strides, any number of leading batch axes, or just (L, D).
+    query : array (..., H, Lq, D), float32, float64, float16, or bfloat16 of the package ml_dtypes
+        Any strides, any number of leading batch axes, or just (L, D). Half precision is computed in float32 throughout,
+        and rounded once, at the end.
     key : array (..., Hk, Lk, D)
     value : array (..., Hk, Lk, Dv)
     attn_mask : bool array, float array, or mask of `ruvector_numba.masks`, optional
@@ -76,6 +77,13 @@ def scaled_dot_product_attention(
         Move arrays of NumPy to the GPU, and the results back. Arrays that lie on a GPU already (of torch, CuPy, Numba,
         or of anything with ``__cuda_array_interface__`` or DLPack) are read there without it, float32, float16 or
         bfloat16, and the result is an array of the same library.
+    dtype : "bfloat16", optional
+        What the bits of uint16 arrays mean: all three are bfloat16 numbers, and so is the result, uint16 again. NumPy
+        has no such type, and arrays of ml_dtypes.bfloat16 need no such word.
+    precision : "bfloat16", optional
+        Of the products alone, for float32 arrays: inputs are rounded to bfloat16, 3 digits, and all the rest is float32
+        as ever. Results are off by some 0.2 to 0.5 % of the largest. It pays where the CPU multiplies bfloat16
+        (avx512bf16 in ``rv.info()["features"]``).
 
     Returns
     -------
@@ -98,7 +106,7 @@ def scaled_dot_product_attention(
     terms = (dropout_p, is_causal, scale, enable_gqa, softcap, alibi_slopes, seed)
     if gpu.concerns(device, query, key, value):
         return gpu_dense().run(query, key, value, attn_mask, out, device, *terms).result
-    c = checks.call(query, key, value, attn_mask, *terms, dtype, precision)
+    c = _checked(precision, query, key, value, attn_mask, *terms, dtype)
     return _forward(c, None if out is None else checks.output(out, c), wants_lse=False).output
 
 
@@ -144,7 +152,7 @@ def attention_forward(
         there = gpu_dense().run(query, key, value, attn_mask, out, device, *terms)
         lse = there.given(there.lse)
         return AttentionCache(query, key, value, mask=attn_mask, output=there.result, lse=lse, record=there)
-    c = checks.call(query, key, value, attn_mask, *terms, dtype, precision)
+    c = _checked(precision, query, key, value, attn_mask, *terms, dtype)
     result = forward(c, None if out is None else checks.output(out, c))
     return AttentionCache(query, key, value, mask=attn_mask, output=result.output, lse=result.lse, record=result)
 
@@ -198,7 +206,7 @@ def attention_backward(
     return past.backward(grad, lse)
 
 
-def merge(outputs: Sequence[ArrayLike], lses: Sequence[ArrayLike]) -> tuple[Array, Array]:
+def merge(outputs: Sequence[ArrayLike], lses: Sequence[ArrayLike], *, dtype: str | None = None) -> tuple[Array, Array]:
     """The attention over all keys, from attentions of the same queries over disjoint parts of the keys. Exact.
 
     Parameters
@@ -206,6 +214,8 @@ def merge(outputs: Sequence[ArrayLike], lses: Sequence[ArrayLike]) -> tuple[Arra
     outputs : sequence of arrays (..., Lq, Dv)
     lses : sequence of arrays (..., Lq)
         The logsumexp of each; a part where a query sees nothing has -inf there, and does not count.
+    dtype : "bfloat16", optional
+        What the bits of uint16 outputs mean.
 
     Returns
     -------
@@ -236,11 +246,15 @@ def merge(outputs: Sequence[ArrayLike], lses: Sequence[ArrayLike]) -> tuple[Arra
         shapes = {f"outputs[{i}].shape": x.shape, f"lses[{i}].shape": log.shape, "outputs[0].shape": parts[0].shape}
         if x.ndim < 2 or x.shape != parts[0].shape or log.shape != x.shape[:-1]:
             raise DimensionMismatchError(parts[0].shape, x.shape, shapes=shapes, hint="(..., Lq, Dv) and (..., Lq)")
-        if x.dtype.kind != "f" or log.dtype.kind != "f" or x.dtype != parts[0].dtype:
+        is_float = (
+            x.dtype.kind == "f" or halves.is_bfloat16(x.dtype) or (dtype == "bfloat16" and x.dtype == halves.BITS)
+        )
+        if not is_float or log.dtype.kind != "f" or x.dtype != parts[0].dtype:
             dtypes = {f"outputs[{i}].dtype": x.dtype, f"lses[{i}].dtype": log.dtype, "outputs[0].dtype": parts[0].dtype}
             raise InvalidInputError("outputs and lses are floats of one kind", shapes=dtypes, hint="cast them")
-    output, lse = _merged(np.stack(parts), np.stack(logs).astype(np.float64, copy=False))
-    return output, lse.astype(logs[0].dtype, copy=False)
+    wide = [halves.widened(x) for x in parts]
+    output, lse = _merged(np.stack(wide), np.stack(logs).astype(np.float64, copy=False))
+    return halves.rounded(output, parts[0].dtype), lse.astype(logs[0].dtype, copy=False)
 
 
 def gpu_dense() -> Any:
@@ -248,6 +262,17 @@ def gpu_dense() -> Any:
     from . import gpu_dense
 
     return gpu_dense
+
+
+def _checked(precision: str | None, *arguments: Any) -> Call:
+    """A checked call; one whose products shall be of bfloat16 has its arrays rounded."""
+    c = checks.call(*arguments)
+    if not checks.precision(precision, c):
+        return c
+    from .plan import dense as plan
+
+    query, key, value = (plan.rounded(x, halves.BITS) for x in (c.query, c.key, c.value))
+    return c._replace(query=query, key=key, value=value)
 
 
 # --- from checked calls to plans -----------------------------------------------------------------------------------
@@ -286,7 +311,11 @@ class Past(NamedTuple):
         shape = self.output.shape[:-1]
         lse = np.zeros(shape) if grad_lse is None else grad_lse.astype(np.float64, order="C")
         stored = self.call.query.dtype
-        grad_output = halves.stored(grad_output) if grad_output.itemsize == stored.itemsize else halves.rounded(grad_output, stored)
+        grad_output = (
+            halves.stored(grad_output)
+            if grad_output.itemsize == stored.itemsize
+            else halves.rounded(grad_output, stored)
+        )
         return _backward(self, grad_output, lse, wants_bias and self.call.seen.bias is not None)
 
 
@@ -324,14 +353,15 @@ def _forward(c: Call, out: Array | None, wants_lse: bool, by_tiles: bool = False
         exact = None if wide.exact is None else np.ascontiguousarray(wide.exact[..., : shape[-1]])
         return wide._replace(call=c, output=out, exact=exact)
     ready = plan.forward(plan.problem(c, out), wants_lse, by_tiles)
+    more = plan.widened(c) if ready.widens else {}
     if ready.splits == 1:
         exact = np.empty(shape, c.arithmetic) if c.rounds and wants_lse else out
-        ready(c, output=halves.stored(out), exact=exact, lse=lse, top=top)
+        ready(c, output=halves.stored(out), exact=exact, lse=lse, top=top, **more)
         return Past(c, out, lse, top, exact)
     heads = math.prod(shape[:-2])
     parts = np.empty((heads, ready.splits, *shape[-2:]), c.arithmetic)
     logs, tops = np.empty(parts.shape[:-1]), np.empty(parts.shape[:-1], c.arithmetic)
-    ready(c, output=parts, exact=parts, lse=logs, top=tops)
+    ready(c, output=parts, exact=parts, lse=logs, top=tops, **more)
     output, merged_lse = _merged(parts.swapaxes(0, 1), logs.swapaxes(0, 1))
     if c.eps:
         top = tops.max(axis=1)
@@ -369,37 +399,51 @@ def _with_channels(c: Call) -> Call:
 def _backward(past: Past, grad_output: Array, grad_lse: Array, wants_bias: bool) -> InputGradients:
     from .plan import dense as plan
 
-    c, output = past.call, past.exact
+    c, output = past.call, past.output if past.exact is None else past.exact
     shape_of_bias = () if c.seen.bias is None else c.seen.bias.shape
     bias = np.zeros(shape_of_bias, c.bias_given) if wants_bias else None
     D, Dv = c.query.shape[-1], c.value.shape[-1]
     if 0 in c.query.shape[:-1] or 0 in c.key.shape[:-1]:
-        return InputGradients(*(np.zeros(x.shape, c.given) for x in (c.query, c.key, c.value)), bias)
+        query, key, value = (np.zeros(x.shape, c.given) for x in (c.query, c.key, c.value))
+        return InputGradients(query, key, value, bias)
     if not (D and Dv):
-        none = np.zeros((*past.output.shape[:-1], 1), c.arithmetic)
+        none = np.zeros((*output.shape[:-1], 1), output.dtype)
         wide_past = past._replace(call=_with_channels(c), exact=output if Dv else none)
         wide = _backward(wide_past, grad_output if Dv else none.astype(c.query.dtype), grad_lse, wants_bias)
         return InputGradients(wide.query[..., :D], wide.key[..., :D], wide.value[..., :Dv], wide.bias)
-    assert output is not None
-    itemsize, problem, layout = c.arithmetic.itemsize, plan.problem(c, output), plan.layout(grad_output)
-    rounded = [np.empty(x.shape, c.given) if c.rounds else None for x in (c.query, c.key, c.value)]
-    query = np.empty((0,) if c.rounds else c.query.shape, c.arithmetic)
-    key, value = (np.empty(plan.padded(x.shape, itemsize), c.arithmetic) for x in (c.key, c.value))
-    made = dict(grad_query=query, grad_key=key, grad_value=value)
-    for name, x in zip(("query", "key", "value"), rounded, strict=True):
-        made[f"rounded_{name}"] = None if x is None else halves.stored(x)
-    sums = _by_tiles(past)
-    given = dict(output=output, exact=output, lse=sums.log_sum, top=sums.top, grad_output=grad_output, grad_lse=grad_lse)
-    for ready in plan.backward(problem, layout, plan.threads()):
-        ready(c, **made, **given)
-    if wants_bias:
+    if grad_output.dtype != c.query.dtype:
+        grad_output = plan.rounded(grad_output, c.query.dtype)
+    problem, layout, sums = plan.problem(c, output), plan.layout(grad_output), _by_tiles(past)
+    ready, *others = plan.backward(problem, layout, plan.threads())
+    given = dict(
+        output=output, exact=output, lse=sums.log_sum, top=sums.top, grad_output=grad_output, grad_lse=grad_lse,
+        **(plan.widened(c) if ready.widens else {}),
+    )  # fmt: skip
+    made = _room_for_gradients(c, plan.padded)
+    for each in (ready, *others):
+        each(c, **made, **given)
+    if bias is not None:
         ready, shape = plan.bias_backward(problem, layout)
         made_bias = np.zeros(shape, c.arithmetic)
         ready(c, grad_bias=made_bias, **given)
         bias = halves.rounded(_summed(made_bias, shape_of_bias), bias.dtype)
     if c.rounds:
-        return InputGradients(*rounded, bias)
-    return InputGradients(query, np.ascontiguousarray(key[..., :D]), np.ascontiguousarray(value[..., :Dv]), bias)
+        query, key, value = (made[f"rounded_{name}"].view(c.given) for name in ("query", "key", "value"))
+        return InputGradients(query, key, value, bias)
+    key, value = made["grad_key"][..., :D], made["grad_value"][..., :Dv]
+    return InputGradients(made["grad_query"], np.ascontiguousarray(key), np.ascontiguousarray(value), bias)
+
+
+def _room_for_gradients(c: Call, padded: Callable[[tuple[int, ...], int], tuple[int, ...]]) -> dict[str, Array]:
+    """Where gradients are summed, those of keys and values in rows of whole vectors, and where they are rounded."""
+    kind, named = c.arithmetic, {"query": c.query, "key": c.key, "value": c.value}
+    made = {
+        f"grad_{name}": np.empty(padded(x.shape, kind.itemsize), kind) for name, x in named.items() if name != "query"
+    }
+    made["grad_query"] = np.empty(0 if c.rounds else c.query.shape, kind)  # each of its elements is made at once
+    if c.rounds:
+        made |= {f"rounded_{name}": np.empty(x.shape, x.dtype) for name, x in named.items()}
+    return made
 
 
 def _summed(made: Array, shape: tuple[int, ...]) -> Array:
@@ -431,4 +475,6 @@ def _weights(c: Call, lse: Array, result: Array) -> None:
 
     c = _with_channels(c)
     result = halves.stored(result)
-    plan.weights(plan.problem(c, result))(c, lse=np.ascontiguousarray(lse), output=result, exact=result)
+    ready = plan.weights(plan.problem(c, result))
+    more = plan.widened(c) if ready.widens else {}
+    ready(c, lse=np.ascontiguousarray(lse), output=result, exact=result, **more)

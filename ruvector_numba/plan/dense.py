@@ -14,11 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..checks import Array, Call, Shape
-from ..kernels import blocks, decode, dense, jit, pairs
+from ..kernels import blocks, decode, dense, dense_backward, jit, pairs
 from ..kernels.scoring import ByteMatrices, Dropout
 from ..kernels.simd import target
 from ..kernels.softmax import LN2, LOG2E, Epsilon
 from ..kernels.tiles import StoredMatrices
+from . import halves
 from .layouts import NOTHING, NOWHERE, Layout, as_matrices, broadcast, contiguous, layout, padded, with_heads
 
 FORWARD_KEYS = 128  # in a chunk: 128 x 64 scores are 32 KiB and stay near the core; 64 and 96 measured the same
@@ -69,12 +70,24 @@ def _outputs(p: Problem, output: Layout | None, exact: Layout | None) -> dict[st
     """What the kernels write of an output: in the type that the inputs lie in, as it was computed, or both."""
     size = p.arithmetic.itemsize
     if p.dtype == p.arithmetic:  # they are the same
-        return dict(output=as_matrices("output", output or exact, size), exact=None, wants_output=1, wants_exact=0)
+        there = exact if output is None else output
+        assert there is not None
+        return dict(output=as_matrices("output", there, size), exact=None, wants_output=1, wants_exact=0)
     return dict(
         output=NOWHERE if output is None else as_matrices("output", output, p.dtype.itemsize),
         exact=NOWHERE if exact is None else as_matrices("exact", exact, size),
         wants_output=int(output is not None), wants_exact=int(exact is not None),
     )  # fmt: skip
+
+
+def _widened(p: Problem, group: int) -> blocks.Widened | None:
+    if p.dtype == p.arithmetic:
+        return None
+    size = p.arithmetic.itemsize
+    key, value = (contiguous(with_heads(x, 3).shape, size) for x in (p.key, p.value))
+    return blocks.Widened(
+        as_matrices("widened_key", key, size, group), as_matrices("widened_value", value, size, group)
+    )
 
 
 def _job(p: Problem, keys_per_block: int, rows: int, **more: Any) -> blocks.AttentionJob:
@@ -89,7 +102,8 @@ def _job(p: Problem, keys_per_block: int, rows: int, **more: Any) -> blocks.Atte
     mask = None if p.mask is None else ByteMatrices(*as_matrices("mask", broadcast(p.mask, scores), 1))
     fields = dict(
         query=as_matrices("query", query, itemsize), key=as_matrices("key", key, itemsize, group),
-        value=as_matrices("value", value, itemsize, group), lse=NOTHING, wants_lse=0, natural=natural,
+        value=as_matrices("value", value, itemsize, group), widened=_widened(p, group), lse=NOTHING,
+        wants_lse=0, natural=natural,
         softcap=p.softcap, slopes="slopes" if p.slopes else None, bias=bias, mask=mask,
         additive=None if bias is None and mask is None else 1, dropout=_dropout(p.dropout),
         epsilon=Epsilon(p.eps, "top") if p.eps else None, gradients=None, rounded=None,
@@ -118,6 +132,7 @@ class Plan(NamedTuple):
     scratch: int  # elements that one thread needs
     splits: int
     unit: float  # what a score in the kernel's unit, such as `top`, is worth
+    widens: bool  # it reads keys and values as `widened` makes them
 
     def __call__(self, c: Call, **arrays: Any) -> None:
         seen = c.seen
@@ -129,6 +144,14 @@ class Plan(NamedTuple):
         )  # fmt: skip
 
 
+def widened(c: Call) -> dict[str, Array]:
+    """Keys and values as plans that widen take them, beside the call's own."""
+    return {f"widened_{name}": halves.widened(x) for name, x in (("key", c.key), ("value", c.value))}
+
+
+rounded = halves.rounded
+
+
 def _every_batch(limits: NDArray[np.int64], c: Call) -> NDArray[np.int64]:
     return np.ascontiguousarray(np.broadcast_to(limits, (*c.batch, c.query.shape[-2], 2)), np.int64)
 
@@ -136,9 +159,9 @@ def _every_batch(limits: NDArray[np.int64], c: Call) -> NDArray[np.int64]:
 def _plan(kernel: jit.Kernel, job: blocks.AttentionJob, tasks: int, p: Problem, products: int) -> Plan:
     heads = len(job.query.at)
     work = heads * job.Lq * job.Lk * (job.D + job.Dv) * products / 2
-    return Plan(
-        kernel.prepare(job, tasks, p.dtype, work), job.scratch_step, job.splits, LN2 if job.natural is None else 1.0
-    )
+    unit = LN2 if job.natural is None else 1.0
+    launch = kernel.prepare(job, tasks, p.dtype, work)
+    return Plan(launch, job.scratch_step, job.splits, unit, job.widened is not None)
 
 
 def is_few(p: Problem) -> bool:
@@ -169,7 +192,7 @@ def forward(p: Problem, wants_lse: bool, by_tiles: bool = False) -> Plan:
     if p.eps and splits > 1:  # it is one sum: eps is added when the parts are merged
         more.update(epsilon=Epsilon(0.0, "top"))
     if few:
-        job = _job(p, DECODE_KEYS, 0, **more)
+        job = _job(p, DECODE_KEYS, 0, widened=None, **more)
         step = decode.scratch_elements(Lq * job.group, D, Dv, DECODE_KEYS, itemsize)
         job = job._replace(scratch_step=step)
         return _plan(decode.forward, job, heads // job.group * splits, p, 2)
@@ -223,12 +246,12 @@ def backward(p: Problem, grad_output: Layout, threads: int) -> list[Plan]:
     key_heads = heads // job.group
     rounds = -(-key_heads // threads)
     if 5 * rounds * threads <= 7 * key_heads:
-        return [_plan(dense.backward, job._replace(gradients=g), key_heads, p, 5)]
+        return [_plan(dense_backward.backward, job._replace(gradients=g), key_heads, p, 5)]
     to_query = g._replace(to_key=0, heads=1, blocks=1)
     to_key = g._replace(to_query=0, tiles=1)
     return [
-        _plan(dense.backward, job._replace(gradients=to_query), heads * job.blocks, p, 3),
-        _plan(dense.backward, job._replace(gradients=to_key), key_heads * g.tiles, p, 4),
+        _plan(dense_backward.backward, job._replace(gradients=to_query), heads * job.blocks, p, 3),
+        _plan(dense_backward.backward, job._replace(gradients=to_key), key_heads * g.tiles, p, 4),
     ]
 
 
@@ -280,6 +303,8 @@ __all__ = [
     "layout",
     "padded",
     "problem",
+    "rounded",
     "threads",
     "weights",
+    "widened",
 ]
