@@ -25,7 +25,7 @@ class Variant(NamedTuple):
     resident: int = 1
 
 
-@kernel(CopyJob)
+@kernel(CopyJob, registers=40)
 def pack(v):
     THREADS, zero = v.threads, STORAGE[v.element](0)
 
@@ -47,7 +47,7 @@ class FillJob(NamedTuple):
     value: float
 
 
-@kernel(FillJob)
+@kernel(FillJob, registers=32)
 def fill(v):
     """data[:] = value, which is 0 where elements have 16 bits"""
     THREADS, STORED = v.threads, STORAGE[v.element]

@@ -28,7 +28,7 @@ class PairJob(NamedTuple):
     C: int
 
 
-@kernel(PairJob)
+@kernel(PairJob, registers=64)
 def weights(v):
     """out[head, n, j] = p of query rows[n] and key j"""
     widened, SLOPES, THREADS = widen(v.element), v.slopes, v.threads
@@ -53,7 +53,7 @@ def weights(v):
     return attention_weights
 
 
-@kernel(PairJob)
+@kernel(PairJob, registers=112)
 def bias_gradient(v):
     """out[m, r, c] = the sum of ds over the heads of matrix m, and over the queries or keys where it has one row or
     column: a warp has one entry."""
