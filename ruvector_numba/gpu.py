@@ -63,6 +63,21 @@ def problem() -> tuple[str, str] | None:
     return None
 
 
+def describe() -> str:
+    """The GPU in words, or what is missing and what would help."""
+    found = problem()
+    if found is not None:
+        return f"none: {found[0]}; {found[1]}"
+    import numba
+    from numba import cuda
+
+    if numba.config.ENABLE_CUDASIM:
+        return "simulated by Numba"
+    device = cuda.get_current_device()
+    name = device.name.decode() if isinstance(device.name, bytes) else device.name
+    return f"{name}, compute capability {'.'.join(map(str, device.compute_capability))}"
+
+
 def require() -> None:
     """Raise `InvalidConfigError` unless a GPU can be used."""
     found = problem()
@@ -303,9 +318,10 @@ def view(name: str, x: Any, dtype: str | None = None) -> GpuArray:
 
 
 def _from_dlpack(x: Any) -> GpuArray:
+    require()
     from cuda.core.utils import StridedMemoryView
 
-    seen = StridedMemoryView(x, stream_ptr=-1)
+    seen = StridedMemoryView.from_dlpack(x, stream_ptr=-1)
     shape = tuple(seen.shape)
     steps = tuple(seen.strides) if seen.strides is not None else contiguous_strides(shape)
     return GpuArray(int(seen.ptr), 0, shape, steps, _name(seen.dtype), x)

@@ -1,4 +1,4 @@
-"""What ptxas makes of every GPU kernel, for one compute capability: a process of its own, which test_cuda_ptx.py starts.
+"""What ptxas makes of every GPU kernel, for one compute capability: a process that test_cuda_ptx.py starts.
 
     python tests/cuda_ptx.py 9 0
 
@@ -33,6 +33,7 @@ def ptxas():
 def dense(thorough):
     """The variants that the plan picks for the common element types and widths, and one with every term."""
     from ruvector_numba.kernels.cuda import blocks, dense, dense_backward, pairs
+
     from ruvector_numba.plan import cuda_dense as plan
 
     kernels = {"forward": dense.forward, "to_query": dense_backward.to_query, "to_key": dense_backward.to_key}

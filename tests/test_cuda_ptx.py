@@ -1,5 +1,6 @@
-"""Every GPU kernel goes through NVIDIA's assembler for three generations of GPUs, within the registers and the stack that
-are written beside it. Needs the toolkit, no GPU; a process for each generation, for Numba compiles for one in each."""
+"""Every GPU kernel goes through NVIDIA's assembler for three generations of GPUs, within the registers and the stack
+that are written beside it. Needs the toolkit, no GPU; a process for each generation, as Numba compiles for one in each.
+"""
 
 import importlib.util
 import json
