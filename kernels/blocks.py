@@ -16,7 +16,7 @@ from .jit import Doubles, Elements, Indices, Words, apart, inline
 from .scoring import ByteMatrices, Dropout, stage_bias, stage_mask
 from .simd import as_indices, as_words, lanes_of, target, transpose_square, width_of
 from .softmax import Epsilon
-from .tiles import Matrices, whole_vectors
+from .tiles import Matrices, StoredMatrices, whole_vectors
 
 ROWS, COLS = target().rows, target().cols  # the wide tile, rows of keys by vectors of queries
 TALL = 8  # rows of the narrow tile, one vector wide: enough chains of multiply-adds to hide their latency
@@ -26,7 +26,7 @@ INF = math.inf
 class Gradients(NamedTuple):
     """What the backward pass is given and makes. A task is some heads of a group, some blocks, some tiles of keys."""
 
-    output: Matrices  # given: the gradient of the output
+    output: StoredMatrices  # given: the gradient of the output
     lse: Doubles  # given: the gradient of the logsumexp, (B * H, Lq)
     query: Matrices  # made; key and value too, whose rows are padded to whole vectors
     key: Matrices
@@ -36,6 +36,14 @@ class Gradients(NamedTuple):
     heads: int  # of one task
     blocks: int
     tiles: int
+
+
+class Rounded(NamedTuple):
+    """The gradients in the type of the inputs, where that is not the type they are summed in."""
+
+    query: StoredMatrices
+    key: StoredMatrices
+    value: StoredMatrices
 
 
 class BiasGradient(NamedTuple):
@@ -54,10 +62,13 @@ class BiasGradient(NamedTuple):
 class AttentionJob(NamedTuple):
     """What the dense kernels work on: sizes, arrays, terms; H heads in a batch."""
 
-    query: Matrices
-    key: Matrices
-    value: Matrices
-    output: Matrices  # with several splits, one for each
+    query: StoredMatrices
+    key: StoredMatrices
+    value: StoredMatrices
+    output: StoredMatrices  # with several splits, one for each
+    exact: Matrices | None  # the output as it was computed, where that is another type
+    wants_output: int
+    wants_exact: int
     lse: Doubles  # (heads, splits, Lq), natural
     wants_lse: int
     natural: float | None  # log2(e) where terms need scores in natural units, else scores are in base 2
@@ -69,6 +80,7 @@ class AttentionJob(NamedTuple):
     dropout: Dropout | None
     epsilon: Epsilon | None
     gradients: Gradients | None
+    rounded: Rounded | None
     bias_gradient: BiasGradient | None
     limits: Indices  # (B, Lq, 2): lo, hi
     limits_batch: int

@@ -222,21 +222,28 @@ def forward(job: AttentionJob, slot, task):
             if lo < hi:
                 take_chunk(high, wide, single, r, job, key_head, i, k0, lo - k0, hi - k0, step, v_step)
     for row in range(R):
-        write_row(
-            job, r, (key_head * G + row % G) * job.splits + split, row // G, row, v_step, job.natural, job.epsilon
-        )
+        part = (key_head * G + row % G) * job.splits + split
+        write_row(job, r, job.exact, part, row // G, row, v_step, job.natural, job.epsilon)
 
 
 @apart
-def write_row(job, r, part, i, row, v_step, unit, epsilon):
+def write_scaled(out, row, Dv, factor):
+    for d in range(Dv):
+        out.data[d * out.col] = row[d] * factor
+
+
+@apart
+def write_row(job, r, exact, part, i, row, v_step, unit, epsilon):
     """out = sum p v / sum p, and 0 where nothing was seen; the logsumexp if wanted."""
     total = r.total[row]
     if epsilon is not None:  # here the bound is the largest score
         epsilon.top[part * job.Lq + i] = r.bound[row]
         total += 0 if total == 0 else epsilon.value
-    out, factor = rows_from(matrix(job.output, part, 0), i), 0 if total == 0 else 1 / total
-    for d in range(job.Dv):
-        out.data[d * out.col] = r.output[row * v_step + d] * factor
+    factor = 0 if total == 0 else 1 / total
+    if job.wants_output:
+        write_scaled(matrix(job.output, part, i), r.output + row * v_step, job.Dv, factor)
+    if exact is not None and job.wants_exact:
+        write_scaled(matrix(exact, part, i), r.output + row * v_step, job.Dv, factor)
     if job.wants_lse:
         shift = 0 if total == 0 else r.bound[row] * (LN2 if unit is None else 1.0)
         job.lse[part * job.Lq + i] = -INF if total == 0 else shift + math.log(total * 1.0)

@@ -38,6 +38,7 @@ from .scoring import (
     visible_gradient,
 )
 from .simd import (
+    either,
     given,
     lanes_of,
     load,
@@ -64,6 +65,7 @@ from .tiles import (
     add_columns_times_block,
     all_finite,
     clear,
+    copy_rows,
     dot,
     matrix,
     multiply_add,
@@ -218,6 +220,15 @@ def write_lse(out, at, b, nq, unit):
             out[at + i] = b.shift[i] * 1.0 + math.log(b.total[i] * 1.0)
 
 
+@apart
+def write_output(job, exact, part, q0, nq, b):
+    """out = sum p v times b.factor, rounded if the caller's arrays are, or as it is, or both."""
+    if job.wants_output:
+        transposed_back(matrix(job.output, part, q0), nq, job.Dv, b.output, b.factor)
+    if exact is not None and job.wants_exact:
+        transposed_back(matrix(exact, part, q0), nq, job.Dv, b.output, b.factor)
+
+
 @kernel
 def forward(job: AttentionJob, slot, task):
     # task -> one block of queries of one part of the keys of one head; the last blocks first, which under a causal
@@ -242,7 +253,7 @@ def forward(job: AttentionJob, slot, task):
     add_epsilon(b, job.epsilon, part * job.Lq + q0, nq, job.natural)
     for i in range(nq):
         b.factor[i] = 0 if b.total[i] == 0 else 1 / b.total[i]
-    transposed_back(matrix(job.output, part, q0), nq, job.Dv, b.output, b.factor)
+    write_output(job, job.exact, part, q0, nq, b)
     if job.wants_lse:
         write_lse(job.lse, part * job.Lq + q0, b, nq, job.natural)
 
@@ -411,7 +422,7 @@ def stand_gradients(b, g, job, head, q0, nq):
     stand_top(b, job.epsilon, head * job.Lq + q0, nq, job.natural)
     # rows: do * total, and the outputs for a moment, where the transposed do will lie
     padded_rows(g.output_rows, v_step, matrix(job.gradients.output, head, q0), nq, Dv, b.total)
-    out = matrix(job.output, head, q0)
+    out = matrix(either(job.exact, job.output), head, q0)  # rounded to half precision it would cost ds its last digits
     for i in range(nq):
         lse_part = job.gradients.lse[head * job.Lq + q0 + i] * b.total[i]
         g.delta[i] = dot(out.data + i * out.row, out.col, g.output_rows + i * v_step, Dv) - lse_part
@@ -457,7 +468,16 @@ def gradients_of_block(job, b, g, head, block, first_tile, last_tile):
     if job.gradients.to_query:
         for i in range(nq):
             b.factor[i] = job.scale * (LN2 if job.natural is None else 1.0)
-        transposed_back(matrix(job.gradients.query, head, q0), nq, job.D, b.output, b.factor)
+        made = either(job.rounded, job.gradients)
+        transposed_back(matrix(made.query, head, q0), nq, job.D, b.output, b.factor)
+
+
+@apart
+def write_key_gradients(job, rounded, head, k0, n):
+    """dk and dv, which were summed in float32, in the type of the keys and values."""
+    if rounded is not None:
+        copy_rows(matrix(rounded.key, head, k0), matrix(job.gradients.key, head, k0), n, job.D)
+        copy_rows(matrix(rounded.value, head, k0), matrix(job.gradients.value, head, k0), n, job.Dv)
 
 
 @kernel
@@ -470,11 +490,14 @@ def backward(job: AttentionJob, slot, task):
     tile_groups, block_groups = (tiles + G.tiles - 1) // G.tiles, (job.blocks + G.blocks - 1) // G.blocks
     first_tile, rest = task % tile_groups * G.tiles, task // tile_groups
     first_block, heads = (block_groups - 1 - rest % block_groups) * G.blocks, rest // block_groups
+    k0 = first_tile * job.keys_per_block
+    n = min(job.Lk, (first_tile + G.tiles) * job.keys_per_block) - k0
     if G.to_key:  # while they are near: zeros from NumPy cost 3 % at L=128
-        k0, head = first_tile * job.keys_per_block, heads * G.heads
-        n = min(job.Lk, (first_tile + G.tiles) * job.keys_per_block) - k0
+        head = heads * G.heads
         clear(matrix(G.key, head, k0), n)
         clear(matrix(G.value, head, k0), n)
     for head in range(heads * G.heads, heads * G.heads + G.heads):
         for block in range(first_block, min(job.blocks, first_block + G.blocks)):
             gradients_of_block(job, b, g, head, block, first_tile, min(tiles, first_tile + G.tiles))
+    if G.to_key:
+        write_key_gradients(job, job.rounded, heads * G.heads, k0, n)

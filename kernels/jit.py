@@ -29,7 +29,8 @@ from numba.core.registry import cpu_target
 from . import simd
 from .cache import PackageCache, cache_folder
 
-Elements = typing.NewType("Elements", int)  # an array of elements of the kernel's type
+Elements = typing.NewType("Elements", int)  # an array of elements of the kernel's type, which it computes with
+Stored = typing.NewType("Stored", int)  # the same, or float16 or bfloat16 where the caller's arrays are that
 Indices = typing.NewType("Indices", int)  # of int64
 Ints = typing.NewType("Ints", int)  # of int32
 Doubles = typing.NewType("Doubles", int)  # of float64
@@ -88,17 +89,18 @@ def _fields(job_class) -> tuple:
 
 
 @functools.cache
-def _layout(job_class, element, absent: tuple):
+def _layout(job_class, stored, absent: tuple):
     """The Numba type of such a job and the `struct` format of each field; `absent` tells which optionals are None."""
     missing, fields, forms, slot = iter(absent), [], [], 0
     for name, kind, optional in _fields(job_class):
         if hasattr(kind, "_fields"):
-            inner, form = _layout(kind, element, ())
+            inner, form = _layout(kind, stored, ())
             form = "".join(form)
         elif kind in (int, float):
             inner, form = (types.int64, "q") if kind is int else (types.float64, "d")
         else:
-            inner, form = simd.PointerType(_POINTEES.get(kind, element)), "q" * simd.POINTER_SLOTS
+            pointee = stored if kind is Stored else _POINTEES.get(kind, simd.ARITHMETIC.get(stored, stored))
+            inner, form = simd.PointerType(pointee), "q" * simd.POINTER_SLOTS
         fields.append((name, slot, types.none if optional and next(missing) else inner))
         forms.append(form)
         slot += len(form)
@@ -128,7 +130,8 @@ def _flatten(job) -> tuple[list, tuple]:
 
 # --- kernels -------------------------------------------------------------------------------------------------------
 _KERNELS: dict[str, "Kernel"] = {}
-_ELEMENT = {np.dtype(t): numba.from_dtype(np.dtype(t)) for t in (np.float32, np.float64, np.int32, np.int64)}
+_ELEMENT = {np.dtype(t): numba.from_dtype(np.dtype(t)) for t in (np.float16, np.float32, np.float64, np.int32, np.int64)}
+_ELEMENT[np.dtype(np.uint16)] = simd.bfloat16  # NumPy has no such type: its bits
 _COMPILING = threading.RLock()
 _log = logging.getLogger("ruvector_numba")
 
@@ -145,12 +148,12 @@ class Kernel:
         self.name = f"{function.__module__.rpartition('.')[2]}.{function.__name__}"
         _KERNELS[self.name] = self
 
-    def variant(self, element, absent: tuple):
+    def variant(self, stored, absent: tuple):
         """Compile, or load from the cache, for one element type and one set of absent arguments."""
-        key = (element, absent)
+        key = (stored, absent)
         with _COMPILING:
             if key not in self._compiled:
-                job, forms = _layout(self._job_class, element, absent)
+                job, forms = _layout(self._job_class, stored, absent)
                 function = _c_function(self._function, types.void(job, types.int64, types.int64))
                 self._compiled[key] = function, struct.Struct("=" + "".join(forms))
         return self._compiled[key]
@@ -159,9 +162,9 @@ class Kernel:
         """What was compiled so far: the element type and the optional arguments that are there."""
         names = [_fields(self._job_class)[i][0] for i in self._optional]
         made = []
-        for element, absent in list(self._compiled):
+        for stored, absent in list(self._compiled):
             present = [name for name, missing in zip(names, absent, strict=True) if not missing]
-            made.append(f"{self.name}({', '.join([str(element), *present])})")
+            made.append(f"{self.name}({', '.join([str(stored), *present])})")
         return made
 
     def prepare(self, job, tasks: int, dtype: np.dtype, work: float = math.inf) -> "Launch":

@@ -66,8 +66,24 @@ def weights(job: AttentionJob, slot, task):
                 s = scores(tall, b, column, key, job.D, j, live, job.softcap, slope, additive, True, None)
                 p = tile_map(probability, s, (tile_row(tall, b.shift, column), job.natural))
                 tile_store(p, b.scores, j * width + column, width, live)
-            for i in range(column, min(nq, column + lanes)):
-                row = matrix(job.output, head, q0 + i)
-                for j in range(first, last):
-                    if sees(b, additive, k0, j, i):  # where it does not, NaN in the row may have left NaN
-                        row.data[(k0 + j) * row.col] = b.scores[j * width + i] * b.total[i]
+            queries = column, min(nq, column + lanes)
+            write_weights(job, job.exact, head, q0, b, queries, first, last, k0, additive)
+
+
+@apart
+def write_weights(job, exact, head, q0, b, queries, first, last, k0, additive):
+    """As `dense.write_output`, of the weights."""
+    if job.wants_output:
+        put_weights(matrix(job.output, head, q0), b, queries, first, last, k0, additive)
+    if exact is not None and job.wants_exact:
+        put_weights(matrix(exact, head, q0), b, queries, first, last, k0, additive)
+
+
+@apart
+def put_weights(out, b, queries, first, last, k0, additive):
+    width = width_of(b.query)
+    for i in range(queries[0], queries[1]):
+        for j in range(first, last):
+            if sees(b, additive, k0, j, i):  # where it does not, NaN in the row may have left NaN
+                out.data[i * out.row + (k0 + j) * out.col] = b.scores[j * width + i] * b.total[i]
+

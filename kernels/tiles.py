@@ -7,7 +7,7 @@ lies: keys and values are never packed or copied, whatever their strides. Remain
 
 from typing import NamedTuple
 
-from .jit import Elements, Indices, apart, inline
+from .jit import Elements, Indices, Stored, apart, inline
 from .simd import (
     fma,
     lane_sum,
@@ -31,6 +31,15 @@ class Matrices(NamedTuple):
     """A stack of matrices: their data, where each begins, and the steps to the next row and column, in elements."""
 
     data: Elements
+    at: Indices
+    row: int
+    col: int
+
+
+class StoredMatrices(NamedTuple):
+    """As `Matrices`, of the caller's arrays, which may be float16 or bfloat16: what is read is float32 all the same."""
+
+    data: Stored
     at: Indices
     row: int
     col: int
@@ -160,6 +169,18 @@ def padded_rows(out, step, m, n, D, factor):
             out[row * step + d] = m.data[at + d * m.col] * f
         for d in range(D, step):
             out[row * step + d] = 0
+
+
+@apart
+def copy_rows(out, m, n, D):
+    """out[row, d] = m[row, d] for n rows, rounded if out is of half precision; the elements of both rows adjoin."""
+    lanes = lanes_of(m.data)
+    for row in range(n):
+        to, at = row * out.row, row * m.row
+        for d in range(0, D // lanes * lanes, lanes):
+            store(load(m.data, at + d), out.data, to + d)
+        for d in range(D // lanes * lanes, D):
+            out.data[to + d] = m.data[at + d]
 
 
 @apart

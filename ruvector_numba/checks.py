@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import numbers
 import secrets
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from . import masks
+from . import halves, masks
 from .errors import DimensionMismatchError, InvalidInputError, OutOfMemoryError
 
 Array = NDArray[Any]
@@ -32,10 +33,21 @@ class Call(NamedTuple):
     dropout: float
     seed: int
     eps: float = 0.0  # the layers': added to the sum of exp(score - largest score)
+    given: np.dtype[Any] = np.dtype(np.float32)  # of the caller's arrays and the results; `query` may be its bits
+    bias_given: np.dtype[Any] | None = None  # of the caller's float mask; `seen.bias` has that of the arithmetic
 
     @property
     def output_shape(self) -> Shape:
         return (*self.query.shape[:-1], self.value.shape[-1])
+
+    @property
+    def arithmetic(self) -> np.dtype[Any]:
+        return halves.arithmetic(self.query.dtype)
+
+    @property
+    def rounds(self) -> bool:
+        """Are results of half precision?"""
+        return self.given.itemsize == 2
 
     @property
     def batch(self) -> Shape:
@@ -62,23 +74,44 @@ def call(
     softcap: float | None,
     alibi_slopes: ArrayLike | None,
     seed: int | None,
+    dtype: str | None = None,
+    precision: str | None = None,
 ) -> Call:
     """Check the arguments of attention."""
-    query, key, value = _array("query", query), _array("key", key), _array("value", value)
+    query, key, value = (_array(n, x, dtype) for n, x in (("query", query), ("key", key), ("value", value)))
     if not query.shape[:-2] == key.shape[:-2] == value.shape[:-2] or not query.dtype == key.dtype == value.dtype:
         _check_heads_and_dtypes(query, key, value, enable_gqa)
     (Lq, D), (Lk, Dk) = query.shape[-2:], key.shape[-2:]
     if D != Dk or Lk != value.shape[-2]:
         _refuse_sizes(query, key, value)
     heads, batch = query.shape[-3] if query.ndim > 2 else 1, query.shape[:-3]
-    seen = masks.resolve(attn_mask, is_causal, batch, heads, Lq, Lk, query.dtype)
+    given = query.dtype
+    seen = masks.resolve(attn_mask, is_causal, batch, heads, Lq, Lk, given)
     scale = scale_of(scale, D)
     if softcap is not None:
         softcap = _real("softcap", softcap)
         if not 0 < softcap < math.inf:
             raise InvalidInputError(f"softcap is {softcap}", hint="give a positive number, or None for no cap")
-    slopes = None if alibi_slopes is None else _slopes(alibi_slopes, batch, heads, query.dtype)
-    return Call(query, key, value, seen, scale, softcap, slopes, *dropout(dropout_p, seed))
+    bias_given = None if seen.bias is None else seen.bias.dtype
+    if given.itemsize == 2 or precision is not None:
+        query, key, value = (_half(x, precision) for x in (query, key, value))
+        seen = seen if seen.bias is None else replace(seen, bias=halves.widened(seen.bias))
+    slopes = None if alibi_slopes is None else _slopes(alibi_slopes, batch, heads, halves.arithmetic(query.dtype))
+    terms = (seen, scale, softcap, slopes, *dropout(dropout_p, seed))
+    return Call(query, key, value, *terms, given=given, bias_given=bias_given)
+
+
+def _half(x: Array, precision: str | None) -> Array:
+    """A half array as the kernels know its type; one of float32 rounded to bfloat16, if that was asked for."""
+    if precision is None:
+        return halves.stored(x)
+    if precision != "bfloat16":
+        hint = 'give precision="bfloat16", or None for the precision of the arrays'
+        raise InvalidInputError(f"precision is {precision!r}", hint=hint)
+    if x.dtype != np.float32:
+        hint = "products of float32 arrays alone can be made coarser; leave it out"
+        raise InvalidInputError(f"precision is {precision!r} and the arrays are {x.dtype}", hint=hint)
+    return halves.rounded(x, halves.BITS)
 
 
 def floats(name: str, x: ArrayLike, said: str | None = None) -> Array:
@@ -110,22 +143,36 @@ def dropout(dropout_p: object, seed: object) -> tuple[float, int]:
     return number, _seed(seed, number)
 
 
-def _array(name: str, x: ArrayLike) -> Array:
-    """The argument as an array of at least two axes that the kernels can read."""
+def _array(name: str, x: ArrayLike, dtype: str | None = None) -> Array:
+    """The argument as an array of at least two axes that the kernels can read, by its bits at least."""
     if type(x) is not np.ndarray:
         x = from_sequence(name, x)
-    if x.dtype not in FLOATS or not x.dtype.isnative:
+    if dtype is not None:
+        _check_bits(name, x, dtype)
+    elif x.dtype not in FLOATS and not (x.dtype == np.float16 or halves.is_bfloat16(x.dtype)) or not x.dtype.isnative:
         hint = f"cast it: {name}.astype(numpy.float32)"
         if x.dtype.kind == "c":
             hint = f"attention is real: take {name}.real, or stack real and imaginary parts"
         elif x.dtype.kind in "OSUV":
             hint = f"give numbers; of objects or text make an array of floats first: numpy.array({name}, float)"
-        raise InvalidInputError(f"{name} has dtype {x.dtype}, not float32 or float64", hint=hint)
+        elif x.dtype == halves.BITS:
+            hint = f'cast it, or pass dtype="bfloat16" if {name} holds the bits of bfloat16 numbers'
+        raise InvalidInputError(f"{name} has dtype {x.dtype}, not float16, bfloat16, float32 or float64", hint=hint)
     if x.ndim < 2:
         raise InvalidInputError(
             f"{name} has {x.ndim} axes", shapes={f"{name}.shape": x.shape}, hint="give (..., H, L, D), or (L, D)"
         )
     return x if x.flags.aligned else x.copy()
+
+
+def _check_bits(name: str, x: Array, dtype: str) -> None:
+    """`dtype` says what the bits of a uint16 array mean."""
+    if dtype != "bfloat16":
+        hint = 'dtype is for what NumPy has no type for: give "bfloat16" with uint16 arrays, or leave it out'
+        raise InvalidInputError(f"dtype is {dtype!r}", hint=hint)
+    if x.dtype != halves.BITS and not halves.is_bfloat16(x.dtype) or not x.dtype.isnative:
+        hint = f"give the bits, {name}.view(numpy.uint16), or leave dtype out"
+        raise InvalidInputError(f"{name} has dtype {x.dtype}, and dtype is {dtype!r}", hint=hint)
 
 
 def from_sequence(name: str, x: ArrayLike) -> Array:
@@ -219,8 +266,8 @@ def output(out: object, c: Call) -> Array | None:
     if out.shape != c.output_shape:
         shapes = {"out.shape": out.shape, "expected": c.output_shape}
         raise DimensionMismatchError(c.output_shape, out.shape, shapes=shapes, hint="out is (..., H, Lq, Dv)")
-    if out.dtype != c.query.dtype or not out.dtype.isnative:
-        dtypes = {"out.dtype": out.dtype, "query.dtype": c.query.dtype}
+    if out.dtype != c.given or not out.dtype.isnative:
+        dtypes = {"out.dtype": out.dtype, "query.dtype": c.given}
         raise InvalidInputError("out has another dtype than query", shapes=dtypes, hint="numpy.empty_like(query)")
     if not out.flags.writeable or not out.flags.aligned:
         raise InvalidInputError("out cannot be written to", hint="it is read-only or not aligned: give a fresh array")
@@ -248,18 +295,16 @@ def _overlap(a: Array, b: Array) -> bool:
 def gradient(name: str, x: ArrayLike, shape: Shape, dtype: np.dtype[Any]) -> Array:
     """Check the gradient of a result."""
     array = x if type(x) is np.ndarray else from_sequence(name, x)
-    if (
-        array.dtype.kind not in "fiu"
-        or array.dtype.itemsize > 8
-        or (isinstance(x, np.ndarray) and array.dtype != dtype)
-    ):
+    is_number = array.dtype.kind in "fiu" and array.dtype.itemsize <= 8 or halves.is_bfloat16(array.dtype)
+    if not is_number or (isinstance(x, np.ndarray) and array.dtype != dtype):
         hint = f"cast it: {name}.astype(numpy.{dtype})"
         raise InvalidInputError(f"{name} has dtype {array.dtype}, the call had {dtype}", hint=hint)
     if array.shape != shape:
         raise DimensionMismatchError(
             shape, array.shape, shapes={f"{name}.shape": array.shape, "expected": shape}, hint="the result's own shape"
         )
-    array = array.astype(dtype, copy=False)
+    if array.dtype != dtype:
+        array = halves.rounded(array, dtype)
     return array if array.flags.aligned else array.copy()
 
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from . import checks, gpu, masks
+from . import checks, gpu, halves, masks
 from .checks import Array, Call
 from .errors import DimensionMismatchError, InvalidInputError
 from .results import AttentionCache, InputGradients
@@ -40,6 +40,8 @@ def scaled_dot_product_attention(
     seed: int | None = None,
     out: Array | None = None,
     device: str | None = None,
+    dtype: str | None = None,
+    precision: str | None = None,
 ) -> Array:
     """softmax(query key^T * scale) value, exactly, without forming the Lq x Lk weights.
 
@@ -96,7 +98,7 @@ def scaled_dot_product_attention(
     terms = (dropout_p, is_causal, scale, enable_gqa, softcap, alibi_slopes, seed)
     if gpu.concerns(device, query, key, value):
         return gpu_dense().run(query, key, value, attn_mask, out, device, *terms).result
-    c = checks.call(query, key, value, attn_mask, *terms)
+    c = checks.call(query, key, value, attn_mask, *terms, dtype, precision)
     return _forward(c, None if out is None else checks.output(out, c), wants_lse=False).output
 
 
@@ -115,6 +117,8 @@ def attention_forward(
     seed: int | None = None,
     out: Array | None = None,
     device: str | None = None,
+    dtype: str | None = None,
+    precision: str | None = None,
 ) -> AttentionCache:
     """As `scaled_dot_product_attention`, and remember what its gradients need.
 
@@ -140,9 +144,9 @@ def attention_forward(
         there = gpu_dense().run(query, key, value, attn_mask, out, device, *terms)
         lse = there.given(there.lse)
         return AttentionCache(query, key, value, mask=attn_mask, output=there.result, lse=lse, record=there)
-    c = checks.call(query, key, value, attn_mask, *terms)
+    c = checks.call(query, key, value, attn_mask, *terms, dtype, precision)
     result = forward(c, None if out is None else checks.output(out, c))
-    return AttentionCache(c.query, c.key, c.value, mask=attn_mask, output=result.output, lse=result.lse, record=result)
+    return AttentionCache(query, key, value, mask=attn_mask, output=result.output, lse=result.lse, record=result)
 
 
 def attention_backward(
@@ -188,9 +192,9 @@ def attention_backward(
         made_by = "built by hand" if isinstance(cache, AttentionCache) else f"a {type(cache).__name__}"
         hint = "give what attention_forward returned; a layer's cache goes to the layer's own backward"
         raise InvalidInputError(f"cache is {made_by if past is None or past is cache else 'of a layer'}", hint=hint)
-    shape, dtype = past.output.shape, past.call.query.dtype
-    grad = checks.gradient("grad_output", grad_output, shape, dtype)
-    lse = None if grad_lse is None else checks.gradient("grad_lse", grad_lse, shape[:-1], dtype)
+    shape, c = past.output.shape, past.call
+    grad = checks.gradient("grad_output", grad_output, shape, c.given)
+    lse = None if grad_lse is None else checks.gradient("grad_lse", grad_lse, shape[:-1], c.arithmetic)
     return past.backward(grad, lse)
 
 
@@ -254,19 +258,20 @@ class Past(NamedTuple):
     output: Array
     log_sum: Array | None  # (..., H, Lq) float64: the logsumexp, with eps in the sum if the call had one
     top: Array | None  # (..., H, Lq): the largest scores, in the kernel's unit, if it had
+    exact: Array | None = None  # the output as it was computed; `output` itself, unless that is of half precision
 
     @property
     def lse(self) -> Array:
         assert self.log_sum is not None
-        return self.log_sum.astype(self.call.query.dtype, copy=False)
+        return self.log_sum.astype(self.call.arithmetic, copy=False)
 
     def weights(self, rows: Any = None) -> Array:
         """See `AttentionCache.weights`."""
         c = self.call
         chosen = checks.rows(rows, c.query.shape[-2])
         shape = (*c.query.shape[:-2], len(chosen), c.key.shape[-2])
-        checks.memory(shape, c.query.dtype, "weights")
-        result = np.zeros(shape, c.query.dtype)
+        checks.memory(shape, c.given, "weights")
+        result = np.zeros(shape, c.given)
         if result.size:
             log_sum, done = _by_tiles(self).log_sum, 0
             assert log_sum is not None
@@ -280,6 +285,8 @@ class Past(NamedTuple):
         """See `attention_backward`; the gradients are checked. That of a bias costs a pass of its own."""
         shape = self.output.shape[:-1]
         lse = np.zeros(shape) if grad_lse is None else grad_lse.astype(np.float64, order="C")
+        stored = self.call.query.dtype
+        grad_output = halves.stored(grad_output) if grad_output.itemsize == stored.itemsize else halves.rounded(grad_output, stored)
         return _backward(self, grad_output, lse, wants_bias and self.call.seen.bias is not None)
 
 
@@ -305,32 +312,35 @@ def _forward(c: Call, out: Array | None, wants_lse: bool, by_tiles: bool = False
     from .plan import dense as plan  # at the first call, as it loads the kernels: 60 ms
 
     shape = c.output_shape
-    out = np.empty(shape, c.query.dtype) if out is None else out
+    out = np.empty(shape, c.given) if out is None else out
     lse = np.empty(shape[:-1]) if wants_lse else None
-    top = np.empty(shape[:-1], c.query.dtype) if c.eps else None
+    top = np.empty(shape[:-1], c.arithmetic) if c.eps else None
     if 0 in c.query.shape[:-1] or 0 in c.key.shape[:-1]:
         out[...] = 0
         return Past(c, out, *(None if x is None else np.full_like(x, -np.inf) for x in (lse, top)))
     if not (c.query.shape[-1] and shape[-1]):
         wide = _forward(_with_channels(c), None, wants_lse, by_tiles)
         out[...] = wide.output[..., : shape[-1]]
-        return wide._replace(call=c, output=out)
+        exact = None if wide.exact is None else np.ascontiguousarray(wide.exact[..., : shape[-1]])
+        return wide._replace(call=c, output=out, exact=exact)
     ready = plan.forward(plan.problem(c, out), wants_lse, by_tiles)
     if ready.splits == 1:
-        ready(c, output=out, lse=lse, top=top)
-        return Past(c, out, lse, top)
+        exact = np.empty(shape, c.arithmetic) if c.rounds and wants_lse else out
+        ready(c, output=halves.stored(out), exact=exact, lse=lse, top=top)
+        return Past(c, out, lse, top, exact)
     heads = math.prod(shape[:-2])
-    parts = np.empty((heads, ready.splits, *shape[-2:]), c.query.dtype)
-    logs, tops = np.empty(parts.shape[:-1]), np.empty(parts.shape[:-1], c.query.dtype)
-    ready(c, output=parts, lse=logs, top=tops)
+    parts = np.empty((heads, ready.splits, *shape[-2:]), c.arithmetic)
+    logs, tops = np.empty(parts.shape[:-1]), np.empty(parts.shape[:-1], c.arithmetic)
+    ready(c, output=parts, exact=parts, lse=logs, top=tops)
     output, merged_lse = _merged(parts.swapaxes(0, 1), logs.swapaxes(0, 1))
     if c.eps:
         top = tops.max(axis=1)
         log_sum = np.logaddexp(merged_lse, math.log(c.eps) + ready.unit * top)
         output *= np.exp(np.where(np.isneginf(merged_lse), 0, merged_lse - log_sum))[..., None]
         merged_lse, top = log_sum, top.reshape(shape[:-1])
-    out[...] = output.reshape(shape)
-    return Past(c, out, merged_lse.reshape(shape[:-1]), top)
+    output = output.reshape(shape)
+    out[...] = halves.rounded(output, out.dtype)
+    return Past(c, out, merged_lse.reshape(shape[:-1]), top, output if c.rounds else out)
 
 
 def _by_tiles(past: Past) -> Past:
@@ -343,7 +353,8 @@ def _by_tiles(past: Past) -> Past:
 
     if not plan.is_few(plan.problem(past.call, past.output)):
         return past
-    return _forward(past.call, None, wants_lse=True, by_tiles=True)._replace(output=past.output)
+    again = _forward(past.call, None, wants_lse=True, by_tiles=True)
+    return again._replace(output=past.output, exact=past.exact)
 
 
 def _with_channels(c: Call) -> Call:
@@ -358,29 +369,36 @@ def _with_channels(c: Call) -> Call:
 def _backward(past: Past, grad_output: Array, grad_lse: Array, wants_bias: bool) -> InputGradients:
     from .plan import dense as plan
 
-    c, output = past.call, past.output
+    c, output = past.call, past.exact
     shape_of_bias = () if c.seen.bias is None else c.seen.bias.shape
-    bias = np.zeros(shape_of_bias, c.query.dtype) if wants_bias else None
+    bias = np.zeros(shape_of_bias, c.bias_given) if wants_bias else None
     D, Dv = c.query.shape[-1], c.value.shape[-1]
     if 0 in c.query.shape[:-1] or 0 in c.key.shape[:-1]:
-        return InputGradients(np.zeros_like(c.query), np.zeros_like(c.key), np.zeros_like(c.value), bias)
+        return InputGradients(*(np.zeros(x.shape, c.given) for x in (c.query, c.key, c.value)), bias)
     if not (D and Dv):
-        none = np.zeros((*output.shape[:-1], 1), output.dtype)
-        wide_past = past._replace(call=_with_channels(c), output=output if Dv else none)
-        wide = _backward(wide_past, grad_output if Dv else none, grad_lse, wants_bias)
+        none = np.zeros((*past.output.shape[:-1], 1), c.arithmetic)
+        wide_past = past._replace(call=_with_channels(c), exact=output if Dv else none)
+        wide = _backward(wide_past, grad_output if Dv else none.astype(c.query.dtype), grad_lse, wants_bias)
         return InputGradients(wide.query[..., :D], wide.key[..., :D], wide.value[..., :Dv], wide.bias)
-    itemsize, problem, layout = c.query.itemsize, plan.problem(c, output), plan.layout(grad_output)
-    query = np.empty(c.query.shape, c.query.dtype)
-    key, value = (np.empty(plan.padded(x.shape, itemsize), x.dtype) for x in (c.key, c.value))
+    assert output is not None
+    itemsize, problem, layout = c.arithmetic.itemsize, plan.problem(c, output), plan.layout(grad_output)
+    rounded = [np.empty(x.shape, c.given) if c.rounds else None for x in (c.query, c.key, c.value)]
+    query = np.empty((0,) if c.rounds else c.query.shape, c.arithmetic)
+    key, value = (np.empty(plan.padded(x.shape, itemsize), c.arithmetic) for x in (c.key, c.value))
+    made = dict(grad_query=query, grad_key=key, grad_value=value)
+    for name, x in zip(("query", "key", "value"), rounded, strict=True):
+        made[f"rounded_{name}"] = None if x is None else halves.stored(x)
     sums = _by_tiles(past)
-    given = dict(output=output, lse=sums.log_sum, top=sums.top, grad_output=grad_output, grad_lse=grad_lse)
+    given = dict(output=output, exact=output, lse=sums.log_sum, top=sums.top, grad_output=grad_output, grad_lse=grad_lse)
     for ready in plan.backward(problem, layout, plan.threads()):
-        ready(c, grad_query=query, grad_key=key, grad_value=value, **given)
+        ready(c, **made, **given)
     if wants_bias:
         ready, shape = plan.bias_backward(problem, layout)
-        made = np.zeros(shape, c.query.dtype)
-        ready(c, grad_bias=made, **given)
-        bias = _summed(made, shape_of_bias)
+        made_bias = np.zeros(shape, c.arithmetic)
+        ready(c, grad_bias=made_bias, **given)
+        bias = halves.rounded(_summed(made_bias, shape_of_bias), bias.dtype)
+    if c.rounds:
+        return InputGradients(*rounded, bias)
     return InputGradients(query, np.ascontiguousarray(key[..., :D]), np.ascontiguousarray(value[..., :Dv]), bias)
 
 
@@ -412,4 +430,5 @@ def _weights(c: Call, lse: Array, result: Array) -> None:
     from .plan import dense as plan
 
     c = _with_channels(c)
-    plan.weights(plan.problem(c, result))(c, lse=np.ascontiguousarray(lse), output=result)
+    result = halves.stored(result)
+    plan.weights(plan.problem(c, result))(c, lse=np.ascontiguousarray(lse), output=result, exact=result)

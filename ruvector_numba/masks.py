@@ -39,6 +39,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from . import halves
 from .errors import InvalidMaskError
 
 __all__ = ["All", "Causal", "Full", "Lengths", "Mask", "Segments", "Window"]
@@ -116,7 +117,7 @@ def resolve(
     batch, heads, Lq, Lk
         The scores have the shape (*batch, heads, Lq, Lk).
     dtype : numpy.dtype
-        Of the inputs; a float mask must have the same.
+        Of the inputs; a float mask must have the same, or float32 beside half precision.
 
     Raises
     ------
@@ -126,7 +127,10 @@ def resolve(
     if attn_mask is None:
         return CAUSAL if is_causal else NONE
     call = Call(batch, heads, Lq, Lk, dtype)
-    seen = attn_mask._resolve(call) if isinstance(attn_mask, Mask) else _resolve_array(_mask_array(attn_mask), call)
+    if isinstance(attn_mask, Mask):
+        seen = attn_mask._resolve(call)
+    else:
+        seen = _resolve_array(_mask_array(attn_mask, may_be_bits=dtype == halves.BITS), call)
     return _meet(seen, CAUSAL) if is_causal else seen
 
 
@@ -439,7 +443,7 @@ class All(Mask):
                 flat.extend(() if isinstance(part, Full) else (part,))
             elif part is not None:
                 flat.append(_mask_array(part))
-        floats = [part for part in flat if isinstance(part, np.ndarray) and part.dtype.kind == "f"]
+        floats = [part for part in flat if isinstance(part, np.ndarray) and part.dtype.kind != "b"]
         if len(floats) > 1:
             raise InvalidMaskError(
                 f"{len(floats)} float arrays in one composition, where one is the limit",
@@ -512,7 +516,7 @@ def _can_join(other: object) -> bool:
 # Arrays as masks
 
 
-def _mask_array(value: object) -> Array:
+def _mask_array(value: object, may_be_bits: bool = False) -> Array:
     """`value` as a bool or float array in native byte order; the same memory where that is possible."""
     if isinstance(value, type) and issubclass(value, Mask):
         raise InvalidMaskError(f"{value.__name__} is a class, not a mask", hint=f"write {value.__name__}(...)")
@@ -524,7 +528,8 @@ def _mask_array(value: object) -> Array:
         array = np.asarray(value)
     except (TypeError, ValueError) as error:
         raise InvalidMaskError(f"not an array: {error}") from None
-    if array.dtype.kind not in "bf":
+    is_bits = may_be_bits and array.dtype == halves.BITS
+    if array.dtype.kind not in "bf" and not halves.is_bfloat16(array.dtype) and not is_bits:
         raise InvalidMaskError(
             f"dtype {array.dtype}; a mask is bool (True = attend) or float (added to the scores)",
             shapes={"attn_mask.shape": array.shape},
@@ -544,7 +549,8 @@ def _resolve_array(array: Array, call: Call) -> Visibility:
         )
     if array.dtype.kind == "b":
         return Visibility(allowed=array)
-    if array.dtype != call.dtype:
+    is_wide = call.dtype.itemsize == 2 and (array.dtype == np.float32 or halves.is_bfloat16(array.dtype))
+    if array.dtype != call.dtype and not is_wide:
         raise InvalidMaskError(
             f"a float mask has the dtype of the inputs, but it is {array.dtype} and they are {call.dtype}",
             shapes={"attn_mask.dtype": array.dtype, "query.dtype": call.dtype},

@@ -12,9 +12,9 @@ carries the bounds of its array and every access is checked against them: slow, 
 promise to touch no byte outside an array.
 """
 
-from .jobs import POINTER_SLOTS, call, draw, given
-from .kinds import JobType, MaskType, PointerType, TileType, VectorType
-from .target import CHECKED, Target, target
+from .jobs import POINTER_SLOTS, call, draw, either, given
+from .kinds import ARITHMETIC, JobType, MaskType, PointerType, TileType, VectorType, bfloat16
+from .target import CHECKED, Halves, Target, halves, target
 from .tile import (
     row_sums,
     tile_column,
@@ -56,7 +56,9 @@ from .values import (
 )
 
 __all__ = [
+    "ARITHMETIC",
     "CHECKED",
+    "Halves",
     "JobType",
     "MaskType",
     "POINTER_SLOTS",
@@ -68,10 +70,13 @@ __all__ = [
     "as_indices",
     "as_words",
     "at_least",
+    "bfloat16",
     "call",
     "draw",
+    "either",
     "fma",
     "given",
+    "halves",
     "lane_max",
     "lane_sum",
     "lanes_from",

@@ -2,7 +2,8 @@
 
 from llvmlite import ir
 
-from .kinds import I32, I64
+from . import rounding
+from .kinds import I16, I32, I64
 from .target import CHECKED, target
 
 
@@ -26,8 +27,11 @@ def call(b, name, result, *args):
     return b.call(b.module.globals.get(name) or ir.Function(b.module, kind, name), args)
 
 
+_NAMES = {ir.FloatType(): "f32", ir.DoubleType(): "f64", I16: "i16"}
+
+
 def suffix(vector):
-    return f".v{vector.count}{'f32' if vector.element == ir.FloatType() else 'f64'}"
+    return f".v{vector.count}{_NAMES[vector.element]}"
 
 
 def fma(b, x, y, z):
@@ -49,25 +53,53 @@ def at(b, pointer, offset, n):
     return b.select(bad, first, place)
 
 
+def load_one(b, pointer, offset):
+    place = at(b, pointer, offset, count(1))
+    kind = place.type.pointee
+    return rounding.widened(b, b.load(b.bitcast(place, I16.as_pointer())), kind) if rounding.is_half(kind) else b.load(place)
+
+
+def store_one(b, value, pointer, offset):
+    place = at(b, pointer, offset, count(1))
+    if rounding.is_half(place.type.pointee):
+        value, place = rounding.rounded(b, value, place.type.pointee), b.bitcast(place, I16.as_pointer())
+    b.store(value, place)
+
+
+def _lying(place, vector):
+    """What the vector is made of in memory: element type, bytes in one, and which half type it is, if any."""
+    kind = place.type.pointee
+    return (I16, 2, kind) if rounding.is_half(kind) else (vector.llvm.element, vector.element.bitwidth // 8, None)
+
+
 def load(b, pointer, offset, vector):
-    value = b.load(b.bitcast(at(b, pointer, offset, count(vector.lanes)), vector.llvm.as_pointer()))
-    value.align = vector.element.bitwidth // 8
-    return value
+    place = at(b, pointer, offset, count(vector.lanes))
+    element, size, half = _lying(place, vector)
+    value = b.load(b.bitcast(place, ir.VectorType(element, vector.lanes).as_pointer()))
+    value.align = size
+    return rounding.widened(b, value, half) if half else value
 
 
 def store(b, value, pointer, offset, vector):
-    place = b.bitcast(at(b, pointer, offset, count(vector.lanes)), vector.llvm.as_pointer())
-    b.store(value, place).align = vector.element.bitwidth // 8
+    place = at(b, pointer, offset, count(vector.lanes))
+    element, size, half = _lying(place, vector)
+    value = rounding.rounded(b, value, half) if half else value
+    b.store(value, b.bitcast(place, ir.VectorType(element, vector.lanes).as_pointer())).align = size
 
 
 def masked(b, name, pointer, offset, vector, live, *value):
     """Load (0 elsewhere) or store only the first `live` lanes."""
     numbers = ir.Constant(ir.VectorType(I64, vector.lanes), list(range(vector.lanes)))
     mask = b.icmp_signed("<", numbers, splat(b, live, vector.lanes))
-    place = b.bitcast(at(b, pointer, offset, live), vector.llvm.as_pointer())
-    align, full = ir.Constant(I32, vector.element.bitwidth // 8), f"llvm.masked.{name}{suffix(vector.llvm)}.p0"
+    place = at(b, pointer, offset, live)
+    element, size, half = _lying(place, vector)
+    kind = ir.VectorType(element, vector.lanes)
+    place, align = b.bitcast(place, kind.as_pointer()), ir.Constant(I32, size)
+    full = f"llvm.masked.{name}{suffix(kind)}.p0"
     if name == "load":
-        return call(b, full, vector.llvm, place, align, mask, fill(vector.llvm, 0.0))
+        found = call(b, full, kind, place, align, mask, ir.Constant(kind, None))
+        return rounding.widened(b, found, half) if half else found
+    value = [rounding.rounded(b, x, half) if half else x for x in value]
     return call(b, full, ir.VoidType(), *value, place, align, mask)
 
 

@@ -34,7 +34,7 @@ def _job_attribute(cx, b, job, value, name):
         return b.gep(value, [emit.count(slot)])
     if not isinstance(kind, PointerType):
         return read(slot, cx.get_value_type(kind))
-    plain = LLVM[kind.element].as_pointer()
+    plain = LLVM[kind.stored].as_pointer()
     if not CHECKED:
         return read(slot, plain)
     checked = ir.Constant(cx.get_value_type(kind), ir.Undefined)
@@ -51,6 +51,13 @@ def given(context, marker, value):
     """The value, or None where the marker is None: decided when compiling, so that no optional value is ever made."""
     kind = types.none if marker is types.none else value
     return kind(marker, value), lambda cx, b, sig, args: args[1] if kind is value else emit.unit(cx)
+
+
+@intrinsic
+def either(context, first, second):
+    """The first, or the second where the first is None: decided when compiling."""
+    kind = second if first is types.none else first
+    return kind(first, second), lambda cx, b, sig, args: args[1] if first is types.none else args[0]
 
 
 @intrinsic

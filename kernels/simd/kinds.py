@@ -6,9 +6,21 @@ from numba.extending import models, register_model
 
 from .target import CHECKED, target
 
-I1, I8, I32, I64 = (ir.IntType(bits) for bits in (1, 8, 32, 64))
+I1, I8, I16, I32, I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
+
+
+class _Bfloat16(types.Type):
+    """The upper half of a float32, which Numba does not know: lies in memory, and is never computed with."""
+
+    bitwidth = 16
+
+
+bfloat16 = _Bfloat16("bfloat16")
+ARITHMETIC = {bfloat16: types.float32, types.float16: types.float32}  # what is computed with, where it is another
 LLVM = {
     types.float32: ir.FloatType(),
+    types.float16: ir.HalfType(),
+    bfloat16: I16,
     types.float64: ir.DoubleType(),
     types.int64: I64,
     types.int32: I32,
@@ -18,9 +30,11 @@ LLVM = {
 
 
 class PointerType(types.Type):
-    def __init__(self, element):
-        self.element = element
-        super().__init__(name=f"pointer({element}){' checked' * CHECKED}")
+    """To elements that lie in memory as `stored`: loads widen them to `element`, and stores round."""
+
+    def __init__(self, stored):
+        self.stored, self.element = stored, ARITHMETIC.get(stored, stored)
+        super().__init__(name=f"pointer({stored}){' checked' * CHECKED}")
 
 
 class VectorType(types.Type):
@@ -66,7 +80,7 @@ class _ValueModel(models.PrimitiveModel):
 @register_model(PointerType)
 class _PointerModel(models.PrimitiveModel):
     def __init__(self, manager, fe_type):
-        plain = LLVM[fe_type.element].as_pointer()
+        plain = LLVM[fe_type.stored].as_pointer()
         # checked: where it points, the array's first and one-past-last element, where to report
         checked = ir.LiteralStructType([plain, plain, plain, I64.as_pointer()])
         super().__init__(manager, fe_type, checked if CHECKED else plain)

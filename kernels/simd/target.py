@@ -28,6 +28,13 @@ class Target:
         return self.cols * self.lanes(itemsize)
 
 
+def _assembly(text: str) -> str:
+    """What becomes of a module on the target."""
+    triple, cpu, features = cpu_target.target_context.codegen().magic_tuple()
+    machine = llvm.Target.from_triple(triple).create_target_machine(cpu=cpu, features=features, opt=1)
+    return machine.emit_assembly(llvm.parse_assembly(text))
+
+
 @functools.cache
 def target() -> Target:
     """Ask LLVM what a 16-lane multiply-add becomes (10 ms, once): the list of features may be empty, or the host's.
@@ -35,15 +42,12 @@ def target() -> Target:
     4 x 4 vectors spill nothing with 32 registers (AVX-512, NEON); with AVX2's 16 they spill 16 times a step and 4 x 3
     never; 16 lanes on AVX2 would spill 70 times.
     """
-    triple, cpu, features = cpu_target.target_context.codegen().magic_tuple()
-    machine = llvm.Target.from_triple(triple).create_target_machine(cpu=cpu, features=features, opt=1)
+    cpu = cpu_target.target_context.codegen().magic_tuple()[1]
     v = "<16 x float>"
-    text = machine.emit_assembly(
-        llvm.parse_assembly(
-            f"declare {v} @llvm.fma.v16f32({v}, {v}, {v})\n"
-            f"define {v} @f({v} %a, {v} %b, {v} %c) {{"
-            f" %r = call {v} @llvm.fma.v16f32({v} %a, {v} %b, {v} %c)\n ret {v} %r }}"
-        )
+    text = _assembly(
+        f"declare {v} @llvm.fma.v16f32({v}, {v}, {v})\n"
+        f"define {v} @f({v} %a, {v} %b, {v} %c) {{"
+        f" %r = call {v} @llvm.fma.v16f32({v} %a, {v} %b, {v} %c)\n ret {v} %r }}"
     )
     if "%zmm" in text:
         return Target(cpu, 64, True, 4, 4)
@@ -52,3 +56,25 @@ def target() -> Target:
     if "fmla" in text:
         return Target(cpu, 16, True, 4, 4)
     return Target(cpu, 16, False, 4, 2)
+
+
+@dataclass(frozen=True)
+class Halves:
+    """Which half types the target has instructions for: conversions of float16, products of pairs of bfloat16."""
+
+    float16: bool
+    bfloat16: bool
+
+
+@functools.cache
+def halves() -> Halves:
+    """Ask LLVM what conversions become: both compile everywhere, to calls where there is no instruction.
+
+    avx512_bf16 converts 16 lanes at once and multiplies pairs; AVX-NE-CONVERT has the conversion alone, of 8 lanes.
+    """
+    text = _assembly(
+        "define <8 x float> @f(<8 x half> %x) { %r = fpext <8 x half> %x to <8 x float>\n ret <8 x float> %r }\n"
+        "define <16 x bfloat> @g(<16 x float> %x) "
+        "{ %r = fptrunc <16 x float> %x to <16 x bfloat>\n ret <16 x bfloat> %r }"
+    )
+    return Halves("vcvtph2ps" in text or "fcvtl" in text, "vcvtneps2bf16\t%zmm" in text)

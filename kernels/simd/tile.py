@@ -124,7 +124,7 @@ def tile_store(context, tile, pointer, offset, stride, live):
 
 def _rank1(b, tile, value, column, places, rows):
     for r, place in enumerate(places):
-        scalar = emit.splat(b, b.load(emit.at(b, column, place, emit.count(1))), tile.vector.lanes)
+        scalar = emit.splat(b, emit.load_one(b, column, place), tile.vector.lanes)
         for c in range(tile.cols):
             k = r * tile.cols + c
             value = b.insert_value(value, emit.fma(b, scalar, rows[c], b.extract_value(value, k)), k)

@@ -41,13 +41,12 @@ class _SetItem(AbstractTemplate):
 
 @lower_builtin(operator.getitem, PointerType, types.Integer)
 def _getitem(cx, b, sig, args):
-    index = cx.cast(b, args[1], sig.args[1], types.intp)
-    return b.load(emit.at(b, args[0], index, emit.count(1)))
+    return emit.load_one(b, args[0], cx.cast(b, args[1], sig.args[1], types.intp))
 
 
 @lower_builtin(operator.setitem, PointerType, types.Integer, types.Any)
 def _setitem(cx, b, sig, args):
-    b.store(args[2], emit.at(b, args[0], args[1], emit.count(1)))
+    emit.store_one(b, args[2], args[0], args[1])
     return emit.unit(cx)
 
 

@@ -18,7 +18,7 @@ from ..kernels import blocks, decode, dense, jit, pairs
 from ..kernels.scoring import ByteMatrices, Dropout
 from ..kernels.simd import target
 from ..kernels.softmax import LN2, LOG2E, Epsilon
-from ..kernels.tiles import Matrices
+from ..kernels.tiles import StoredMatrices
 from .layouts import NOTHING, NOWHERE, Layout, as_matrices, broadcast, contiguous, layout, padded, with_heads
 
 FORWARD_KEYS = 128  # in a chunk: 128 x 64 scores are 32 KiB and stay near the core; 64 and 96 measured the same
@@ -31,7 +31,9 @@ SPLIT_KEYS = 4096  # one block of queries over more keys than this is cut along 
 class Problem(NamedTuple):
     """What a plan depends on, hashable."""
 
-    dtype: np.dtype[Any]
+    dtype: np.dtype[Any]  # in which the inputs lie
+    arithmetic: np.dtype[Any]
+    rounds: bool  # results are of half precision
     query: Layout
     key: Layout
     value: Layout
@@ -56,29 +58,41 @@ def threads() -> int:
 def problem(c: Call, output: Array) -> Problem:
     seen = c.seen
     return Problem(
-        c.query.dtype, layout(c.query), layout(c.key), layout(c.value), layout(output), c.scale, c.softcap,
-        c.slopes is not None, c.dropout, c.eps, seen.first, seen.last, seen.offset,
+        c.query.dtype, c.arithmetic, c.rounds, layout(c.query), layout(c.key), layout(c.value), layout(output), c.scale,
+        c.softcap, c.slopes is not None, c.dropout, c.eps, seen.first, seen.last, seen.offset,
         None if seen.limits is None else seen.limits.shape, None if seen.bias is None else layout(seen.bias),
         None if seen.allowed is None else layout(seen.allowed),
     )  # fmt: skip
 
 
-def _job(p: Problem, keys_per_block: int, rows: int, output: Matrices, **more: Any) -> blocks.AttentionJob:
+def _outputs(p: Problem, output: Layout | None, exact: Layout | None) -> dict[str, Any]:
+    """What the kernels write of an output: in the type that the inputs lie in, as it was computed, or both."""
+    size = p.arithmetic.itemsize
+    if p.dtype == p.arithmetic:  # they are the same
+        return dict(output=as_matrices("output", output or exact, size), exact=None, wants_output=1, wants_exact=0)
+    return dict(
+        output=NOWHERE if output is None else as_matrices("output", output, p.dtype.itemsize),
+        exact=NOWHERE if exact is None else as_matrices("exact", exact, size),
+        wants_output=int(output is not None), wants_exact=int(exact is not None),
+    )  # fmt: skip
+
+
+def _job(p: Problem, keys_per_block: int, rows: int, **more: Any) -> blocks.AttentionJob:
     """What all jobs of a problem share; `rows` is the scratch that one thread needs."""
     itemsize, query = p.dtype.itemsize, with_heads(p.query, 3)
     key, value = with_heads(p.key, 3), with_heads(p.value, 3)
     batch, (H, Lq, D), (Lk, Dv) = query.shape[:-3], query.shape[-3:], value.shape[-2:]
     group = H // max(1, key.shape[-3])
     natural = None if p.softcap is None and not p.slopes and p.bias is None else LOG2E
-    scores, width = (*batch, H, Lq, Lk), target().width(itemsize)
-    bias = None if p.bias is None else as_matrices("bias", broadcast(p.bias, scores), itemsize)
+    scores, width = (*batch, H, Lq, Lk), target().width(p.arithmetic.itemsize)
+    bias = None if p.bias is None else as_matrices("bias", broadcast(p.bias, scores), p.arithmetic.itemsize)
     mask = None if p.mask is None else ByteMatrices(*as_matrices("mask", broadcast(p.mask, scores), 1))
     fields = dict(
         query=as_matrices("query", query, itemsize), key=as_matrices("key", key, itemsize, group),
-        value=as_matrices("value", value, itemsize, group), output=output, lse=NOTHING, wants_lse=0, natural=natural,
+        value=as_matrices("value", value, itemsize, group), lse=NOTHING, wants_lse=0, natural=natural,
         softcap=p.softcap, slopes="slopes" if p.slopes else None, bias=bias, mask=mask,
         additive=None if bias is None and mask is None else 1, dropout=_dropout(p.dropout),
-        epsilon=Epsilon(p.eps, "top") if p.eps else None, gradients=None,
+        epsilon=Epsilon(p.eps, "top") if p.eps else None, gradients=None, rounded=None,
         bias_gradient=None, limits=np.array([0, Lk], np.int64) if p.limits is None else "limits",
         limits_batch=0 if p.limits is None else 2 * Lq,
         limits_row=0 if p.limits is None else 2, first=p.first, last=p.last, offset=p.offset,
@@ -111,7 +125,7 @@ class Plan(NamedTuple):
             query=c.query, key=c.key, value=c.value, slopes=c.slopes, seed=c.seed, bias=seen.bias,
             mask=None if seen.allowed is None else seen.allowed.view(np.uint8),
             limits=None if seen.limits is None else _every_batch(seen.limits, c),
-            scratch=jit.scratch(self.scratch * jit.slots(), c.query.dtype), **arrays,
+            scratch=jit.scratch(self.scratch * jit.slots(), c.arithmetic), **arrays,
         )  # fmt: skip
 
 
@@ -139,43 +153,60 @@ def forward(p: Problem, wants_lse: bool, by_tiles: bool = False) -> Plan:
 
     Few queries have a kernel of their own, unless `by_tiles`.
     """
-    (Lq, D), (Lk, Dv), itemsize = p.query.shape[-2:], p.value.shape[-2:], p.dtype.itemsize
+    (Lq, D), (Lk, Dv), itemsize = p.query.shape[-2:], p.value.shape[-2:], p.arithmetic.itemsize
     few = is_few(p) and not by_tiles
     splits = -(-Lk // SPLIT_KEYS) if Lq <= target().width(itemsize) else 1
-    heads = math.prod(p.query.shape[:-2])
-    layout = with_heads(p.output, 3) if splits == 1 else contiguous((heads, splits, Lq, Dv), itemsize)
-    output = as_matrices("output", layout, itemsize)
-    more: dict[str, Any] = dict(splits=splits, split_keys=SPLIT_KEYS if splits > 1 else Lk)
+    heads, output = math.prod(p.query.shape[:-2]), with_heads(p.output, 3)
+    if splits > 1:
+        more = _outputs(p, None, contiguous((heads, splits, Lq, Dv), itemsize))
+    elif p.rounds:
+        more = _outputs(p, output, contiguous(output.shape, itemsize) if wants_lse else None)
+    else:
+        more = _outputs(p, None, output)
+    more.update(splits=splits, split_keys=SPLIT_KEYS if splits > 1 else Lk)
     if wants_lse or splits > 1:
         more.update(lse="lse", wants_lse=1)
     if p.eps and splits > 1:  # it is one sum: eps is added when the parts are merged
         more.update(epsilon=Epsilon(0.0, "top"))
     if few:
-        job = _job(p, DECODE_KEYS, 0, output, **more)
+        job = _job(p, DECODE_KEYS, 0, **more)
         step = decode.scratch_elements(Lq * job.group, D, Dv, DECODE_KEYS, itemsize)
         job = job._replace(scratch_step=step)
         return _plan(decode.forward, job, heads // job.group * splits, p, 2)
-    job = _job(p, FORWARD_KEYS, blocks.scratch_rows(D, Dv, FORWARD_KEYS), output, **more)
+    job = _job(p, FORWARD_KEYS, blocks.scratch_rows(D, Dv, FORWARD_KEYS), **more)
     return _plan(dense.forward, job, heads * job.blocks * splits, p, 2)
 
 
 def _backward_job(p: Problem, **more: Any) -> blocks.AttentionJob:
-    (_, D), (_, Dv), itemsize = p.query.shape[-2:], p.value.shape[-2:], p.dtype.itemsize
+    """`p.output` is the output as it was computed."""
+    (_, D), (_, Dv), itemsize = p.query.shape[-2:], p.value.shape[-2:], p.arithmetic.itemsize
     rows = blocks.scratch_rows(D, Dv, BACKWARD_KEYS) + blocks.gradient_rows(D, Dv, BACKWARD_KEYS, itemsize)
-    return _job(p, BACKWARD_KEYS, rows, as_matrices("output", with_heads(p.output, 3), itemsize), lse="lse", **more)
+    return _job(p, BACKWARD_KEYS, rows, **_outputs(p, None, with_heads(p.output, 3)), lse="lse", **more)
 
 
 def _gradients(p: Problem, grad_output: Layout, job: blocks.AttentionJob) -> blocks.Gradients:
-    itemsize, group = p.dtype.itemsize, job.group
+    itemsize, group = p.arithmetic.itemsize, job.group
     shapes = [with_heads(x, 3).shape for x in (p.query, p.key, p.value)]
     dq = contiguous(shapes[0], itemsize)
     dk, dv = (contiguous(padded(shape, itemsize), itemsize) for shape in shapes[1:])
     return blocks.Gradients(
-        output=as_matrices("grad_output", with_heads(grad_output, 3), itemsize), lse="grad_lse",
+        output=as_matrices("grad_output", with_heads(grad_output, 3), p.dtype.itemsize), lse="grad_lse",
         query=as_matrices("grad_query", dq, itemsize), key=as_matrices("grad_key", dk, itemsize, group),
         value=as_matrices("grad_value", dv, itemsize, group), to_query=1, to_key=1, heads=group, blocks=job.blocks,
         tiles=-(-job.Lk // BACKWARD_KEYS),
     )  # fmt: skip
+
+
+def _rounded(p: Problem, group: int) -> blocks.Rounded | None:
+    if not p.rounds:
+        return None
+    size = p.dtype.itemsize
+    query, key, value = (contiguous(with_heads(x, 3).shape, size) for x in (p.query, p.key, p.value))
+    return blocks.Rounded(
+        StoredMatrices(*as_matrices("rounded_query", query, size)),
+        StoredMatrices(*as_matrices("rounded_key", key, size, group)),
+        StoredMatrices(*as_matrices("rounded_value", value, size, group)),
+    )
 
 
 @functools.lru_cache(512)
@@ -186,6 +217,7 @@ def backward(p: Problem, grad_output: Layout, threads: int) -> list[Plan]:
     threads.
     """
     job = _backward_job(p)
+    job = job._replace(rounded=_rounded(p, job.group))
     g = _gradients(p, grad_output, job)
     heads = len(job.query.at)
     key_heads = heads // job.group
@@ -209,7 +241,7 @@ class BiasPlan(NamedTuple):
 def bias_backward(p: Problem, grad_output: Layout) -> BiasPlan:
     """The gradient of the float mask, each distinct matrix of it in one place."""
     assert p.bias is not None
-    job, itemsize = _backward_job(p), p.dtype.itemsize
+    job, itemsize = _backward_job(p), p.arithmetic.itemsize
     batch, H = with_heads(p.query, 3).shape[:-3], job.H
     shape = (1,) * (len(batch) + 3 - len(p.bias.shape)) + p.bias.shape
     matrices = math.prod(shape[:-2])
@@ -233,9 +265,9 @@ def bias_backward(p: Problem, grad_output: Layout) -> BiasPlan:
 @functools.lru_cache(128)
 def weights(p: Problem) -> Plan:
     """The weights of all queries of the problem, whose output is an array of them; eps, if any, is in the logsumexp."""
-    (_, D), (_, Dv), itemsize = p.query.shape[-2:], p.value.shape[-2:], p.dtype.itemsize
-    output = as_matrices("output", with_heads(p.output, 3), itemsize)
-    job = _job(p, FORWARD_KEYS, blocks.scratch_rows(D, Dv, FORWARD_KEYS), output, lse="lse", epsilon=None)
+    (_, D), (_, Dv), output = p.query.shape[-2:], p.value.shape[-2:], with_heads(p.output, 3)
+    made = _outputs(p, output, None) if p.rounds else _outputs(p, None, output)
+    job = _job(p, FORWARD_KEYS, blocks.scratch_rows(D, Dv, FORWARD_KEYS), lse="lse", **{**made, "epsilon": None})
     return _plan(pairs.weights, job, len(job.query.at) * job.blocks, p, 1)
 
 
