@@ -149,7 +149,7 @@ def _array(name: str, x: ArrayLike, dtype: str | None = None) -> Array:
         x = from_sequence(name, x)
     if dtype is not None:
         _check_bits(name, x, dtype)
-    elif x.dtype not in FLOATS and not (x.dtype == np.float16 or halves.is_bfloat16(x.dtype)) or not x.dtype.isnative:
+    elif (x.dtype not in FLOATS and not (x.dtype == np.float16 or halves.is_bfloat16(x.dtype))) or not x.dtype.isnative:
         hint = f"cast it: {name}.astype(numpy.float32)"
         if x.dtype.kind == "c":
             hint = f"attention is real: take {name}.real, or stack real and imaginary parts"
@@ -170,7 +170,7 @@ def _check_bits(name: str, x: Array, dtype: str) -> None:
     if dtype != "bfloat16":
         hint = 'dtype is for what NumPy has no type for: give "bfloat16" with uint16 arrays, or leave it out'
         raise InvalidInputError(f"dtype is {dtype!r}", hint=hint)
-    if x.dtype != halves.BITS and not halves.is_bfloat16(x.dtype) or not x.dtype.isnative:
+    if (x.dtype != halves.BITS and not halves.is_bfloat16(x.dtype)) or not x.dtype.isnative:
         hint = f"give the bits, {name}.view(numpy.uint16), or leave dtype out"
         raise InvalidInputError(f"{name} has dtype {x.dtype}, and dtype is {dtype!r}", hint=hint)
 
@@ -181,6 +181,9 @@ def from_sequence(name: str, x: ArrayLike) -> Array:
         array = np.asarray(x)
     except ValueError as error:
         raise InvalidInputError(f"{name} cannot become an array: {error}", hint="give rows of equal length") from None
+    except TypeError as error:
+        hint = "copy it to the CPU, if it is on a GPU: not everything runs there"
+        raise InvalidInputError(f"{name} cannot become an array: {error}", hint=hint) from None
     return array.astype(np.float64) if array.dtype.kind in "iu" and not isinstance(x, np.ndarray) else array
 
 
@@ -295,7 +298,7 @@ def _overlap(a: Array, b: Array) -> bool:
 def gradient(name: str, x: ArrayLike, shape: Shape, dtype: np.dtype[Any]) -> Array:
     """Check the gradient of a result."""
     array = x if type(x) is np.ndarray else from_sequence(name, x)
-    is_number = array.dtype.kind in "fiu" and array.dtype.itemsize <= 8 or halves.is_bfloat16(array.dtype)
+    is_number = (array.dtype.kind in "fiu" and array.dtype.itemsize <= 8) or halves.is_bfloat16(array.dtype)
     if not is_number or (isinstance(x, np.ndarray) and array.dtype != dtype):
         hint = f"cast it: {name}.astype(numpy.{dtype})"
         raise InvalidInputError(f"{name} has dtype {array.dtype}, the call had {dtype}", hint=hint)
