@@ -30,7 +30,8 @@ def batch(query: Any, key: Any, value: Any, widths: tuple[int, int, int | None],
     if not q.element == k.element == v.element:
         dtypes = {"query.dtype": q.element, "key.dtype": k.element, "value.dtype": v.element}
         raise InvalidInputError("query, key and value differ in dtype", shapes=dtypes, hint="cast them to one")
-    layers.batch(*(gpu.shadow(x.shape) for x in (q, k, v)), widths, longest)
+    shadows = [gpu.shadow(x.shape) for x in (q, k, v)]
+    layers.batch(shadows[0], shadows[1], shadows[2], widths, longest)
     return q, k, v
 
 
