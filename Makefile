@@ -26,8 +26,8 @@ test-bounds:  ## the core of the tests on one thread, every access checked
 	NUMBA_BOUNDSCHECK=1 RUVECTOR_NUMBA_THREADS=1 NUMBA_CACHE_DIR=$(CACHES)/bounds pytest -m core
 
 test-cuda:  ## the GPU's kernels on Numba's simulator, and through NVIDIA's assembler; needs ".[cuda-test]", no GPU
-	NUMBA_ENABLE_CUDASIM=1 pytest tests/test_cuda_*.py --ignore=tests/test_cuda_ptx.py
-	pytest tests/test_cuda_ptx.py
+	NUMBA_ENABLE_CUDASIM=1 pytest tests/test_cuda_*.py
+	pytest tests/test_gpu_*.py
 
 bench:  ## measure against the peers that are installed, and write the README's tables: some 45 minutes
 	$(PYTHON) perf/run.py

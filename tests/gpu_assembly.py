@@ -1,6 +1,6 @@
-"""What ptxas makes of every GPU kernel, for one compute capability: a process that test_cuda_ptx.py starts.
+"""What ptxas makes of every GPU kernel, for one compute capability: a process that test_gpu_assembly.py starts.
 
-    python tests/cuda_ptx.py 9 0
+    python tests/gpu_assembly.py 9 0
 
 prints a line of JSON for each variant of each kernel, and for (9, 0), whose budgets are kept, tries more variants. It
 needs the toolkit of the `cuda` extra, and no GPU.

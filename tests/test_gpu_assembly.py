@@ -15,7 +15,7 @@ import pytest
 if importlib.util.find_spec("numba_cuda") is None:
     pytest.skip("numba-cuda is not installed", allow_module_level=True)
 
-SCRIPT = Path(__file__).with_name("cuda_ptx.py")
+SCRIPT = Path(__file__).with_name("gpu_assembly.py")
 GENERATIONS = {"Ampere": (8, 0), "Hopper": (9, 0), "Blackwell": (10, 0)}
 
 
