@@ -2,7 +2,7 @@
 PYTHON ?= python
 CACHES := $(CURDIR)/build/numba-cache
 
-.PHONY: dev check format test test-avx2 test-bounds bench demo clean
+.PHONY: dev check format test test-avx2 test-bounds test-cuda bench demo clean
 
 dev:  ## install in place, with everything a developer needs
 	$(PYTHON) -m pip install -e ".[dev,demo,perf]"
@@ -25,9 +25,14 @@ test-avx2:  ## the core of the tests, compiled for 8 lanes
 test-bounds:  ## the core of the tests on one thread, every access checked
 	NUMBA_BOUNDSCHECK=1 RUVECTOR_NUMBA_THREADS=1 NUMBA_CACHE_DIR=$(CACHES)/bounds pytest -m core
 
+test-cuda:  ## the GPU's kernels on Numba's simulator, and through NVIDIA's assembler; needs ".[cuda-test]", no GPU
+	NUMBA_ENABLE_CUDASIM=1 pytest tests/test_cuda_*.py
+	pytest tests/test_gpu_*.py
+
 bench:  ## measure against the peers that are installed, and write the README's tables: some 45 minutes
 	$(PYTHON) perf/run.py
 	$(PYTHON) perf/graph_memory.py
+	$(PYTHON) perf/onnx_encoder.py
 	$(PYTHON) perf/report.py
 
 demo:

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from . import halves
 from .checks import Array, Shape
 from .errors import InvalidConfigError, InvalidInputError
 
@@ -61,6 +62,21 @@ def problem() -> tuple[str, str] | None:
     if tuple(capability) < (8, 0):
         return f"the GPU has compute capability {capability[0]}.{capability[1]}", "8.0 (Ampere) or newer is needed"
     return None
+
+
+def describe() -> str:
+    """The GPU in words, or what is missing and what would help."""
+    found = problem()
+    if found is not None:
+        return f"none: {found[0]}; {found[1]}"
+    import numba
+    from numba import cuda
+
+    if numba.config.ENABLE_CUDASIM:
+        return "simulated by Numba"
+    device = cuda.get_current_device()
+    name = device.name.decode() if isinstance(device.name, bytes) else device.name
+    return f"{name}, compute capability {'.'.join(map(str, device.compute_capability))}"
 
 
 def require() -> None:
@@ -200,7 +216,10 @@ class _Torch(Library):
         return torch.from_numpy(np.ascontiguousarray(x)).to(self.device)
 
     def download(self, x: Any) -> Array:
-        return np.asarray(x.detach().cpu().numpy())
+        import torch
+
+        x = x.detach()  # NumPy knows no bfloat16
+        return np.asarray((x.float() if x.dtype == torch.bfloat16 else x).cpu().numpy())
 
     def stream(self) -> int:
         import torch
@@ -290,6 +309,8 @@ def default() -> Library:
 
 def view(name: str, x: Any, dtype: str | None = None) -> GpuArray:
     """The array where it lies; `dtype` says what 16 bits of an integer type stand for."""
+    if isinstance(x, GpuArray):
+        return x
     if not is_on_gpu(x):
         hint = f"move it there, or take the others to the CPU; or give device='cuda' to have all of them moved: {name}"
         raise InvalidInputError(f"{name} is on the CPU, other arrays are on the GPU", hint=hint)
@@ -303,9 +324,10 @@ def view(name: str, x: Any, dtype: str | None = None) -> GpuArray:
 
 
 def _from_dlpack(x: Any) -> GpuArray:
+    require()
     from cuda.core.utils import StridedMemoryView
 
-    seen = StridedMemoryView(x, stream_ptr=-1)
+    seen = StridedMemoryView.from_dlpack(x, stream_ptr=-1)
     shape = tuple(seen.shape)
     steps = tuple(seen.strides) if seen.strides is not None else contiguous_strides(shape)
     return GpuArray(int(seen.ptr), 0, shape, steps, _name(seen.dtype), x)
@@ -401,6 +423,13 @@ def moved(x: Any, dtype: str | None = None) -> Any:
     if x is None or is_on_gpu(x):
         return x
     return default().upload(np.asarray(x))
+
+
+def to_numpy(x: Any) -> Array:
+    """A copy of an array on a GPU as one of NumPy, its 16 bits widened to float32; of any other, the array."""
+    if not is_on_gpu(x):
+        return np.asarray(x)
+    return halves.widened(library(x).download(x))
 
 
 @functools.lru_cache(1024)

@@ -139,24 +139,27 @@ class Past(NamedTuple):
         """An array as the caller gets it: where the call's arrays were."""
         return gpu.default().download(x) if self.call.is_moved and x is not None else x
 
-    def weights(self, rows: Any = None) -> Any:
+    def weights(self, rows: Any = None, averaged: bool = False) -> Any:
+        """Of the queries `rows`, in float32; averaged over the heads if that is wanted."""
         c, space = self.call.checked, self.call.space()
         chosen = checks.rows(rows, c.query.shape[-2])
-        out = space.empty((*c.query.shape[:-2], len(chosen), c.key.shape[-2]), "float32")
+        heads = c.batch if averaged else c.query.shape[:-2]
+        out = space.empty((*heads, len(chosen), c.key.shape[-2]), "float32")
         if gpu.size(out.shape):
-            _weights(self, space, chosen, out)
+            _weights(self, space, chosen, out, c.heads if averaged else 1)
         return self.given(out.native)
 
     def backward(self, grad_output: Any, grad_lse: Any = None, wants_bias: bool = True) -> InputGradients:
         c, shape = self.call, self.call.checked.output_shape
         if c.is_moved:
             grad_output, grad_lse = gpu.moved(grad_output), gpu.moved(grad_lse)
-        given = _gradient("grad_output", grad_output, shape, c.query.element)
-        lse = None if grad_lse is None else _gradient("grad_lse", grad_lse, shape[:-1], "float32")
+        given = gradient("grad_output", grad_output, shape, c.query.element)
+        lse = None if grad_lse is None else gradient("grad_lse", grad_lse, shape[:-1], "float32")
         return _backward(self, given, lse, wants_bias and c.bias is not None)
 
 
-def _gradient(name: str, x: Any, shape: Shape, element: str) -> GpuArray:
+def gradient(name: str, x: Any, shape: Shape, element: str) -> GpuArray:
+    """Check the gradient of a result."""
     found = gpu.view(name, x)
     if found.element in ("uint16", "int16"):
         found = found._replace(element=element)
@@ -242,7 +245,9 @@ def forward(c: Call, out: Any = None) -> Past:
 
     a, space, element = c.checked, c.space(), c.query.element
     heads, (Lq, D), (Lk, Dv) = math.prod(a.query.shape[:-2]), a.query.shape[-2:], a.value.shape[-2:]
-    output = room(space, a.output_shape, element) if out is None else _out(out, c)
+    if not isinstance(out, GpuArray):
+        out = room(space, a.output_shape, element) if out is None else _out(out, c)
+    output: GpuArray = out
     lse = space.empty(a.query.shape[:-1], "float32")
     if not gpu.size(a.query.shape[:-1]):
         return Past(c, output, lse.native, None)
@@ -322,9 +327,9 @@ def _gradient_job(
     )  # fmt: skip
 
 
-def _compact(space: Space, x: GpuArray) -> GpuArray:
-    """The array, copied if its elements do not lie one behind the other."""
-    if x.strides == gpu.contiguous_strides(x.shape):
+def _compact(space: Space, x: GpuArray, inverted: bool = False) -> GpuArray:
+    """The array, copied if its elements do not lie one behind the other, or to have its bools inverted."""
+    if x.strides == gpu.contiguous_strides(x.shape) and not inverted:
         return x
     from .kernels.cuda import copying
 
@@ -334,9 +339,15 @@ def _compact(space: Space, x: GpuArray) -> GpuArray:
         space.pointer(x), starts(space, rows.shape[:-2], rows.strides[:-2]), rows.strides[-2], 1,
         space.pointer(made), rows.shape[-2], 1, 1,
     )  # fmt: skip
-    v = copying.Variant(x.element, 32 if isinstance(x.data, np.ndarray) else 256)
-    copying.pack(v, job, (-(-rows.shape[-2] // v.threads), math.prod(rows.shape[:-2]), 1), space.stream)
+    v = copying.Variant(x.element, 32 if isinstance(x.data, np.ndarray) else 256, inverted=inverted)
+    if gpu.size(x.shape):
+        copying.pack(v, job, (-(-rows.shape[-2] // v.threads), math.prod(rows.shape[:-2]), 1), space.stream)
     return made
+
+
+def inverted(space: Space, x: GpuArray) -> GpuArray:
+    """True where the array of bools is False."""
+    return _compact(space, x, inverted=True)
 
 
 def _prepared(past: Past, space: Space, job: Any) -> int:
@@ -392,12 +403,12 @@ def _bias_gradient(c: Call, space: Space, job: Any, bias: GpuArray) -> None:
         c.query.element, 64, 16, 1, 32 if isinstance(c.query.data, np.ndarray) else 128, 1, 2, *_terms(c)
     )
     more = pairs.PairJob(
-        job, space.pointer(bias), space.pointer(None), 0, space.upload(begins), space.upload(members), *shape[-2:]
+        job, space.pointer(bias), space.pointer(None), 0, 1, space.upload(begins), space.upload(members), *shape[-2:]
     )
     pairs.bias_gradient(v, more, (-(-shape[-2] * shape[-1] // (v.threads // 32)), matrices, 1), space.stream)
 
 
-def _weights(past: Past, space: Space, chosen: Any, out: GpuArray) -> None:
+def _weights(past: Past, space: Space, chosen: Any, out: GpuArray, averaged: int) -> None:
     from .kernels.cuda import blocks, pairs
 
     c, a = past.call, past.call.checked
@@ -409,7 +420,7 @@ def _weights(past: Past, space: Space, chosen: Any, out: GpuArray) -> None:
     v = blocks.Variant(c.query.element, 64, 16, 1, threads, 1, 2, *_terms(c))
     nothing = space.pointer(None)
     more = pairs.PairJob(
-        job, space.pointer(out), space.upload(chosen.astype(np.int64)), len(chosen), nothing, nothing, 0, 0
+        job, space.pointer(out), space.upload(chosen.astype(np.int64)), len(chosen), averaged, nothing, nothing, 0, 0
     )
-    grid = (-(-job.Lk // threads), len(chosen), math.prod(a.query.shape[:-2]))
+    grid = (-(-job.Lk // threads), len(chosen), math.prod(a.query.shape[:-2]) // averaged)
     pairs.weights(v, more, grid, space.stream)

@@ -6,21 +6,20 @@ a number above 0.5. In the functions `attn_mask` attends, as in torch's function
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from . import masks
-from .checks import floats, from_sequence
+from .checks import Shape, floats, from_sequence
 from .config import AttentionConfig
 from .errors import DimensionMismatchError, InvalidConfigError, InvalidInputError, InvalidMaskError
 from .results import AttentionCache
 
-__all__ = ["batch", "checked_config", "dice", "dropout", "hidden", "padded", "record_of"]
+__all__ = ["batch", "check_hidden", "checked_config", "dice", "dropout", "hidden", "padded", "record_of"]
 
 Array = NDArray[Any]
-Kind = TypeVar("Kind")
 
 
 def checked_config(config: object) -> AttentionConfig:
@@ -48,12 +47,12 @@ def dropout(
     return config.dropout, int(dice.integers(1 << 63)) if seed is None else seed
 
 
-def record_of(cache: object, kind: type[Kind]) -> Kind | None:
-    """What the layer's forward pass remembered; None in a cache that was built by hand."""
+def record_of(cache: object, *kinds: type) -> Any:
+    """What the layer's forward pass remembered, of one of these kinds; None in a cache that was built by hand."""
     hint = "give what this layer's forward_cached returned, or AttentionCache(query, key, value)"
     if not isinstance(cache, AttentionCache):
         raise InvalidInputError(f"cache is a {type(cache).__name__}, not an AttentionCache", hint=hint)
-    if cache.record is not None and not isinstance(cache.record, kind):
+    if cache.record is not None and not isinstance(cache.record, kinds):
         raise InvalidInputError("cache is that of another kind of attention", hint=hint)
     return cache.record
 
@@ -95,17 +94,21 @@ def hidden(mask: Any, scores: tuple[int, int, int, int], per_head: bool) -> mask
     if mask is None or isinstance(mask, masks.Mask):
         return mask
     array = from_sequence("mask", mask)
+    check_hidden(array.shape, array.dtype, scores, per_head)
+    return _attending("mask", array if array.ndim != 3 else array[:, None])
+
+
+def check_hidden(shape: Shape, dtype: np.dtype[Any], scores: tuple[int, int, int, int], per_head: bool) -> None:
+    """Raise unless a `mask` of this shape and dtype fits scores (B, H, Lq, Lk)."""
     B, H, Lq, Lk = scores
     wanted = {"(Lq, Lk)": (Lq, Lk), "(B, Lq, Lk)": (B, Lq, Lk)} | ({"(B, heads, Lq, Lk)": scores} if per_head else {})
-    shapes = {"mask.shape": array.shape, **wanted}
-    if array.dtype.kind not in "biuf":
-        hint = "give True or 1 where a key is hidden"
-        raise InvalidMaskError(f"mask has dtype {array.dtype}", shapes=shapes, hint=hint)
-    full = {2: (Lq, Lk), 3: (B, Lq, Lk), **({4: scores} if per_head else {})}.get(array.ndim)
-    if full is None or any(n not in (1, size) for n, size in zip(array.shape, full, strict=True)):
-        reason = f"Mask shape {array.shape} doesn't match scores shape {full or (B, Lq, Lk)}"
+    shapes = {"mask.shape": shape, **wanted}
+    if dtype.kind not in "biuf":
+        raise InvalidMaskError(f"mask has dtype {dtype}", shapes=shapes, hint="give True or 1 where a key is hidden")
+    full = {2: (Lq, Lk), 3: (B, Lq, Lk), **({4: scores} if per_head else {})}.get(len(shape))
+    if full is None or any(n not in (1, size) for n, size in zip(shape, full, strict=True)):
+        reason = f"Mask shape {shape} doesn't match scores shape {full or (B, Lq, Lk)}"
         raise InvalidMaskError(reason, shapes=shapes, hint="axes may be 1 where all share one mask")
-    return _attending("mask", array if array.ndim != 3 else array[:, None])
 
 
 def padded(key_padding_mask: ArrayLike | None, B: int, Lk: int) -> masks.Mask | Array | None:

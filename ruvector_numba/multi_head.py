@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from . import checks, dense, files, layers, masks
+from . import checks, dense, files, gpu, gpu_layers, layers, masks
 from .config import AttentionConfig
 from .errors import InvalidConfigError, InvalidInputError
 from .parameters import ParameterSet, Trainable
@@ -194,8 +194,12 @@ class MultiHeadAttention(Trainable, TrainableAttention):
         key_padding_mask: ArrayLike | None,
         dropout: float,
         seed: int | None,
-    ) -> _Record:
+    ) -> Any:
         config, H = self.config, self.config.num_heads
+        if gpu.any_on_gpu(query, key, value):
+            widths, arrays = (config.d_model, self.kdim, self.vdim), (query, key, value)
+            parts = (mask, key_padding_mask, dropout, seed)
+            return gpu_layers.multi_head(config, self._parameters, widths, arrays, *parts)
         inputs = layers.batch(query, key, value, (config.d_model, self.kdim, self.vdim), config.max_seq_len)
         (B, Lq, _), Lk = inputs[0].shape, inputs[1].shape[1]
         seen: Any = layers.hidden(mask, (B, H, Lq, Lk), per_head=True)
@@ -226,11 +230,10 @@ class MultiHeadAttention(Trainable, TrainableAttention):
         ------
         InvalidInputError, DimensionMismatchError
         """
-        record = layers.record_of(cache, _Record)
+        record = layers.record_of(cache, _Record, gpu_layers.Record)
         if record is None:
             record = self._attend(cache.query, cache.key, cache.value, cache.mask, None, 0.0, None)
-        grad = checks.gradient("grad_output", grad_output, record.output.shape, record.output.dtype)
-        return record.backward(grad)
+        return record.backward(grad_output)
 
     # --- decoding ---------------------------------------------------------------------------------------------------
     def new_cache(self, batch: int, max_len: int, dtype: DTypeLike | None = None) -> KeyValueCache:
@@ -394,7 +397,8 @@ class _Record(NamedTuple):
             result[:, i : i + at_once] = self.past.weights(chosen[i : i + at_once]).mean(axis=1)
         return result
 
-    def backward(self, grad: Array) -> AttentionGradients:
+    def backward(self, grad_output: ArrayLike) -> AttentionGradients:
+        grad = checks.gradient("grad_output", grad_output, self.output.shape, self.output.dtype)
         B, Lq, d = grad.shape
         H, d_k = self.joined.shape[2:]
         # output = joined w_o + b_o

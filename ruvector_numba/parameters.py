@@ -98,12 +98,13 @@ class ParameterSet(Mapping[str, Array]):
     array([6., 7., 8.])
     """
 
-    __slots__ = ("_casts", "_flat", "_shapes", "_views")
+    __slots__ = ("_casts", "_flat", "_shapes", "_views", "copies")
 
     _flat: Array
     _shapes: dict[str, Shape]
     _views: dict[str, Array]
     _casts: dict[np.dtype[Any], ParameterSet]
+    copies: dict[Any, Any]  # those on a GPU, which live as long as this does
 
     def __init__(self, arrays: Mapping[str, ArrayLike]) -> None:
         if not isinstance(arrays, Mapping):
@@ -122,7 +123,7 @@ class ParameterSet(Mapping[str, Array]):
     def _adopt(self, flat: Array, shapes: dict[str, Shape]) -> None:
         """Take over `flat`, which nobody else may write to."""
         flat.flags.writeable = False
-        self._flat, self._shapes, self._views, self._casts = flat, shapes, {}, {}
+        self._flat, self._shapes, self._views, self._casts, self.copies = flat, shapes, {}, {}, {}
         start = 0
         for name, shape in shapes.items():
             end = start + math.prod(shape)

@@ -185,6 +185,8 @@ def info(measure: bool = False) -> dict[str, Any]:
             where compiled kernels are kept; None where nothing can be written.
         compiled
             the kernels compiled or loaded so far: element type, and the optional terms they know.
+        gpu
+            its name and compute capability, or what is missing to use one.
         versions
             of Python and the packages below this one.
         peak_gflops
@@ -197,7 +199,7 @@ def info(measure: bool = False) -> dict[str, Any]:
     >>> found["threads"] <= found["max_threads"]
     True
     """
-    from . import __version__
+    from . import __version__, gpu
     from .kernels import jit, peak
     from .kernels.simd import target
 
@@ -215,6 +217,7 @@ def info(measure: bool = False) -> dict[str, Any]:
         "threading_layer": str(jit.layer()),
         "cache_folder": None if folder is None else str(folder),
         "compiled": jit.variants(),
+        "gpu": gpu.describe(),
         "versions": _versions(),
     }
     return found if gflops is None else {**found, "peak_gflops": gflops}

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from numpy.typing import ArrayLike, NDArray
 
-from . import checks, dense, layers
+from . import checks, dense, gpu, gpu_layers, layers
 from .config import AttentionConfig
 from .parameters import ParameterSet, Trainable
 from .protocols import TrainableAttention
@@ -18,10 +18,26 @@ Array = NDArray[Any]
 
 
 class _Record(NamedTuple):
-    past: dense.Past
+    """What a pass was computed from and with."""
+
+    inputs: tuple[Array, Array, Array]
+    past: dense.Past  # of one head
+
+    @property
+    def output(self) -> Array:
+        return self.past.output[:, 0]
+
+    @property
+    def lse(self) -> Array:
+        return self.past.lse[:, 0]
 
     def weights(self, rows: Any = None) -> Array:
         return self.past.weights(rows)[:, 0]
+
+    def backward(self, grad_output: ArrayLike) -> AttentionGradients:
+        grad = checks.gradient("grad_output", grad_output, self.output.shape, self.output.dtype)
+        g = self.past.backward(grad[:, None])
+        return AttentionGradients(query=g.query[:, 0], key=g.key[:, 0], value=g.value[:, 0], bias=g.bias)
 
 
 class ScaledDotProductAttention(Trainable, TrainableAttention):
@@ -86,8 +102,8 @@ class ScaledDotProductAttention(Trainable, TrainableAttention):
         ------
         InvalidInputError, DimensionMismatchError, InvalidMaskError
         """
-        past = self._attend(query, key, value, mask, 0.0, None)
-        return past.output[:, 0], past.weights()[:, 0]
+        record = self._attend(query, key, value, mask, 0.0, None)
+        return record.output, record.weights()
 
     def forward_cached(
         self,
@@ -103,10 +119,10 @@ class ScaledDotProductAttention(Trainable, TrainableAttention):
 
         `seed` decides what is dropped; without it, the layer's own generator does. The rest is as in `forward`.
         """
-        past = self._attend(query, key, value, mask, *layers.dropout(self.config, training, seed, self._dice))
-        c, output = past.call, past.output[:, 0]
-        q, k, v = (x[:, 0] for x in (c.query, c.key, c.value))
-        return output, AttentionCache(q, k, v, mask=mask, output=output, lse=past.lse[:, 0], record=_Record(past))
+        record = self._attend(query, key, value, mask, *layers.dropout(self.config, training, seed, self._dice))
+        q, k, v = record.inputs
+        output, lse = record.output, record.lse
+        return output, AttentionCache(q, k, v, mask=mask, output=output, lse=lse, record=record)
 
     def backward(self, grad_output: ArrayLike, cache: AttentionCache) -> AttentionGradients:
         """The gradients of query, key and value, given that of the output (B, Lq, Dv).
@@ -121,27 +137,24 @@ class ScaledDotProductAttention(Trainable, TrainableAttention):
         ------
         InvalidInputError, DimensionMismatchError
         """
-        record = layers.record_of(cache, _Record)
+        record = layers.record_of(cache, _Record, gpu_layers.OneHead)
         if record is None:
-            past = self._attend(cache.query, cache.key, cache.value, cache.mask, 0.0, None)
-        else:
-            past = record.past
-        B, _, Lq, Dv = past.output.shape
-        grad = checks.gradient("grad_output", grad_output, (B, Lq, Dv), past.output.dtype)
-        g = past.backward(grad[:, None])
-        return AttentionGradients(query=g.query[:, 0], key=g.key[:, 0], value=g.value[:, 0], bias=g.bias)
+            record = self._attend(cache.query, cache.key, cache.value, cache.mask, 0.0, None)
+        return record.backward(grad_output)
 
     def _attend(
         self, query: ArrayLike, key: ArrayLike, value: ArrayLike, mask: Any, dropout: float, seed: int | None
-    ) -> dense.Past:
+    ) -> Any:
         config = self.config
+        if gpu.any_on_gpu(query, key, value):
+            return gpu_layers.one_head(config, (query, key, value), mask, dropout, seed)
         query, key, value = layers.batch(query, key, value, (config.d_model, config.d_model, None), config.max_seq_len)
         B, Lq, Lk = *query.shape[:2], key.shape[1]
         seen = layers.hidden(mask, (B, 1, Lq, Lk), per_head=False)
         q, k, v = (x[:, None] for x in (query, key, value))
         scale = config.get_scale()
         c = checks.call(q, k, v, seen, dropout, config.causal, scale, False, None, None, seed)
-        return dense.forward(c._replace(eps=config.eps))
+        return _Record((query, key, value), dense.forward(c._replace(eps=config.eps)))
 
     def _file_header(self) -> dict[str, str]:
         return {"kind": self.name(), "config": self.config.to_json()}

@@ -194,6 +194,7 @@ def test_info_says_what_there_is():
     assert any(name.startswith("dense.forward(float32") for name in found["compiled"])
     assert found["versions"]["python"] == platform.python_version()
     assert (found["versions"]["numba"], found["versions"]["numpy"]) == (numba.__version__, np.__version__)
+    assert found["gpu"].startswith("none: ") or "compute capability" in found["gpu"] or "simulated" in found["gpu"]
     assert {"llvmlite", "scipy"} < found["versions"].keys()
     assert "peak_gflops" not in found
     assert json.loads(json.dumps(found)) == found

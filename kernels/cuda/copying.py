@@ -23,11 +23,12 @@ class Variant(NamedTuple):
     element: str
     threads: int = 256
     resident: int = 1
+    inverted: bool = False  # 1 for 0, 0 for all else: bools that hide become bools that attend
 
 
-@kernel(CopyJob)
+@kernel(CopyJob, registers=40)
 def pack(v):
-    THREADS, zero = v.threads, STORAGE[v.element](0)
+    THREADS, INVERTED, STORED, zero = v.threads, v.inverted, STORAGE[v.element], STORAGE[v.element](0)
 
     def copy_rows(job):
         matrix = cuda.blockIdx.y
@@ -36,6 +37,8 @@ def pack(v):
             x = zero
             if column < job.columns:
                 x = job.source[job.at[matrix] + row * job.row + column * job.col]
+                if INVERTED:
+                    x = STORED(x == zero)
             job.copy[matrix * job.rows * job.width + n] = x
 
     return copy_rows
@@ -47,7 +50,7 @@ class FillJob(NamedTuple):
     value: float
 
 
-@kernel(FillJob)
+@kernel(FillJob, registers=32)
 def fill(v):
     """data[:] = value, which is 0 where elements have 16 bits"""
     THREADS, STORED = v.threads, STORAGE[v.element]

@@ -25,7 +25,7 @@ from .tiles import held, loading, operations, passed, pitch, storing
 commit, exp2, larger, wait_for_all = gpu.commit, gpu.exp2, gpu.larger, gpu.wait_for_all
 
 
-@kernel(AttentionJob)
+@kernel(AttentionJob, registers=255, stack={256: 720})  # of 256 channels, the sums do not stay in registers
 def forward(v):
     KEYS, TALL, SLOTS, ROWS, PACKED = v.keys, v.tall, 2 * v.tall, v.rows, v.packed
     BLOCKS, WIDE, STORED = KEYS // 8, v.width // 8, STORAGE[v.element]
@@ -139,7 +139,7 @@ def forward(v):
     return attention_forward
 
 
-@kernel(AttentionJob)
+@kernel(AttentionJob, registers=64)
 def merge(v):
     """The union of the parts of a query's keys: a warp has one query, and joins its parts in their order."""
     WARPS, put = v.threads // WARP, storing(v.element)

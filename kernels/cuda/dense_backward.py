@@ -23,7 +23,7 @@ across, exp2 = gpu.across, gpu.exp2
 commit, wait_for_all, wait_for_all_but_one = gpu.commit, gpu.wait_for_all, gpu.wait_for_all_but_one
 
 
-@kernel(GradientJob)
+@kernel(GradientJob, registers=96)
 def prepare(v):
     """shift and delta of each query: a warp has eight of them, whose loads are all under way at once."""
     widened, WARPS, QUERIES = widen(v.element), v.threads // WARP, ROWS_OF_A_WARP
@@ -54,7 +54,7 @@ def prepare(v):
     return prepare_backward
 
 
-@kernel(GradientJob)
+@kernel(GradientJob, registers=255, stack={64: 80, 256: 640})  # of 64, tall 2 spills a little and gains a quarter
 def to_query(v):
     """dq = scale * ds k. A block owns queries and goes past the keys they see."""
     KEYS, TALL, SLOTS, ROWS = v.keys, v.tall, 2 * v.tall, v.rows
@@ -176,7 +176,7 @@ def to_query(v):
     return backward_to_query
 
 
-@kernel(GradientJob)
+@kernel(GradientJob, registers=255, stack={128: 200, 256: 576})  # of 128, smaller tiles spill less and are slower
 def to_key(v):
     """dv = p^T do, dk = scale * ds^T q. A block owns keys of one head and goes past all queries that see them, those of
     every head that shares the keys. Rows are keys and columns are queries."""

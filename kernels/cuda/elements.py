@@ -27,4 +27,4 @@ ELEMENTS = {
         types.uint16, 2, gpu.widen_bfloat16, gpu.pair_bfloat16, gpu.multiply_add_bfloat16, (0x7F800000, 0x7F80)
     ),
 }  # fmt: skip
-STORAGE = {name: element.storage for name, element in ELEMENTS.items()}
+STORAGE = {name: element.storage for name, element in ELEMENTS.items()} | {"bool": types.uint8, "uint8": types.uint8}

@@ -104,12 +104,13 @@ class _Launch:
 
 class Kernel:
     """`build(variant)` gives the function to compile; asked for are `variant.element`, `.threads` and
-    `.resident`, how many blocks of threads shall fit on one multiprocessor."""
+    `.resident`, how many blocks of threads shall fit on one multiprocessor. `registers` is how many a thread may take,
+    and `stack` how many bytes of memory besides, by the variant's width: what ptxas must keep to on every GPU."""
 
-    def __init__(self, build, job_class):
+    def __init__(self, build, job_class, registers=255, stack=None):
         functools.update_wrapper(self, build)
         self._build = build
-        self.job_class = job_class
+        self.job_class, self.registers, self.stack = job_class, registers, stack or {}
         self.name = f"{build.__module__.rpartition('.')[2]}.{build.__name__}"
         self._compiled = {}
         _KERNELS[self.name] = self
@@ -193,9 +194,9 @@ def _as_if_there_were(compute_capability):
 FAST = {"contract"}
 
 
-def kernel(job_class):
+def kernel(job_class, registers=255, stack=None):
     """Make a `Kernel` of the function that builds it for a variant."""
-    return functools.partial(Kernel, job_class=job_class)
+    return functools.partial(Kernel, job_class=job_class, registers=registers, stack=stack)
 
 
 def kernels():

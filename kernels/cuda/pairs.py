@@ -8,7 +8,7 @@ from numba import cuda, types
 
 from . import instructions as gpu
 from .blocks import INF, GradientJob
-from .jit import WARP, Floats, Indices, kernel
+from .jit import WARP, Floats, Indices, device, kernel
 from .scoring import dice, kept, scoring, sees_from, sees_to
 from .tiles import widen
 
@@ -22,38 +22,45 @@ class PairJob(NamedTuple):
     out: Floats
     rows: Indices  # weights: which queries
     count: int  # how many of them
+    averaged: int  # over so many heads
     begins: Indices  # gradient: matrix m of the bias belongs to the heads members[begins[m] : begins[m + 1]]
     members: Indices
     R: int  # rows and columns of a matrix of the bias: Lq or 1, Lk or 1
     C: int
 
 
-@kernel(PairJob)
+@kernel(PairJob, registers=64)
 def weights(v):
-    """out[head, n, j] = p of query rows[n] and key j"""
+    """out[m, n, j] = the mean p of query rows[n] and key j over the m-th so many heads"""
     widened, SLOPES, THREADS = widen(v.element), v.slopes, v.threads
     score, _ = scoring(v.element, v.softcap, v.slopes, v.bias, v.mask)
     int32, float32 = types.int32, types.float32
 
+    @device
+    def weight(a, head, i, j):
+        batch = head // a.H
+        if j < sees_from(a.sight, batch, i) or j >= sees_to(a.sight, batch, i):
+            return float32(0)
+        q_at, k_at, s = a.query.at[head] + i * a.query.row, a.key.at[head] + j * a.key.row, float32(0)
+        for d in range(a.D):
+            s += widened(a.query.data[q_at + d]) * widened(a.key.data[k_at + d])
+        slope = a.terms.slopes[head] if SLOPES else float32(0)
+        s = score(a.terms, s, slope, head, i, j, True)
+        return exp2(s - a.shift[head * a.Lq + i]) if s != -INF else float32(0)
+
     def attention_weights(job):
-        a, head, n = job.attention, cuda.blockIdx.z, cuda.blockIdx.y
+        a, m, n = job.attention, cuda.blockIdx.z, cuda.blockIdx.y
         j, i = int32(cuda.blockIdx.x * THREADS + cuda.threadIdx.x), int32(job.rows[n])
         if j < a.Lk:
-            batch, p = head // a.H, float32(0)
-            if sees_from(a.sight, batch, i) <= j and j < sees_to(a.sight, batch, i):
-                q_at, k_at, s = a.query.at[head] + i * a.query.row, a.key.at[head] + j * a.key.row, float32(0)
-                for d in range(a.D):
-                    s += widened(a.query.data[q_at + d]) * widened(a.key.data[k_at + d])
-                slope = a.terms.slopes[head] if SLOPES else float32(0)
-                s = score(a.terms, s, slope, head, i, j, True)
-                if s != -INF:
-                    p = exp2(s - a.shift[head * a.Lq + i])
-            job.out[(head * job.count + n) * a.Lk + j] = p
+            total = float32(0)
+            for h in range(job.averaged):
+                total += weight(a, int32(m * job.averaged + h), i, j)
+            job.out[(m * job.count + n) * a.Lk + j] = total / float32(job.averaged)
 
     return attention_weights
 
 
-@kernel(PairJob)
+@kernel(PairJob, registers=112)
 def bias_gradient(v):
     """out[m, r, c] = the sum of ds over the heads of matrix m, and over the queries or keys where it has one row or
     column: a warp has one entry."""

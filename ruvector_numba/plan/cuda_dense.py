@@ -55,6 +55,8 @@ def variant(kernel: str, element: str, channels: int, terms: Terms) -> Variant:
     """The variant of a kernel: "forward", "to_query" or "to_key"."""
     table = _FLOATS if element == "float32" else _HALVES
     keys, tall, resident, hold = table[kernel][channels]
+    if any(terms):  # they need registers of their own: what is larger spills some 300 bytes
+        keys, tall = keys if kernel == "forward" else min(keys, 32), 1
     found = Variant(element, channels, keys, tall, 128, resident, hold, *terms)
     return simulated(found) if SIMULATED else found
 

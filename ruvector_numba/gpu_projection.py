@@ -1,0 +1,94 @@
+"""Linear projections of arrays that lie on a GPU: the same products as projection.py, of the same layouts.
+
+`product` takes arrays of four axes, (B, L, H, C): rows are pairs (batch, position), columns are pairs (head, channel).
+`matrix` makes one of a plain (n, m), and `turned` one whose rows are another's columns. Everything is enqueued on the
+stream of a `Space`, and what is allocated on the way stays as long as that does.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from . import gpu
+from .gpu import GpuArray, Space
+from .gpu_dense import zero
+
+if TYPE_CHECKING:
+    from .plan.cuda_projection import Layout
+
+__all__ = ["linear", "linear_backward", "matrix", "product", "turned"]
+
+
+def product(
+    space: Space,
+    left: GpuArray,
+    right: GpuArray,
+    out: GpuArray,
+    bias: GpuArray | None = None,
+    sums: GpuArray | None = None,
+    over_rows: bool = False,
+) -> None:
+    """out[i, j] = sum over k of left[i, k] * right[k, j] + bias[j], where each index is a pair.
+
+    `sums`, if given, gets the sum of each column of `right`. `over_rows` says that k counts rows, as in dW = x^T dy:
+    such sums are long and are cut into parts, and in them NaN or infinity in `left` times 0 in `right` is 0, for a row
+    that nobody saw has the gradient 0. Arrays are of one element type; `bias` and `sums` are contiguous.
+    """
+    from .kernels.cuda import projection as kernels
+    from .plan import cuda_projection as plan
+
+    if not gpu.size(out.shape):
+        if sums is not None:
+            zero(space, sums, 0.0)
+        return
+    p = plan.plan(out.element, *(_layout(x) for x in (left, right, out)), over_rows)
+    parts = part_sums = space.nothing
+    if p.variant.cut:
+        parts = space.scratch(p.parts * p.I * p.line)
+        part_sums = space.scratch(p.parts * p.line) if sums is not None else parts
+    job = kernels.ProjectionJob(
+        *(kernels.Pairs(space.pointer(x), *s) for x, s in ((left, p.left), (right, p.right), (out, p.out))),
+        space.pointer(bias), space.pointer(sums), parts, part_sums, p.line, int(bias is not None),
+        int(sums is not None), p.left_by_rows, p.right_by_rows, p.I, p.J, p.K, p.part, p.parts,
+    )  # fmt: skip
+    kernels.project(p.variant, job, p.grid, space.stream)
+    if p.variant.cut:
+        kernels.join(p.variant, job, p.join_grid, space.stream)
+
+
+def linear(space: Space, x: GpuArray, weight: GpuArray, bias: GpuArray | None = None) -> GpuArray:
+    """x weight^T + bias, of x (N, d_in), weight (d_out, d_in) and bias (d_out,): as torch keeps them."""
+    out = space.keep(space.empty((x.shape[0], weight.shape[0]), x.element))
+    product(space, matrix(x), turned(matrix(weight)), matrix(out), bias)
+    return out
+
+
+def linear_backward(
+    space: Space, grad: GpuArray, x: GpuArray, weight: GpuArray, wants_bias: bool = True
+) -> tuple[GpuArray, GpuArray, GpuArray | None]:
+    """The gradients of x, weight and, if it is wanted, bias, given that of `linear`'s result (N, d_out)."""
+    dx, dweight = (space.keep(space.empty(a.shape, a.element)) for a in (x, weight))
+    dbias = space.keep(space.empty((weight.shape[0],), x.element)) if wants_bias else None
+    product(space, matrix(grad), matrix(weight), matrix(dx))
+    product(space, turned(matrix(x)), matrix(grad), turned(matrix(dweight)), sums=dbias, over_rows=True)
+    return dx, dweight, dbias
+
+
+def matrix(x: GpuArray) -> GpuArray:
+    """(n, m) as (1, n, 1, m)"""
+    (n, m), (row, col) = x.shape, x.strides
+    return x._replace(shape=(1, n, 1, m), strides=(0, row, 0, col))
+
+
+def turned(x: GpuArray) -> GpuArray:
+    """Rows for columns: the transpose of (B, L, H, C) as `product` reads it, without a copy."""
+    return x._replace(shape=x.shape[2:] + x.shape[:2], strides=x.strides[2:] + x.strides[:2])
+
+
+def _layout(x: GpuArray) -> Layout:
+    from .plan.cuda_projection import Layout
+
+    first = x.data[x.start :].ctypes.data if isinstance(x.data, np.ndarray) else x.data
+    return Layout(x.shape, x.strides, first % (16 if x.element == "float32" else 8) == 0)

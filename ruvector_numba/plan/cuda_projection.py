@@ -1,0 +1,98 @@
+"""How projections on a GPU are cut into blocks of threads, and how they read and write (kernels/cuda/projection.py)."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import NamedTuple
+
+from ..checks import Shape
+from ..kernels.cuda.jit import SIMULATED
+from ..kernels.cuda.projection import COLS, DEPTH, Variant
+
+__all__ = ["Layout", "Plan", "Sides", "plan"]
+
+# Sums over rows are cut into parts of at least PART, only as many as have room in so many numbers: dW = x^T dy of a
+# graph's 100,000 nodes is one small matrix, which else were one block's work.
+PART, ROOM = 512, 1 << 22
+
+
+class Layout(NamedTuple):
+    """A matrix of pairs: (outer rows, rows, outer columns, columns); strides in elements."""
+
+    shape: Shape
+    strides: tuple[int, ...]
+    aligned: bool  # does it begin where four elements can be read at once?
+
+
+class Sides(NamedTuple):
+    """What a kernel is told of a matrix, but for its address: see `Pairs` of the kernels."""
+
+    outer_row: int
+    row: int
+    outer_col: int
+    col: int
+    rows: int
+    cols: int
+
+
+class Plan(NamedTuple):
+    variant: Variant
+    left: Sides
+    right: Sides
+    out: Sides
+    left_by_rows: int
+    right_by_rows: int
+    I: int
+    J: int
+    K: int
+    line: int
+    part: int
+    parts: int
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        return -(-self.I // self.variant.threads) * -(-self.J // COLS), self.parts, 1
+
+    @property
+    def join_grid(self) -> tuple[int, int, int]:
+        return max(1, -(-max(self.I * self.line, self.J) // self.variant.threads)), 1, 1
+
+
+@functools.lru_cache(512)
+def plan(element: str, left: Layout, right: Layout, out: Layout, over_rows: bool) -> Plan:
+    """The product of left (I, K) and right (K, J); `over_rows` says that K counts rows, as in dW = x^T dy."""
+    I, J, K = (math.prod(shape) for shape in (out.shape[:2], out.shape[2:], left.shape[2:]))
+    line, part = -(-J // 4) * 4, max(K, 1)
+    if over_rows:
+        part = max(64 if SIMULATED else PART, -(-K // max(1, ROOM // max(1, I * line))))
+        part = -(-part // DEPTH) * DEPTH
+    count = max(1, -(-K // part))
+    sides = [_sides(x) for x in (left, right, out)]
+    by_rows = [int(x.strides[3] == 1 or x.strides[1] != 1) for x in (left, right)]
+    wide = all(_by_fours(x, s, n) for x, s, n in zip((left, right), sides, by_rows, strict=False))
+    paired = any(s.rows < x.shape[0] * x.shape[1] or s.cols < x.shape[2] * x.shape[3]
+                 for x, s in zip((left, right), sides, strict=False))  # fmt: skip
+    threads = 64 if SIMULATED or I <= 64 else 128
+    cut = count > 1 or not _by_fours(out, sides[2], 1)
+    resident = (3 if wide and not over_rows else 2) * 128 // threads  # as the registers allow
+    variant = Variant(element, threads, wide, paired, cut, over_rows, resident)
+    return Plan(variant, sides[0], sides[1], sides[2], by_rows[0], by_rows[1], I, J, K, line, part, count)
+
+
+def _sides(x: Layout) -> Sides:
+    outer_row, row, outer_col, col = x.strides
+    rows, cols = max(1, x.shape[1]), max(1, x.shape[3])
+    if outer_row == rows * row or x.shape[0] == 1:
+        rows *= max(1, x.shape[0])  # one even run: no pairs
+    if outer_col == cols * col or x.shape[2] == 1:
+        cols *= max(1, x.shape[2])
+    return Sides(outer_row, row, outer_col, col, rows, cols)
+
+
+def _by_fours(x: Layout, sides: Sides, by_rows: int) -> bool:
+    """Do neighbours lie side by side, in aligned fours?"""
+    near, count = (sides.col, sides.cols) if by_rows else (sides.row, sides.rows)
+    axis = 3 if by_rows else 1
+    others = [stride for n, stride in enumerate(x.strides) if n != axis and x.shape[n] > 1]
+    return x.aligned and near == 1 and count % 4 == 0 and all(stride % 4 == 0 for stride in others)

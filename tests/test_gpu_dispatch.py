@@ -1,0 +1,133 @@
+"""Which calls go to a GPU, told by what their arrays say of themselves. Needs neither a GPU nor numba-cuda."""
+
+import sys
+import types
+
+import numpy as np
+import pytest
+
+import ruvector_numba as rv
+from ruvector_numba import gpu
+from ruvector_numba.errors import InvalidConfigError, InvalidInputError
+
+
+class FakeCupy:
+    """It speaks the interface; its memory is at an address that nobody may read."""
+
+    def __init__(self, shape, dtype="<f4", address=4096, strides=None):
+        self.shape = shape
+        self.__dict__["interface"] = dict(
+            shape=shape, typestr=dtype, data=(address, False), version=3, strides=strides, stream=None
+        )
+
+    @property
+    def __cuda_array_interface__(self):
+        return self.interface
+
+
+class FakeDlpack:
+    def __init__(self, kind):
+        self.kind = kind
+
+    def __dlpack_device__(self):
+        return self.kind, 0
+
+    def __dlpack__(self, **_):
+        raise AssertionError("nothing asks for its memory")
+
+
+class FakeTensor:
+    """As torch's: every tensor has the interface, and only those on a GPU may be asked for it."""
+
+    def __init__(self, is_cuda):
+        self.is_cuda = is_cuda
+
+    @property
+    def __cuda_array_interface__(self):
+        raise AttributeError("tensors on the CPU have none")
+
+
+FakeTensor.__module__ = "torch"
+
+
+@pytest.fixture
+def no_gpu(monkeypatch):
+    monkeypatch.setattr(gpu, "problem", lambda: ("there is no driver", "install one"))
+    monkeypatch.setattr(gpu, "_local", types.SimpleNamespace())
+
+
+def test_arrays_say_where_they_are():
+    assert gpu.is_on_gpu(FakeCupy((2, 3)))
+    assert gpu.is_on_gpu(FakeTensor(True)) and not gpu.is_on_gpu(FakeTensor(False))
+    assert gpu.is_on_gpu(FakeDlpack(2)) and not gpu.is_on_gpu(FakeDlpack(1))
+    for x in (np.zeros(3), np.float32(1), [1.0], None, "cuda", np.ma.zeros(3)):
+        assert not gpu.is_on_gpu(x)
+
+
+def test_calls_with_such_arrays_go_to_the_gpu_whichever_it_is(no_gpu):
+    there, here = FakeCupy((1, 5, 8)), np.zeros((1, 5, 8), np.float32)
+    for arrays in ((there, there, there), (FakeDlpack(2), FakeDlpack(2), FakeDlpack(2))):
+        for call in (rv.scaled_dot_product_attention, rv.attention_forward):
+            with pytest.raises(InvalidConfigError, match="there is no driver"):
+                call(*arrays)
+    with pytest.raises(InvalidInputError, match="query is on the CPU, other arrays are on the GPU"):
+        rv.scaled_dot_product_attention(here, there, there)
+
+
+def test_arrays_of_numpy_stay_on_the_cpu_unless_asked(no_gpu):
+    x = np.ones((1, 5, 8), np.float32)
+    assert type(rv.scaled_dot_product_attention(x, x, x)) is np.ndarray
+    assert type(rv.scaled_dot_product_attention(x, x, x, device="cpu")) is np.ndarray
+    with pytest.raises(InvalidConfigError, match="no GPU can be used: there is no driver") as caught:
+        rv.scaled_dot_product_attention(x, x, x, device="cuda")
+    assert "install one" in str(caught.value)
+    with pytest.raises(InvalidInputError, match="device is 'gpu'"):
+        rv.attention_forward(x, x, x, device="gpu")
+
+
+def test_what_is_missing_is_named(monkeypatch):
+    import importlib.util
+
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "numba_cuda" else found(name, *a))
+    reason, hint = gpu.problem.__wrapped__()
+    assert "numba-cuda is not installed" in reason and "ruvector-numba[cuda]" in hint
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: object() if name == "numba_cuda" else None)
+    cuda = types.SimpleNamespace(is_available=lambda: False)
+    monkeypatch.setitem(sys.modules, "numba.cuda", cuda)
+    monkeypatch.setattr("numba.cuda", cuda, raising=False)
+    assert "no NVIDIA driver" in gpu.problem.__wrapped__()[0]
+    cuda.is_available = lambda: True
+    cuda.get_current_device = lambda: types.SimpleNamespace(compute_capability=(7, 5))
+    assert "compute capability 7.5" in gpu.problem.__wrapped__()[0]
+    cuda.get_current_device = lambda: types.SimpleNamespace(compute_capability=(9, 0), name=b"NVIDIA H200")
+    assert gpu.problem.__wrapped__() is None
+    monkeypatch.setattr(gpu, "problem", gpu.problem.__wrapped__)
+    assert gpu.describe() == "NVIDIA H200, compute capability 9.0"
+    cuda.is_available = lambda: 1 / 0
+    assert "numba-cuda does not start: division by zero" in gpu.problem()[0]
+
+
+def test_arrays_are_read_where_they_lie():
+    seen = gpu.Library().view(FakeCupy((2, 3, 8), "<f2", 4096, (96, 32, 2)))
+    assert (seen.data, seen.shape, seen.strides, seen.element) == (4096, (2, 3, 8), (48, 16, 1), "float16")
+    assert seen.aligned
+    assert gpu.Library().view(FakeCupy((2, 8), "<V2")).element == "bfloat16"
+    contiguous = gpu.Library().view(FakeCupy((2, 3, 5)))
+    assert contiguous.strides == (15, 5, 1) and not contiguous.aligned
+    assert not gpu.Library().view(FakeCupy((2, 8), address=4100)).aligned
+
+
+def test_types_that_the_gpu_does_not_take_are_refused():
+    with pytest.raises(InvalidInputError, match="query has dtype float64 on the GPU"):
+        gpu.floats("query", FakeCupy((2, 3), "<f8"))
+    words = FakeCupy((2, 8), "<u2")
+    assert gpu.floats("query", words, "bfloat16").element == "bfloat16"
+    with pytest.raises(InvalidInputError, match="dtype uint16"):
+        gpu.floats("query", words)
+
+
+@pytest.mark.parametrize("package, kind", [("torch", "torch"), ("cupy", "cupy"), ("other", "numba")])
+def test_results_are_made_by_the_library_of_the_inputs(package, kind):
+    array = type("ndarray", (FakeCupy,), {"__module__": package, "device": types.SimpleNamespace(index=0)})
+    assert gpu.library(array((2, 3))).name == kind
