@@ -130,7 +130,9 @@ def _flatten(job) -> tuple[list, tuple]:
 
 # --- kernels -------------------------------------------------------------------------------------------------------
 _KERNELS: dict[str, "Kernel"] = {}
-_ELEMENT = {np.dtype(t): numba.from_dtype(np.dtype(t)) for t in (np.float16, np.float32, np.float64, np.int32, np.int64)}
+_ELEMENT = {
+    np.dtype(t): numba.from_dtype(np.dtype(t)) for t in (np.float16, np.float32, np.float64, np.int32, np.int64)
+}
 _ELEMENT[np.dtype(np.uint16)] = simd.bfloat16  # NumPy has no such type: its bits
 _COMPILING = threading.RLock()
 _log = logging.getLogger("ruvector_numba")

@@ -86,4 +86,3 @@ def put_weights(out, b, queries, first, last, k0, additive):
         for j in range(first, last):
             if sees(b, additive, k0, j, i):  # where it does not, NaN in the row may have left NaN
                 out.data[i * out.row + (k0 + j) * out.col] = b.scores[j * width + i] * b.total[i]
-

@@ -286,7 +286,11 @@ class Past(NamedTuple):
         shape = self.output.shape[:-1]
         lse = np.zeros(shape) if grad_lse is None else grad_lse.astype(np.float64, order="C")
         stored = self.call.query.dtype
-        grad_output = halves.stored(grad_output) if grad_output.itemsize == stored.itemsize else halves.rounded(grad_output, stored)
+        grad_output = (
+            halves.stored(grad_output)
+            if grad_output.itemsize == stored.itemsize
+            else halves.rounded(grad_output, stored)
+        )
         return _backward(self, grad_output, lse, wants_bias and self.call.seen.bias is not None)
 
 
@@ -389,7 +393,9 @@ def _backward(past: Past, grad_output: Array, grad_lse: Array, wants_bias: bool)
     for name, x in zip(("query", "key", "value"), rounded, strict=True):
         made[f"rounded_{name}"] = None if x is None else halves.stored(x)
     sums = _by_tiles(past)
-    given = dict(output=output, exact=output, lse=sums.log_sum, top=sums.top, grad_output=grad_output, grad_lse=grad_lse)
+    given = dict(
+        output=output, exact=output, lse=sums.log_sum, top=sums.top, grad_output=grad_output, grad_lse=grad_lse
+    )
     for ready in plan.backward(problem, layout, plan.threads()):
         ready(c, **made, **given)
     if wants_bias:

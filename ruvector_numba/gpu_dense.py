@@ -151,12 +151,12 @@ class Past(NamedTuple):
         c, shape = self.call, self.call.checked.output_shape
         if c.is_moved:
             grad_output, grad_lse = gpu.moved(grad_output), gpu.moved(grad_lse)
-        given = _gradient("grad_output", grad_output, shape, c.query.element)
-        lse = None if grad_lse is None else _gradient("grad_lse", grad_lse, shape[:-1], "float32")
+        given = gradient("grad_output", grad_output, shape, c.query.element)
+        lse = None if grad_lse is None else gradient("grad_lse", grad_lse, shape[:-1], "float32")
         return _backward(self, given, lse, wants_bias and c.bias is not None)
 
 
-def _gradient(name: str, x: Any, shape: Shape, element: str) -> GpuArray:
+def gradient(name: str, x: Any, shape: Shape, element: str) -> GpuArray:
     found = gpu.view(name, x)
     if found.element in ("uint16", "int16"):
         found = found._replace(element=element)
@@ -313,7 +313,7 @@ def _gradient_job(
         lse = space.scratch(heads * Lq)
         zero(space, GpuArray(lse, 0, (heads * Lq,), (1,), "float32", None), 0.0)
     else:
-        lse = space.pointer(_compact(space, grad_lse))
+        lse = space.pointer(compact(space, grad_lse))
     return blocks.GradientJob(
         _matrices(space, c.query), _matrices(space, c.key, a.group), _matrices(space, c.value, a.group),
         _matrices(space, past.output), _matrices(space, grad_output), _matrices(space, dq), _matrices(space, dk),
@@ -322,7 +322,7 @@ def _gradient_job(
     )  # fmt: skip
 
 
-def _compact(space: Space, x: GpuArray) -> GpuArray:
+def compact(space: Space, x: GpuArray) -> GpuArray:
     """The array, copied if its elements do not lie one behind the other."""
     if x.strides == gpu.contiguous_strides(x.shape):
         return x

@@ -56,7 +56,11 @@ def at(b, pointer, offset, n):
 def load_one(b, pointer, offset):
     place = at(b, pointer, offset, count(1))
     kind = place.type.pointee
-    return rounding.widened(b, b.load(b.bitcast(place, I16.as_pointer())), kind) if rounding.is_half(kind) else b.load(place)
+    return (
+        rounding.widened(b, b.load(b.bitcast(place, I16.as_pointer())), kind)
+        if rounding.is_half(kind)
+        else b.load(place)
+    )
 
 
 def store_one(b, value, pointer, offset):
