@@ -419,6 +419,23 @@ def moved(x: Any, dtype: str | None = None) -> Any:
     return default().upload(np.asarray(x))
 
 
+def uploaded(space: Space, x: Array, element: str) -> GpuArray:
+    """An array of float32, rounded to the element, on the GPU."""
+    if element == "float16":
+        x = x.astype(np.float16).view(np.uint16)
+    elif element == "bfloat16":
+        bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
+        x = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+    else:
+        x = np.ascontiguousarray(x, np.float32)
+    return space.library.view(space.library.upload(x))._replace(element=element)
+
+
+def fetched(x: Any) -> Any:
+    """An array that lies on a GPU as one of NumPy; anything else as it is."""
+    return library(x).download(x) if is_on_gpu(x) else x
+
+
 @functools.lru_cache(1024)
 def shadow(shape: Shape, dtype: Any = np.float32) -> Array:
     """An array of NumPy of this shape and next to no memory, for checks that ask for shapes alone."""

@@ -227,10 +227,12 @@ def _rows(space: Space, x: GpuArray | None) -> Any:
 class Past:
     """What a pass over the edges remembers, for its coefficients and its gradients; as `neighbors.Past`."""
 
-    def __init__(self, graph: CSRGraph, terms: Terms, space: Space) -> None:
+    def __init__(self, graph: CSRGraph, terms: Terms, space: Space, joined: bool = False) -> None:
+        """The output is (Nt, H, C), or where heads are `joined` (Nt, H * C) for who sees more than its rows."""
         self.graph, self.terms = graph, terms
         Nt, (_, H, C) = graph.num_targets, terms.value.shape
-        self.output = space.keep(space.empty((Nt, H, C), terms.value.element))
+        made = space.keep(space.empty((Nt, H * C) if joined else (Nt, H, C), terms.value.element))
+        self.output = made._replace(shape=(Nt, H, C), strides=gpu.contiguous_strides((Nt, H, C)))
         self.stats = space.keep(space.empty((Nt, H, 4), "float32"))
         self.best = space.keep(space.empty((Nt, H, C), "int32")) if terms.aggregation == "max" else None
         from .kernels.cuda import csr

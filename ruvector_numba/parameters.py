@@ -48,7 +48,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from . import files
+from . import files, gpu
 from .checks import FLOATS, floats
 from .errors import DimensionMismatchError, InvalidConfigError, InvalidInputError, TrainingError
 
@@ -98,12 +98,13 @@ class ParameterSet(Mapping[str, Array]):
     array([6., 7., 8.])
     """
 
-    __slots__ = ("_casts", "_flat", "_shapes", "_views")
+    __slots__ = ("_casts", "_flat", "_shapes", "_uploads", "_views")
 
     _flat: Array
     _shapes: dict[str, Shape]
     _views: dict[str, Array]
     _casts: dict[np.dtype[Any], ParameterSet]
+    _uploads: dict[Any, Any]  # what was made of it on GPUs
 
     def __init__(self, arrays: Mapping[str, ArrayLike]) -> None:
         if not isinstance(arrays, Mapping):
@@ -122,7 +123,7 @@ class ParameterSet(Mapping[str, Array]):
     def _adopt(self, flat: Array, shapes: dict[str, Shape]) -> None:
         """Take over `flat`, which nobody else may write to."""
         flat.flags.writeable = False
-        self._flat, self._shapes, self._views, self._casts = flat, shapes, {}, {}
+        self._flat, self._shapes, self._views, self._casts, self._uploads = flat, shapes, {}, {}, {}
         start = 0
         for name, shape in shapes.items():
             end = start + math.prod(shape)
@@ -450,7 +451,8 @@ def named_gradients(gradients: object) -> dict[str, Array]:
         hint = "give what backward() returned, or a mapping of names to arrays"
         raise TrainingError(f"gradients are a {type(gradients).__name__}", hint=hint)
     try:
-        return {name: floats(f"the gradient of {name!r}", g, "x") for name, g in named.items() if g is not None}
+        there = {name: gpu.fetched(g) for name, g in named.items() if g is not None}
+        return {name: floats(f"the gradient of {name!r}", g, "x") for name, g in there.items()}
     except InvalidInputError as error:
         raise TrainingError(error.details, hint=error.hint) from None
 
