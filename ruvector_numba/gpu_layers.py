@@ -9,8 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import gpu, gpu_dense, halves, layers, masks
-from .checks import Array
+from . import gpu, gpu_dense, layers, masks
 from .config import AttentionConfig
 from .errors import InvalidInputError, InvalidMaskError
 from .gpu import GpuArray, Space
@@ -67,14 +66,8 @@ def uploaded(space: Space, parameters: ParameterSet, element: str) -> dict[str, 
     key = (space.library.key, element)
     found = parameters.copies.get(key)
     if found is None:
-        found = parameters.copies[key] = {name: _upload(space, x, element) for name, x in parameters.items()}
+        found = parameters.copies[key] = {name: gpu.uploaded(space, x, element) for name, x in parameters.items()}
     return found
-
-
-def _upload(space: Space, x: Array, element: str) -> GpuArray:
-    kind = halves.BITS if element == "bfloat16" else np.dtype(element)
-    bits = halves.rounded(np.asarray(x, np.float32), kind)
-    return space.library.view(space.library.upload(bits))._replace(element=element)
 
 
 # --- axes --------------------------------------------------------------------------------------------------------
