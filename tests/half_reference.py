@@ -10,15 +10,16 @@ import reference
 FLOAT = np.float32
 
 
+@np.errstate(all="ignore")
 def plain(kind, query, key, value, *, keep=None, eps=0.0, **terms):
     """output and lse; `terms` are those of `reference.attention`"""
     s = _scores(query, key, value, terms)
     p, lse = reference._softmax(s, eps)
     p = reference._dropped(p, keep).astype(kind).astype(FLOAT)
-    with np.errstate(all="ignore"):
-        return reference._selected_product(p, s.value, s.seen).astype(kind), lse, p.astype(kind)
+    return reference._selected_product(p, s.value, s.seen).astype(kind), lse, p.astype(kind)
 
 
+@np.errstate(all="ignore")
 def plain_gradients(kind, grad_output, query, key, value, *, grad_lse=None, keep=None, **terms):
     """As `reference.gradients`, all but those of scores rounded."""
     s = _scores(query, key, value, terms)
@@ -48,5 +49,4 @@ def plain_gradients(kind, grad_output, query, key, value, *, grad_lse=None, keep
 def _scores(query, key, value, terms):
     names = ("visible", "bias", "scale", "softcap", "slopes")
     given = [terms.get(name) for name in names]
-    with np.errstate(all="ignore"):
-        return reference._scores(query, key, value, *given, terms.get("offset", 0), np.dtype(FLOAT))
+    return reference._scores(query, key, value, *given, terms.get("offset", 0), np.dtype(FLOAT))
