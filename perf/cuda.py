@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import json
 import math
 import os
@@ -395,6 +396,16 @@ def memory(L: int = 16384) -> Row:
     return dict(L=L, bytes=torch.cuda.max_memory_allocated() - before - 4 * one, one_array=one)
 
 
+def graph() -> Row:
+    """The graph layers, in processes of their own: see cuda_graph.py."""
+    place = os.path.join(os.path.dirname(os.path.abspath(__file__)), "cuda_graph.py")
+    found = importlib.util.spec_from_file_location("cuda_graph", place)
+    assert found is not None and found.loader is not None
+    module = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    return module.measure()
+
+
 def machine() -> Row:
     import numba
     import numba_cuda
@@ -429,6 +440,7 @@ def main() -> None:
         ("decode", lambda: [decode(S) for S in (4096, 16384)]),
         ("host_us", host_time),
         ("memory", memory),
+        ("graph", graph),
     ]
     if not options.quick:
         steps.append(("races", races))
