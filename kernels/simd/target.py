@@ -63,8 +63,8 @@ def target() -> Target:
 class Halves:
     """Which half types the target has instructions for: conversions of float16, products of pairs of bfloat16.
 
-    `packed` says whether bfloat16 goes the way of such products. RUVECTOR_NUMBA_PACKED=1 sends it there without the
-    instruction too, by twice as many multiply-adds: slow, and there to test that way on any CPU.
+    `packed` says whether bfloat16 goes the way of such products. RUVECTOR_NUMBA_PACKED sends it there (1) without the
+    instruction too, by twice as many multiply-adds, or keeps it away (0): to test both ways on any CPU.
     """
 
     float16: bool
@@ -84,5 +84,5 @@ def halves() -> Halves:
         "{ %r = fptrunc <16 x float> %x to <16 x bfloat>\n ret <16 x bfloat> %r }"
     )
     bfloat16 = "vcvtneps2bf16\t%zmm" in text
-    packed = bfloat16 or os.environ.get("RUVECTOR_NUMBA_PACKED") == "1"
+    packed = {"0": False, "1": True}.get(os.environ.get("RUVECTOR_NUMBA_PACKED", ""), bfloat16)
     return Halves("vcvtph2ps" in text or "fcvtl" in text, bfloat16, packed)
