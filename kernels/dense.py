@@ -23,11 +23,15 @@ from .blocks import (
     stage_additive,
 )
 from .jit import apart, inline, kernel
+from .packed import by_channels, carve_packed, pack_keys, zip_rows
 from .scoring import biased, cap_slope, capped, leaned, slope_of, thinned, throw_dice, visible
 from .simd import (
     either,
     given,
+    given_words,
     lanes_of,
+    per_lane,
+    splat,
     tile_column_max,
     tile_column_sum,
     tile_exceeds,
@@ -39,6 +43,7 @@ from .simd import (
     tile_steps,
     tile_store,
     tile_zeros,
+    unless,
     width_of,
 )
 from .softmax import LN2, plus, probability, raise_bound
@@ -51,19 +56,28 @@ from .tiles import (
     rows_from,
     transposed,
     transposed_back,
+    whole_vectors,
 )
 
 
 # --- what forward and backward share ---------------------------------------------------------------------------------
+@inline
+def scaled(s, scale):
+    return s * splat(s, scale)
+
+
 @apart
-def scores(like, b, column, key, D, j, live, softcap, slope, additive, edge, slope_of_cap):
+def scores(like, b, column, key, D, j, live, scale, softcap, slope, additive, edge, slope_of_cap):
     """One tile: key j + r by the queries from `column`, through the terms; -inf where hidden.
 
-    Where the caller gives it room, the derivative of the softcap is left in slope_of_cap[key, query].
+    `scale` is None where the queries are scaled already. Where the caller gives it room, the derivative of the softcap is
+    left in slope_of_cap[key, query].
     """
     # s[r, query] = sum_d key[j + r, d] * query[query, d]
-    width, at = width_of(b.query), j * width_of(b.query) + column
+    width, at, D = width_of(b.query), j * width_of(b.query) + column, D // per_lane(b.query)
     s = multiply_add(like, key.data + j * key.row, key.col, key.row, live, b.query + column, width, D)
+    if scale is not None:
+        s = tile_map(scaled, s, (scale,))
     if softcap is not None:
         s = tile_map(capped, s, (softcap,))
         if slope_of_cap is not None:
@@ -116,7 +130,8 @@ def stand(b, job, head, q0, nq):
     """Put the block's queries into scratch, transposed and scaled, and throw their dice."""
     for i in range(lanes_of(b.query)):
         b.factor[i] = job.scale
-    transposed(b.query, matrix(job.query, head, q0), nq, job.D, b.factor)
+    m = by_channels(job.packed, matrix(job.query, head, q0))
+    transposed(b.query, m, nq, job.D // per_lane(b.query), unless(job.packed, b.factor))
     throw_dice(b.dice, width_of(b.query), job.dropout, head, q0)
 
 
@@ -129,8 +144,11 @@ def note_top(like, s, b, column, epsilon):
 
 
 @apart
-def attend(like, b, column, key, value, first, last, k0, nq, job, slope, additive, edge, careful):
-    """The queries from `column`, as many as the tile `like` is wide, attend to keys first .. last of the chunk."""
+def attend(like, b, column, key, value, zipped, first, last, k0, nq, job, slope, additive, edge, careful):
+    """The queries from `column`, as many as the tile `like` is wide, attend to keys first .. last of the chunk.
+
+    Packed, `key` are pairs of channels and `zipped` pairs of keys of `value`, else the same.
+    """
     rows, width, total, D, Dv = tile_rows(like), width_of(b.query), b.total + column, job.D, job.Dv
     waiting = b.scores + (first * width + column)
     for i in range(width, width + tile_lanes(like)):
@@ -138,7 +156,8 @@ def attend(like, b, column, key, value, first, last, k0, nq, job, slope, additiv
     for j in range(first, last, rows):
         live, at = min(rows, last - j), j * width + column
         # 1. s = k . q, with its terms
-        s = scores(like, b, column, key, D, j, live, job.softcap, slope, additive, edge, None)
+        scale = given(job.packed, job.scale)
+        s = scores(like, b, column, key, D, j, live, scale, job.softcap, slope, additive, edge, None)
         note_top(like, s, b, column, job.epsilon)
         # 2. p = exp(s - shift), l += sum p
         if tile_exceeds(s, tile_row(like, b.bound, column)):
@@ -154,11 +173,14 @@ def attend(like, b, column, key, value, first, last, k0, nq, job, slope, additiv
     if careful:
         add_seen_columns(b.output, value, Dv, b, b.scores, k0, first, last, column, tile_lanes(like), nq, additive)
     else:
-        add_columns_times_block(like, b.output + column, rows_from(value, first), Dv, waiting, last - first)
+        p = given_words(job.packed, waiting)
+        pack_keys(job.packed, like, p, waiting, last - first)
+        rows = rows_from(zipped, first // per_lane(p))
+        add_columns_times_block(like, b.output + column, rows, Dv, p, last - first)
 
 
 @apart
-def stream(wide, tall, b, job, head, q0, nq, keys, slope, careful):
+def stream(wide, tall, b, room, job, head, q0, nq, keys, slope, careful):
     """The block past all its keys; True if some query did not see some key of a chunk."""
     lowest, near, far, highest = keys
     lanes, k0, some_hidden = lanes_of(b.query), lowest, False
@@ -169,7 +191,9 @@ def stream(wide, tall, b, job, head, q0, nq, keys, slope, careful):
         b.output[i] = 0
     while k0 < highest:
         n, whole = chunk(k0, near, far, highest, job.keys_per_block)
-        key, value = keys_of(job, head, k0), values_of(job, head, k0)
+        key, value, step = keys_of(job, head, k0), values_of(job, head, k0), whole_vectors(b.output, job.Dv)
+        key, zipped = by_channels(job.packed, key), either(given(job.packed, Matrix(room.stage, step, 1)), value)
+        zip_rows(job.packed, room.stage, step, value, n, job.Dv)
         place_chunk(b, job, nq, q0, k0, n, whole)
         stage_additive(b, job.additive, job.bias, job.mask, head, q0, nq, k0, n)
         additive = given(job.additive, b.additive)
@@ -177,11 +201,11 @@ def stream(wide, tall, b, job, head, q0, nq, keys, slope, careful):
         some_hidden = some_hidden or hidden
         with_care = careful and hidden
         if whole:
-            attend(wide, b, 0, key, value, 0, n, k0, nq, job, slope, additive, None, with_care)
+            attend(wide, b, 0, key, value, zipped, 0, n, k0, nq, job, slope, additive, None, with_care)
         else:
             for column in range(0, nq, lanes):
                 first, last = b.first[column // lanes], b.last[column // lanes]
-                attend(tall, b, column, key, value, first, last, k0, nq, job, slope, additive, True, with_care)
+                attend(tall, b, column, key, value, zipped, first, last, k0, nq, job, slope, additive, True, with_care)
         k0 += n
     return some_hidden
 
@@ -223,9 +247,10 @@ def forward(job: AttentionJob, slot, task):
     part, block = task // job.blocks, job.blocks - 1 - task % job.blocks
     head, first_key = part // job.splits, part % job.splits * job.split_keys
     b = carve(job, slot)
+    room = carve_packed(job, b, slot)
     width, q0 = width_of(b.query), block * width_of(b.query)
     nq = min(width, job.Lq - q0)
-    wide, tall = tile_zeros(b.query, ROWS, COLS), tile_zeros(b.query, TALL, 1)
+    wide, tall = tile_zeros(b.output, ROWS, COLS), tile_zeros(b.output, TALL, 1)
     keys = find_keys(b, job, head, q0, nq, first_key, min(job.Lk, first_key + job.split_keys))
     slope = given(job.slopes, slope_of(job.slopes, head))
     # 1. the block's queries, transposed and scaled
@@ -233,7 +258,7 @@ def forward(job: AttentionJob, slot, task):
     # 2. past the keys. A hidden NaN or infinity times a weight of 0 is NaN, and shows: then once more, with care
     careful, done = False, False
     while not done:
-        some_hidden = stream(wide, tall, b, job, head, q0, nq, keys, slope, careful)
+        some_hidden = stream(wide, tall, b, room, job, head, q0, nq, keys, slope, careful)
         done = careful or not some_hidden or all_finite(Matrix(b.output, width, 1), job.Dv, nq)
         careful = True
     # 3. out = sum p v / sum p, and 0 where nothing was seen

@@ -23,12 +23,16 @@ from .blocks import (
 )
 from .dense import add_seen_columns, keys_of, scores, stand, thin, values_of
 from .jit import apart, inline, kernel
+from .packed import by_channels, carve_packed, pack_keys, pack_queries, zip_rows
 from .scoring import biased_gradient, slope_of, visible_gradient
 from .simd import (
+    as_words,
     either,
     given,
+    given_words,
     lanes_of,
     load,
+    per_lane,
     splat,
     store,
     tile_load,
@@ -38,6 +42,7 @@ from .simd import (
     tile_steps,
     tile_store,
     tile_zeros,
+    unless,
     where,
     width_of,
 )
@@ -74,11 +79,12 @@ def score_gradient_with_epsilon(p, dp, delta, p_top, eps):
 @apart
 def differentiate(like, b, g, column, key, value, first, last, k0, job, slope, additive, edge):
     """p and ds of the queries from `column` and keys first .. last of the tile, into b.scores and g.scores."""
-    rows, width, D, Dv = tile_rows(like), width_of(b.query), job.D, job.Dv
+    rows, width, D, Dv = tile_rows(like), width_of(b.query), job.D, job.Dv // per_lane(g.output)
     for j in range(first, last, rows):
         live, at = min(rows, last - j), j * width + column
         # 1. p = exp(s - lse)
-        s = scores(like, b, column, key, D, j, live, job.softcap, slope, additive, edge, g.scores)
+        scale = given(job.packed, job.scale)
+        s = scores(like, b, column, key, D, j, live, scale, job.softcap, slope, additive, edge, g.scores)
         p = tile_map(probability, s, (tile_row(like, b.shift, column), job.natural))
         tile_store(p, b.scores, at, width, live)
         # 2. dp = v . do, of the weights that dropout kept;  ds = p (dp - delta)
@@ -128,23 +134,25 @@ def add_seen_rows(out, out_row, b, block, k0, n, rows, step, nq, additive):
 
 
 @apart
-def add_key_value_gradients(wide, tall, b, g, job, head, k0, n, nq, additive, careful):
-    """dv += p^T do and dk += ds^T q for one tile of keys, each group of keys with the queries that see it."""
+def add_key_value_gradients(wide, tall, b, g, room, job, head, k0, n, nq, additive, careful):
+    """dv += p^T do and dk += ds^T q for one tile of keys, each group of keys with the queries that see it. Packed, the
+    queries are not scaled, and ds is; p is packed already.
+    """
     dv, dk = matrix(job.gradients.value, head, k0), matrix(job.gradients.key, head, k0)
     v_step, k_step = whole_vectors(b.query, job.Dv), whole_vectors(b.query, job.D)
     if careful:
         add_seen_rows(dv.data, dv.row, b, b.scores, k0, n, g.output_rows, v_step, nq, additive)
         add_seen_rows(dk.data, dk.row, b, g.scores, k0, n, g.query_rows, k_step, nq, additive)
         return
+    pack_queries(job.packed, g.scores, n, job.scale * (LN2 if job.natural is None else 1.0))
+    p, ds = given_words(job.packed, b.scores), given_words(job.packed, g.scores)
+    query = either(given(job.packed, room.query_rows), g.query_rows)
+    do = either(given(job.packed, room.output_rows), g.output_rows)
     for j in range(0, n, TALL):
-        rows, at = min(TALL, n - j), j * width_of(b.query)
+        rows, at = min(TALL, n - j), j * (width_of(p) // per_lane(p))
         first, last = queries_of(b, j, rows, nq)
-        add_block_times_rows(
-            wide, tall, dv.data + j * dv.row, dv.row, b.scores + at, rows, g.output_rows, v_step, first, last
-        )
-        add_block_times_rows(
-            wide, tall, dk.data + j * dk.row, dk.row, g.scores + at, rows, g.query_rows, k_step, first, last
-        )
+        add_block_times_rows(wide, tall, dv.data + j * dv.row, dv.row, p + at, rows, do, v_step, first, last)
+        add_block_times_rows(wide, tall, dk.data + j * dk.row, dk.row, ds + at, rows, query, k_step, first, last)
 
 
 @apart
@@ -161,7 +169,8 @@ def clear_unseen(b, g, n, nq):
 @apart
 def take_tile(wide, tall, b, g, job, head, q0, nq, k0, n, whole, slope):
     """Fill b.scores with p and g.scores with ds, for the block and the tile of keys k0 .. k0 + n."""
-    lanes, key, value = lanes_of(b.query), keys_of(job, head, k0), values_of(job, head, k0)
+    lanes = lanes_of(b.query)
+    key, value = (by_channels(job.packed, keys_of(job, head, k0)), by_channels(job.packed, values_of(job, head, k0)))
     place_chunk(b, job, nq, q0, k0, n, whole)
     stage_additive(b, job.additive, job.bias, job.mask, head, q0, nq, k0, n)
     additive = given(job.additive, b.additive)
@@ -175,18 +184,20 @@ def take_tile(wide, tall, b, g, job, head, q0, nq, k0, n, whole, slope):
 
 
 @apart
-def add_query_gradient(wide, tall, b, g, key, D, k0, n, nq, whole, additive, careful):
-    """dq^T += k^T ds"""
+def add_query_gradient(wide, tall, b, g, ds, packed, key, zipped, D, k0, n, nq, whole, additive, careful):
+    """dq^T += k^T ds. Packed, `zipped` are pairs of the keys, and `ds` is where those of g.scores go."""
     lanes, width = lanes_of(b.query), width_of(b.query)
     if careful:
         add_seen_columns(b.output, key, D, b, g.scores, k0, 0, n, 0, width, nq, additive)
     elif whole:
-        add_columns_times_block(wide, b.output, key, D, g.scores, n)
+        pack_keys(packed, wide, ds, g.scores, n)
+        add_columns_times_block(wide, b.output, zipped, D, ds, n)
     else:
         for column in range(0, nq, lanes):
             first, last = b.first[column // lanes], b.last[column // lanes]
-            ds = g.scores + (first * width + column)
-            add_columns_times_block(tall, b.output + column, rows_from(key, first), D, ds, last - first)
+            there, rows = ds + (first // per_lane(ds) * width + column), rows_from(zipped, first // per_lane(ds))
+            pack_keys(packed, tall, there, g.scores + (first * width + column), last - first)
+            add_columns_times_block(tall, b.output + column, rows, D, there, last - first)
 
 
 @apart
@@ -209,7 +220,7 @@ def stand_top(b, epsilon, at, nq, unit):
 
 
 @apart
-def stand_gradients(b, g, job, head, q0, nq):
+def stand_gradients(b, g, room, job, head, q0, nq):
     """The block's output gradients, transposed and by rows, its queries by rows, and delta.
 
     What p lacks to be a probability is given here, to do and delta, where it costs nothing.
@@ -230,22 +241,26 @@ def stand_gradients(b, g, job, head, q0, nq):
     padded_rows(g.query_rows, k_step, matrix(job.query, head, q0), nq, job.D, b.factor)
     for i in range(lanes):
         b.factor[i] = 1
-    transposed(g.output, Matrix(g.output_rows, v_step, 1), nq, Dv, b.factor)
+    given_do, do = matrix(job.gradients.output, head, q0), Matrix(g.output_rows, v_step, 1)
+    do = either(given(job.packed, by_channels(job.packed, given_do)), do)
+    transposed(g.output, do, nq, Dv // per_lane(g.output), unless(job.packed, b.factor))
+    zip_rows(job.packed, room.output_rows, v_step, given_do, nq, Dv)
+    zip_rows(job.packed, room.query_rows, k_step, matrix(job.query, head, q0), nq, job.D)
 
 
 @apart
-def gradients_of_block(job, b, g, head, block, first_tile, last_tile):
+def gradients_of_block(job, b, g, room, head, block, first_tile, last_tile):
     """One block of queries and tiles first .. last of keys: dq of the block, and its share of dk and dv."""
     width, lanes, KB = width_of(b.query), lanes_of(b.query), job.keys_per_block
     q0 = block * width
     nq = min(width, job.Lq - q0)
-    wide, tall = tile_zeros(b.query, ROWS, COLS), tile_zeros(b.query, TALL, 1)
+    wide, tall = tile_zeros(b.output, ROWS, COLS), tile_zeros(b.output, TALL, 1)
     lowest, near, far, highest = find_keys(b, job, head, q0, nq, 0, job.Lk)
     first_tile, last_tile = max(first_tile, lowest // KB), min(last_tile, (highest + KB - 1) // KB)
     slope, additive = given(job.slopes, slope_of(job.slopes, head)), given(job.additive, b.additive)
     if first_tile < last_tile:
         stand(b, job, head, q0, nq)
-        stand_gradients(b, g, job, head, q0, nq)
+        stand_gradients(b, g, room, job, head, q0, nq)
     for i in range(job.D * width):
         b.output[i] = 0
     k_step, v_step = whole_vectors(b.query, job.D), whole_vectors(b.query, job.Dv)
@@ -261,10 +276,19 @@ def gradients_of_block(job, b, g, head, block, first_tile, last_tile):
                 and all_finite(Matrix(g.query_rows, k_step, 1), nq, job.D)
                 and all_finite(Matrix(g.output_rows, v_step, 1), nq, job.Dv)
             )
+        if not careful:
+            pack_queries(job.packed, b.scores, n, 1.0)
         if job.gradients.to_query:
-            add_query_gradient(wide, tall, b, g, key, job.D, k0, n, nq, whole, additive, careful)
+            zip_rows(job.packed, room.stage, k_step, key, n, job.D)
+            zipped = either(given(job.packed, Matrix(room.stage, k_step, 1)), key)
+            ds = either(
+                given(job.packed, as_words(b.scores + KB // 2 * width)), g.scores
+            )  # p needs half of its room now
+            add_query_gradient(
+                wide, tall, b, g, ds, job.packed, key, zipped, job.D, k0, n, nq, whole, additive, careful
+            )
         if job.gradients.to_key:
-            add_key_value_gradients(wide, tall, b, g, job, head, k0, n, nq, additive, careful)
+            add_key_value_gradients(wide, tall, b, g, room, job, head, k0, n, nq, additive, careful)
     if job.gradients.to_query:
         for i in range(nq):
             b.factor[i] = job.scale * (LN2 if job.natural is None else 1.0)
@@ -286,6 +310,7 @@ def backward(job: AttentionJob, slot, task):
     # (five products) or dq and dk, dv are made by smaller tasks apart (seven), each element is summed in one order: dq
     # over tiles, dk and dv over heads and then blocks
     b, g, G = carve(job, slot), carve_gradients(job, slot), job.gradients
+    room = carve_packed(job, b, slot)
     tiles = (job.Lk + job.keys_per_block - 1) // job.keys_per_block
     tile_groups, block_groups = (tiles + G.tiles - 1) // G.tiles, (job.blocks + G.blocks - 1) // G.blocks
     first_tile, rest = task % tile_groups * G.tiles, task // tile_groups
@@ -298,6 +323,6 @@ def backward(job: AttentionJob, slot, task):
         clear(matrix(G.value, head, k0), n)
     for head in range(heads * G.heads, heads * G.heads + G.heads):
         for block in range(first_block, min(job.blocks, first_block + G.blocks)):
-            gradients_of_block(job, b, g, head, block, first_tile, min(tiles, first_tile + G.tiles))
+            gradients_of_block(job, b, g, room, head, block, first_tile, min(tiles, first_tile + G.tiles))
     if G.to_key:
         write_key_gradients(job, job.rounded, heads * G.heads, k0, n)

@@ -427,6 +427,8 @@ def _backward(past: Past, grad_output: Array, grad_lse: Array, wants_bias: bool)
         return InputGradients(wide.query[..., :D], wide.key[..., :D], wide.value[..., :Dv], wide.bias)
     if grad_output.dtype != c.query.dtype:
         grad_output = plan.rounded(grad_output, c.query.dtype)
+    elif c.query.dtype == halves.BITS and not plan.is_in_pairs(plan.layout(grad_output)):
+        grad_output = np.ascontiguousarray(grad_output)
     problem, layout, again = plan.problem(c, output), plan.layout(grad_output), _by_tiles(past)
     ready, *others = plan.backward(problem, layout, plan.threads())
     given = dict(

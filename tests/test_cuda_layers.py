@@ -111,6 +111,20 @@ def test_a_step_of_training_is_seen_by_the_next_pass():
     np.testing.assert_allclose(host(after), layer(*arrays[:3]), atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", [rv.MultiHeadAttention, rv.ScaledDotProductAttention])
+def test_arrays_of_numpy_are_moved_only_when_asked(kind):
+    *arrays, grad = inputs()
+    layer = kind(rv.AttentionConfig(D, H if kind is rv.MultiHeadAttention else 1, dropout=0.0), seed=0)
+    mask = np.random.default_rng(2).random((LQ, LK)) > 0.7
+    output, past = layer.forward_cached(*arrays, mask, device="cuda")
+    got, (wanted, cache) = layer.backward(grad, past), layer.forward_cached(*arrays, mask)
+    made = layer.backward(grad, cache)
+    for a, b in ((output, wanted), (past.lse, cache.lse), (past.weights(), cache.weights()), (got.key, made.key)):
+        assert type(a) is type(b) is np.ndarray
+        np.testing.assert_allclose(a, b, atol=1e-4)
+    assert got.parameters.keys() == made.parameters.keys()
+
+
 def test_bad_inputs_are_named():
     layer = rv.MultiHeadAttention(rv.AttentionConfig(D, H), seed=0)
     x, y = (cuda.to_device(np.zeros((B, LQ, n), np.float32)) for n in (D, D + 1))

@@ -243,7 +243,7 @@ def test_products_of_bfloat16_from_float32_arrays():
     cache = case.forward(precision="bfloat16")
     assert cache.output.dtype == cache.weights(rows=0).dtype == np.float32
     exact = reference.attention(*rounded, **case.spec)
-    np.testing.assert_allclose(cache.output, exact[0], rtol=0, atol=2e-3 * np.abs(exact[0]).max())
+    np.testing.assert_allclose(cache.output, exact[0], rtol=0, atol=4e-3 * np.abs(exact[0]).max())
     np.testing.assert_allclose(cache.lse, exact[1], rtol=1e-5)
     got = rv.attention_backward(case.grad_output, cache)
     exact = reference.gradients(case.grad_output, *case.inputs, **case.spec)

@@ -12,7 +12,7 @@ carries the bounds of its array and every access is checked against them: slow, 
 promise to touch no byte outside an array.
 """
 
-from .jobs import POINTER_SLOTS, call, draw, either, given
+from .jobs import POINTER_SLOTS, call, draw, either, given, unless
 from .kinds import ARITHMETIC, JobType, MaskType, PointerType, TileType, VectorType, bfloat16
 from .target import CHECKED, Halves, Target, halves, target
 from .tile import (
@@ -34,10 +34,12 @@ from .tile import (
 )
 from .values import (
     absolute,
+    as_bfloat16,
     as_indices,
     as_words,
     at_least,
     fma,
+    given_words,
     lane_max,
     lane_sum,
     lanes_from,
@@ -45,6 +47,7 @@ from .values import (
     load,
     load_live,
     nearest,
+    per_lane,
     polynomial,
     prefetch,
     splat,
@@ -53,6 +56,8 @@ from .values import (
     times_power_of_two,
     where,
     width_of,
+    zipped,
+    zipped_rows,
 )
 
 __all__ = [
@@ -67,6 +72,7 @@ __all__ = [
     "TileType",
     "VectorType",
     "absolute",
+    "as_bfloat16",
     "as_indices",
     "as_words",
     "at_least",
@@ -76,6 +82,7 @@ __all__ = [
     "either",
     "fma",
     "given",
+    "given_words",
     "halves",
     "lane_max",
     "lane_sum",
@@ -84,6 +91,7 @@ __all__ = [
     "load",
     "load_live",
     "nearest",
+    "per_lane",
     "polynomial",
     "prefetch",
     "row_sums",
@@ -106,6 +114,9 @@ __all__ = [
     "tile_zeros",
     "times_power_of_two",
     "transpose_square",
+    "unless",
     "where",
     "width_of",
+    "zipped",
+    "zipped_rows",
 ]

@@ -14,8 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..checks import Array, Call, Shape
+from ..halves import BITS
 from ..kernels import blocks, decode, dense, dense_backward, jit, pairs
 from ..kernels.scoring import ByteMatrices, Dropout
+from ..kernels.simd import halves as target_halves
 from ..kernels.simd import target
 from ..kernels.softmax import LN2, LOG2E, Epsilon
 from ..kernels.tiles import StoredMatrices
@@ -80,8 +82,19 @@ def _outputs(p: Problem, output: Layout | None, exact: Layout | None) -> dict[st
     )  # fmt: skip
 
 
+def is_packed(p: Problem) -> bool:
+    """Are products those of pairs of bfloat16? Their rows hold whole pairs, in memory too."""
+    if p.dtype != BITS or not target_halves().packed or p.query.shape[-1] % 2 or p.value.shape[-1] % 2:
+        return False
+    return all(is_in_pairs(x) for x in (p.query, p.key, p.value))
+
+
+def is_in_pairs(x: Layout) -> bool:
+    return x.strides[-1] == BITS.itemsize and x.strides[-2] % (2 * BITS.itemsize) == 0
+
+
 def _widened(p: Problem, group: int) -> blocks.Widened | None:
-    if p.dtype == p.arithmetic:
+    if p.dtype == p.arithmetic or is_packed(p):
         return None
     size = p.arithmetic.itemsize
     key, value = (contiguous(with_heads(x, 3).shape, size) for x in (p.key, p.value))
@@ -98,6 +111,8 @@ def _job(p: Problem, keys_per_block: int, rows: int, **more: Any) -> blocks.Atte
     group = H // max(1, key.shape[-3])
     natural = None if p.softcap is None and not p.slopes and p.bias is None else LOG2E
     scores, width = (*batch, H, Lq, Lk), target().width(p.arithmetic.itemsize)
+    sizes = query.shape[-1], Dv, keys_per_block, p.arithmetic.itemsize
+    more_elements = blocks.packed_elements(*sizes) if is_packed(p) else 0
     bias = None if p.bias is None else as_matrices("bias", broadcast(p.bias, scores), p.arithmetic.itemsize)
     mask = None if p.mask is None else ByteMatrices(*as_matrices("mask", broadcast(p.mask, scores), 1))
     fields = dict(
@@ -111,8 +126,8 @@ def _job(p: Problem, keys_per_block: int, rows: int, **more: Any) -> blocks.Atte
         limits_batch=0 if p.limits is None else 2 * Lq,
         limits_row=0 if p.limits is None else 2, first=p.first, last=p.last, offset=p.offset,
         scale=p.scale * (LOG2E if natural is None else 1.0), Lq=Lq, Lk=Lk, D=D, Dv=Dv, H=H, group=group,
-        blocks=-(-Lq // width), splits=1, split_keys=Lk, keys_per_block=keys_per_block, scratch="scratch",
-        scratch_step=rows * width,
+        blocks=-(-Lq // width), splits=1, split_keys=Lk, keys_per_block=keys_per_block,
+        packed=1 if is_packed(p) else None, scratch="scratch", scratch_step=rows * width + more_elements,
     )  # fmt: skip
     return blocks.AttentionJob(**{**fields, **more})
 
@@ -192,7 +207,7 @@ def forward(p: Problem, wants_sums: bool, by_tiles: bool = False) -> Plan:
     if p.eps and splits > 1:  # it is one sum: eps is added when the parts are merged
         more.update(epsilon=Epsilon(0.0, "top"))
     if few:
-        job = _job(p, DECODE_KEYS, 0, widened=None, **more)
+        job = _job(p, DECODE_KEYS, 0, widened=None, packed=None, **more)
         step = decode.scratch_elements(Lq * job.group, D, Dv, DECODE_KEYS, itemsize)
         job = job._replace(scratch_step=step)
         return _plan(decode.forward, job, heads // job.group * splits, p, 2)
@@ -300,6 +315,7 @@ __all__ = [
     "bias_backward",
     "forward",
     "is_few",
+    "is_in_pairs",
     "layout",
     "padded",
     "problem",
