@@ -36,7 +36,7 @@ class Variant(NamedTuple):
     resident: int = 1
 
 
-@kernel(GateJob)
+@kernel(GateJob, registers=64)
 def forward(v):
     WARPS, put, widened = v.threads // WARP, writing(v.element), widen(v.element)
     int32, int64, float32 = types.int32, types.int64, types.float32
@@ -61,7 +61,7 @@ def forward(v):
     return weigh
 
 
-@kernel(GateJob)
+@kernel(GateJob, registers=64)
 def backward(v):
     WARPS, put, widened = v.threads // WARP, writing(v.element), widen(v.element)
     int32, int64, float32 = types.int32, types.int64, types.float32
