@@ -113,8 +113,8 @@ def of_gpu(document: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in machine.items() if name != "gpu")
     right = sum(bool(row["right"]) for row in checks)
     lines = [
-        f"**{machine['gpu']}**; {versions}. {right} of {len(checks)} checks against double precision are right, with the "
-        "same bits twice.\n",
+        f"**{machine['gpu']}**; {versions}. {right} of {len(checks)} checks against double precision are right, "
+        "with the same bits twice.\n",
         "Dense attention in bfloat16, 16384 tokens of 2048 channels, TFLOP/s; *of flash's time*: ours, in one of "
         "torch's FlashAttention, in bold up to 2:\n",
         "| length, dim, mask | ruvector-numba | flash | cudnn | of flash's time | with gradients | flash | cudnn | of "
@@ -129,8 +129,8 @@ def of_gpu(document: dict[str, Any]) -> str:
             cells.append(f"**{times:.2f}**" if times <= 2 else f"{times:.2f} (2)")
         lines.append("| " + " | ".join(cells) + " |")
     lines += [
-        "\nLayers on graphs of 100,000 nodes and 1,000,000 edges, float32, milliseconds; *times*: as fast as the faster of "
-        "PyTorch Geometric's two ways, edges as drawn or grouped by target, in bold from 3 on:\n",
+        "\nLayers on graphs of 100,000 nodes and 1,000,000 edges, float32, milliseconds; *times*: as fast as the "
+        "faster of PyTorch Geometric's two ways, edges as drawn or grouped by target, in bold from 3 on:\n",
         "| layer | ruvector-numba | torch_geometric | times | with gradients | torch_geometric | times |",
         "| --- |" + " ---: |" * 6,
     ]
