@@ -77,8 +77,8 @@ class AttentionJob(NamedTuple):
     exact: Matrices | None  # the output as it was computed, where that is another type
     wants_output: int
     wants_exact: int
-    lse: Doubles  # (heads, splits, Lq), natural
-    wants_lse: int
+    sums: Doubles  # (heads, splits, Lq, 2): a shift in the scores' unit, and log of the sum of exp(score - shift)
+    wants_sums: int
     natural: float | None  # log2(e) where terms need scores in natural units, else scores are in base 2
     softcap: float | None
     slopes: Elements | None  # (B * H)

@@ -32,7 +32,7 @@ from .simd import (
     where,
     width_of,
 )
-from .softmax import LN2, probability
+from .softmax import probability
 from .tiles import add_to, all_finite, matrix, multiply_add, padded_rows, rows_from, whole_vectors
 
 SUMMED_KEYS = 128  # a sum over more would lose digits: see tiles.add_columns_times_block
@@ -223,7 +223,7 @@ def forward(job: AttentionJob, slot, task):
                 take_chunk(high, wide, single, r, job, key_head, i, k0, lo - k0, hi - k0, step, v_step)
     for row in range(R):
         part = (key_head * G + row % G) * job.splits + split
-        write_row(job, r, job.exact, part, row // G, row, v_step, job.natural, job.epsilon)
+        write_row(job, r, job.exact, part, row // G, row, v_step, job.epsilon)
 
 
 @apart
@@ -233,8 +233,8 @@ def write_scaled(out, row, Dv, factor):
 
 
 @apart
-def write_row(job, r, exact, part, i, row, v_step, unit, epsilon):
-    """out = sum p v / sum p, and 0 where nothing was seen; the logsumexp if wanted."""
+def write_row(job, r, exact, part, i, row, v_step, epsilon):
+    """out = sum p v / sum p, and 0 where nothing was seen; the sums if wanted."""
     total = r.total[row]
     if epsilon is not None:  # here the bound is the largest score
         epsilon.top[part * job.Lq + i] = r.bound[row]
@@ -244,6 +244,7 @@ def write_row(job, r, exact, part, i, row, v_step, unit, epsilon):
         write_scaled(matrix(job.output, part, i), r.output + row * v_step, job.Dv, factor)
     if exact is not None and job.wants_exact:
         write_scaled(matrix(exact, part, i), r.output + row * v_step, job.Dv, factor)
-    if job.wants_lse:
-        shift = 0 if total == 0 else r.bound[row] * (LN2 if unit is None else 1.0)
-        job.lse[part * job.Lq + i] = -INF if total == 0 else shift + math.log(total * 1.0)
+    if job.wants_sums:
+        at = 2 * (part * job.Lq + i)
+        job.sums[at] = 0 if total == 0 else r.bound[row]
+        job.sums[at + 1] = -INF if total == 0 else math.log(total * 1.0)

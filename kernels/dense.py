@@ -221,15 +221,14 @@ def add_epsilon(b, epsilon, at, nq, unit):
 
 
 @apart
-def write_lse(out, at, b, nq, unit):
-    """out[at + i] = log(sum over keys of exp(score)), natural; -inf for a query that sees nothing."""
+def write_sums(out, at, b, nq):
+    """The shift and the logarithm of the sum of exp(score - shift), -inf for a query that sees nothing.
+
+    Not their sum: beside scores of -1e30 it would forget how many there are.
+    """
     for i in range(nq):
-        if b.total[i] == 0:
-            out[at + i] = -INF
-        elif unit is None:
-            out[at + i] = b.shift[i] * LN2 + math.log(b.total[i] * 1.0)
-        else:
-            out[at + i] = b.shift[i] * 1.0 + math.log(b.total[i] * 1.0)
+        out[2 * (at + i)] = 0 if b.total[i] == 0 else b.shift[i]
+        out[2 * (at + i) + 1] = -INF if b.total[i] == 0 else math.log(b.total[i] * 1.0)
 
 
 @apart
@@ -267,5 +266,5 @@ def forward(job: AttentionJob, slot, task):
     for i in range(nq):
         b.factor[i] = 0 if b.total[i] == 0 else 1 / b.total[i]
     write_output(job, job.exact, part, q0, nq, b)
-    if job.wants_lse:
-        write_lse(job.lse, part * job.Lq + q0, b, nq, job.natural)
+    if job.wants_sums:
+        write_sums(job.sums, part * job.Lq + q0, b, nq)

@@ -46,7 +46,7 @@ from .simd import (
     where,
     width_of,
 )
-from .softmax import LN2, LOG2E, probability, times
+from .softmax import LN2, probability, times
 from .tiles import (
     Matrix,
     add_block_times_rows,
@@ -201,13 +201,12 @@ def add_query_gradient(wide, tall, b, g, ds, packed, key, zipped, D, k0, n, nq, 
 
 
 @apart
-def normalise(b, job, at, nq, unit):
-    """b.shift = lse in the scores' unit, rounded; b.total = what rounding left: p = exp(s - shift) * total."""
+def normalise(b, job, at, nq):
+    """p = exp(s - b.shift) * b.total"""
     for i in range(nq):
-        lse = job.lse[at + i]
-        b.shift[i] = 0 if lse == -INF else (lse * LOG2E if unit is None else lse)
-        rounded = b.shift[i] * (LN2 if unit is None else 1.0)
-        b.total[i] = 0 if lse == -INF else math.exp(rounded - lse)
+        b.shift[i], b.total[i] = job.sums[2 * (at + i)], math.exp(-job.sums[2 * (at + i) + 1])
+        if job.sums[2 * (at + i) + 1] == -INF:
+            b.total[i] = 0
 
 
 @apart
@@ -224,13 +223,13 @@ def stand_top(b, epsilon, at, nq, unit):
 def stand_gradients(b, g, room, job, head, q0, nq):
     """The block's output gradients, transposed and by rows, its queries by rows, and delta.
 
-    What rounding took from lse is given back here, to do and delta, where it costs nothing.
+    What p lacks to be a probability is given here, to do and delta, where it costs nothing.
     """
     width, lanes, Dv = width_of(b.query), lanes_of(b.query), job.Dv
     v_step, k_step = whole_vectors(b.query, Dv), whole_vectors(b.query, job.D)
     for i in range(width):
         b.shift[i], b.total[i], g.delta[i] = 0, 0, 0
-    normalise(b, job, head * job.Lq + q0, nq, job.natural)
+    normalise(b, job, head * job.Lq + q0, nq)
     stand_top(b, job.epsilon, head * job.Lq + q0, nq, job.natural)
     # rows: do * total, and the outputs for a moment, where the transposed do will lie
     padded_rows(g.output_rows, v_step, matrix(job.gradients.output, head, q0), nq, Dv, b.total)

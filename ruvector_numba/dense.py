@@ -107,7 +107,7 @@ def scaled_dot_product_attention(
     if gpu.concerns(device, query, key, value):
         return gpu_dense().run(query, key, value, attn_mask, out, device, *terms).result
     c = _checked(precision, query, key, value, attn_mask, *terms, dtype)
-    return _forward(c, None if out is None else checks.output(out, c), wants_lse=False).output
+    return _forward(c, None if out is None else checks.output(out, c), wants_sums=False).output
 
 
 def attention_forward(
@@ -253,7 +253,9 @@ def merge(outputs: Sequence[ArrayLike], lses: Sequence[ArrayLike], *, dtype: str
             dtypes = {f"outputs[{i}].dtype": x.dtype, f"lses[{i}].dtype": log.dtype, "outputs[0].dtype": parts[0].dtype}
             raise InvalidInputError("outputs and lses are floats of one kind", shapes=dtypes, hint="cast them")
     wide = [halves.widened(x) for x in parts]
-    output, lse = _merged(np.stack(wide), np.stack(logs).astype(np.float64, copy=False))
+    given = np.stack(logs).astype(np.float64, copy=False)
+    output, shift, log = _merged(np.stack(wide), given, np.where(np.isneginf(given), given, 0))
+    lse = shift + log
     return halves.rounded(output, parts[0].dtype), lse.astype(logs[0].dtype, copy=False)
 
 
@@ -281,14 +283,16 @@ class Past(NamedTuple):
 
     call: Call
     output: Array
-    log_sum: Array | None  # (..., H, Lq) float64: the logsumexp, with eps in the sum if the call had one
+    sums: Array | None  # (..., H, Lq, 2) float64: a shift in the kernel's unit, log(eps + sum of exp(score - shift))
     top: Array | None  # (..., H, Lq): the largest scores, in the kernel's unit, if it had
     exact: Array | None = None  # the output as it was computed; `output` itself, unless that is of half precision
+    unit: float = 1.0
 
     @property
     def lse(self) -> Array:
-        assert self.log_sum is not None
-        return self.log_sum.astype(self.call.arithmetic, copy=False)
+        assert self.sums is not None
+        shift, log = self.sums[..., 0], self.sums[..., 1]
+        return (shift * self.unit + log).astype(self.call.arithmetic, copy=False)
 
     def weights(self, rows: Any = None) -> Array:
         """See `AttentionCache.weights`."""
@@ -298,11 +302,11 @@ class Past(NamedTuple):
         checks.memory(shape, c.given, "weights")
         result = np.zeros(shape, c.given)
         if result.size:
-            log_sum, done = _by_tiles(self).log_sum, 0
-            assert log_sum is not None
+            sums, done = _by_tiles(self).sums, 0
+            assert sums is not None
             for run in np.split(chosen, np.flatnonzero(np.diff(chosen) != 1) + 1):
                 there = slice(int(run[0]), int(run[-1]) + 1)
-                _weights(_queries(c, there), log_sum[..., there], result[..., done : done + len(run), :])
+                _weights(_queries(c, there), sums[..., there, :], result[..., done : done + len(run), :])
                 done += len(run)
         return result
 
@@ -321,56 +325,66 @@ class Past(NamedTuple):
 
 def forward(c: Call, out: Array | None = None) -> Past:
     """A checked call's output, and what its weights and gradients will need."""
-    return _forward(c, out, wants_lse=True)
+    return _forward(c, out, wants_sums=True)
 
 
 @np.errstate(all="ignore")  # -inf - -inf is NaN, and such a part is not selected
-def _merged(outputs: Array, lses: Array) -> tuple[Array, Array]:
-    """Merge along the first axis: out = sum exp(lse - total) out, parts that saw nothing left out."""
-    top = lses.max(axis=0)
-    shares = np.where(np.isneginf(lses), 0, np.exp(lses - top))
+def _merged(
+    outputs: Array, shifts: Array, logs: Array, unit: float = 1.0, eps: float = 0.0, top: Array | None = None
+) -> tuple[Array, Array, Array]:
+    """Merge along the first axis parts of sums exp(log) of exp(unit * (score - shift)): out = sum of shares * out.
+
+    Also returned are the shift and the log of all. Parts that saw nothing, of log -inf, are left out. `eps` is added to
+    the sum of exp(unit * (score - top)).
+    """
+    empty = np.isneginf(logs)
+    shift = np.where(empty, -np.inf, shifts).max(axis=0)
+    shares = np.where(empty, 0, np.exp(unit * (shifts - shift) + logs))
     total = shares.sum(axis=0)
+    nothing = total == 0
+    if top is not None:
+        total = total + eps * np.exp(unit * (top - shift))
     shares = np.where(shares == 0, 0, shares / total)[..., None]
     output = np.zeros(outputs.shape[1:])
     for share, part in zip(shares, outputs, strict=True):
         output += np.where(share == 0, 0, share * part)
-    return output.astype(outputs.dtype), np.where(total == 0, -np.inf, top + np.log(total))
+    return output.astype(outputs.dtype), np.where(nothing, 0, shift), np.where(nothing, -np.inf, np.log(total))
 
 
-def _forward(c: Call, out: Array | None, wants_lse: bool, by_tiles: bool = False) -> Past:
+def _forward(c: Call, out: Array | None, wants_sums: bool, by_tiles: bool = False) -> Past:
     from .plan import dense as plan  # at the first call, as it loads the kernels: 60 ms
 
     shape = c.output_shape
     out = np.empty(shape, c.given) if out is None else out
-    lse = np.empty(shape[:-1]) if wants_lse else None
+    sums = np.empty((*shape[:-1], 2)) if wants_sums else None
     top = np.empty(shape[:-1], c.arithmetic) if c.eps else None
     if 0 in c.query.shape[:-1] or 0 in c.key.shape[:-1]:
         out[...] = 0
-        return Past(c, out, *(None if x is None else np.full_like(x, -np.inf) for x in (lse, top)))
+        if sums is not None:
+            sums[...] = 0, -np.inf
+        return Past(c, out, sums, None if top is None else np.full_like(top, -np.inf))
     if not (c.query.shape[-1] and shape[-1]):
-        wide = _forward(_with_channels(c), None, wants_lse, by_tiles)
+        wide = _forward(_with_channels(c), None, wants_sums, by_tiles)
         out[...] = wide.output[..., : shape[-1]]
         exact = None if wide.exact is None else np.ascontiguousarray(wide.exact[..., : shape[-1]])
         return wide._replace(call=c, output=out, exact=exact)
-    ready = plan.forward(plan.problem(c, out), wants_lse, by_tiles)
+    ready = plan.forward(plan.problem(c, out), wants_sums, by_tiles)
     more = plan.widened(c) if ready.widens else {}
     if ready.splits == 1:
-        exact = np.empty(shape, c.arithmetic) if c.rounds and wants_lse else out
-        ready(c, output=halves.stored(out), exact=exact, lse=lse, top=top, **more)
-        return Past(c, out, lse, top, exact)
+        exact = np.empty(shape, c.arithmetic) if c.rounds and wants_sums else out
+        ready(c, output=halves.stored(out), exact=exact, sums=sums, top=top, **more)
+        return Past(c, out, sums, top, exact, ready.unit)
     heads = math.prod(shape[:-2])
     parts = np.empty((heads, ready.splits, *shape[-2:]), c.arithmetic)
-    logs, tops = np.empty(parts.shape[:-1]), np.empty(parts.shape[:-1], c.arithmetic)
-    ready(c, output=parts, exact=parts, lse=logs, top=tops, **more)
-    output, merged_lse = _merged(parts.swapaxes(0, 1), logs.swapaxes(0, 1))
-    if c.eps:
-        top = tops.max(axis=1)
-        log_sum = np.logaddexp(merged_lse, math.log(c.eps) + ready.unit * top)
-        output *= np.exp(np.where(np.isneginf(merged_lse), 0, merged_lse - log_sum))[..., None]
-        merged_lse, top = log_sum, top.reshape(shape[:-1])
-    output = output.reshape(shape)
+    pairs, tops = np.empty((*parts.shape[:-1], 2)), np.empty(parts.shape[:-1], c.arithmetic)
+    ready(c, output=parts, exact=parts, sums=pairs, top=tops, **more)
+    shifts, logs = (pairs[..., n].swapaxes(0, 1) for n in range(2))
+    top = tops.max(axis=1) if c.eps else None
+    output, shift, log = _merged(parts.swapaxes(0, 1), shifts, logs, ready.unit, c.eps, top)
+    output, top = output.reshape(shape), None if top is None else top.reshape(shape[:-1])
     out[...] = halves.rounded(output, out.dtype)
-    return Past(c, out, merged_lse.reshape(shape[:-1]), top, output if c.rounds else out)
+    sums = np.stack([shift, log], axis=-1).reshape(*shape[:-1], 2)
+    return Past(c, out, sums, top, output if c.rounds else out, ready.unit)
 
 
 def _by_tiles(past: Past) -> Past:
@@ -383,7 +397,7 @@ def _by_tiles(past: Past) -> Past:
 
     if not plan.is_few(plan.problem(past.call, past.output)):
         return past
-    again = _forward(past.call, None, wants_lse=True, by_tiles=True)
+    again = _forward(past.call, None, wants_sums=True, by_tiles=True)
     return again._replace(output=past.output, exact=past.exact)
 
 
@@ -415,10 +429,10 @@ def _backward(past: Past, grad_output: Array, grad_lse: Array, wants_bias: bool)
         grad_output = plan.rounded(grad_output, c.query.dtype)
     elif c.query.dtype == halves.BITS and not plan.is_in_pairs(plan.layout(grad_output)):
         grad_output = np.ascontiguousarray(grad_output)
-    problem, layout, sums = plan.problem(c, output), plan.layout(grad_output), _by_tiles(past)
+    problem, layout, again = plan.problem(c, output), plan.layout(grad_output), _by_tiles(past)
     ready, *others = plan.backward(problem, layout, plan.threads())
     given = dict(
-        output=output, exact=output, lse=sums.log_sum, top=sums.top, grad_output=grad_output, grad_lse=grad_lse,
+        output=output, exact=output, sums=again.sums, top=again.top, grad_output=grad_output, grad_lse=grad_lse,
         **(plan.widened(c) if ready.widens else {}),
     )  # fmt: skip
     made = _room_for_gradients(c, plan.padded)
@@ -472,11 +486,11 @@ def _queries(c: Call, rows: slice) -> Call:
     return c._replace(query=c.query[..., rows, :], seen=there)
 
 
-def _weights(c: Call, lse: Array, result: Array) -> None:
+def _weights(c: Call, sums: Array, result: Array) -> None:
     from .plan import dense as plan
 
     c = _with_channels(c)
     result = halves.stored(result)
     ready = plan.weights(plan.problem(c, result))
     more = plan.widened(c) if ready.widens else {}
-    ready(c, lse=np.ascontiguousarray(lse), output=result, exact=result, **more)
+    ready(c, sums=np.ascontiguousarray(sums), output=result, exact=result, **more)

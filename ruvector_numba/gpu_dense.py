@@ -318,7 +318,7 @@ def _gradient_job(
         lse = space.scratch(heads * Lq)
         zero(space, GpuArray(lse, 0, (heads * Lq,), (1,), "float32", None), 0.0)
     else:
-        lse = space.pointer(_compact(space, grad_lse))
+        lse = space.pointer(compact(space, grad_lse))
     return blocks.GradientJob(
         _matrices(space, c.query), _matrices(space, c.key, a.group), _matrices(space, c.value, a.group),
         _matrices(space, past.output), _matrices(space, grad_output), _matrices(space, dq), _matrices(space, dk),
@@ -327,7 +327,7 @@ def _gradient_job(
     )  # fmt: skip
 
 
-def _compact(space: Space, x: GpuArray, inverted: bool = False) -> GpuArray:
+def compact(space: Space, x: GpuArray, inverted: bool = False) -> GpuArray:
     """The array, copied if its elements do not lie one behind the other, or to have its bools inverted."""
     if x.strides == gpu.contiguous_strides(x.shape) and not inverted:
         return x
@@ -347,7 +347,7 @@ def _compact(space: Space, x: GpuArray, inverted: bool = False) -> GpuArray:
 
 def inverted(space: Space, x: GpuArray) -> GpuArray:
     """True where the array of bools is False."""
-    return _compact(space, x, inverted=True)
+    return compact(space, x, inverted=True)
 
 
 def _prepared(past: Past, space: Space, job: Any) -> int:

@@ -101,6 +101,7 @@ class MultiHeadAttention(Trainable, TrainableAttention):
         mask: Any = None,
         *,
         key_padding_mask: ArrayLike | None = None,
+        device: str | None = None,
     ) -> Array:
         """The output alone, without dropout; no array of Lq x Lk is formed.
 
@@ -108,7 +109,7 @@ class MultiHeadAttention(Trainable, TrainableAttention):
         """
         key = query if key is None else key
         value = key if value is None else value
-        return self._attend(query, key, value, mask, key_padding_mask, 0.0, None).output
+        return self._attend(query, key, value, mask, key_padding_mask, 0.0, None, device).output
 
     def forward(
         self,
@@ -118,6 +119,7 @@ class MultiHeadAttention(Trainable, TrainableAttention):
         mask: Any = None,
         *,
         key_padding_mask: ArrayLike | None = None,
+        device: str | None = None,
     ) -> tuple[Array, Array]:
         """The output and the weights, averaged over the heads, without dropout.
 
@@ -133,6 +135,9 @@ class MultiHeadAttention(Trainable, TrainableAttention):
         key_padding_mask : array (B, Lk), optional
             True, or a number above 0.5, hides the key from all queries. If the last keys are hidden, nothing is spent
             on them.
+        device : "cuda", optional
+            Move arrays of NumPy to the GPU, and the results back. Arrays that lie on a GPU are read there without it,
+            and so results are arrays there.
 
         Returns
         -------
@@ -145,7 +150,7 @@ class MultiHeadAttention(Trainable, TrainableAttention):
         ------
         InvalidInputError, DimensionMismatchError, InvalidMaskError
         """
-        record = self._attend(query, key, value, mask, key_padding_mask, 0.0, None)
+        record = self._attend(query, key, value, mask, key_padding_mask, 0.0, None, device)
         return record.output, record.weights()
 
     def head_weights(
@@ -157,12 +162,13 @@ class MultiHeadAttention(Trainable, TrainableAttention):
         *,
         key_padding_mask: ArrayLike | None = None,
         rows: Any = None,
+        device: str | None = None,
     ) -> Array:
         """The weights of each head, (B, heads, Lq or the number of `rows`, Lk), without dropout.
 
         `rows` selects queries, as in `AttentionCache.weights`. The rest is as in `forward`.
         """
-        return self._attend(query, key, value, mask, key_padding_mask, 0.0, None).past.weights(rows)
+        return self._attend(query, key, value, mask, key_padding_mask, 0.0, None, device).head_weights(rows)
 
     def forward_cached(
         self,
@@ -174,14 +180,15 @@ class MultiHeadAttention(Trainable, TrainableAttention):
         *,
         key_padding_mask: ArrayLike | None = None,
         seed: int | None = None,
+        device: str | None = None,
     ) -> tuple[Array, AttentionCache]:
         """The output, and what `backward` needs; with dropout if `training`. No array of Lq x Lk is formed.
 
         `seed` decides what is dropped; without it, the layer's own generator does. The rest is as in `forward`.
         """
         dropout, seed = layers.dropout(self.config, training, seed, self._dice)
-        record = self._attend(query, key, value, mask, key_padding_mask, dropout, seed)
-        output, lse = record.output, record.past.lse
+        record = self._attend(query, key, value, mask, key_padding_mask, dropout, seed, device)
+        output, lse = record.output, record.lse
         q, k, v = record.inputs
         return output, AttentionCache(q, k, v, mask=mask, output=output, lse=lse, record=record)
 
@@ -194,11 +201,12 @@ class MultiHeadAttention(Trainable, TrainableAttention):
         key_padding_mask: ArrayLike | None,
         dropout: float,
         seed: int | None,
+        device: str | None = None,
     ) -> Any:
         config, H = self.config, self.config.num_heads
-        if gpu.any_on_gpu(query, key, value):
+        if gpu.concerns(device, query, key, value):
             widths, arrays = (config.d_model, self.kdim, self.vdim), (query, key, value)
-            parts = (mask, key_padding_mask, dropout, seed)
+            parts = (mask, key_padding_mask, dropout, seed, device)
             return gpu_layers.multi_head(config, self._parameters, widths, arrays, *parts)
         inputs = layers.batch(query, key, value, (config.d_model, self.kdim, self.vdim), config.max_seq_len)
         (B, Lq, _), Lk = inputs[0].shape, inputs[1].shape[1]
@@ -385,6 +393,13 @@ class _Record(NamedTuple):
     past: dense.Past  # of the heads
     joined: Array  # (B, Lq, heads, d_k): what w_o is applied to
     output: Array
+
+    @property
+    def lse(self) -> Array:
+        return self.past.lse
+
+    def head_weights(self, rows: Any = None) -> Array:
+        return self.past.weights(rows)
 
     def weights(self, rows: Any = None) -> Array:
         """Averaged over the heads: (B, rows, Lk), some rows at a time, so that the heads' own need little room."""

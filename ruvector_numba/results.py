@@ -163,9 +163,9 @@ class AttentionGradients:
 
     @property
     def parameters(self) -> dict[str, Array]:
-        """The gradients of the parameters, by the parameters' names and in their order, as arrays of NumPy."""
+        """The gradients of the parameters, by the parameters' names and in their order."""
         fields = {
             "w_q": self.query_weights, "w_k": self.key_weights, "w_v": self.value_weights, "w_o": self.output_weights,
             "b_q": self.query_bias, "b_k": self.key_bias, "b_v": self.value_bias, "b_o": self.output_bias,
         }  # fmt: skip
-        return {name: gpu.to_numpy(x) for name, x in fields.items() if x is not None}
+        return {name: x for name, x in fields.items() if x is not None}

@@ -92,6 +92,9 @@ def test_a_layer_and_its_gradients():
     found = gpu_projection.linear_backward(space, there(dy), there(x), there(w))
     for got, wanted in zip((made, *found), (x @ w.T + b, dy @ w, dy.T @ x, dy.sum(0))):
         np.testing.assert_allclose(got.native.copy_to_host(), wanted, atol=2e-5)
+    found = gpu_projection.linear_backward(space, there(dy), there(x), there(w), found[0], found[1:])
+    for got, wanted in zip(found, (dy @ w, dy.T @ x, dy.sum(0))):
+        np.testing.assert_allclose(got.native.copy_to_host(), 2 * wanted, atol=4e-5)
 
 
 def test_a_row_with_gradient_zero_leaves_no_nan_in_the_weights():

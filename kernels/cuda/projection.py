@@ -17,6 +17,7 @@ from numba import cuda, types
 
 from . import instructions as gpu
 from .jit import Elements, Floats, device, kernel
+from .tiles import widen
 
 COLS, DEPTH = 64, 16
 put_shared, shared_four, put_four_floats = gpu.put_shared_four, gpu.shared_four, gpu.put_four["float32"]
@@ -45,6 +46,7 @@ class ProjectionJob(NamedTuple):
     line: int  # J in whole fours
     has_bias: int
     wants_sums: int
+    adds: int  # to what is there, of out and of sums
     left_by_rows: int  # whether neighbours lie in a row, as which they are read, or in a column
     right_by_rows: int
     I: int
@@ -129,7 +131,7 @@ def project(v):
     FOURS, COL_FOURS = ROWS * DEPTH // THREADS // 4, COLS * DEPTH // THREADS // 4  # that a thread brings of each
     BROUGHT, COL_BROUGHT = 4 * FOURS, 4 * COL_FOURS
     one, put_four, put = gpu.one[v.element], gpu.put_four[v.element], writing(v.element)
-    fetch = fetching(v)
+    fetch, widened = fetching(v), widen(v.element)
     int32, int64, float32 = types.int32, types.int64, types.float32
 
     @device
@@ -227,6 +229,8 @@ def project(v):
             if CUT:
                 job.part_sums[int64(z) * job.line + j0 + t] = total
             else:
+                if job.adds != 0:
+                    total += widened(job.sums[j0 + t])
                 put(job.sums, int64(j0 + t), total)
         for half in range(2):
             j = int32(j0 + other + half * HALF_COLS)
@@ -235,11 +239,15 @@ def project(v):
                 for a in range(8):
                     i, n = int32(i0 + mine + a % 4 + a // 4 * HALF), a * 8 + half * 4
                     if i < I:
-                        four = (sums[n], sums[n + 1], sums[n + 2], sums[n + 3])
                         if CUT:
+                            four = (sums[n], sums[n + 1], sums[n + 2], sums[n + 3])
                             put_four_floats(job.parts, (int64(z) * I + i) * job.line + to_column, four)
                         else:
-                            put_four(job.out.data, row_at(job.out, i) + to_column, four)
+                            at = row_at(job.out, i) + to_column
+                            if job.adds != 0:
+                                for b in range(4):
+                                    sums[n + b] += widened(job.out.data[at + b])
+                            put_four(job.out.data, at, (sums[n], sums[n + 1], sums[n + 2], sums[n + 3]))
 
     return project_rows
 
@@ -247,7 +255,7 @@ def project(v):
 @kernel(ProjectionJob)
 def join(v):
     """The sums of parts, in their order."""
-    put, THREADS = writing(v.element), v.threads
+    put, widened, THREADS = writing(v.element), widen(v.element), v.threads
     int32, int64, float32 = types.int32, types.int64, types.float32
 
     def join_parts(job):
@@ -257,11 +265,16 @@ def join(v):
         if i < job.I and j < job.J:
             for z in range(count):
                 found += job.parts[int64(z) * job.I * line + n]
-            put(job.out.data, row_at(job.out, i) + column_at(job.out, j), found)
+            at = row_at(job.out, i) + column_at(job.out, j)
+            if job.adds != 0:
+                found += widened(job.out.data[at])
+            put(job.out.data, at, found)
         if n < job.J and job.wants_sums != 0:
             found = float32(0)
             for z in range(count):
                 found += job.part_sums[int64(z) * line + n]
+            if job.adds != 0:
+                found += widened(job.sums[n])
             put(job.sums, int64(n), found)
 
     return join_parts

@@ -117,8 +117,8 @@ def _job(p: Problem, keys_per_block: int, rows: int, **more: Any) -> blocks.Atte
     mask = None if p.mask is None else ByteMatrices(*as_matrices("mask", broadcast(p.mask, scores), 1))
     fields = dict(
         query=as_matrices("query", query, itemsize), key=as_matrices("key", key, itemsize, group),
-        value=as_matrices("value", value, itemsize, group), widened=_widened(p, group), lse=NOTHING,
-        wants_lse=0, natural=natural,
+        value=as_matrices("value", value, itemsize, group), widened=_widened(p, group), sums=NOTHING,
+        wants_sums=0, natural=natural,
         softcap=p.softcap, slopes="slopes" if p.slopes else None, bias=bias, mask=mask,
         additive=None if bias is None and mask is None else 1, dropout=_dropout(p.dropout),
         epsilon=Epsilon(p.eps, "top") if p.eps else None, gradients=None, rounded=None,
@@ -186,7 +186,7 @@ def is_few(p: Problem) -> bool:
 
 
 @functools.lru_cache(512)
-def forward(p: Problem, wants_lse: bool, by_tiles: bool = False) -> Plan:
+def forward(p: Problem, wants_sums: bool, by_tiles: bool = False) -> Plan:
     """Outputs and, if wanted, logsumexps; with several splits (heads, splits, ...) of both, to be merged.
 
     Few queries have a kernel of their own, unless `by_tiles`.
@@ -198,12 +198,12 @@ def forward(p: Problem, wants_lse: bool, by_tiles: bool = False) -> Plan:
     if splits > 1:
         more = _outputs(p, None, contiguous((heads, splits, Lq, Dv), itemsize))
     elif p.rounds:
-        more = _outputs(p, output, contiguous(output.shape, itemsize) if wants_lse else None)
+        more = _outputs(p, output, contiguous(output.shape, itemsize) if wants_sums else None)
     else:
         more = _outputs(p, None, output)
     more.update(splits=splits, split_keys=SPLIT_KEYS if splits > 1 else Lk)
-    if wants_lse or splits > 1:
-        more.update(lse="lse", wants_lse=1)
+    if wants_sums or splits > 1:
+        more.update(sums="sums", wants_sums=1)
     if p.eps and splits > 1:  # it is one sum: eps is added when the parts are merged
         more.update(epsilon=Epsilon(0.0, "top"))
     if few:
@@ -219,7 +219,7 @@ def _backward_job(p: Problem, **more: Any) -> blocks.AttentionJob:
     """`p.output` is the output as it was computed."""
     (_, D), (_, Dv), itemsize = p.query.shape[-2:], p.value.shape[-2:], p.arithmetic.itemsize
     rows = blocks.scratch_rows(D, Dv, BACKWARD_KEYS) + blocks.gradient_rows(D, Dv, BACKWARD_KEYS, itemsize)
-    return _job(p, BACKWARD_KEYS, rows, **_outputs(p, None, with_heads(p.output, 3)), lse="lse", **more)
+    return _job(p, BACKWARD_KEYS, rows, **_outputs(p, None, with_heads(p.output, 3)), sums="sums", **more)
 
 
 def _gradients(p: Problem, grad_output: Layout, job: blocks.AttentionJob) -> blocks.Gradients:
@@ -305,7 +305,7 @@ def weights(p: Problem) -> Plan:
     """The weights of all queries of the problem, whose output is an array of them; eps, if any, is in the logsumexp."""
     (_, D), (_, Dv), output = p.query.shape[-2:], p.value.shape[-2:], with_heads(p.output, 3)
     made = _outputs(p, output, None) if p.rounds else _outputs(p, None, output)
-    job = _job(p, FORWARD_KEYS, blocks.scratch_rows(D, Dv, FORWARD_KEYS), lse="lse", **{**made, "epsilon": None})
+    job = _job(p, FORWARD_KEYS, blocks.scratch_rows(D, Dv, FORWARD_KEYS), sums="sums", **{**made, "epsilon": None})
     return _plan(pairs.weights, job, len(job.query.at) * job.blocks, p, 1)
 
 
