@@ -201,12 +201,16 @@ def add_query_gradient(wide, tall, b, g, ds, packed, key, zipped, D, k0, n, nq, 
 
 
 @apart
-def normalise(b, job, at, nq):
-    """p = exp(s - b.shift) * b.total"""
+def normalise(b, job, at, nq, unit):
+    """p = exp(s - b.shift) * b.total, where b.shift is the logsumexp as it is rounded, and b.total what that left.
+
+    So b.total is nearly 1, and do * b.total in half precision nearly always do, but beside scores of 1e30 and more.
+    """
+    natural = LN2 if unit is None else 1.0
     for i in range(nq):
-        b.shift[i], b.total[i] = job.sums[2 * (at + i)], math.exp(-job.sums[2 * (at + i) + 1])
-        if job.sums[2 * (at + i) + 1] == -INF:
-            b.total[i] = 0
+        shift, log = job.sums[2 * (at + i)], job.sums[2 * (at + i) + 1]
+        b.shift[i] = 0 if log == -INF else shift + log / natural
+        b.total[i] = 0 if log == -INF else math.exp((b.shift[i] - shift) * natural - log)
 
 
 @apart
@@ -229,7 +233,7 @@ def stand_gradients(b, g, room, job, head, q0, nq):
     v_step, k_step = whole_vectors(b.query, Dv), whole_vectors(b.query, job.D)
     for i in range(width):
         b.shift[i], b.total[i], g.delta[i] = 0, 0, 0
-    normalise(b, job, head * job.Lq + q0, nq)
+    normalise(b, job, head * job.Lq + q0, nq, job.natural)
     stand_top(b, job.epsilon, head * job.Lq + q0, nq, job.natural)
     # rows: do * total, and the outputs for a moment, where the transposed do will lie
     padded_rows(g.output_rows, v_step, matrix(job.gradients.output, head, q0), nq, Dv, b.total)

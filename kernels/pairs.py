@@ -57,7 +57,7 @@ def weights(job: AttentionJob, slot, task):
     lowest, near, far, highest = find_keys(b, job, head, q0, nq, 0, job.Lk)
     slope, additive = given(job.slopes, slope_of(job.slopes, head)), given(job.additive, b.additive)
     stand(b, job, head, q0, nq)
-    normalise(b, job, head * job.Lq + q0, nq)
+    normalise(b, job, head * job.Lq + q0, nq, job.natural)
     for k0 in range(lowest // KB * KB, highest, KB):
         n, key = min(KB, job.Lk - k0), by_channels(job.packed, keys_of(job, head, k0))
         place_chunk(b, job, nq, q0, k0, n, False)

@@ -267,8 +267,8 @@ def run_cell(options: Row, lock: str) -> None:
 
 
 # --- all of them -------------------------------------------------------------------------------------------------
-def measure(seconds: float = 75.0, cells: list[Row] | None = None) -> Row:
-    """All cells; what is not done when the time is up is left out."""
+def measure(seconds: float = 75.0, cells: list[Row] | None = None, lock: str | None = None) -> Row:
+    """All cells; what is not done when the time is up is left out. Whoever holds `lock` has the GPU first."""
     chosen = CELLS if cells is None else cells
     stop, found = time.time() + seconds, dict[str, Any]()
     with tempfile.TemporaryDirectory() as folder:
@@ -276,7 +276,7 @@ def measure(seconds: float = 75.0, cells: list[Row] | None = None) -> Row:
         for n, options in enumerate(chosen):
             out = open(os.path.join(folder, f"{n}.out"), "w+", encoding="utf-8")
             command = [sys.executable, os.path.abspath(__file__), "--cell", json.dumps(options)]
-            command += ["--lock", os.path.join(folder, "lock")]
+            command += ["--lock", lock or os.path.join(folder, "lock")]
             running.append((options, out, subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, text=True)))
         for options, out, process in running:
             with contextlib.suppress(subprocess.TimeoutExpired):

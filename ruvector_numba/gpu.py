@@ -388,7 +388,7 @@ class Space:
         self._kept.append(x)
         return x
 
-    @property
+    @functools.cached_property
     def nothing(self) -> Any:
         """What a pointer that is not used points to."""
         return self.constant("nothing", lambda: np.zeros(16, np.int64))

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import gpu
-from .errors import InvalidConfigError, InvalidInputError
+from .errors import InvalidInputError
 from .gpu import GpuArray
 from .gpu_neighbors import Past, Terms
 from .gpu_projection import linear, linear_backward
@@ -132,9 +132,7 @@ def _transformer(work: Work) -> tuple[Past, Any]:
     from .plan import cuda_csr as plan
 
     layer, inputs = work.layer, work.inputs
-    if layer.beta:
-        raise InvalidConfigError("beta=True does not run on a GPU", hint="take the arrays to the CPU, or beta=False")
-    root = ("lin_skip",) if layer.root_weight and layer.concat else ()
+    root = ("lin_skip",) if layer._begins_with_root else ()
     if inputs.is_pair:
         key, value = work.linears(inputs.source, ("lin_key", "lin_value"))
         query, *offset = work.linears(_target(inputs), ("lin_query", *root))

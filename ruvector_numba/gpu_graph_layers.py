@@ -13,10 +13,11 @@ from . import checks, gpu
 from .errors import GraphStructureError, InvalidConfigError
 from .gpu import GpuArray, Space
 from .gpu_dense import compact, gradient, zero
+from .gpu_gate import Gated, gated, gated_back
 from .gpu_graph_kinds import KINDS
 from .gpu_loops import loops_taken_out
 from .gpu_neighbors import Past, one_element
-from .gpu_projection import matrix, product, turned
+from .gpu_projection import linear, matrix, product, turned
 from .gpu_work import Found, Inputs, Work, inputs_of, viewed
 from .parameters import ParameterSet
 
@@ -34,6 +35,7 @@ class Record(NamedTuple):
     parameters: ParameterSet
     past: Any  # with coefficients(), as a caller gets them
     extra: Any
+    gate: Gated | None
     is_moved: bool
 
 
@@ -75,26 +77,28 @@ def run(
     space = Space(sources[0])
     work = Work(layer, layer.parameters.as_type(np.float32), space, inputs_of(layer, checked, space, nodes, of_edges))
     past, extra = KINDS[type(layer).__name__].attend(work)
-    output = _finish(work, past)
-    record = Record(layer, work.inputs, work.parameters, _Coefficients(past, is_moved), extra, is_moved)
+    output, gate = _finish(work, past)
+    record = Record(layer, work.inputs, work.parameters, _Coefficients(past, is_moved), extra, gate, is_moved)
     return gpu.default().download(output.native) if is_moved else output.native, record
 
 
 # --- after attention -------------------------------------------------------------------------------------------------
-def _finish(work: Work, past: Past) -> GpuArray:
-    """The output: the attention's own where heads are joined, else their mean, bias and residual added."""
+def _finish(work: Work, past: Past) -> tuple[GpuArray, Gated | None]:
+    """The output: the attention's own where heads are joined, else their mean, bias and residual added; or gated."""
     layer, p, space, attended = work.layer, work.parameters, work.space, past.output
-    if layer.concat:
-        return attended
     N, C = attended.shape[0], layer.out_channels
-    out = space.keep(space.empty((N, C), work.element))
-    bias = work.constant("bias", lambda: p["bias"]) if "bias" in p else None
-    flat = viewed(attended, (N, layer.heads * C))
-    product(space, matrix(flat), matrix(work.mean()), matrix(out), bias)
-    if work.inputs.target is not None:
+    out, target = viewed(attended, (N, layer.heads * C)), work.inputs.target
+    if not layer.concat:
+        flat, out = out, space.keep(space.empty((N, C), work.element))
+        bias = work.constant("bias", lambda: p["bias"]) if "bias" in p else None
+        product(space, matrix(flat), matrix(work.mean()), matrix(out), bias)
+    if getattr(layer, "beta", False):
+        assert target is not None
+        return gated(work, out, linear(space, target, *work.weights(("lin_skip",))))
+    if not layer.concat and target is not None:
         for weight, bias in _added(work):
-            product(space, matrix(work.inputs.target), turned(matrix(weight)), matrix(out), bias, adds=True)
-    return out
+            product(space, matrix(target), turned(matrix(weight)), matrix(out), bias, adds=True)
+    return out, None
 
 
 def _added(work: Work) -> list[tuple[GpuArray, GpuArray | None]]:
@@ -118,12 +122,13 @@ def backward(grad_output: Any, record: Record) -> GraphGradients:
     work = Work(layer, record.parameters, Space(past.output.native), inputs)
     found, space = Found(work), work.space
     grad = compact(space, given)
-    heads = viewed(grad, (N, H, C)) if layer.concat else _spread(work, grad)
+    attended, added = (grad, grad) if record.gate is None else gated_back(work, grad, record.gate, found)
+    heads = viewed(attended, (N, H, C)) if layer.concat else _spread(work, attended)
     made, dsource, dtarget, dattr = KINDS[layer.name()].attend_back(work, past, heads, record.extra, found)
     if layer.bias and "bias" in record.parameters:
         _bias_gradient(work, made.offset, found)
     if inputs.target is not None:
-        dtarget = _add_back(work, grad, found, dtarget if inputs.is_pair else dsource)
+        dtarget = _add_back(work, added, found, dtarget if inputs.is_pair else dsource)
     dweight = made.edge_weight
     if inputs.graph is not inputs.given:
         dattr = None if dattr is None else _without_loops(work, dattr, layer.fill_value)

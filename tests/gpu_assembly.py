@@ -58,7 +58,52 @@ def copying(thorough):
         yield kernel, copying.Variant("bfloat16")
 
 
-FAMILIES = [dense, copying]
+def projections(thorough):
+    from ruvector_numba.kernels.cuda import folding, gate, projection
+
+    def plain(element, threads=128, wide=True, paired=False, cut=False, over_rows=False):
+        resident = (3 if wide and not over_rows else 2) * 128 // threads
+        return projection.Variant(element, threads, wide, paired, cut, over_rows, resident)
+
+    yield projection.project, plain("float32")
+    yield projection.project, plain("float32", cut=True, over_rows=True)
+    yield projection.join, plain("float32", cut=True, over_rows=True)
+    if thorough:
+        yield projection.project, plain("float32", 64, cut=True, over_rows=True)
+        yield projection.project, plain("bfloat16", paired=True)
+        yield projection.project, plain("float16", wide=False, paired=True, cut=True, over_rows=True)
+        for kernel in (gate.forward, gate.backward):
+            yield kernel, gate.Variant("bfloat16", 128)
+        yield folding.fold_back, folding.Variant("bfloat16", 128)
+
+
+def neighbors(thorough):
+    """GAT, GATv2 and the graph transformer of four heads of 16 channels; and all terms, wide heads, single elements."""
+    from ruvector_numba.kernels.cuda import csr, csr_backward
+
+    from ruvector_numba.plan import cuda_csr as plan
+
+    plain = plan.Options(False, False, False, False, False, True)
+    every = plan.Options(True, True, True, True, False, True)
+    kinds = [plan.variant("float32", rule, 4, 16, True, plain) for rule in (plan.SUM, plan.JOINT, plan.DOT)]
+    if thorough:
+        kinds += [
+            plan.variant("float32", plan.DOT, 4, 16, True, every), plan.variant("float32", plan.DOT, 2, 256, True, plain),
+            plan.variant("bfloat16", plan.JOINT, 3, 7, False, every._replace(bias=False, maximum=True)),
+        ]  # fmt: skip
+    for v in kinds:
+        yield csr.forward, v
+        yield csr_backward.backward_sources, v
+        yield csr_backward.backward_targets, v
+    yield csr.coefficients, kinds[-1]
+    yield csr_backward.prepare, kinds[-1]
+    if thorough:
+        flat = csr_backward.SumVariant("float32", 256)
+        for kernel in (csr.lse, csr_backward.add_heads, csr_backward.softmax_backward, csr_backward.add_up):
+            yield kernel, flat
+
+
+FAMILIES = [dense, copying, projections, neighbors]
 
 
 def assembled(kernel, v, capability):

@@ -132,7 +132,7 @@ def attention_vectors(v):
 
 
 # --- forward ---------------------------------------------------------------------------------------------------------
-@kernel(NeighborJob)
+@kernel(NeighborJob, registers=128)
 def forward(v):
     WIDTH, UNROLLED, GROUPS, LANES, LINE = v.width, v.unrolled, v.groups, v.lanes, v.line
     ROOM, KEYS = UNROLLED * WIDTH, UNROLLED * WIDTH if v.rule == DOT else 1
@@ -299,7 +299,7 @@ def forward(v):
 
 
 # --- coefficients ----------------------------------------------------------------------------------------------------
-@kernel(NeighborJob)
+@kernel(NeighborJob, registers=96)
 def coefficients(v):
     """weights[e, h] = p, in the caller's order; 0 where the score is -inf, whatever else is NaN"""
     WIDTH, GROUPS, NORMALIZES = v.width, v.groups, v.normalizes
@@ -348,7 +348,7 @@ class LseJob(NamedTuple):
     count: int
 
 
-@kernel(LseJob)
+@kernel(LseJob, registers=32)
 def lse(v):
     """The logarithm of the sum of e**score"""
     THREADS = v.threads

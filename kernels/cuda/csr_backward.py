@@ -25,7 +25,7 @@ across, number = gpu.across, gpu.number
 
 
 # --- by target, before -----------------------------------------------------------------------------------------------
-@kernel(NeighborJob)
+@kernel(NeighborJob, registers=64)
 def prepare(v):
     """slopes = the largest score, 1 / sum, SUM's term and delta, of each target and head; and the sum of all do."""
     WIDTH, GROUPS, NORMALIZES, SHARED = v.width, v.groups, v.normalizes, v.threads * v.width
@@ -67,7 +67,7 @@ def prepare(v):
 
 
 # --- by source -------------------------------------------------------------------------------------------------------
-@kernel(NeighborJob)
+@kernel(NeighborJob, registers=168)
 def backward_sources(v):
     WIDTH, UNROLLED, GROUPS, LANES, LINE, RULE = v.width, v.unrolled, v.groups, v.lanes, v.line, v.rule
     ROOM, QUERIES = UNROLLED * WIDTH, UNROLLED * WIDTH if v.rule in (JOINT, DOT) else 1
@@ -306,7 +306,7 @@ def backward_sources(v):
 
 
 # --- by target -------------------------------------------------------------------------------------------------------
-@kernel(NeighborJob)
+@kernel(NeighborJob, registers=128)
 def backward_targets(v):
     WIDTH, UNROLLED, GROUPS, LANES, LINE, RULE = v.width, v.unrolled, v.groups, v.lanes, v.line, v.rule
     ROOM, EDGE = UNROLLED * WIDTH, v.edge
@@ -426,7 +426,7 @@ class SumVariant(NamedTuple):
     resident: int = 1
 
 
-@kernel(SumJob)
+@kernel(SumJob, registers=40)
 def add_up(v):
     """out = the sum of all rows: those of each warp, and then the warps', in their order"""
     THREADS, WARPS, write = v.threads, v.threads // WARP, writing(v.element)
@@ -457,7 +457,7 @@ class HeadsJob(NamedTuple):
     H: int
 
 
-@kernel(HeadsJob)
+@kernel(HeadsJob, registers=48)
 def add_heads(v):
     """out = the sum over heads"""
     THREADS, write = v.threads, writing(v.element)
@@ -485,7 +485,7 @@ class SoftmaxJob(NamedTuple):
     H: int
 
 
-@kernel(SoftmaxJob)
+@kernel(SoftmaxJob, registers=64)
 def softmax_backward(v):
     """out = weights * (grad - the sum over the target's edges of weights * grad): a warp for a target"""
     WARPS, write, widened = v.threads // WARP, writing(v.element), widen(v.element)

@@ -26,7 +26,7 @@ class Variant(NamedTuple):
     resident: int = 1
 
 
-@kernel(FoldJob)
+@kernel(FoldJob, registers=64)
 def fold_back(v):
     """A thread for each head and channel."""
     widened, put, THREADS = widen(v.element), writing(v.element), v.threads

@@ -83,13 +83,20 @@ def writing(element):
 
 
 @device
+def pair_at(i, n, outer, inner):
+    """Where number i of pairs (i // n, i % n) is"""
+    return types.int64(i // types.int32(n)) * outer + types.int64(i % types.int32(n)) * inner
+
+
+# Most matrices have no true pairs: they are spared the divisions.
+@device
 def row_at(m, i):
-    return types.int64(i // types.int32(m.rows)) * m.outer_row + types.int64(i % types.int32(m.rows)) * m.row
+    return types.int64(i) * m.row if i < m.rows else pair_at(i, m.rows, m.outer_row, m.row)
 
 
 @device
 def column_at(m, j):
-    return types.int64(j // types.int32(m.cols)) * m.outer_col + types.int64(j % types.int32(m.cols)) * m.col
+    return types.int64(j) * m.col if j < m.cols else pair_at(j, m.cols, m.outer_col, m.col)
 
 
 @functools.cache
@@ -102,7 +109,7 @@ def fetching(v):
     @device
     def place(m, i, j):
         if PAIRED:
-            return row_at(m, i) + column_at(m, j)
+            return pair_at(i, m.rows, m.outer_row, m.row) + pair_at(j, m.cols, m.outer_col, m.col)
         return int64(i) * m.row + int64(j) * m.col
 
     @device
@@ -122,7 +129,7 @@ def fetching(v):
 
 
 # Registers: 168 at most, for 3 blocks of 128 threads; 255 for 2, where numbers are read one by one or selected.
-@kernel(ProjectionJob)
+@kernel(ProjectionJob, registers=255)
 def project(v):
     THREADS, ROWS, CUT, SELECTS = v.threads, v.threads, v.cut, v.selects
     PITCH, COL_PITCH, HALF, HALF_COLS = ROWS + 4, COLS + 4, ROWS // 2, COLS // 2
@@ -252,7 +259,7 @@ def project(v):
     return project_rows
 
 
-@kernel(ProjectionJob)
+@kernel(ProjectionJob, registers=40)
 def join(v):
     """The sums of parts, in their order."""
     put, widened, THREADS = writing(v.element), widen(v.element), v.threads

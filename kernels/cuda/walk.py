@@ -133,8 +133,8 @@ class Variant(NamedTuple):
 
     @property
     def unrolled(self):
-        """Edges whose rows are on their way at once."""
-        return max(1, 4 // self.fours)
+        """Edges whose rows are on their way at once; for the maximum one, or registers would not hold it all."""
+        return 1 if self.maximum else max(1, 4 // self.fours)
 
 
 class Walk(NamedTuple):
