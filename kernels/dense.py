@@ -70,8 +70,8 @@ def scaled(s, scale):
 def scores(like, b, column, key, D, j, live, scale, softcap, slope, additive, edge, slope_of_cap):
     """One tile: key j + r by the queries from `column`, through the terms; -inf where hidden.
 
-    `scale` is None where the queries are scaled already. Where the caller gives it room, the derivative of the softcap is
-    left in slope_of_cap[key, query].
+    `scale` is None where the queries are scaled already. Where the caller gives it room, the derivative of the softcap
+    is left in slope_of_cap[key, query].
     """
     # s[r, query] = sum_d key[j + r, d] * query[query, d]
     width, at, D = width_of(b.query), j * width_of(b.query) + column, D // per_lane(b.query)

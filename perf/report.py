@@ -91,10 +91,10 @@ def markdown(document: dict[str, Any], of_graphs: dict[str, Any] | None = None) 
     parts = [
         f"**{machine['cpu']}** ({machine['target']}, {machine['lanes']} lanes), {machine['processors']} processors, "
         f"{machine['system']}, threads by {machine['threading_layer']}; {versions}; {when}.\n",
-        "GFLOP/s in float32, GB/s where it says so. *Of the machine*: the share of the peak measured in the same "
-        "rounds. *Times the best*: how many times as fast as the fastest peer. Both are bold where they reach what "
-        "this project asks of itself, else that stands in brackets. *Error*: the largest, against float64, relative "
-        "to the largest value.\n",
+        "GFLOP/s in float32 unless a row names another type, GB/s where it says so. *Of the machine*: the share of "
+        "the peak measured in the same rounds. *Times the best*: how many times as fast as the fastest peer. Both "
+        "are bold where they reach what this project asks of itself, else that stands in brackets. *Error*: the "
+        "largest, against float64, relative to the largest value.\n",
     ]
     for is_graphs, threads in sorted({(r["unit"] == GRAPHS, r["threads"]) for r in results}):
         rows = [r for r in results if (r["unit"] == GRAPHS, r["threads"]) == (is_graphs, threads)]

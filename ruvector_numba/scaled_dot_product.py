@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from numpy.typing import ArrayLike, NDArray
 
-from . import checks, dense, gpu, gpu_layers, layers
+from . import checks, dense, gpu, gpu_layers, layers, layers_half
 from .config import AttentionConfig
 from .parameters import ParameterSet, Trainable
 from .protocols import TrainableAttention
@@ -150,7 +150,7 @@ class ScaledDotProductAttention(Trainable, TrainableAttention):
         ------
         InvalidInputError, DimensionMismatchError
         """
-        record = layers.record_of(cache, _Record, gpu_layers.OneHead)
+        record = layers.record_of(cache, _Record, gpu_layers.OneHead, layers_half.Rounded)
         if record is None:
             record = self._attend(cache.query, cache.key, cache.value, cache.mask, 0.0, None)
         return record.backward(grad_output)
@@ -162,6 +162,9 @@ class ScaledDotProductAttention(Trainable, TrainableAttention):
         config = self.config
         if gpu.concerns(device, query, key, value):
             return gpu_layers.one_head(config, (query, key, value), mask, dropout, seed, device)
+        (q, k, v), half = layers_half.widened(query, key, value)
+        if half is not None:
+            return layers_half.Rounded.of(self._attend(q, k, v, mask, dropout, seed), (query, key, value), half)
         query, key, value = layers.batch(query, key, value, (config.d_model, config.d_model, None), config.max_seq_len)
         B, Lq, Lk = *query.shape[:2], key.shape[1]
         seen = layers.hidden(mask, (B, 1, Lq, Lk), per_head=False)

@@ -111,8 +111,10 @@ def zipped(context, low, high):
 
 @intrinsic
 def zipped_rows(context, pointer, first, second, live, both):
-    """Words of pointer[first + i] and pointer[second + i], bfloat16, for the first `live` lanes, else 0; the upper halves
-    are 0 too unless `both`. Reads nothing beyond."""
+    """Words of pointer[first + i] and pointer[second + i], bfloat16, for the first `live` lanes, else 0.
+
+    The upper halves are 0 unless `both`. Reads nothing beyond.
+    """
     vector = vector_of(pointer.element)
     kind = VectorType(types.uint32, vector.lanes)
 
