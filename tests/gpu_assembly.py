@@ -79,7 +79,7 @@ def projections(thorough):
 
 def neighbors(thorough):
     """GAT, GATv2 and the graph transformer of four heads of 16 channels; and all terms, wide heads, single elements."""
-    from ruvector_numba.kernels.cuda import csr, csr_backward
+    from ruvector_numba.kernels.cuda import csr, csr_backward, sums
 
     from ruvector_numba.plan import cuda_csr as plan
 
@@ -88,7 +88,8 @@ def neighbors(thorough):
     kinds = [plan.variant("float32", rule, 4, 16, True, plain) for rule in (plan.SUM, plan.JOINT, plan.DOT)]
     if thorough:
         kinds += [
-            plan.variant("float32", plan.DOT, 4, 16, True, every), plan.variant("float32", plan.DOT, 2, 256, True, plain),
+            plan.variant("float32", plan.DOT, 4, 16, True, every),
+            plan.variant("float32", plan.DOT, 2, 256, True, plain),
             plan.variant("bfloat16", plan.JOINT, 3, 7, False, every._replace(bias=False, maximum=True)),
         ]  # fmt: skip
     for v in kinds:
@@ -98,8 +99,8 @@ def neighbors(thorough):
     yield csr.coefficients, kinds[-1]
     yield csr_backward.prepare, kinds[-1]
     if thorough:
-        flat = csr_backward.SumVariant("float32", 256)
-        for kernel in (csr.lse, csr_backward.add_heads, csr_backward.softmax_backward, csr_backward.add_up):
+        flat = sums.SumVariant("float32", 256)
+        for kernel in (csr.lse, sums.add_heads, csr_backward.softmax_backward, sums.add_up):
             yield kernel, flat
 
 
