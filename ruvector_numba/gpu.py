@@ -213,7 +213,7 @@ class _Torch(Library):
     def upload(self, x: Array) -> Any:
         import torch
 
-        return torch.from_numpy(np.ascontiguousarray(x)).to(self.device)
+        return torch.from_numpy(np.require(x, requirements=("C", "W"))).to(self.device)
 
     def download(self, x: Any) -> Array:
         import torch

@@ -307,6 +307,7 @@ class Past:
     ) -> Made:
         """The gradients of all that was given; `room` names arrays that gradients are written into."""
         from .kernels.cuda import csr_backward as backwards
+        from .kernels.cuda import sums as sums_of
         from .plan import cuda_csr as plan
 
         t, made = self.terms, dict(room or {})
@@ -344,9 +345,9 @@ class Past:
         weight = None
         if t.edge_weight is not None:
             weight = space.keep(space.empty((E,), element))
-            add = backwards.HeadsJob(job.dweight, space.pointer(weight), E, H)
+            add = sums_of.HeadsJob(job.dweight, space.pointer(weight), E, H)
             flat = _flat_variant(element)
-            backwards.add_heads(flat, add, (max(1, -(-E // flat.threads)), 1, 1), space.stream)
+            sums_of.add_heads(flat, add, (max(1, -(-E // flat.threads)), 1, 1), space.stream)
         if t.rule == plan.SUM and t.edge is not None:
             made["edge"] = made.pop("bias")
         return Made(
@@ -382,15 +383,15 @@ def _run(kernel: Any, walk: _Walk, v: Any, job: Any, space: Space, sums: GpuArra
     if second:
         kernel(v, job._replace(of_hubs=1, rounds=1, sums_from=first), (second, chunks, 1), space.stream)
     if sums is not None and columns:
-        from .kernels.cuda import csr_backward as backwards
+        from .kernels.cuda import sums as sums_of
 
         threads = 64 if v.threads == 32 else 1024
-        add = backwards.SumJob(made, space.pointer(sums), first + second, columns)
-        backwards.add_up(backwards.SumVariant(sums.element, threads), add, (-(-columns // 32), 1, 1), space.stream)
+        add = sums_of.SumJob(made, space.pointer(sums), first + second, columns)
+        sums_of.add_up(sums_of.SumVariant(sums.element, threads), add, (-(-columns // 32), 1, 1), space.stream)
 
 
 def _flat_variant(element: str) -> Any:
-    from .kernels.cuda.csr_backward import SumVariant
+    from .kernels.cuda.sums import SumVariant
     from .kernels.cuda.jit import SIMULATED
 
     return SumVariant(element, 32 if SIMULATED else 256)

@@ -43,7 +43,7 @@ class Record(NamedTuple):
 class GraphCache:
     """What a graph layer's forward pass leaves for its backward pass.
 
-    It refers to the arrays of the call and copies none: they must not change before the backward pass.
+    It refers to the arrays of the call, on a GPU to the output too: they must not change before the backward pass.
 
     Attributes
     ----------

@@ -326,8 +326,8 @@ def neighbor_attention_forward(
 ) -> NeighborCache:
     """`neighbor_attention` with what its gradients need: the scores, (E, H), and their logsumexp.
 
-    Parameters and errors are those of `neighbor_attention`. The arrays are referred to, not copied: they must not
-    change before the backward pass.
+    Parameters and errors are those of `neighbor_attention`. The arrays, on a GPU the output too, are referred to, not
+    copied: they must not change before the backward pass.
 
     Examples
     --------

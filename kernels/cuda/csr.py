@@ -132,7 +132,7 @@ def attention_vectors(v):
 
 
 # --- forward ---------------------------------------------------------------------------------------------------------
-@kernel(NeighborJob, registers=128)
+@kernel(NeighborJob, registers=168)
 def forward(v):
     WIDTH, UNROLLED, GROUPS, LANES, LINE = v.width, v.unrolled, v.groups, v.lanes, v.line
     ROOM, KEYS = UNROLLED * WIDTH, UNROLLED * WIDTH if v.rule == DOT else 1

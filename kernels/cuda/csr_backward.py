@@ -16,7 +16,7 @@ from numba import cuda, types
 from . import instructions as gpu
 from .csr import INF, attention_vectors, leaky, power
 from .gather import gathering, totals
-from .jit import WARP, Elements, Floats, Ints, device, kernel
+from .jit import WARP, Elements, Ints, device, kernel
 from .projection import writing
 from .tiles import widen
 from .walk import DOT, GIVEN, JOINT, SUM, NeighborJob, edge_id, share_of, walking
@@ -71,11 +71,8 @@ def prepare(v):
 def backward_sources(v):
     WIDTH, UNROLLED, GROUPS, LANES, LINE, RULE = v.width, v.unrolled, v.groups, v.lanes, v.line, v.rule
     ROOM, QUERIES = UNROLLED * WIDTH, UNROLLED * WIDTH if v.rule in (JOINT, DOT) else 1
-    KEY, ATT, ATT_B = (
-        WIDTH if v.rule == DOT else 1,
-        WIDTH if v.rule in (SUM, JOINT) else 1,
-        WIDTH if v.rule == SUM else 1,
-    )
+    KEY, ATT = WIDTH if v.rule == DOT else 1, WIDTH if v.rule in (SUM, JOINT) else 1
+    ATT_B = WIDTH if v.rule == SUM else 1
     DKEY, SLOPES = WIDTH if v.rule in (JOINT, DOT) else 1, 4 * UNROLLED
     EDGE, EDGE_VALUE, BIAS, SHARES, MAX = v.edge, v.edge_value, v.bias, v.shares, v.maximum
     EDGE_ROOM, MORE = WIDTH if v.edge else 1, WIDTH if v.edge_value else 1
@@ -127,7 +124,7 @@ def backward_sources(v):
         return share, dp * share if share != 0 else float32(0)
 
     @device
-    def spread(job, position, id, head, sub, here, w, d, base, grads, queries, value, a, edges, more):
+    def spread(job, id, head, sub, here, w, d, base, grads, queries, value, a, edges, more):
         """The gradients of what belongs to the edge itself: rows of its own."""
         if EDGE_VALUE:
             for c in range(WIDTH):
@@ -144,67 +141,80 @@ def backward_sources(v):
             put(job.dedge, id, head, sub, job.D, edges, 0, here)
 
     @device
+    def look(job, first, last, head, sub, there, grads, queries, slopes):
+        """The rows of the targets of some edges, and what is known of their softmax."""
+        for u in range(UNROLLED):
+            here = there and first + u < last
+            i = number(job.others, int32(first + u), here)
+            take(grads, u * WIDTH, job.grad, i, head, sub, job.C, here)
+            if RULE == JOINT or RULE == DOT:
+                take(queries, u * WIDTH, job.query, i, head, sub, job.D, here)
+            n, at = 4 * u, (int64(i) * job.H + head) * 4
+            slopes[n], slopes[n + 1], slopes[n + 2], slopes[n + 3] = four(job.slopes, at, here)
+
+    @device
+    def weight_gradient(job, base, position, target, id, head, sub, here, value, more, grads):
+        """dp, before shares; of the maximum, grads are left only where this edge's value was the largest."""
+        if EDGE_VALUE:
+            take(more, 0, job.edge_value, id, head, sub, job.C, here)
+        dp = float32(0)
+        for c in range(WIDTH):
+            y = value[c]
+            if EDGE_VALUE:
+                y += more[c]
+            if MAX:
+                channel, chosen = int32((c // 4 * LANES + sub) * 4 + c % 4), int32(-1)
+                if here and channel < job.C:
+                    chosen = job.best[(int64(target) * job.H + head) * job.C + channel]
+                if chosen != position:
+                    grads[base + c], y = float32(0), float32(0)
+            dp += grads[base + c] * y
+        return joined(dp)
+
+    @device
+    def add(job, base, w, d, value, a, edges, grads, queries, dv, dk):
+        """dv += w do, and dk from ds through the rule; what is hidden is selected out."""
+        for c in range(WIDTH):
+            x = w * grads[base + c]
+            dv[c] += x if w != 0 or not BIAS else float32(0)
+            if RULE == DOT:
+                x = d * queries[base + c]
+                dk[c] += x if d != 0 or not BIAS else float32(0)
+            elif RULE == JOINT:
+                z = value[c] + queries[base + c]
+                if EDGE:
+                    z += edges[c]
+                dk[c] += d * a[c] * (float32(1) if z > 0 else float32(job.slope))
+
+    @device
     def walk(job, first, last, head, sub, there, value, key, a, term, dv, dk, grads, queries, slopes, edges, more):
         dterm = float32(0)
-        for p0 in range(0, longest(int32(last - first)), UNROLLED):
+        for begin in range(0, longest(int32(last - first)), UNROLLED):
+            look(job, int32(first + begin), last, head, sub, there, grads, queries, slopes)
             for u in range(UNROLLED):
-                here = there and first + p0 + u < last
-                i = number(job.others, int32(first + p0 + u), here)
-                take(grads, u * WIDTH, job.grad, i, head, sub, job.C, here)
-                if RULE == JOINT or RULE == DOT:
-                    take(queries, u * WIDTH, job.query, i, head, sub, job.D, here)
-                n, at = 4 * u, (int64(i) * job.H + head) * 4
-                slopes[n], slopes[n + 1], slopes[n + 2], slopes[n + 3] = four(job.slopes, at, here)
-            for u in range(UNROLLED):
-                here, base = there and first + p0 + u < last, u * WIDTH
-                position = number(job.positions, int32(first + p0 + u), here)
-                id, i = position, int32(0)
+                here, base, n = there and first + begin + u < last, u * WIDTH, 4 * u
+                position = number(job.positions, int32(first + begin + u), here)
+                id, target = position, int32(0)
                 if EDGE or BIAS or EDGE_VALUE or SHARES:
                     id = edge_id(job, position, here)
                 if SHARES or MAX:
-                    i = number(job.others, int32(first + p0 + u), here)
+                    target = number(job.others, int32(first + begin + u), here)
                 if EDGE and RULE != SUM:
                     take(edges, 0, job.edge, id, head, sub, job.D, here)
-                s, slope = score(job, u, id, head, here, value, key, a, edges, queries, term, slopes[4 * u + 2])
-
-                # p and dp, both 0 where hidden
-                p = s
+                s, slope = score(job, u, id, head, here, value, key, a, edges, queries, term, slopes[n + 2])
+                p, live = s, here and s != -INF
                 if NORMALIZES:
-                    p = power(s - slopes[4 * u]) * slopes[4 * u + 1] if slopes[4 * u + 1] != 0 else float32(0)
-                live = here and s != -INF
+                    p = power(s - slopes[n]) * slopes[n + 1] if slopes[n + 1] != 0 else float32(0)
                 if not live:
                     p = float32(0)
-                if EDGE_VALUE:
-                    take(more, 0, job.edge_value, id, head, sub, job.C, here)
-                dp = float32(0)
-                for c in range(WIDTH):
-                    y = value[c]
-                    if EDGE_VALUE:
-                        y += more[c]
-                    if MAX:
-                        channel = int32((c // 4 * LANES + sub) * 4 + c % 4)
-                        chosen = int32(-1)
-                        if here and channel < job.C:
-                            chosen = job.best[(int64(i) * job.H + head) * job.C + channel]
-                        if chosen != position:
-                            grads[base + c] = float32(0)
-                            y = float32(0)
-                    dp += grads[base + c] * y
-                dp = joined(dp)
+                dp = weight_gradient(job, base, position, target, id, head, sub, here, value, more, grads)
                 w = p
                 if SHARES:
-                    share, dp = thin(job, id, i, head, sub, here, p, dp)
+                    share, dp = thin(job, id, target, head, sub, here, p, dp)
                     w = p * share
-
-                # dv += w do, and ds through the rule
-                for c in range(WIDTH):
-                    if BIAS:
-                        dv[c] += w * grads[base + c] if w != 0 else float32(0)
-                    else:
-                        dv[c] += w * grads[base + c]
                 d = dp if live else float32(0)
                 if NORMALIZES:
-                    d = p * (dp - slopes[4 * u + 3]) if p > 0 else p
+                    d = p * (dp - slopes[n + 3]) if p > 0 else p
                 if RULE == SUM:
                     d *= slope
                     dterm += d
@@ -212,21 +222,11 @@ def backward_sources(v):
                     write(job.dbias, int64(id) * job.H + head, d)
                 if RULE == DOT:
                     d *= float32(job.scale)
-                    for c in range(WIDTH):
-                        if BIAS:
-                            dk[c] += d * queries[base + c] if d != 0 else float32(0)
-                        else:
-                            dk[c] += d * queries[base + c]
-                if RULE == JOINT:
-                    for c in range(WIDTH):
-                        z = value[c] + queries[base + c]
-                        if EDGE:
-                            z += edges[c]
-                        dk[c] += d * a[c] * (float32(1) if z > 0 else float32(job.slope))
+                add(job, base, w, d, value, a, edges, grads, queries, dv, dk)
                 if RULE != GIVEN and here and sub == 0:
                     job.changes[int64(position) * job.H + head] = d
                 if EDGE_VALUE or (EDGE and RULE != SUM):
-                    spread(job, position, id, head, sub, here, w, d, base, grads, queries, value, a, edges, more)
+                    spread(job, id, head, sub, here, w, d, base, grads, queries, value, a, edges, more)
         return dterm
 
     def backward_by_source(job):
@@ -410,67 +410,6 @@ def backward_targets(v):
             give(shared, sums, job)
 
     return backward_by_target
-
-
-# --- sums ------------------------------------------------------------------------------------------------------------
-class SumJob(NamedTuple):
-    sums: Floats  # (rows, columns)
-    out: Elements  # (columns)
-    rows: int
-    columns: int
-
-
-class SumVariant(NamedTuple):
-    element: str
-    threads: int
-    resident: int = 1
-
-
-@kernel(SumJob, registers=40)
-def add_up(v):
-    """out = the sum of all rows: those of each warp, and then the warps', in their order"""
-    THREADS, WARPS, write = v.threads, v.threads // WARP, writing(v.element)
-    int32, int64, float32 = types.int32, types.int64, types.float32
-
-    def add_rows(job):
-        shared = cuda.shared.array(THREADS, float32)
-        t = int32(cuda.threadIdx.x)
-        column, found = int32(int32(cuda.blockIdx.x) * WARP + (t & 31)), float32(0)
-        if column < job.columns:
-            for row in range(t >> 5, job.rows, WARPS):
-                found += job.sums[int64(row) * job.columns + column]
-        shared[t] = found
-        cuda.syncthreads()
-        if t < WARP and column < job.columns:
-            found = float32(0)
-            for warp in range(WARPS):
-                found += shared[int32(warp * WARP + t)]
-            write(job.out, int64(column), found)
-
-    return add_rows
-
-
-class HeadsJob(NamedTuple):
-    numbers: Floats  # (E, H)
-    out: Elements  # (E)
-    E: int
-    H: int
-
-
-@kernel(HeadsJob, registers=48)
-def add_heads(v):
-    """out = the sum over heads"""
-    THREADS, write = v.threads, writing(v.element)
-
-    def add_numbers(job):
-        e = types.int64(cuda.blockIdx.x) * THREADS + cuda.threadIdx.x
-        if e < job.E:
-            found = types.float32(0)
-            for h in range(job.H):
-                found += job.numbers[e * job.H + h]
-            write(job.out, e, found)
-
-    return add_numbers
 
 
 # --- softmax over edges ----------------------------------------------------------------------------------------------
