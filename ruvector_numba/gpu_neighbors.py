@@ -391,7 +391,7 @@ def _run(kernel: Any, walk: _Walk, v: Any, job: Any, space: Space, sums: GpuArra
 
 
 def _flat_variant(element: str) -> Any:
-    from .kernels.cuda.sums import SumVariant
     from .kernels.cuda.jit import SIMULATED
+    from .kernels.cuda.sums import SumVariant
 
     return SumVariant(element, 32 if SIMULATED else 256)

@@ -84,36 +84,20 @@ def neighbors():
     plain = plan.Options(False, False, False, False, False, True)
     every = plan.Options(True, True, True, True, False, True)
     kinds = [plan.variant("float32", rule, 4, 16, True, plain) for rule in (plan.SUM, plan.JOINT, plan.DOT)]
-<<<<<<< HEAD
     kinds += [
         plan.variant("float32", plan.DOT, 4, 16, True, every),
         plan.variant("float32", plan.DOT, 2, 256, True, plain),
         plan.variant("bfloat16", plan.JOINT, 3, 7, False, every._replace(bias=False, maximum=True)),
     ]
-=======
-    if thorough:
-        kinds += [
-            plan.variant("float32", plan.DOT, 4, 16, True, every),
-            plan.variant("float32", plan.DOT, 2, 256, True, plain),
-            plan.variant("bfloat16", plan.JOINT, 3, 7, False, every._replace(bias=False, maximum=True)),
-        ]  # fmt: skip
->>>>>>> cudagraph
     for v in kinds:
         yield csr.forward, v
         yield csr_backward.backward_sources, v
         yield csr_backward.backward_targets, v
     yield csr.coefficients, kinds[-1]
     yield csr_backward.prepare, kinds[-1]
-<<<<<<< HEAD
-    flat = csr_backward.SumVariant("float32", 256)
-    for kernel in (csr.lse, csr_backward.add_heads, csr_backward.softmax_backward, csr_backward.add_up):
+    flat = sums.SumVariant("float32", 256)
+    for kernel in (csr.lse, sums.add_heads, csr_backward.softmax_backward, sums.add_up):
         yield kernel, flat
-=======
-    if thorough:
-        flat = sums.SumVariant("float32", 256)
-        for kernel in (csr.lse, sums.add_heads, csr_backward.softmax_backward, sums.add_up):
-            yield kernel, flat
->>>>>>> cudagraph
 
 
 FAMILIES = [dense, copying, projections, neighbors]
