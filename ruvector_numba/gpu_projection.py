@@ -56,7 +56,7 @@ def product(
         space.pointer(bias), space.pointer(sums), parts, part_sums, p.line, int(bias is not None),
         int(sums is not None), int(adds), p.left_by_rows, p.right_by_rows, p.I, p.J, p.K, p.part, p.parts,
     )  # fmt: skip
-    kernels.project(p.variant, job, p.grid, space.stream)
+    (kernels.project_halves if p.halves else kernels.project)(p.variant, job, p.grid, space.stream)
     if p.variant.cut:
         kernels.join(p.variant, job, p.join_grid, space.stream)
 
@@ -106,4 +106,5 @@ def _layout(x: GpuArray) -> Layout:
     from .plan.cuda_projection import Layout
 
     first = x.data[x.start :].ctypes.data if isinstance(x.data, np.ndarray) else x.data
-    return Layout(x.shape, x.strides, first % (16 if x.element == "float32" else 8) == 0)
+    itemsize = 4 if x.element == "float32" else 2
+    return Layout(x.shape, x.strides, next((n for n in (8, 4) if first % (n * itemsize) == 0), 1))

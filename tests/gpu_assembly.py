@@ -69,6 +69,10 @@ def projections():
     yield projection.join, plain("float32", cut=True, over_rows=True)
     yield projection.project, plain("float32", 64, cut=True, over_rows=True)
     yield projection.project, plain("bfloat16", paired=True)
+    by_rows = plain("bfloat16")._replace(resident=2)
+    yield projection.project_halves, by_rows
+    yield projection.project_halves, by_rows._replace(right_rows=False, paired=True)
+    yield projection.project_halves, by_rows._replace(left_rows=False, cut=True, selects=True)
     yield projection.project, plain("float16", wide=False, paired=True, cut=True, over_rows=True)
     for kernel in (gate.forward, gate.backward):
         yield kernel, gate.Variant("bfloat16", 128)

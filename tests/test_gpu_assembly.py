@@ -51,5 +51,7 @@ def test_registers_and_stack_are_within_budget(assembled, generation):
 def test_products_are_made_by_tensor_cores(assembled):
     rows = [json.loads(line) for line in assembled["Hopper"].stdout.splitlines()]
     for row in rows:
+        if row["kernel"] == "projection.project_halves":
+            assert row["mma"] > 0, row
         if row["kernel"] in ("dense.forward", "dense_backward.to_query", "dense_backward.to_key"):
             assert (row["mma"] > 0) == (row["element"] != "float32"), row
