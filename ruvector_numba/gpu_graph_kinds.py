@@ -18,11 +18,14 @@ __all__ = ["KINDS", "Kind"]
 
 
 class Kind(NamedTuple):
-    attend: Callable[[Work], tuple[Past, Any]]
+    """What makes the scores and values of a kind of layer, and, with the gradient of each head's output, the way back:
+    the attention's own gradients, those of sources, of targets if they are not in the first, of edge attributes."""
+
+    attend: Callable[[Work], Past]
     attend_back: Callable[..., tuple[Any, GpuArray, GpuArray | None, GpuArray | None]]
 
 
-def _gat(work: Work) -> tuple[Past, Any]:
+def _gat(work: Work) -> Past:
     from .plan import cuda_csr as plan
 
     layer, inputs, p, space = work.layer, work.inputs, work.parameters, work.space
@@ -38,7 +41,7 @@ def _gat(work: Work) -> tuple[Past, Any]:
         edge = linear(space, inputs.edge_attr, _by_edge(work))
     att = work.constant("att", lambda: np.concatenate([p["att_src"], p["att_dst"]]))
     terms = Terms(plan.SUM, h, query, h, edge=edge, att=att, offset=work.offset(), **work.common())
-    return Past(inputs.graph, terms, space, layer.concat), None
+    return Past(inputs.graph, terms, space, layer.concat)
 
 
 def _by_edge(work: Work) -> GpuArray:
@@ -49,7 +52,7 @@ def _by_edge(work: Work) -> GpuArray:
 
 
 def _gat_back(
-    work: Work, past: Past, grad: GpuArray, _: Any, found: Found
+    work: Work, past: Past, grad: GpuArray, found: Found
 ) -> tuple[Any, GpuArray, GpuArray | None, GpuArray | None]:
     layer, inputs, p = work.layer, work.inputs, work.parameters
     of_source, of_target = (name.removesuffix(".weight") for name in layer._names())
@@ -90,7 +93,7 @@ def edge_attention_back(work: Work, grad: GpuArray, found: Found) -> None:
         found.named[name] = x.native
 
 
-def _gatv2(work: Work) -> tuple[Past, Any]:
+def _gatv2(work: Work) -> Past:
     from .plan import cuda_csr as plan
 
     layer, inputs, p = work.layer, work.inputs, work.parameters
@@ -106,11 +109,11 @@ def _gatv2(work: Work) -> tuple[Past, Any]:
     edge = _edge_rows(work)
     att = work.constant("att", lambda: p["att"][0])
     terms = Terms(plan.JOINT, left, right, left, edge=edge, att=att, offset=work.offset(), **work.common())
-    return Past(inputs.graph, terms, work.space, layer.concat), None
+    return Past(inputs.graph, terms, work.space, layer.concat)
 
 
 def _gatv2_back(
-    work: Work, past: Past, grad: GpuArray, _: Any, found: Found
+    work: Work, past: Past, grad: GpuArray, found: Found
 ) -> tuple[Any, GpuArray, GpuArray | None, GpuArray | None]:
     layer, inputs, dtarget = work.layer, work.inputs, None
     both = not inputs.is_pair and not layer.share_weights
@@ -128,7 +131,7 @@ def _gatv2_back(
     return made, dsource, dtarget, _edge_rows_back(work, (made.edge,), found)
 
 
-def _transformer(work: Work) -> tuple[Past, Any]:
+def _transformer(work: Work) -> Past:
     from .plan import cuda_csr as plan
 
     layer, inputs = work.layer, work.inputs
@@ -143,11 +146,11 @@ def _transformer(work: Work) -> tuple[Past, Any]:
         plan.DOT, key, query, value, edge=edge, edge_value=edge, scale=layer._scale,
         offset=offset[0] if offset else None, **work.common(),
     )  # fmt: skip
-    return Past(inputs.graph, terms, work.space, layer.concat), None
+    return Past(inputs.graph, terms, work.space, layer.concat)
 
 
 def _transformer_back(
-    work: Work, past: Past, grad: GpuArray, _: Any, found: Found
+    work: Work, past: Past, grad: GpuArray, found: Found
 ) -> tuple[Any, GpuArray, GpuArray | None, GpuArray | None]:
     inputs, dtarget = work.inputs, None
     names = ("key", "value") if inputs.is_pair else ("key", "value", "query")

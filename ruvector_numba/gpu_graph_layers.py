@@ -34,7 +34,6 @@ class Record(NamedTuple):
     inputs: Inputs
     parameters: ParameterSet
     past: Any  # with coefficients(), as a caller gets them
-    extra: Any
     gate: Gated | None
     is_moved: bool
 
@@ -76,9 +75,9 @@ def run(
     )
     space = Space(sources[0])
     work = Work(layer, layer.parameters.as_type(np.float32), space, inputs_of(layer, checked, space, nodes, of_edges))
-    past, extra = KINDS[type(layer).__name__].attend(work)
+    past = KINDS[type(layer).__name__].attend(work)
     output, gate = _finish(work, past)
-    record = Record(layer, work.inputs, work.parameters, _Coefficients(past, is_moved), extra, gate, is_moved)
+    record = Record(layer, work.inputs, work.parameters, _Coefficients(past, is_moved), gate, is_moved)
     return gpu.default().download(output.native) if is_moved else output.native, record
 
 
@@ -124,7 +123,7 @@ def backward(grad_output: Any, record: Record) -> GraphGradients:
     grad = compact(space, given)
     attended, added = (grad, grad) if record.gate is None else gated_back(work, grad, record.gate, found)
     heads = viewed(attended, (N, H, C)) if layer.concat else _spread(work, attended)
-    made, dsource, dtarget, dattr = KINDS[layer.name()].attend_back(work, past, heads, record.extra, found)
+    made, dsource, dtarget, dattr = KINDS[layer.name()].attend_back(work, past, heads, found)
     if layer.bias and "bias" in record.parameters:
         _bias_gradient(work, made.offset, found)
     if inputs.target is not None:

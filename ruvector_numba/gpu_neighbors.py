@@ -229,21 +229,21 @@ class Past:
 
     def __init__(self, graph: CSRGraph, terms: Terms, space: Space, joined: bool = False) -> None:
         """The output is (Nt, H, C), or where heads are `joined` (Nt, H * C) for who sees more than its rows."""
+        from .kernels.cuda import csr
+
         self.graph, self.terms = graph, terms
         Nt, (_, H, C) = graph.num_targets, terms.value.shape
         made = space.keep(space.empty((Nt, H * C) if joined else (Nt, H, C), terms.value.element))
         self.output = made._replace(shape=(Nt, H, C), strides=gpu.contiguous_strides((Nt, H, C)))
         self.stats = space.keep(space.empty((Nt, H, 4), "float32"))
         self.best = space.keep(space.empty((Nt, H, C), "int32")) if terms.aggregation == "max" else None
-        from .kernels.cuda import csr
-
         _run(csr.forward, self._walk(space), self._variant(), self._job(space), space)
 
     def coefficients(self, space: Space) -> GpuArray:
         """(E, H), in the caller's order."""
-        made = space.keep(space.empty((self.graph.num_edges, self.terms.value.shape[1]), self.terms.value.element))
         from .kernels.cuda import csr
 
+        made = space.keep(space.empty((self.graph.num_edges, self.terms.value.shape[1]), self.terms.value.element))
         job = self._job(space)._replace(weights=space.pointer(made))
         _run(csr.coefficients, self._walk(space)._replace(count_hubs=0), self._variant(), job, space)
         return made
