@@ -200,7 +200,8 @@ class NeighborCache:
     def lse(self) -> Array:
         kept = self._past.kept
         with np.errstate(divide="ignore"):
-            return kept.bounds + np.log(kept.totals)
+            heads = kept.output.shape[1]
+            return kept.bounds[:, :heads] + np.log(kept.totals[:, :heads])
 
     def coefficients(self) -> Array:
         """(E, H), in the caller's order of edges: after the softmax, before dropout and edge weights."""
