@@ -33,7 +33,7 @@ from .gather import (
     scale_heads,
     take_row,
 )
-from .jit import Elements, apart, kernel
+from .jit import Elements, apart, inline, kernel
 from .simd import (
     fma,
     lane_sum,
@@ -69,7 +69,7 @@ INF = math.inf
 # --- forward --------------------------------------------------------------------------------------------------------
 @apart
 def find_scores(job, desk, n):
-    """weights[e, h] = s: desk.y has the target's query"""
+    """weights[e, h] = s, of SUM before its LeakyReLU: desk.y has the target's query"""
     s, W, nodes, edges = desk.weights, job.W, desk.nodes, desk.edges
     if job.rule == DOT:
         dot_gathered(s, desk.y, job.key, nodes, job.edge, edges, job.has_edge, n, job.terms)
@@ -80,8 +80,6 @@ def find_scores(job, desk, n):
         joint_scores(s, desk.y, job.att, job.slope, job.key, nodes, job.edge, edges, job.has_edge, n, job.terms)
     elif job.rule == SUM:
         find_sums(job, desk, s, n)
-        for f in range(0, n * W, lanes_of(s)):
-            store(leaky(load(s, f), job.slope), s, f)
     else:
         fill(s, n * W, 0.0)
     for e in range(n if job.has_bias else 0):
@@ -92,7 +90,7 @@ def find_scores(job, desk, n):
 
 @apart
 def find_sums(job, desk, out, n):
-    """out[e, h] = key + query + a: apart from LeakyReLU, which by vectors has no branches to guess wrong"""
+    """out[e, h] = key + query + a"""
     lanes = lanes_of(out)
     for e in range(n):
         prefetch(job.key.data, desk.nodes.soon[e] * job.key.step)
@@ -148,6 +146,9 @@ def attend(job, desk, i, first, last, best):
         find_scores(job, desk, n)
         if job.keeps:
             copy(job.scores + p * W, desk.weights, n * W)
+        if job.rule == SUM:
+            for f in range(0, n * W, lanes_of(desk.weights)):
+                store(leaky(load(desk.weights, f), job.slope), desk.weights, f)
         if job.normalizes:
             soften(desk, W, job.span, n)
             if p > first:
@@ -281,19 +282,25 @@ def fold(job: FoldJob, slot, task):
 
 
 # --- coefficients ----------------------------------------------------------------------------------------------------
+@inline
+def kept_scores(job, first, f, count):
+    """A vector of what forward kept of the edges from `first` on, of which there are `count` numbers"""
+    lanes, at = lanes_of(job.scores), first * job.W + f
+    return load(job.scores, at) if f + lanes <= count else load_live(job.scores, at, count - f)
+
+
 @apart
 def find_weights(job, desk, i, first, n):
     """weights[e, h] = p, from what forward kept; 0 where the score is -inf, whatever else is NaN"""
     W, lanes, count = job.W, lanes_of(desk.weights), n * job.W
-    whole = count // lanes * lanes
     for g in range(0, W, lanes):
         bound, l = load(job.bounds, i * job.span + g), load(job.totals, i * job.span + g)
         zero, one = splat(l, 0.0), splat(l, 1.0)
         shift, factor = where(l <= zero, zero, bound), where(l <= zero, zero, one / l)
         for k in range(rounds(n, W, lanes)):
             f = g + k * job.span
-            s = load(job.scores, first * W + f) if f < whole else load_live(job.scores, first * W + f, count - f)
-            s = first_lanes(s, count - f, -INF)
+            s = kept_scores(job, first, f, count)
+            s = first_lanes(leaky(s, job.slope) if job.rule == SUM else s, count - f, -INF)
             p = probability(s, shift, LOG2E) * factor if job.normalizes else s
             store(where(s <= splat(s, -INF), zero, p), desk.weights, f)
 

@@ -7,7 +7,7 @@
 Between the two, of each edge only the pair (w, ds) is kept.
 """
 
-from .csr import find_sums, find_weights, take_query
+from .csr import find_weights, kept_scores, take_query
 from .gather import (
     EDGES,
     Rows,
@@ -132,8 +132,6 @@ def score_gradients(job, desk, first, n, i, sums):
     kept in the pair with w"""
     H, W, ds, lanes, nodes, edges = job.H, job.W, desk.changes, lanes_of(desk.changes), desk.nodes, desk.edges
     # 1. ds; of SUM, where query and key are numbers, it is their gradient too
-    if job.rule == SUM:
-        find_sums(job, desk, desk.slopes, n)
     for g in range(0, W, lanes):
         delta = load(desk.delta, g)
         sum = splat(delta, 0.0)
@@ -143,7 +141,7 @@ def score_gradients(job, desk, first, n, i, sums):
             if job.normalizes:
                 d = where(p > splat(p, 0.0), p * (d - delta), p)
             if job.rule == SUM:
-                d = d * leaky_slope(load(desk.slopes, f), job.slope)
+                d = d * leaky_slope(kept_scores(job, first, f, n * W), job.slope)
             store(d, ds, f)
             sum = sum + first_lanes(d, n * W - f, 0.0)
         if job.rule == SUM:

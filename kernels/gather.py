@@ -314,8 +314,8 @@ def add_leaky(sum, z, factor, slope):
 
 
 @inline
-def leaky_gradient(z, factor, slope):
-    return factor * leaky_slope(z, slope)
+def leaky_share(z, d, slope):
+    return where(z > splat(z, 0.0), d, d * splat(d, slope))
 
 
 @apart
@@ -385,7 +385,7 @@ def joint_block(
     zeros, lanes = tile_zeros(dx, VECTORS, 1), lanes_of(dx)
     head_of, in_row, in_scratch = heads.head_of, heads.in_row, heads.in_scratch
     mine, a = tile_at(zeros, x, in_scratch, v, 0, None), tile_at(zeros, att, in_scratch, v, 0, None)
-    sum, att_sum, begin = zeros, zeros, in_row[v]
+    sum, att_sum, begin = zeros, zeros, in_row[v]  # att is the same for all edges, and multiplied at the end
     for e in range(n):
         for c in range(0, VECTORS * lanes if fetches else 0, line_of(rows.data)):
             prefetch(rows.data, nodes.soon[e] * rows.step + begin + c)
@@ -393,12 +393,11 @@ def joint_block(
         if has_edge:
             other = tile_at(zeros, edge_rows.data, in_row, v, edges.index[e] * edge_rows.step, live)
             z = tile_map(plus, z, (other,))
-        d = tile_splats(zeros, ds, head_of, v, e * step)
-        dz = tile_map(leaky_gradient, z, (tile_map(times, a, (d,)), slope))
-        sum, att_sum = tile_map(plus, sum, (dz,)), tile_map(add_leaky, att_sum, (z, d, slope))
+        d = tile_map(leaky_share, z, (tile_splats(zeros, ds, head_of, v, e * step), slope))
+        sum, att_sum = tile_map(plus, sum, (d,)), tile_map(multiply_add, att_sum, (d, z))
         if wants_edge:
-            tile_store_at(dz, dedge_rows.data, in_row, v, edges.index[e] * dedge_rows.step, live)
-    tile_store_at(tile_map(plus, sum, (tile_at(zeros, dx, in_scratch, v, 0, None),)), dx, in_scratch, v, 0, None)
-    tile_store_at(
-        tile_map(plus, att_sum, (tile_at(zeros, datt, in_scratch, v, 0, None),)), datt, in_scratch, v, 0, None
-    )
+            tile_store_at(tile_map(times, d, (a,)), dedge_rows.data, in_row, v, edges.index[e] * dedge_rows.step, live)
+    so_far = tile_at(zeros, dx, in_scratch, v, 0, None)
+    tile_store_at(tile_map(multiply_add, so_far, (sum, a)), dx, in_scratch, v, 0, None)
+    so_far = tile_at(zeros, datt, in_scratch, v, 0, None)
+    tile_store_at(tile_map(plus, so_far, (att_sum,)), datt, in_scratch, v, 0, None)

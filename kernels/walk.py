@@ -64,7 +64,7 @@ class NeighborJob(NamedTuple):
     edge_value: Rows
     has_edge_value: int
     offset: Rows  # what each target's row of the output begins with
-    scores: Elements  # (E, W) by position; kept if `keeps`
+    scores: Elements  # (E, W) by position, of SUM before the LeakyReLU; kept if `keeps`
     keeps: int
     # Their logsumexp alone would cost p digits: exp(s - lse), with s in the hundreds.
     bounds: Elements  # (Nt, span): heads, repeated to a whole vector; kept with the scores
@@ -108,7 +108,6 @@ class Desk(NamedTuple):
     weights: Elements  # (EDGES, W)
     changes: Elements
     shares: Elements
-    slopes: Elements
     pairs: Elements  # (EDGES, 2, W)
     bound: Elements  # (span)
     total: Elements
@@ -125,7 +124,7 @@ INDICES = 5 * EDGES  # that `carve` lays out
 
 def scratch_elements(W: int, span: int, width: int, lanes: int, itemsize: int) -> int:
     """What `carve` lays out, in elements. Numbers of edges end in a vector that stores may run into."""
-    return INDICES * 8 // itemsize + 6 * EDGES * W + 5 * lanes + 4 * span + 4 * width
+    return INDICES * 8 // itemsize + 5 * EDGES * W + 4 * lanes + 4 * span + 4 * width
 
 
 def partial_elements(span: int, width: int) -> int:
@@ -138,11 +137,11 @@ def carve(job, slot):
     here, n = job.scratch + slot * job.scratch_step, EDGES
     index = as_indices(here)
     numbers, step = here + INDICES * line_of(here) // 8, n * job.W + lanes_of(here)
-    bound = numbers + (5 * step + n * job.W)
+    bound = numbers + (4 * step + n * job.W)
     value = bound + 4 * job.span
     return Desk(
         Ends(index, index + n), Ends(index + 2 * n, index + 3 * n), index + 4 * n,
-        numbers, numbers + step, numbers + 2 * step, numbers + 3 * step, numbers + 4 * step,
+        numbers, numbers + step, numbers + 2 * step, numbers + 3 * step,
         bound, bound + job.span, bound + 2 * job.span, bound + 3 * job.span,
         value, value + job.width, value + 2 * job.width, value + 3 * job.width,
     )  # fmt: skip

@@ -281,10 +281,12 @@ def _job(by: Walk, terms: Terms, kept: Kept, **more: Any) -> walk.NeighborJob:
     starts, parts, hubs = by.schedule
     partial_step = walk.partial_elements(span, H * pad)
     is_max = terms.aggregation == "max"
+    of_edges = [terms.edge, terms.bias, terms.edge_weight, terms.edge_value, more.get("has_grad_weights") or None]
+    wants_ids = terms.dropout > 0 or any(x is not None for x in of_edges)
     fields = dict(
         indptr=narrow[0], others=narrow[1], edge_ids=narrow[2], positions=narrow[3], wide_indptr=wide[0],
         wide_others=wide[1], wide_edge_ids=wide[2], wide_positions=wide[3], has_ids=int(by.edge_ids is not None),
-        wants_ids=1, E=len(by.others), mode=walk.NODES, starts=starts, parts=parts, hubs=hubs, most=MOST,
+        wants_ids=int(wants_ids), E=len(by.others), mode=walk.NODES, starts=starts, parts=parts, hubs=hubs, most=MOST,
         partial=np.empty((len(parts), partial_step), dtype), partial_step=partial_step,
         partial_best=np.empty((len(parts) if is_max else 0, H * C), np.int64),
         rule=terms.rule, slope=terms.slope, scale=terms.scale, key=_rows(terms.key), query=_rows(terms.query),
