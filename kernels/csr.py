@@ -19,17 +19,34 @@ from .gather import (
     EDGES,
     Rows,
     add_gathered,
+    copy,
     dot_gathered,
+    fill,
     first_lanes,
     joint_scores,
     keep_largest,
     leaky,
-    put_row,
-    scale,
+    multiply,
+    put_part,
+    rounds,
+    row_part,
+    scale_heads,
     take_row,
 )
-from .jit import Elements, apart, kernel
-from .simd import fma, lane_max, lane_sum, lanes_of, load, load_live, splat, store, where
+from .jit import Elements, apart, inline, kernel
+from .simd import (
+    fma,
+    lane_sum,
+    lanes_of,
+    load,
+    load_live,
+    period_max,
+    period_sum,
+    prefetch,
+    splat,
+    store,
+    where,
+)
 from .softmax import LOG2E, probability
 from .walk import (
     DOT,
@@ -51,176 +68,188 @@ INF = math.inf
 
 # --- forward --------------------------------------------------------------------------------------------------------
 @apart
-def find_scores(job, desk, pad, n):
-    """weights[h, e] = s: desk.y has the target's query"""
-    H, D, s = job.H, job.D, desk.weights
+def find_scores(job, desk, n):
+    """weights[e, h] = s, of SUM before its LeakyReLU: desk.y has the target's query"""
+    s, W, nodes, edges = desk.weights, job.W, desk.nodes, desk.edges
     if job.rule == DOT:
-        dot_gathered(s, desk.y, pad, job.key, desk.index, n, H, D, job.scale, False)
-        if job.has_edge:
-            dot_gathered(s, desk.y, pad, job.edge, desk.ids, n, H, D, job.scale, True)
+        dot_gathered(s, desk.y, job.key, nodes, job.edge, edges, job.has_edge, n, job.terms)
+        for f in range(0, n * W, lanes_of(s)):
+            x = load(s, f)
+            store(x * splat(x, job.scale), s, f)
     elif job.rule == JOINT:
-        joint_scores(s, desk.y, pad, job.att, job.slope, job.key, job.edge, job.has_edge, desk.index, desk.ids, n, H, D)
+        joint_scores(s, desk.y, job.att, job.slope, job.key, nodes, job.edge, edges, job.has_edge, n, job.terms)
     elif job.rule == SUM:
-        find_sums(job, desk, pad, s, n)
-        for h in range(H):
-            for e in range(0, n, lanes_of(s)):
-                store(leaky(load(s, h * EDGES + e), job.slope), s, h * EDGES + e)
+        find_sums(job, desk, s, n)
     else:
-        for h in range(H):
-            for e in range(n):
-                s[h * EDGES + e] = 0
-    if job.has_bias:
-        for e in range(n):
-            for h in range(H):
-                b = job.bias.data[desk.ids[e] * job.bias.step + h]
-                s[h * EDGES + e] = b if b == -INF else s[h * EDGES + e] + b
-
-
-@apart
-def find_sums(job, desk, pad, out, n):
-    """out[h, e] = key + query + a: apart from LeakyReLU, which by vectors has no branches to guess wrong"""
-    for e in range(n):
-        key = job.key.data + desk.index[e] * job.key.step
+        fill(s, n * W, 0.0)
+    for e in range(n if job.has_bias else 0):
         for h in range(job.H):
-            out[h * EDGES + e] = key[h] + desk.y[h * pad]
-        if job.has_edge:
-            a = job.edge.data + desk.ids[e] * job.edge.step
-            for h in range(job.H):
-                out[h * EDGES + e] += a[h]
+            b = job.bias.data[edges.index[e] * job.bias.step + h]
+            s[e * W + h] = b if b == -INF else s[e * W + h] + b
 
 
 @apart
-def soften(desk, h, n):
-    """p = exp(s - bound), added to the total; returns what the sums so far are worth under the new bound."""
-    s = desk.weights + h * EDGES
-    lanes, top = lanes_of(s), splat(load(s, 0), -INF)
-    for e in range(0, n, lanes):
-        x = first_lanes(load(s, e), n - e, -INF)
-        top = where(x > top, x, top)
-    before, most = desk.bound[h], lane_max(top)
-    factor = 1.0
-    if most > before:
-        factor, desk.bound[h] = 0.0 if before == -INF else math.exp((before - most) * 1.0), most
-    shift = splat(top, 0 if desk.bound[h] == -INF else desk.bound[h])
-    total = load_live(s, 0, 0)
-    for e in range(0, n, lanes):
-        p = probability(first_lanes(load(s, e), n - e, -INF), shift, LOG2E)
-        store(p, s, e)
-        total = total + p
-    desk.total[h] = desk.total[h] * factor + lane_sum(total)
-    return factor
+def find_sums(job, desk, out, n):
+    """out[e, h] = key + query + a"""
+    lanes = lanes_of(out)
+    for e in range(n):
+        prefetch(job.key.data, desk.nodes.soon[e] * job.key.step)
+        for h in range(0, job.H, lanes):
+            live = min(lanes, job.H - h)
+            x = load(desk.y, h) + row_part(job.key, desk.nodes.index[e] * job.key.step + h, live, lanes)
+            if job.has_edge:
+                x = x + row_part(job.edge, desk.edges.index[e] * job.edge.step + h, live, lanes)
+            store(x, out, e * job.W + h)
 
 
 @apart
-def attend(job, desk, pad, i, first, last, best):
+def soften(desk, W, span, n):
+    """p = exp(s - bound), added to the total; factor is what the sums so far are worth under the new bound."""
+    s, lanes, count = desk.weights, lanes_of(desk.weights), n * W
+    many = rounds(n, W, lanes)
+    for g in range(0, W, lanes):
+        # 1. the largest score of each head
+        before = load(desk.bound, g)
+        top, none = before, splat(before, -INF)
+        for k in range(many):
+            f = g + k * span
+            x = first_lanes(load(s, f), count - f, -INF)
+            top = where(x > top, x, top)
+        top = period_max(top, W)
+        store(top, desk.bound, g)
+        # 2. p, and its sum over the edges
+        shift = where(top > none, top, splat(top, 0.0))
+        factor, sum = probability(before, shift, LOG2E), splat(top, 0.0)
+        for k in range(many):
+            f = g + k * span
+            p = probability(first_lanes(load(s, f), count - f, -INF), shift, LOG2E)
+            store(p, s, f)
+            sum = sum + p
+        store(fma(load(desk.total, g), factor, period_sum(sum, W)), desk.total, g)
+        store(factor, desk.factor, g)
+
+
+@apart
+def attend(job, desk, i, first, last, best):
     """Target i to its edges first .. last - 1: what is summed is left on the desk."""
-    H, C = job.H, job.C
-    take_row(desk.y, pad, job.query, i, H, job.D)
-    for h in range(H):
-        desk.bound[h], desk.total[h] = -INF, 0
-        for c in range(pad):
-            desk.value[h * pad + c] = 0
+    W, values = job.W, job.channels
+    take_query(job, desk, i)
+    fill(desk.bound, job.span, -INF)
+    fill(desk.total, job.span, 0.0)
+    fill(desk.value, job.width, 0.0)
     if job.aggregation == MAX:
-        for c in range(H * C):
+        for c in range(job.H * values.C):
             best[c] = -1
     for p in range(first, last, EDGES):
         n = min(EDGES, last - p)
         take_edges(job, desk, p, n)
-        find_scores(job, desk, pad, n)
+        find_scores(job, desk, n)
         if job.keeps:
-            for e in range(n):
-                for h in range(H):
-                    job.scores[(p + e) * H + h] = desk.weights[h * EDGES + e]
-        for h in range(H if job.normalizes else 0):
-            factor = soften(desk, h, n)
-            if factor != 1 and p > first:
-                scale(desk.value + h * pad, pad, factor)
+            copy(job.scores + p * W, desk.weights, n * W)
+        if job.rule == SUM:
+            for f in range(0, n * W, lanes_of(desk.weights)):
+                store(leaky(load(desk.weights, f), job.slope), desk.weights, f)
+        if job.normalizes:
+            soften(desk, W, job.span, n)
+            if p > first:
+                scale_heads(desk.value, desk.factor, values)
         if job.has_shares:
             find_shares(job, desk, i, n)
             weigh_shares(job, desk, n)
-            for h in range(H):
-                for e in range(n):
-                    desk.weights[h * EDGES + e] *= desk.shares[h * EDGES + e]
+            multiply(desk.weights, desk.shares, n * W)
         if job.aggregation == MAX:
             keep_largest(
-                desk.value, pad, best, desk.weights, job.value, job.edge_value, job.has_edge_value, desk.index,
-                desk.ids, job.bias, job.has_bias, p, n, H, C,
+                desk.value, best, desk.weights, job.value, job.edge_value, job.has_edge_value, desk.nodes, desk.edges,
+                job.bias, job.has_bias, p, n, values,
             )  # fmt: skip
         else:
-            add_gathered(desk.value, pad, desk.weights, job.value, desk.index, n, H, C, job.has_bias)
+            fetches = job.rule != JOINT  # whose values are its keys
+            add_gathered(desk.value, desk.weights, W, job.value, desk.nodes, n, values, fetches, job.has_bias)
             if job.has_edge_value:
-                add_gathered(desk.value, pad, desk.weights, job.edge_value, desk.ids, n, H, C, job.has_bias)
+                add_gathered(desk.value, desk.weights, W, job.edge_value, desk.edges, n, values, True, job.has_bias)
 
 
 @apart
-def finish(job, desk, pad, i):
+def take_query(job, desk, i):
+    """desk.y = the query of target i; of SUM, where it is a number for each head, these lie as those of an edge"""
+    if job.rule == SUM:
+        lanes = lanes_of(desk.y)
+        for h in range(0, job.H, lanes):
+            store(row_part(job.query, i * job.query.step + h, min(lanes, job.H - h), lanes), desk.y, h)
+    else:
+        take_row(desk.y, job.query, i, job.terms)
+
+
+@apart
+def finish(job, desk, i):
     """o = offset + sum of w v / sum of p, and the offset alone where there is nothing to sum"""
-    lanes = lanes_of(desk.value)
+    values, lanes = job.channels, lanes_of(desk.value)
+    for g in range(0, job.span, lanes):
+        l = load(desk.total, g)
+        zero, one = splat(l, 0.0), splat(l, 1.0)
+        store(where(l <= zero, zero, one / l) if job.normalizes else one, desk.factor, g)
+        if job.keeps:
+            store(load(desk.bound, g), job.bounds, i * job.span + g)
+            store(l, job.totals, i * job.span + g)
     for h in range(job.H):
-        l, factor = desk.total[h], 1.0
-        if job.normalizes:
-            factor = 0.0 if l == 0 else 1 / l
-        job.bounds[i * job.H + h], job.totals[i * job.H + h] = desk.bound[h], l
-        for c in range(0, job.C, lanes):
-            x = load(desk.value, h * pad + c)
-            o = load_live(job.offset.data, i * job.offset.step + h * job.C + c, min(lanes, job.C - c))
-            store(fma(x, splat(x, factor), o), desk.value, h * pad + c)
-    put_row(job.output, i, desk.value, pad, job.H, job.C)
+        for c in range(0, values.C, lanes):
+            x, live = load(desk.value, h * values.pad + c), min(lanes, values.C - c)
+            o = row_part(job.offset, i * job.offset.step + h * values.C + c, live, lanes)
+            at = i * job.output.step + h * values.C + c
+            put_part(job.output, at, fma(x, splat(x, desk.factor[h]), o), live, lanes)
 
 
 @apart
-def add_parts(job, desk, pad, first, last, best):
+def add_parts(job, desk, first, last, best):
     """What the parts of a hub have summed, each under its own bound, as if `attend` had done it at once."""
-    H, C = job.H, job.C
-    for h in range(H):
-        desk.bound[h], desk.total[h] = -INF, 0
-        for c in range(pad):
-            desk.value[h * pad + c] = 0
+    H, C, pad, width, span = job.H, job.channels.C, job.channels.pad, job.width, job.span
+    fill(desk.bound, span, -INF)
+    fill(desk.total, span, 0.0)
+    fill(desk.value, width, 0.0)
     for part in range(first, last):
         here = job.partial + part * job.partial_step
-        for h in range(H):
-            bound, before, factor, mine = here[H * pad + h], desk.bound[h], 1.0, 1.0
+        for h in range(span):
+            bound, before, factor, mine = here[width + h], desk.bound[h], 1.0, 1.0
             if bound > before:
                 mine, desk.bound[h] = math.exp((before - bound) * 1.0), bound
             elif bound < before:
                 factor = math.exp((bound - before) * 1.0)
-            desk.total[h] = desk.total[h] * mine + here[H * pad + H + h] * factor
-            for c in range(pad):
-                desk.value[h * pad + c] *= mine
-                x = here[h * pad + c] * factor
+            desk.total[h] = desk.total[h] * mine + here[width + span + h] * factor
+            for c in range(h * pad, (h + 1) * pad if h < H else 0):
+                desk.value[c] *= mine
+                x, channel = here[c] * factor, h * C + c - h * pad
                 if job.aggregation != MAX:
-                    desk.value[h * pad + c] += x
-                elif c < C and job.partial_best[part * H * C + h * C + c] >= 0:
-                    if part == first or best[h * C + c] < 0 or x > desk.value[h * pad + c] or x != x:
-                        desk.value[h * pad + c], best[h * C + c] = x, job.partial_best[part * H * C + h * C + c]
-                elif c < C and part == first:
-                    best[h * C + c] = -1
+                    desk.value[c] += x
+                elif c - h * pad < C and job.partial_best[part * H * C + channel] >= 0:
+                    if part == first or best[channel] < 0 or x > desk.value[c] or x != x:
+                        desk.value[c], best[channel] = x, job.partial_best[part * H * C + channel]
+                elif c - h * pad < C and part == first:
+                    best[channel] = -1
 
 
 @kernel
 def forward(job: NeighborJob, slot, task):
     # task -> some targets, or a part of a hub's edges, or a hub whose parts are done
-    desk, pad = carve(job, slot)
+    desk = carve(job, slot)
+    channels = job.H * job.channels.C
     if job.mode == NODES:
         for i in range(job.starts[task], job.starts[task + 1]):
             first = number(job.indptr, job.wide_indptr, i)
             last = number(job.indptr, job.wide_indptr, i + 1)
             if last - first <= job.most:
-                attend(job, desk, pad, i, first, last, job.best + i * job.H * job.C)
-                finish(job, desk, pad, i)
+                attend(job, desk, i, first, last, job.best + i * channels)
+                finish(job, desk, i)
     elif job.mode == PART:
-        i = job.hubs[3 * job.parts[3 * task]]
-        best = job.partial_best + task * job.H * job.C
-        attend(job, desk, pad, i, job.parts[3 * task + 1], job.parts[3 * task + 2], best)
-        here, sums = job.partial + task * job.partial_step, job.H * pad
-        for c in range(sums):
-            here[c] = desk.value[c]
-        for h in range(job.H):
-            here[sums + h], here[sums + job.H + h] = desk.bound[h], desk.total[h]
+        i, here = job.hubs[3 * job.parts[3 * task]], job.partial + task * job.partial_step
+        best = job.partial_best + task * channels
+        attend(job, desk, i, job.parts[3 * task + 1], job.parts[3 * task + 2], best)
+        copy(here, desk.value, job.width)
+        copy(here + job.width, desk.bound, job.span)
+        copy(here + (job.width + job.span), desk.total, job.span)
     else:
         i, first, last = job.hubs[3 * task], job.hubs[3 * task + 1], job.hubs[3 * task + 2]
-        add_parts(job, desk, pad, first, last, job.best + i * job.H * job.C)
-        finish(job, desk, pad, i)
+        add_parts(job, desk, first, last, job.best + i * channels)
+        finish(job, desk, i)
 
 
 # --- terms of nodes --------------------------------------------------------------------------------------------------
@@ -247,34 +276,39 @@ def fold(job: FoldJob, slot, task):
             for f in range(job.F):
                 sum = load_live(job.fold, 0, 0)
                 for c in range(0, C, lanes):
-                    x = load_live(job.value.data, n * job.value.step + h * C + c, min(lanes, C - c))
+                    x = row_part(job.value, n * job.value.step + h * C + c, min(lanes, C - c), lanes)
                     sum = fma(x, load(job.fold, (f * H + h) * job.pad + c), sum)
                 job.out[(f * job.N + n) * H + h] = lane_sum(sum)
 
 
 # --- coefficients ----------------------------------------------------------------------------------------------------
+@inline
+def kept_scores(job, first, f, count):
+    """A vector of what forward kept of the edges from `first` on, of which there are `count` numbers"""
+    lanes, at = lanes_of(job.scores), first * job.W + f
+    return load(job.scores, at) if f + lanes <= count else load_live(job.scores, at, count - f)
+
+
 @apart
 def find_weights(job, desk, i, first, n):
-    """weights[h, e] = p, from what forward kept; 0 where the score is -inf, whatever else is NaN"""
-    H, lanes = job.H, lanes_of(job.scores)
-    for e in range(n):
-        for h in range(H):
-            desk.weights[h * EDGES + e] = job.scores[(first + e) * H + h]
-    for h in range(H):
-        s = desk.weights + h * EDGES
-        bound, l = job.bounds[i * H + h], job.totals[i * H + h]
-        for e in range(0, n, lanes):
-            x = first_lanes(load(s, e), n - e, -INF)
-            hidden = x <= splat(x, -INF)
-            if job.normalizes:
-                x = probability(x, splat(x, 0 if l == 0 else bound), LOG2E) * splat(x, 0 if l == 0 else 1 / l)
-            store(where(hidden, splat(x, 0.0), x), s, e)
+    """weights[e, h] = p, from what forward kept; 0 where the score is -inf, whatever else is NaN"""
+    W, lanes, count = job.W, lanes_of(desk.weights), n * job.W
+    for g in range(0, W, lanes):
+        bound, l = load(job.bounds, i * job.span + g), load(job.totals, i * job.span + g)
+        zero, one = splat(l, 0.0), splat(l, 1.0)
+        shift, factor = where(l <= zero, zero, bound), where(l <= zero, zero, one / l)
+        for k in range(rounds(n, W, lanes)):
+            f = g + k * job.span
+            s = kept_scores(job, first, f, count)
+            s = first_lanes(leaky(s, job.slope) if job.rule == SUM else s, count - f, -INF)
+            p = probability(s, shift, LOG2E) * factor if job.normalizes else s
+            store(where(s <= splat(s, -INF), zero, p), desk.weights, f)
 
 
 @kernel
 def coefficients(job: NeighborJob, slot, task):
     # task -> some targets, hubs or not; dbias[e, h] = p, in the caller's order
-    desk, pad = carve(job, slot)
+    desk = carve(job, slot)
     for i in range(job.starts[task], job.starts[task + 1]):
         last = number(job.indptr, job.wide_indptr, i + 1)
         for p in range(number(job.indptr, job.wide_indptr, i), last, EDGES):
@@ -283,4 +317,4 @@ def coefficients(job: NeighborJob, slot, task):
             for e in range(n):
                 at = number(job.edge_ids, job.wide_edge_ids, p + e) if job.has_ids else p + e
                 for h in range(job.H):
-                    job.dbias[at * job.H + h] = desk.weights[h * EDGES + e]
+                    job.dbias[at * job.H + h] = desk.weights[e * job.W + h]

@@ -7,21 +7,29 @@
 Between the two, of each edge only the pair (w, ds) is kept.
 """
 
-from .csr import find_sums, find_weights
+from .csr import find_weights, kept_scores, take_query
 from .gather import (
     EDGES,
+    Rows,
+    add,
     add_gathered,
+    copy,
     dot_gathered,
+    fetch_row,
+    fill,
     first_lanes,
     joint_gradients,
     leaky_slope,
+    multiply,
+    put_part,
     put_row,
-    scale,
+    rounds,
     take_row,
 )
-from .jit import apart, inline, kernel
-from .simd import lane_sum, lanes_of, load, load_live, splat, store, where
+from .jit import apart, kernel
+from .simd import fma, lanes_of, load, period_sum, splat, store, where
 from .walk import (
+    AHEAD,
     DOT,
     HUB,
     JOINT,
@@ -31,7 +39,6 @@ from .walk import (
     SUM,
     NeighborJob,
     carve,
-    fetch_pairs,
     find_shares,
     number,
     take_edges,
@@ -41,136 +48,139 @@ from .walk import (
 
 # --- backward, by target ---------------------------------------------------------------------------------------------
 @apart
-def weight_gradients(job, desk, pad, i, first, n, later):
-    """changes[h, e] = dp, desk.x has do; adds to delta, and keeps w, and dp if it is needed later"""
-    H, C, dp, lanes = job.H, job.C, desk.changes, lanes_of(job.scratch)
+def weight_gradients(job, desk, i, first, n):
+    """changes[e, h] = dp, desk.x has do; adds to delta"""
+    H, W, dp, lanes = job.H, job.W, desk.changes, lanes_of(desk.changes)
     take_edges(job, desk, first, n)
     find_weights(job, desk, i, first, n)
     if job.aggregation == MAX:
-        gather_largest(job, desk, pad, i, first, n)
+        gather_largest(job, desk, i, first, n)
     else:
-        dot_gathered(dp, desk.x, pad, job.value, desk.index, n, H, C, 1.0, False)
-        if job.has_edge_value:
-            dot_gathered(dp, desk.x, pad, job.edge_value, desk.ids, n, H, C, 1.0, True)
+        dot_gathered(dp, desk.x, job.value, desk.nodes, job.edge_value, desk.edges, job.has_edge_value, n, job.channels)
     if job.has_shares:
         thin_gradients(job, desk, i, n)
-    if job.has_grad_weights:
-        for e in range(n):
-            for h in range(H):
-                dp[h * EDGES + e] += job.grad_weights[desk.ids[e] * H + h]
-    for h in range(H if job.normalizes else 0):
-        sum = load_live(dp, 0, 0)
-        for e in range(h * EDGES, h * EDGES + n, lanes):
-            p, d = load(desk.weights, e), load(dp, e)
-            sum = sum + where(p > splat(p, 0.0), p * d, p)  # p is 0 where hidden, and d may be NaN there
-        desk.delta[h] += lane_sum(sum)
-    for e in range(n):
-        pair = job.pairs + (first + e) * 2 * H
+    for e in range(n if job.has_grad_weights else 0):
         for h in range(H):
-            share = desk.shares[h * EDGES + e] if job.has_shares else 1
-            pair[h] = desk.weights[h * EDGES + e] * share
-        if later:
-            for h in range(H):
-                pair[H + h] = dp[h * EDGES + e]
+            dp[e * W + h] += job.grad_weights[desk.edges.index[e] * H + h]
+    for g in range(0, W if job.normalizes else 0, lanes):
+        sum = splat(load(dp, g), 0.0)
+        for k in range(rounds(n, W, lanes)):
+            f = g + k * job.span
+            p, d = load(desk.weights, f), load(dp, f)
+            sum = sum + where(p > splat(p, 0.0), p * d, p)  # p is 0 where hidden, and d may be NaN there
+        store(load(desk.delta, g) + period_sum(sum, W), desk.delta, g)
 
 
 @apart
-def gather_largest(job, desk, pad, i, first, n):
+def gather_largest(job, desk, i, first, n):
     """dp where the value of an edge was the largest: from those channels alone"""
-    H, C = job.H, job.C
-    for h in range(H):
-        for e in range(n):
-            desk.changes[h * EDGES + e] = 0
+    W, C, pad = job.W, job.channels.C, job.channels.pad
+    fill(desk.changes, n * W, 0.0)
+    for h in range(job.H):
         for c in range(C):
-            e = job.best[(i * H + h) * C + c] - first
+            e = job.best[(i * job.H + h) * C + c] - first
             if 0 <= e and e < n:
-                value = job.value.data[desk.index[e] * job.value.step + h * C + c]
+                value = job.value.data[desk.nodes.index[e] * job.value.step + h * C + c]
                 if job.has_edge_value:
-                    value += job.edge_value.data[desk.ids[e] * job.edge_value.step + h * C + c]
-                desk.changes[h * EDGES + e] += desk.x[h * pad + c] * value
+                    value += job.edge_value.data[desk.edges.index[e] * job.edge_value.step + h * C + c]
+                desk.changes[e * W + h] += desk.x[h * pad + c] * value
 
 
 @apart
 def thin_gradients(job, desk, i, n):
     """dp *= w / p, and by the way the gradient of the edges' weights"""
+    W = job.W
     find_shares(job, desk, i, n)
     for e in range(n if job.has_weight else 0):
         total = 0.0
         for h in range(job.H):
-            at = h * EDGES + e
+            at = e * W + h
             if desk.weights[at] != 0 and desk.shares[at] != 0:
                 total += desk.shares[at] * desk.weights[at] * desk.changes[at]
-        job.dweight[desk.ids[e]] = total
+        job.dweight[desk.edges.index[e]] = total
     weigh_shares(job, desk, n)
-    for h in range(job.H):
-        for e in range(n):
-            at = h * EDGES + e
-            desk.changes[at] = desk.changes[at] * desk.shares[at] if desk.shares[at] != 0 else 0
+    for f in range(0, n * W, lanes_of(desk.shares)):
+        d, share = load(desk.changes, f), load(desk.shares, f)
+        nothing = where(share <= splat(d, 0.0), splat(d, 0.0), d * share)
+        store(where(share < splat(d, 0.0), d * share, nothing), desk.changes, f)
+
+
+@apart
+def keep_gradients(job, desk, first, n):
+    """dp for `take_again`, in place of ds"""
+    for e in range(n):
+        for h in range(job.W):
+            job.pairs[((first + e) * 2 + 1) * job.W + h] = desk.changes[e * job.W + h]
 
 
 @apart
 def take_again(job, desk, i, first, n):
     """What `weight_gradients` had on the desk, where other edges came after."""
-    H = job.H
     take_edges(job, desk, first, n)
     for e in range(n):
-        for h in range(H):
-            desk.changes[h * EDGES + e] = job.pairs[((first + e) * 2 + 1) * H + h]
+        for h in range(job.W):
+            desk.changes[e * job.W + h] = job.pairs[((first + e) * 2 + 1) * job.W + h]
     find_weights(job, desk, i, first, n)
+    if job.has_shares:
+        find_shares(job, desk, i, n)
+        weigh_shares(job, desk, n)
 
 
 @apart
-def score_gradients(job, desk, pad, first, n, i, sums):
+def score_gradients(job, desk, first, n, i, sums):
     """ds = p * (dp - delta), of what is on the desk, through the rule: added up in desk.terms, by edge in dedge, and
-    kept in the pair"""
-    H, C, D, ds = job.H, job.C, job.D, desk.changes
-    if job.rule == SUM:
-        find_sums(job, desk, pad, desk.shares, n)
-        for h in range(H):
-            for e in range(0, n, lanes_of(ds)):
-                store(leaky_slope(load(desk.shares, h * EDGES + e), job.slope), desk.shares, h * EDGES + e)
-    for h in range(H):
-        sum = load_live(ds, 0, 0)
-        for e in range(0, n, lanes_of(ds)):
-            at = h * EDGES + e
-            p, d = load(desk.weights, at), load(ds, at)
+    kept in the pair with w"""
+    H, W, ds, lanes, nodes, edges = job.H, job.W, desk.changes, lanes_of(desk.changes), desk.nodes, desk.edges
+    # 1. ds; of SUM, where query and key are numbers, it is their gradient too
+    for g in range(0, W, lanes):
+        delta = load(desk.delta, g)
+        sum = splat(delta, 0.0)
+        for k in range(rounds(n, W, lanes)):
+            f = g + k * job.span
+            p, d = load(desk.weights, f), load(ds, f)
             if job.normalizes:
-                d = where(p > splat(p, 0.0), p * (d - splat(d, desk.delta[h])), p)
+                d = where(p > splat(p, 0.0), p * (d - delta), p)
             if job.rule == SUM:
-                d = d * load(desk.shares, at)
-            d = first_lanes(d, n - e, 0.0)
-            store(d, ds, at)
-            sum = sum + d
+                d = d * leaky_slope(kept_scores(job, first, f, n * W), job.slope)
+            store(d, ds, f)
+            sum = sum + first_lanes(d, n * W - f, 0.0)
         if job.rule == SUM:
-            desk.terms[h * pad] += lane_sum(sum)
-    if job.wants_dbias:
-        for e in range(n):
-            for h in range(H):
-                job.dbias[desk.ids[e] * H + h] = ds[h * EDGES + e]
-    if job.rule == DOT:
+            store(load(desk.terms, g) + period_sum(sum, W), desk.terms, g)
+    for e in range(n if job.wants_dbias else 0):
         for h in range(H):
-            scale(ds + h * EDGES, n, job.scale)
-    for e in range(n):
-        pair = job.pairs + ((first + e) * 2 + 1) * H
-        for h in range(H):
-            pair[h] = ds[h * EDGES + e]
+            job.dbias[edges.index[e] * H + h] = ds[e * W + h]
+    # 2. w
+    if job.has_shares:
+        multiply(desk.weights, desk.shares, n * W)
+    put_pairs(job, desk, first, n)
+    # 3. what the query gets, and what belongs to the edge
     if job.rule == JOINT:
         joint_gradients(
-            desk.terms, sums + H * pad, ds, desk.y, pad, job.att, job.slope, job.key, job.edge, job.has_edge,
-            job.dedge, job.has_edge, desk.index, desk.ids, n, H, D,
+            desk.terms, sums + job.width, ds, W, desk.y, job.att, job.slope, job.key, job.edge, job.has_edge,
+            job.dedge, job.has_edge, nodes, edges, n, job.terms, False,
         )  # fmt: skip
     elif job.rule == DOT:
-        add_gathered(desk.terms, pad, ds, job.key, desk.index, n, H, D, job.has_bias)
+        add_gathered(desk.terms, ds, W, job.key, nodes, n, job.terms, True, job.has_bias)
         if job.has_edge:
-            add_gathered(desk.terms, pad, ds, job.edge, desk.ids, n, H, D, job.has_bias)
-            spread(job.dedge, desk.ids, ds, desk.y, pad, n, H, D)
+            add_gathered(desk.terms, ds, W, job.edge, edges, n, job.terms, True, job.has_bias)
+            spread(job.dedge, edges.index, ds, desk.y, n, job.terms, job.scale)
     if job.has_edge_value:
-        for e in range(n):
-            for h in range(H):
-                ds[h * EDGES + e] = job.pairs[(first + e) * 2 * H + h]
-        spread(job.dedge_value, desk.ids, ds, desk.x, pad, n, H, C)
+        spread(job.dedge_value, edges.index, desk.weights, desk.x, n, job.channels, 1.0)
         if job.aggregation == MAX:
-            keep_chosen(job.dedge_value, desk.ids, job.best + i * H * C, first, n, H * C)
+            width = H * job.channels.C
+            keep_chosen(job.dedge_value, edges.index, job.best + i * width, first, n, width)
+
+
+@apart
+def put_pairs(job, desk, first, n):
+    """Each edge's w and ds, one behind the other. Vectors run into what comes after them, which is stored later."""
+    W = job.W
+    for e in range(n):
+        for g in range(0, W, lanes_of(desk.pairs)):
+            store(load(desk.weights, e * W + g), desk.pairs, 2 * e * W + g)
+        for g in range(0, W, lanes_of(desk.pairs)):
+            store(load(desk.changes, e * W + g), desk.pairs, (2 * e + 1) * W + g)
+    copy(job.pairs + first * 2 * W, desk.pairs, n * 2 * W)
 
 
 @apart
@@ -183,179 +193,190 @@ def keep_chosen(rows, ids, best, first, n, width):
 
 
 @apart
-def spread(rows, ids, weights, x, pad, n, H, C):
-    """rows[ids[e], h, c] = weights[h, e] * x[h, c]"""
+def spread(rows, ids, weights, x, n, heads, factor):
+    """rows[ids[e], h, c] = weights[e, h] * x[h, c] * factor"""
+    lanes, C = lanes_of(x), heads.C
     for e in range(n):
-        for h in range(H):
-            w = weights[h * EDGES + e]
-            for c in range(C):
-                rows.data[ids[e] * rows.step + h * C + c] = w * x[h * pad + c] if w != 0 else 0
+        for h in range(heads.H):
+            w = weights[e * heads.W + h]
+            for c in range(0, C, lanes):
+                y = load(x, h * heads.pad + c)
+                y = y * splat(y, w * factor) if w != 0 else splat(y, 0.0)
+                put_part(rows, ids[e] * rows.step + h * C + c, y, min(lanes, C - c), lanes)
 
 
 @apart
-def clear_target(job, desk, pad, i):
-    take_row(desk.x, pad, job.grad, i, job.H, job.C)
-    take_row(desk.y, pad, job.query, i, job.H, job.D)
-    for h in range(job.H):
-        desk.delta[h] = 0
-        for c in range(pad):
-            desk.terms[h * pad + c] = 0
+def clear_target(job, desk, i):
+    take_row(desk.x, job.grad, i, job.channels)
+    take_query(job, desk, i)
+    fill(desk.delta, job.span, 0.0)
+    fill(desk.terms, job.width, 0.0)
 
 
-@inline
-def add_row(out, x, n):
-    for c in range(n):
-        out[c] += x[c]
+@apart
+def put_terms(job, rows, i, x):
+    """The gradient of a query or key; of SUM a number for each head"""
+    if job.rule == SUM:
+        lanes = lanes_of(x)
+        for h in range(0, job.H, lanes):
+            put_part(rows, i * rows.step + h, load(x, h), min(lanes, job.H - h), lanes)
+    else:
+        put_row(rows, i, x, job.terms, job.scale if job.rule == DOT else 1.0)
 
 
 @kernel
 def backward_targets(job: NeighborJob, slot, task):
     # task -> as in forward, with two rounds over a hub's parts: delta is needed whole before the second
-    desk, pad = carve(job, slot)
-    H, width = job.H, job.H * pad
+    desk = carve(job, slot)
+    width = job.width
     sums = job.sums + (job.sums_from + task) * 3 * width
     if job.mode == NODES:
         for i in range(job.starts[task], job.starts[task + 1]):
             first = number(job.indptr, job.wide_indptr, i)
             last = number(job.indptr, job.wide_indptr, i + 1)
             if last - first <= job.most:
-                clear_target(job, desk, pad, i)
+                clear_target(job, desk, i)
                 for p in range(first, last, EDGES):
-                    weight_gradients(job, desk, pad, i, p, min(EDGES, last - p), last - first > EDGES)
+                    weight_gradients(job, desk, i, p, min(EDGES, last - p))
+                    if last - first > EDGES:
+                        keep_gradients(job, desk, p, min(EDGES, last - p))
                 for p in range(first, last, EDGES):
                     if last - first > EDGES:
                         take_again(job, desk, i, p, min(EDGES, last - p))
-                    score_gradients(job, desk, pad, p, min(EDGES, last - p), i, sums)
-                put_row(job.dquery, i, desk.terms, pad, H, job.D)
-                add_row(sums, desk.x, width)
+                    score_gradients(job, desk, p, min(EDGES, last - p), i, sums)
+                put_terms(job, job.dquery, i, desk.terms)
+                add(sums, desk.x, width)
         return
     hub = task if job.mode == HUB else job.parts[3 * task]
     i = job.hubs[3 * hub]
-    clear_target(job, desk, pad, i)
+    clear_target(job, desk, i)
     if job.mode == HUB:
         for part in range(job.hubs[3 * hub + 1], job.hubs[3 * hub + 2]):
-            add_row(desk.terms, job.partial + part * job.partial_step, width)
-        put_row(job.dquery, i, desk.terms, pad, H, job.D)
-        add_row(sums, desk.x, width)
+            add(desk.terms, job.partial + part * job.partial_step, width)
+        put_terms(job, job.dquery, i, desk.terms)
+        add(sums, desk.x, width)
         return
     here, first, last = job.partial + task * job.partial_step, job.parts[3 * task + 1], job.parts[3 * task + 2]
     if job.mode == PART:
         for p in range(first, last, EDGES):
-            weight_gradients(job, desk, pad, i, p, min(EDGES, last - p), True)
-        for h in range(H):
-            here[width + h] = desk.delta[h]
+            weight_gradients(job, desk, i, p, min(EDGES, last - p))
+            keep_gradients(job, desk, p, min(EDGES, last - p))
+        copy(here + width, desk.delta, job.span)
         return
     for part in range(job.hubs[3 * hub + 1], job.hubs[3 * hub + 2]):
-        add_row(desk.delta, job.partial + (part * job.partial_step + width), H)
+        add(desk.delta, job.partial + (part * job.partial_step + width), job.span)
     for p in range(first, last, EDGES):
         take_again(job, desk, i, p, min(EDGES, last - p))
-        score_gradients(job, desk, pad, p, min(EDGES, last - p), i, sums)
-    for c in range(width):
-        here[c] = desk.terms[c]
+        score_gradients(job, desk, p, min(EDGES, last - p), i, sums)
+    copy(here, desk.terms, width)
 
 
 # --- backward, by source ---------------------------------------------------------------------------------------------
 @apart
-def collect(job, desk, pad, j, first, last, waste):
+def collect(job, desk, j, first, last, waste):
     """desk.value = dvalue and desk.terms = dkey of source j, from its edges first .. last - 1"""
-    H, C, D = job.H, job.C, job.D
-    take_row(desk.y, pad, job.key, j, H, D)
-    for c in range(H * pad):
-        desk.value[c], desk.terms[c] = 0, 0
+    W, nodes = job.W, desk.nodes
+    weights, ds = desk.pairs, desk.pairs + W
+    if job.rule == JOINT:
+        take_row(desk.y, job.key, j, job.terms)
+    fill(desk.value, job.width, 0.0)
+    fill(desk.terms, job.width, 0.0)
     for p in range(first, last, EDGES):
         n = min(EDGES, last - p)
         take_pairs(job, desk, p, n)
         if job.aggregation == MAX:
-            add_largest(job, desk, pad, n)
+            add_largest(job, desk, n)
         else:
-            add_gathered(desk.value, pad, desk.weights, job.grad, desk.index, n, H, C, job.has_bias)
+            add_gathered(desk.value, weights, 2 * W, job.grad, nodes, n, job.channels, True, job.has_bias)
         if job.rule == SUM:
-            for h in range(H):
-                sum = load_live(desk.changes, 0, 0)
-                for e in range(0, n, lanes_of(desk.changes)):
-                    sum = sum + first_lanes(load(desk.changes, h * EDGES + e), n - e, 0.0)
-                desk.terms[h * pad] += lane_sum(sum)
+            for g in range(0, W, lanes_of(ds)):
+                sum = load(desk.terms, g)
+                for e in range(n):
+                    sum = sum + load(ds, 2 * e * W + g)
+                store(sum, desk.terms, g)
         elif job.rule == DOT:
-            add_gathered(desk.terms, pad, desk.changes, job.query, desk.index, n, H, D, job.has_bias)
+            add_gathered(desk.terms, ds, 2 * W, job.query, nodes, n, job.terms, True, job.has_bias)
         elif job.rule == JOINT:
             joint_gradients(
-                desk.terms, waste, desk.changes, desk.y, pad, job.att, job.slope, job.query, job.edge, job.has_edge,
-                job.edge, 0, desk.index, desk.ids, n, H, D,
+                desk.terms, waste, ds, 2 * W, desk.y, job.att, job.slope, job.query, job.edge, job.has_edge,
+                job.edge, 0, nodes, desk.edges, n, job.terms, True,
             )  # fmt: skip
 
 
 @apart
 def take_pairs(job, desk, first, n):
-    """The other end and the pair (w, ds) of the edges at n positions by source."""
-    H = job.H
+    """The other end and the pair (w, ds) of the edges at n positions by source. Vectors run into what comes after
+    them, which is stored later."""
+    width, pairs = 2 * job.W, Rows(job.pairs, 2 * job.W)
     for e in range(n):
-        position = number(job.positions, job.wide_positions, first + e)
-        desk.index[e] = number(job.others, job.wide_others, first + e)
-        desk.places[e] = position
+        p, soon = first + e, min(first + e + AHEAD, job.E - 1)
+        desk.nodes.index[e] = number(job.others, job.wide_others, p)
+        desk.nodes.soon[e] = number(job.others, job.wide_others, soon)
+        fetch_row(pairs, number(job.positions, job.wide_positions, soon), width)
+        position = number(job.positions, job.wide_positions, p)
+        desk.positions[e] = position
         if job.has_edge:  # else a look at random memory for nothing
-            desk.ids[e] = number(job.edge_ids, job.wide_edge_ids, position) if job.has_ids else position
-        for h in range(H):
-            desk.weights[h * EDGES + e] = job.pairs[position * 2 * H + h]
-            desk.changes[h * EDGES + e] = job.pairs[position * 2 * H + H + h]
-        fetch_pairs(job, first + e)
+            desk.edges.index[e] = number(job.edge_ids, job.wide_edge_ids, position) if job.has_ids else position
+        for g in range(0, width, lanes_of(desk.pairs)):
+            store(load(job.pairs, position * width + g), desk.pairs, e * width + g)
 
 
 @apart
-def add_largest(job, desk, pad, n):
+def add_largest(job, desk, n):
     """dvalue in the channels where the edge's value was the largest"""
-    H, C = job.H, job.C
+    H, C, pad, grad = job.H, job.channels.C, job.channels.pad, job.grad
     for e in range(n):
-        row = desk.index[e] * H * C
+        i = desk.nodes.index[e]
         for h in range(H):
             for c in range(C):
-                if job.best[row + h * C + c] == desk.places[e]:
-                    w = desk.weights[h * EDGES + e]
-                    desk.value[h * pad + c] += w * job.grad.data[desk.index[e] * job.grad.step + h * C + c]
+                if job.best[(i * H + h) * C + c] == desk.positions[e]:
+                    desk.value[h * pad + c] += desk.pairs[2 * e * job.W + h] * grad.data[i * grad.step + h * C + c]
 
 
 @apart
-def give(job, desk, pad, j, sums):
+def give(job, desk, j, sums):
     """Write what source j gets; its key, where it is a product with its value, and the key's gradient go into that."""
-    H, C, D, width = job.H, job.C, job.D, job.H * pad
+    H, pad, width, lanes = job.H, job.channels.pad, job.width, lanes_of(desk.value)
     if job.folds:
-        take_row(desk.x, pad, job.value, j, H, C)
-        for f in range(job.folds):
-            for h in range(H):
-                d = desk.terms[h * pad] if f == 0 else job.dquery.data[j * job.dquery.step + h]
-                for c in range(pad):
-                    desk.value[h * pad + c] += d * job.fold[f * width + h * pad + c]
-                    sums[(1 + f) * width + h * pad + c] += d * desk.x[h * pad + c]
-    elif job.rule == JOINT:
-        add_row(desk.value, desk.terms, width)
-    else:
-        put_row(job.dkey, j, desk.terms, pad, H, D)
-    put_row(job.dvalue, j, desk.value, pad, H, C)
+        take_row(desk.x, job.value, j, job.channels)
+    for f in range(job.folds):
+        for h in range(H):
+            d = desk.terms[h] if f == 0 else job.dquery.data[j * job.dquery.step + h]
+            for c in range(h * pad, (h + 1) * pad, lanes):
+                change, out = splat(load(desk.x, c), d), (1 + f) * width + c
+                store(fma(change, load(job.fold, f * width + c), load(desk.value, c)), desk.value, c)
+                store(fma(change, load(desk.x, c), load(sums, out)), sums, out)
+    if job.rule == JOINT:
+        add(desk.value, desk.terms, width)
+    elif not job.folds:
+        put_terms(job, job.dkey, j, desk.terms)
+    put_row(job.dvalue, j, desk.value, job.channels, 1.0)
 
 
 @kernel
 def backward_sources(job: NeighborJob, slot, task):
     # task -> as in forward
-    desk, pad = carve(job, slot)
-    width = job.H * pad
+    desk = carve(job, slot)
+    width = job.width
     sums = job.sums + (job.sums_from + task) * 3 * width
     if job.mode == NODES:
         for j in range(job.starts[task], job.starts[task + 1]):
             first = number(job.indptr, job.wide_indptr, j)
             last = number(job.indptr, job.wide_indptr, j + 1)
             if last - first <= job.most:
-                collect(job, desk, pad, j, first, last, desk.x)
-                give(job, desk, pad, j, sums)
+                collect(job, desk, j, first, last, desk.x)
+                give(job, desk, j, sums)
     elif job.mode == PART:
         here = job.partial + task * job.partial_step
         j = job.hubs[3 * job.parts[3 * task]]
-        collect(job, desk, pad, j, job.parts[3 * task + 1], job.parts[3 * task + 2], desk.x)
-        for c in range(width):
-            here[c], here[width + c] = desk.value[c], desk.terms[c]
+        collect(job, desk, j, job.parts[3 * task + 1], job.parts[3 * task + 2], desk.x)
+        copy(here, desk.value, width)
+        copy(here + width, desk.terms, width)
     else:
-        for c in range(width):
-            desk.value[c], desk.terms[c] = 0, 0
+        fill(desk.value, width, 0.0)
+        fill(desk.terms, width, 0.0)
         for part in range(job.hubs[3 * task + 1], job.hubs[3 * task + 2]):
             here = job.partial + part * job.partial_step
-            add_row(desk.value, here, width)
-            add_row(desk.terms, here + width, width)
-        give(job, desk, pad, job.hubs[3 * task], sums)
+            add(desk.value, here, width)
+            add(desk.terms, here + width, width)
+        give(job, desk, job.hubs[3 * task], sums)

@@ -1,22 +1,49 @@
 """Products with rows that lie anywhere: what attention over neighbours is made of. Lanes are channels.
 
     rows (N, H, C)          of nodes or of edges; node n begins at n * step, and its heads and channels are contiguous
-    index (n)               which rows, for the n <= EDGES edges that are worked on
-    weights (H, EDGES)      a number for each edge and head
+    ends.index (n)          which rows, for the n <= EDGES edges that are worked on
+    weights (n, W)          a number for each edge and head
     x, out (H, C)           of one node, in scratch: each head padded to whole vectors, `pad` apart
 
-Memory is what this costs: a row is 4 cache lines at 4 x 16 float32, and comes from anywhere. All channels of a row are
-used for all that is needed of it while it is near.
+Memory is what this costs: a row is 4 cache lines at 4 x 16 float32, and comes from anywhere. Each loop asks for the
+rows that it will need some edges later, so that they are on their way while all else is worked on; asked for at once,
+they would keep the core waiting first and the memory idle after.
+
+Numbers of edges lie as the edges do, [e][W]: the heads padded to a power of two or to whole vectors. All heads of some
+edges are one vector then, and a loop over vectors does them at once.
 """
 
 import math
 from typing import NamedTuple
 
-from .jit import Elements, apart, inline
-from .simd import fma, lane_sum, lanes_from, lanes_of, load, load_live, prefetch, splat, store, store_live, where
+from .jit import Elements, Indices, apart, inline
+from .simd import (
+    fma,
+    lanes_from,
+    lanes_of,
+    line_of,
+    load,
+    load_live,
+    prefetch,
+    row_sums,
+    splat,
+    store,
+    store_live,
+    tile_at,
+    tile_gathered,
+    tile_map,
+    tile_rows,
+    tile_rows_of_four,
+    tile_splats,
+    tile_store_at,
+    tile_zeros,
+    where,
+)
+from .softmax import plus, times
 
 INF = math.inf
 EDGES = 64  # of one node at a time: their rows stay in the first-level cache
+VECTORS = 4  # of a row at a time: as many chains of multiply-adds as hide their latency
 
 
 class Rows(NamedTuple):
@@ -24,31 +51,34 @@ class Rows(NamedTuple):
     step: int
 
 
-@apart
-def take_row(out, pad, rows, i, H, C):
-    """out[h, c] = rows[i, h, c], and zeros to whole vectors"""
-    lanes = lanes_of(out)
-    for h in range(H):
-        for c in range(0, C, lanes):
-            store(load_live(rows.data, i * rows.step + h * C + c, min(lanes, C - c)), out, h * pad + c)
+class Heads(NamedTuple):
+    """How heads of C channels lie: in rows, in scratch, and as numbers of edges."""
+
+    H: int
+    C: int
+    pad: int
+    W: int
+    shift: int  # of the rows of a tile, 1 << shift are heads of one edge
+    # The vectors of a row, VECTORS at a time, the last repeated: first the whole ones, then one for what remains of
+    # each head, `rest` channels.
+    whole: int
+    rests: int
+    rest: int
+    head_of: Indices  # of each vector its head, where it lies in a row, and where in scratch
+    in_row: Indices
+    in_scratch: Indices
+    row_of: Indices  # where the head of each lane of a vector of numbers begins in a row, and in scratch
+    scratch_of: Indices
 
 
-@apart
-def put_row(rows, i, x, pad, H, C):
-    """rows[i, h, c] = x[h, c]"""
-    lanes = lanes_of(x)
-    for h in range(H):
-        for c in range(0, C, lanes):
-            store_live(load(x, h * pad + c), rows.data, i * rows.step + h * C + c, min(lanes, C - c))
+class Ends(NamedTuple):
+    """Which rows belong to the edges that are worked on, and which to those some edges later."""
+
+    index: Indices
+    soon: Indices
 
 
-@apart
-def fetch_row(rows, i, elements, line):
-    """Ask for a row that will be needed soon, of so many elements and so many to a cache line."""
-    for c in range(0, elements, line):
-        prefetch(rows.data, i * rows.step + c)
-
-
+# --- rows and vectors -----------------------------------------------------------------------------------------------
 @inline
 def row_part(rows, at, live, lanes):
     """One vector of a row, of which so many lanes are there."""
@@ -56,79 +86,216 @@ def row_part(rows, at, live, lanes):
 
 
 @inline
-def first_lanes(x, n, other):
-    """x in the first n lanes, `other` in the rest
+def put_part(rows, at, x, live, lanes):
+    """Not `store_live` where all lanes are: it takes some 20 cycles where masks are no registers of their own."""
+    if live == lanes:
+        store(x, rows.data, at)
+    else:
+        store_live(x, rows.data, at, live)
 
-    Not numbers stored behind the last: a vector cannot be loaded before such stores have left the core, and so would
-    have to wait for all that came before them, the softmax of the last head (135 cycles a head, of 1500 for 10 edges).
-    """
+
+@apart
+def take_row(out, rows, i, heads):
+    """out[h, c] = rows[i, h, c], and zeros to whole vectors"""
+    lanes, C = lanes_of(out), heads.C
+    for h in range(heads.H):
+        for c in range(0, C, lanes):
+            x = row_part(rows, i * rows.step + h * C + c, min(lanes, C - c), lanes)
+            store(x, out, h * heads.pad + c)
+
+
+@apart
+def put_row(rows, i, x, heads, factor):
+    """rows[i, h, c] = x[h, c] * factor"""
+    lanes, C = lanes_of(x), heads.C
+    for h in range(heads.H):
+        for c in range(0, C, lanes):
+            y = load(x, h * heads.pad + c)
+            put_part(rows, i * rows.step + h * C + c, y * splat(y, factor), min(lanes, C - c), lanes)
+
+
+@apart
+def fetch_row(rows, i, elements):
+    """Ask for a row that will be needed soon, of so many elements."""
+    for c in range(0, elements, line_of(rows.data)):
+        prefetch(rows.data, i * rows.step + c)
+
+
+@apart
+def copy(out, x, n):
+    """out[i] = x[i], and nothing behind"""
+    lanes = lanes_of(x)
+    whole = n // lanes * lanes
+    for i in range(0, whole, lanes):
+        store(load(x, i), out, i)
+    for i in range(whole, n):
+        out[i] = x[i]
+
+
+@apart
+def add(out, x, n):
+    """out[i] += x[i], of whole vectors"""
+    for i in range(0, n, lanes_of(x)):
+        store(load(out, i) + load(x, i), out, i)
+
+
+@apart
+def multiply(out, x, n):
+    """out[i] *= x[i], of whole vectors"""
+    for i in range(0, n, lanes_of(x)):
+        store(load(out, i) * load(x, i), out, i)
+
+
+@apart
+def fill(out, n, value):
+    """out[i] = value, of whole vectors"""
+    for i in range(0, n, lanes_of(out)):
+        store(splat(load_live(out, 0, 0), value), out, i)
+
+
+@inline
+def rounds(n, W, lanes):
+    """How often n edges' numbers repeat as vectors of the same heads; `range` would divide to find out."""
+    return n if W > lanes else (n * W + lanes - 1) // lanes
+
+
+@inline
+def first_lanes(x, n, other):
+    """x in the first n lanes, `other` in the rest"""
     return where(lanes_from(x, 0) < splat(x, n), x, splat(x, other))
 
 
-@apart
-def scale(x, n, factor):
-    """x[i] *= factor for n numbers and what is behind them to a whole vector"""
-    for i in range(0, n, lanes_of(x)):
-        v = load(x, i)
-        store(v * splat(v, factor), x, i)
+# --- products -------------------------------------------------------------------------------------------------------
+@inline
+def multiply_add(sum, x, y):
+    return fma(x, y, sum)
+
+
+@inline
+def row_tile(like, rows, index, e, n, heads, g, c, live):
+    """rows[index[e], h, c], a vector of channels for each head from g on. Where heads are less than rows of the tile,
+    the next rows are of the edges e + 1, ..."""
+    if tile_rows(like) >> heads.shift == 1:
+        return tile_at(like, rows.data, heads.row_of, g, index[e] * rows.step + c, live)
+    return tile_gathered(like, rows.data, index, e, n - 1, heads.shift, rows.step, heads.row_of, g, c, live)
+
+
+@inline
+def gathered(like, rows, ends, edge_rows, edges, has_edge, e, n, heads, g, c, live):
+    """rows[index[e], h, c] (+ edge_rows[ids[e], h, c])"""
+    y = row_tile(like, rows, ends.index, e, n, heads, g, c, live)
+    if has_edge:
+        y = tile_map(plus, y, (row_tile(like, edge_rows, edges.index, e, n, heads, g, c, live),))
+    return y
 
 
 @apart
-def dot_gathered(out, x, pad, rows, index, n, H, C, factor, adds):
-    """out[h, e] = sum over c of x[h, c] * rows[index[e], h, c] * factor, or added to it"""
-    lanes = lanes_of(out)
-    whole = C // lanes * lanes
-    for e in range(n):
-        at = index[e] * rows.step
-        for h in range(H):
-            sum = load_live(x, 0, 0)
+def dot_gathered(out, x, rows, ends, edge_rows, edges, has_edge, n, heads):
+    """out[e, h] = sum over c of x[h, c] * (rows[index[e], h, c] + edge_rows[ids[e], h, c])
+
+    A few sums are made at once, and joined in one vector, which runs into what is stored next.
+    """
+    zeros, lanes = tile_rows_of_four(out), lanes_of(out)
+    whole, rest, places = heads.C // lanes * lanes, heads.C % lanes, heads.scratch_of
+    e = 0
+    while e < n:  # `range` would divide by its step
+        for g in range(0, heads.W, tile_rows(zeros)):
+            tile = zeros
             for c in range(0, whole, lanes):
-                sum = fma(load(x, h * pad + c), load(rows.data, at + h * C + c), sum)
-            if whole < C:
-                sum = fma(load(x, h * pad + whole), load_live(rows.data, at + h * C + whole, C - whole), sum)
-            done = lane_sum(sum * splat(sum, factor))
-            out[h * EDGES + e] = out[h * EDGES + e] + done if adds else done
+                y = gathered(zeros, rows, ends, edge_rows, edges, has_edge, e, n, heads, g, c, None)
+                tile = tile_map(multiply_add, tile, (tile_at(zeros, x, places, g, c, None), y))
+            if rest:
+                y = gathered(zeros, rows, ends, edge_rows, edges, has_edge, e, n, heads, g, whole, rest)
+                tile = tile_map(multiply_add, tile, (tile_at(zeros, x, places, g, whole, None), y))
+            store(row_sums(tile), out, e * heads.W + g)
+        e = fetch_passed(rows, ends, e, n, heads, tile_rows(zeros))
+
+
+@inline
+def fetch_passed(rows, ends, e, n, heads, count):
+    """The edge after those that `count` sums are of; for each of these, a row that will be needed soon is asked for."""
+    after = min(e + (count >> heads.shift), n)
+    while e < after:
+        fetch_row(rows, ends.soon[e], heads.H * heads.C)
+        e += 1
+    return after
+
+
+@inline
+def multiply_add_unless_zero(sum, x, w):
+    zero = splat(w, 0.0)
+    return where(w <= zero, where(w >= zero, sum, fma(x, w, sum)), fma(x, w, sum))
 
 
 @apart
-def add_gathered(out, pad, weights, rows, index, n, H, C, selects):
-    """out[h, c] += sum over e of weights[h, e] * rows[index[e], h, c]; if it selects, a weight of 0 adds nothing"""
-    lanes = lanes_of(out)
-    whole = C // lanes * lanes
-    for h in range(H):
-        w = weights + h * EDGES
-        for c in range(0, whole, lanes):
-            sum = load_live(out, 0, 0)
-            for e in range(n):
-                if not selects or w[e] != 0:
-                    sum = fma(splat(sum, w[e]), load(rows.data, index[e] * rows.step + h * C + c), sum)
-            store(load(out, h * pad + c) + sum, out, h * pad + c)
-        if whole < C:
-            sum = load_live(out, 0, 0)
-            for e in range(n):
-                if not selects or w[e] != 0:
-                    at = index[e] * rows.step + h * C + whole
-                    sum = fma(splat(sum, w[e]), load_live(rows.data, at, C - whole), sum)
-            store(load(out, h * pad + whole) + sum, out, h * pad + whole)
+def add_block(out, weights, step, rows, ends, n, heads, v, live, fetches, selects):
+    """`add_gathered` for the vectors v, v + 1, ... of a row"""
+    tile, lanes = tile_zeros(out, VECTORS, 1), lanes_of(out)
+    head_of, in_row, in_scratch = heads.head_of, heads.in_row, heads.in_scratch
+    data, row = rows.data, rows.step
+    begin = in_row[v]
+    for e in range(n):
+        for c in range(0, VECTORS * lanes if fetches else 0, line_of(data)):
+            prefetch(data, ends.soon[e] * row + begin + c)
+        x = tile_at(tile, data, in_row, v, ends.index[e] * row, live)
+        w = tile_splats(tile, weights, head_of, v, e * step)
+        if selects:
+            tile = tile_map(multiply_add_unless_zero, tile, (x, w))
+        else:
+            tile = tile_map(multiply_add, tile, (x, w))
+    tile_store_at(tile_map(plus, tile, (tile_at(tile, out, in_scratch, v, 0, None),)), out, in_scratch, v, 0, None)
+
+
+@inline
+def blocks(n):
+    """n vectors, and what is repeated so that they are blocks"""
+    return (n + VECTORS - 1) // VECTORS * VECTORS
 
 
 @apart
-def keep_largest(out, pad, best, weights, rows, edge_rows, has_edge, index, ids, bias, has_bias, first, n, H, C):
-    """out[h, c] = the largest of weights[h, e] * (rows[index[e], h, c] + edge_rows[ids[e], h, c]), and
+def add_gathered(out, weights, step, rows, ends, n, heads, fetches, selects):
+    """out[h, c] += sum over e of weights[e, h] * rows[index[e], h, c]; if it selects, a weight of 0 adds nothing
+
+    Weights are `step` from edge to edge. If it fetches, rows that will be needed soon are asked for.
+    """
+    for v in range(0, heads.whole, VECTORS):
+        add_block(out, weights, step, rows, ends, n, heads, v, None, fetches, selects)
+    whole = blocks(heads.whole)
+    for v in range(whole, whole + heads.rests, VECTORS):
+        add_block(out, weights, step, rows, ends, n, heads, v, heads.rest, fetches, selects)
+
+
+@apart
+def scale_heads(x, factors, heads):
+    """x[h, c] *= factors[h]"""
+    lanes = lanes_of(x)
+    for h in range(heads.H):
+        for c in range(h * heads.pad, (h + 1) * heads.pad, lanes):
+            y = load(x, c)
+            store(y * splat(y, factors[h]), x, c)
+
+
+@apart
+def keep_largest(out, best, weights, rows, edge_rows, has_edge, nodes, edges, bias, has_bias, first, n, heads):
+    """out[h, c] = the largest of weights[e, h] * (rows[index[e], h, c] + edge_rows[ids[e], h, c]), and
     best[h, c] its position, -1 before any; the first of equal ones, NaN before all, and none that a bias hides"""
-    for h in range(H):
-        for e in range(n):
-            w = weights[h * EDGES + e]
-            if not has_bias or bias.data[ids[e] * bias.step + h] != -INF:
+    C = heads.C
+    for e in range(n):
+        fetch_row(rows, nodes.soon[e], heads.H * C)
+        for h in range(heads.H):
+            w = weights[e * heads.W + h]
+            if not has_bias or bias.data[edges.index[e] * bias.step + h] != -INF:
                 for c in range(C):
-                    value = rows.data[index[e] * rows.step + h * C + c]
+                    value = rows.data[nodes.index[e] * rows.step + h * C + c]
                     if has_edge:
-                        value += edge_rows.data[ids[e] * edge_rows.step + h * C + c]
+                        value += edge_rows.data[edges.index[e] * edge_rows.step + h * C + c]
                     value *= w
-                    if best[h * C + c] < 0 or value > out[h * pad + c] or value != value:
-                        out[h * pad + c], best[h * C + c] = value, first + e
+                    at = h * heads.pad + c
+                    if best[h * C + c] < 0 or value > out[at] or value != value:
+                        out[at], best[h * C + c] = value, first + e
 
 
+# --- LeakyReLU ------------------------------------------------------------------------------------------------------
 @inline
 def leaky(z, slope):
     """LeakyReLU: z above 0, slope * z below"""
@@ -142,47 +309,95 @@ def leaky_slope(z, slope):
 
 
 @inline
-def joint(x, rows, edge_rows, has_edge, row, edge, at, place, live, lanes):
-    """z = x + rows[row] (+ edge_rows[edge]) at one vector of channels"""
-    z = load(x, place) + row_part(rows, row * rows.step + at, live, lanes)
-    if has_edge:
-        z = z + row_part(edge_rows, edge * edge_rows.step + at, live, lanes)
-    return z
+def add_leaky(sum, z, factor, slope):
+    return fma(leaky(z, slope), factor, sum)
+
+
+@inline
+def leaky_share(z, d, slope):
+    return where(z > splat(z, 0.0), d, d * splat(d, slope))
 
 
 @apart
-def joint_scores(out, x, pad, att, slope, rows, edge_rows, has_edge, index, ids, n, H, C):
-    """out[h, e] = sum over c of att[h, c] * leaky(x[h, c] + rows[index[e], h, c] + edge_rows[ids[e], h, c])"""
-    lanes = lanes_of(out)
-    for e in range(n):
-        for h in range(H):
-            sum = load_live(x, 0, 0)
-            for c in range(0, C, lanes):
-                place = h * pad + c
-                z = joint(x, rows, edge_rows, has_edge, index[e], ids[e], h * C + c, place, min(lanes, C - c), lanes)
-                sum = fma(leaky(z, slope), load(att, place), sum)
-            out[h * EDGES + e] = lane_sum(sum)
+def joint_scores(out, x, att, slope, rows, ends, edge_rows, edges, has_edge, n, heads):
+    """out[e, h] = sum over c of att[h, c] * leaky(x[h, c] + rows[index[e], h, c] + edge_rows[ids[e], h, c])"""
+    zeros, lanes = tile_rows_of_four(out), lanes_of(out)
+    whole, rest, places = heads.C // lanes * lanes, heads.C % lanes, heads.scratch_of
+    e = 0
+    while e < n:
+        for g in range(0, heads.W, tile_rows(zeros)):
+            tile = zeros
+            for c in range(0, whole, lanes):
+                y = gathered(zeros, rows, ends, edge_rows, edges, has_edge, e, n, heads, g, c, None)
+                z = tile_map(plus, y, (tile_at(zeros, x, places, g, c, None),))
+                tile = tile_map(add_leaky, tile, (z, tile_at(zeros, att, places, g, c, None), slope))
+            if rest:
+                y = gathered(zeros, rows, ends, edge_rows, edges, has_edge, e, n, heads, g, whole, rest)
+                z = tile_map(plus, y, (tile_at(zeros, x, places, g, whole, None),))
+                tile = tile_map(add_leaky, tile, (z, tile_at(zeros, att, places, g, whole, None), slope))
+            store(row_sums(tile), out, e * heads.W + g)
+        e = fetch_passed(rows, ends, e, n, heads, tile_rows(zeros))
 
 
 @apart
 def joint_gradients(
-    dx, datt, ds, x, pad, att, slope, rows, edge_rows, has_edge, dedge_rows, wants_edge, index, ids, n, H, C
+    dx,
+    datt,
+    ds,
+    step,
+    x,
+    att,
+    slope,
+    rows,
+    edge_rows,
+    has_edge,
+    dedge_rows,
+    wants_edge,
+    nodes,
+    edges,
+    n,
+    heads,
+    fetches,
 ):
-    """dz = ds[h, e] * att[h, c] * leaky'(z): added up in dx, by edge in dedge_rows; datt += ds[h, e] * leaky(z)
+    """dz = ds[e, h] * att[h, c] * leaky'(z): added up in dx, by edge in dedge_rows; datt += ds[e, h] * leaky(z)
 
     x and rows change places when the gradient of the other is wanted: z is their sum.
     """
-    lanes = lanes_of(dx)
-    for h in range(H):
-        for c in range(0, C, lanes):
-            place, live = h * pad + c, min(lanes, C - c)
-            a, sum, att_sum = load(att, place), load_live(x, 0, 0), load_live(x, 0, 0)
-            for e in range(n):
-                d = splat(sum, ds[h * EDGES + e])
-                z = joint(x, rows, edge_rows, has_edge, index[e], ids[e], h * C + c, place, live, lanes)
-                dz = d * a * leaky_slope(z, slope)
-                sum, att_sum = sum + dz, fma(d, leaky(z, slope), att_sum)
-                if wants_edge:
-                    store_live(dz, dedge_rows.data, ids[e] * dedge_rows.step + h * C + c, live)
-            store(load(dx, place) + sum, dx, place)
-            store(load(datt, place) + att_sum, datt, place)
+    for v in range(0, heads.whole, VECTORS):
+        joint_block(
+            dx, datt, ds, step, x, att, slope, rows, edge_rows, has_edge, dedge_rows, wants_edge, nodes, edges, n,
+            heads, v, None, fetches,
+        )  # fmt: skip
+    whole = blocks(heads.whole)
+    for v in range(whole, whole + heads.rests, VECTORS):
+        joint_block(
+            dx, datt, ds, step, x, att, slope, rows, edge_rows, has_edge, dedge_rows, wants_edge, nodes, edges, n,
+            heads, v, heads.rest, fetches,
+        )  # fmt: skip
+
+
+@apart
+def joint_block(
+    dx, datt, ds, step, x, att, slope, rows, edge_rows, has_edge, dedge_rows, wants_edge, nodes, edges, n, heads, v,
+    live, fetches,
+):  # fmt: skip
+    """`joint_gradients` for the vectors v, v + 1, ... of a row"""
+    zeros, lanes = tile_zeros(dx, VECTORS, 1), lanes_of(dx)
+    head_of, in_row, in_scratch = heads.head_of, heads.in_row, heads.in_scratch
+    mine, a = tile_at(zeros, x, in_scratch, v, 0, None), tile_at(zeros, att, in_scratch, v, 0, None)
+    sum, att_sum, begin = zeros, zeros, in_row[v]  # att is the same for all edges, and multiplied at the end
+    for e in range(n):
+        for c in range(0, VECTORS * lanes if fetches else 0, line_of(rows.data)):
+            prefetch(rows.data, nodes.soon[e] * rows.step + begin + c)
+        z = tile_map(plus, mine, (tile_at(zeros, rows.data, in_row, v, nodes.index[e] * rows.step, live),))
+        if has_edge:
+            other = tile_at(zeros, edge_rows.data, in_row, v, edges.index[e] * edge_rows.step, live)
+            z = tile_map(plus, z, (other,))
+        d = tile_map(leaky_share, z, (tile_splats(zeros, ds, head_of, v, e * step), slope))
+        sum, att_sum = tile_map(plus, sum, (d,)), tile_map(multiply_add, att_sum, (d, z))
+        if wants_edge:
+            tile_store_at(tile_map(times, d, (a,)), dedge_rows.data, in_row, v, edges.index[e] * dedge_rows.step, live)
+    so_far = tile_at(zeros, dx, in_scratch, v, 0, None)
+    tile_store_at(tile_map(multiply_add, so_far, (sum, a)), dx, in_scratch, v, 0, None)
+    so_far = tile_at(zeros, datt, in_scratch, v, 0, None)
+    tile_store_at(tile_map(plus, so_far, (att_sum,)), datt, in_scratch, v, 0, None)

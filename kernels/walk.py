@@ -9,11 +9,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .gather import EDGES, Rows, fetch_row
+from .gather import EDGES, Ends, Heads, Rows
 from .jit import Elements, Indices, Ints, apart, inline
 from .scoring import Dropout, mixed
-from .simd import as_indices
-from .tiles import whole_vectors
+from .simd import as_indices, lanes_of, line_of
 
 SUM, JOINT, DOT, GIVEN = 0, 1, 2, 3  # rules for scores, see csr.py
 ADD, MEAN, MAX = 0, 1, 2  # aggregations
@@ -31,6 +30,7 @@ class NeighborJob(NamedTuple):
     wide_edge_ids: Indices
     wide_positions: Indices
     has_ids: int
+    wants_ids: int  # does anything lie in the caller's order of edges?
     E: int
     # what a task is
     mode: int
@@ -64,10 +64,10 @@ class NeighborJob(NamedTuple):
     edge_value: Rows
     has_edge_value: int
     offset: Rows  # what each target's row of the output begins with
-    scores: Elements  # (E, H) by position; kept if `keeps`
+    scores: Elements  # (E, W) by position, of SUM before the LeakyReLU; kept if `keeps`
     keeps: int
     # Their logsumexp alone would cost p digits: exp(s - lse), with s in the hundreds.
-    bounds: Elements  # (Nt, H)
+    bounds: Elements  # (Nt, span): heads, repeated to a whole vector; kept with the scores
     totals: Elements
     best: Indices  # (Nt, H * C): for MAX, the position of the edge whose value it is
     output: Rows
@@ -76,7 +76,7 @@ class NeighborJob(NamedTuple):
     grad_weights: Elements  # (E, H), the caller's order; of p itself
     has_grad_weights: int
     # backward: made
-    pairs: Elements  # (E, 2, H): w and ds, by position
+    pairs: Elements  # (E, 2, W) and a vector: w and ds, by position
     dquery: Rows
     dkey: Rows
     dvalue: Rows
@@ -90,9 +90,11 @@ class NeighborJob(NamedTuple):
     sums: Elements  # (tasks, 3, H, pad): of do; of what `att` or `fold` get
     sums_from: int  # the row of task 0
     H: int
-    C: int
-    D: int
-    line: int  # elements in a cache line
+    W: int  # numbers of one edge: heads, padded as gather.py says
+    span: int  # numbers that repeat as whole vectors: W, and at least a vector
+    width: int  # H * pad
+    channels: Heads  # how the C channels of values lie
+    terms: Heads  # and the D of keys
     scratch: Elements
     scratch_step: int
 
@@ -100,46 +102,49 @@ class NeighborJob(NamedTuple):
 class Desk(NamedTuple):
     """Scratch of one task."""
 
-    index: Indices  # (EDGES)
-    ids: Indices
-    places: Indices
-    weights: Elements  # (H, EDGES)
+    nodes: Ends  # the other ends of EDGES edges
+    edges: Ends  # their numbers, the caller's
+    positions: Indices  # by target, of edges by source
+    weights: Elements  # (EDGES, W)
     changes: Elements
     shares: Elements
-    bound: Elements  # (H)
+    pairs: Elements  # (EDGES, 2, W)
+    bound: Elements  # (span)
     total: Elements
     delta: Elements
+    factor: Elements
     value: Elements  # (H, pad): sums, and one row that is given; C channels or D
     terms: Elements
     x: Elements
     y: Elements
 
 
-def scratch_elements(H: int, pad: int, lanes: int, itemsize: int) -> int:
-    """What `carve` lays out, in elements."""
-    numbers = -(-H // lanes) * lanes
-    return 3 * EDGES * 8 // itemsize + 3 * H * EDGES + 3 * numbers + 4 * H * pad
+INDICES = 5 * EDGES  # that `carve` lays out
 
 
-def partial_elements(H: int, pad: int) -> int:
+def scratch_elements(W: int, span: int, width: int, lanes: int, itemsize: int) -> int:
+    """What `carve` lays out, in elements. Numbers of edges end in a vector that stores may run into."""
+    return INDICES * 8 // itemsize + 5 * EDGES * W + 4 * lanes + 4 * span + 4 * width
+
+
+def partial_elements(span: int, width: int) -> int:
     """What a part leaves: forward its sums, bounds and totals; backward delta, or its sums."""
-    return 2 * H * pad + 2 * H
+    return 2 * width + 2 * span
 
 
 @inline
 def carve(job, slot):
-    H, pad = job.H, max(whole_vectors(job.scratch, job.C), whole_vectors(job.scratch, job.D))
-    here = job.scratch + slot * job.scratch_step
-    numbers = whole_vectors(here, H)
-    weights = here + 3 * EDGES * job.line // 8
-    bound = weights + 3 * H * EDGES
-    value = bound + 3 * numbers
+    here, n = job.scratch + slot * job.scratch_step, EDGES
     index = as_indices(here)
+    numbers, step = here + INDICES * line_of(here) // 8, n * job.W + lanes_of(here)
+    bound = numbers + (4 * step + n * job.W)
+    value = bound + 4 * job.span
     return Desk(
-        index, index + EDGES, index + 2 * EDGES, weights, weights + H * EDGES, weights + 2 * H * EDGES,
-        bound, bound + numbers, bound + 2 * numbers,
-        value, value + H * pad, value + 2 * H * pad, value + 3 * H * pad,
-    ), pad  # fmt: skip
+        Ends(index, index + n), Ends(index + 2 * n, index + 3 * n), index + 4 * n,
+        numbers, numbers + step, numbers + 2 * step, numbers + 3 * step,
+        bound, bound + job.span, bound + 2 * job.span, bound + 3 * job.span,
+        value, value + job.width, value + 2 * job.width, value + 3 * job.width,
+    )  # fmt: skip
 
 
 # --- edges ----------------------------------------------------------------------------------------------------------
@@ -155,15 +160,15 @@ def degree(job, i):
 
 @apart
 def take_edges(job, desk, first, n):
-    """Both ends' numbers of the edges at n positions; rows that come soon are asked for."""
+    """Both ends' numbers of the edges at n positions, and of those that come AHEAD edges later."""
     for e in range(n):
-        p = first + e
-        desk.index[e] = number(job.others, job.wide_others, p)
-        desk.ids[e] = number(job.edge_ids, job.wide_edge_ids, p) if job.has_ids else p
-        if p + AHEAD < job.E:
-            fetch_row(job.value, number(job.others, job.wide_others, p + AHEAD), job.H * job.C, job.line)
-            if job.rule == DOT or job.rule == SUM:
-                fetch_row(job.key, number(job.others, job.wide_others, p + AHEAD), job.H * job.D, job.line)
+        p, soon = first + e, min(first + e + AHEAD, job.E - 1)
+        desk.nodes.index[e] = number(job.others, job.wide_others, p)
+        desk.nodes.soon[e] = number(job.others, job.wide_others, soon)
+    for e in range(n if job.wants_ids else 0):
+        p, soon = first + e, min(first + e + AHEAD, job.E - 1)
+        desk.edges.index[e] = number(job.edge_ids, job.wide_edge_ids, p) if job.has_ids else p
+        desk.edges.soon[e] = number(job.edge_ids, job.wide_edge_ids, soon) if job.has_ids else soon
 
 
 @apart
@@ -176,31 +181,19 @@ def is_kept(dropout, edge, head):
 
 @apart
 def find_shares(job, desk, i, n):
-    """shares[h, e] = w / p, but for the edges' own weights: what becomes of a weight after the softmax"""
+    """shares[e, h] = w / p, but for the edges' own weights: what becomes of a weight after the softmax"""
     share = 1 / degree(job, i) if job.aggregation == MEAN else 1.0
-    for h in range(job.H):
-        for e in range(n):
+    for e in range(n):
+        for h in range(job.H):
             x = share
             if job.has_dropout:
-                x = share * job.dropout.gain if is_kept(job.dropout, desk.ids[e], h) else 0.0
-            desk.shares[h * EDGES + e] = x
+                x = share * job.dropout.gain if is_kept(job.dropout, desk.edges.index[e], h) else 0.0
+            desk.shares[e * job.W + h] = x
 
 
 @apart
 def weigh_shares(job, desk, n):
     if job.has_weight:
-        for h in range(job.H):
-            for e in range(n):
-                desk.shares[h * EDGES + e] *= job.edge_weight[desk.ids[e]]
-
-
-@apart
-def fetch_pairs(job, p):
-    """Ask for what the walk by source will soon read: of the target, and of the edge."""
-    if p + AHEAD < job.E:
-        soon = number(job.others, job.wide_others, p + AHEAD)
-        fetch_row(job.grad, soon, job.H * job.C, job.line)
-        if job.rule == DOT or job.rule == JOINT:
-            fetch_row(job.query, soon, job.H * job.D, job.line)
-        place = number(job.positions, job.wide_positions, p + AHEAD)
-        fetch_row(Rows(job.pairs, 2 * job.H), place, 2 * job.H, job.line)
+        for e in range(n):
+            for h in range(job.H):
+                desk.shares[e * job.W + h] *= job.edge_weight[desk.edges.index[e]]

@@ -65,7 +65,8 @@ class Past:
     @property
     def lse(self) -> Array:
         with np.errstate(divide="ignore"):
-            return self.kept.bounds + np.log(self.kept.totals)
+            heads = self.output.shape[1]
+            return self.kept.bounds[:, :heads] + np.log(self.kept.totals[:, :heads])
 
     def coefficients(self) -> Array:
         from .plan import csr as plan

@@ -33,6 +33,14 @@ def tile_zeros(context, pointer, rows, cols):
 
 
 @intrinsic
+def tile_rows_of_four(context, pointer):
+    """A tile of zeros one vector wide, of four rows, or as many as a vector has lanes if those are less."""
+    vector = vector_of(pointer.element)
+    tile = TileType(vector, min(4, vector.lanes), 1)
+    return tile(pointer), lambda cx, b, sig, args: ir.Constant(tile.llvm, None)
+
+
+@intrinsic
 def tile_column(context, pointer):
     """A tile of zeros one vector wide and as high as a vector has lanes."""
     vector = vector_of(pointer.element)
@@ -120,6 +128,80 @@ def tile_store(context, tile, pointer, offset, stride, live):
 
     n = types.intp
     return types.void(tile, pointer, n, n, n), build
+
+
+@intrinsic
+def tile_at(context, like, pointer, places, p, offset, live):
+    """tile[r, :] = pointer[places[p + r] + offset :], one vector wide and as high as `like`. With a number for `live`
+    only so many lanes, 0 in the others; None for all."""
+
+    def build(cx, b, sig, args):
+        _, pointer, places, p, offset, live = args
+        found = [b.add(place, offset) for place in _places(b, like, places, p)]
+        return _rows_at(b, like, pointer, found, live, sig.args[-1])
+
+    n = types.intp
+    return (like(like, pointer, places, n, n, live if live is types.none else n), build) if like.cols == 1 else None
+
+
+@intrinsic
+def tile_gathered(context, like, pointer, index, e, last, shift, step, places, p, offset, live):
+    """tile[r, :] = pointer[index[e + (r >> shift)] * step + places[p + r] + offset :], with `live` as in `tile_at`;
+    behind `last` the index repeats"""
+
+    def build(cx, b, sig, args):
+        _, pointer, index, e, last, shift, step, places, p, offset, live = args
+        rows = [b.add(e, b.lshr(emit.count(r), shift)) for r in range(like.rows)]
+        rows = [emit.load_one(b, index, b.select(b.icmp_signed("<", r, last), r, last)) for r in rows]
+        found = [b.add(b.mul(r, step), x) for r, x in zip(rows, _places(b, like, places, p), strict=True)]
+        return _rows_at(b, like, pointer, [b.add(place, offset) for place in found], live, sig.args[-1])
+
+    n = types.intp
+    sig = like(like, pointer, index, n, n, n, n, places, n, n, live if live is types.none else n)
+    return (sig, build) if like.cols == 1 else None
+
+
+@intrinsic
+def tile_splats(context, like, pointer, places, p, offset):
+    """tile[r, :] = pointer[places[p + r] + offset], one number in all lanes of a row"""
+
+    def build(cx, b, sig, args):
+        _, pointer, places, p, offset = args
+        scalars = [emit.load_one(b, pointer, b.add(at, offset)) for at in _places(b, like, places, p)]
+        return _collect(b, like, [emit.splat(b, x, like.vector.lanes) for x in scalars])
+
+    return (like(like, pointer, places, types.intp, types.intp), build) if like.cols == 1 else None
+
+
+@intrinsic
+def tile_store_at(context, tile, pointer, places, p, offset, live):
+    """pointer[places[p + r] + offset :] = tile[r, :], of as many lanes as in `tile_at`"""
+
+    def build(cx, b, sig, args):
+        value, pointer, places, p, offset, live = args
+        for r, place in enumerate(_places(b, tile, places, p)):
+            row, at = b.extract_value(value, r), b.add(place, offset)
+            if sig.args[5] is types.none:
+                emit.store(b, row, pointer, at, tile.vector)
+            else:
+                emit.masked(b, "store", pointer, at, tile.vector, live, row)
+        return emit.unit(cx)
+
+    n = types.intp
+    sig = types.void(tile, pointer, places, n, n, live if live is types.none else n)
+    return (sig, build) if tile.cols == 1 else None
+
+
+def _rows_at(b, like, pointer, places, live, kind):
+    """A tile of the vectors at these places: whole ones, or their first `live` lanes."""
+    if kind is types.none:
+        return _collect(b, like, [emit.load(b, pointer, place, like.vector) for place in places])
+    return _collect(b, like, [emit.masked(b, "load", pointer, place, like.vector, live) for place in places])
+
+
+def _places(b, tile, places, p):
+    """The places of the tile's rows, read from a table."""
+    return [emit.load_one(b, places, b.add(p, emit.count(r))) for r in range(tile.rows)]
 
 
 def _rank1(b, tile, value, column, places, rows, multiply_add):
@@ -233,23 +315,31 @@ def tile_exceeds(context, tile, other):
 
 @intrinsic
 def row_sums(context, tile):
-    """The sum of each row of a tile that is as high as a vector has lanes: as one vector, in log2(lanes) stages."""
-    n = tile.vector.lanes
+    """The sum of each row of a tile, as one vector in log2(lanes) stages. The tile has as many rows as a vector lanes,
+    or a power of two less: then the sums are repeated in the lanes."""
+    n, rows = tile.vector.lanes, tile.rows
+
+    def shuffled(b, x, y, lanes):
+        return b.shuffle_vector(x, y, ir.Constant(ir.VectorType(I32, n), lanes))
 
     def build(cx, b, sig, args):
-        rows = [b.extract_value(args[0], r) for r in range(n)]
+        sums = [b.extract_value(args[0], r) for r in range(rows)]
         stage = 1
-        while stage < n:
+        while stage < rows:
             low, high = (
-                ir.Constant(ir.VectorType(I32, n), [n + c - other if c & stage else c + same for c in range(n)])
-                for other, same in ((stage, 0), (0, stage))
+                [n + c - other if c & stage else c + same for c in range(n)] for other, same in ((stage, 0), (0, stage))
             )
-            for r in range(0, n, 2 * stage):
-                rows[r] = b.fadd(*(b.shuffle_vector(rows[r], rows[r + stage], lanes) for lanes in (low, high)))
+            for r in range(0, rows, 2 * stage):
+                x, y = sums[r], sums[r + stage]
+                sums[r] = b.fadd(shuffled(b, x, y, low), shuffled(b, x, y, high))
             stage *= 2
-        return rows[0]
+        while stage < n:
+            sums[0] = b.fadd(sums[0], shuffled(b, sums[0], sums[0], [c ^ stage for c in range(n)]))
+            stage *= 2
+        return sums[0]
 
-    return (tile.vector(tile), build) if (tile.rows, tile.cols) == (n, 1) else None
+    fits = tile.cols == 1 and rows <= n and rows & (rows - 1) == 0
+    return (tile.vector(tile), build) if fits else None
 
 
 @intrinsic

@@ -1,5 +1,6 @@
 """Pointer, Vector and Mask: what can be done with them in a kernel."""
 
+import functools
 import operator
 
 from llvmlite import ir
@@ -323,10 +324,46 @@ def lane_max(context, x):
     return x.element(x), build
 
 
+def _by_period(b, value, lanes, period, join):
+    """Lanes that are `period` apart joined, a power of two or at least all lanes; each of them gets the result."""
+    other = lanes // 2
+    while other:
+        places = ir.Constant(ir.VectorType(I32, lanes), [lane ^ other for lane in range(lanes)])
+        joined = join(value, b.shuffle_vector(value, value, places))
+        value = b.select(b.icmp_signed("<=", period, emit.count(other)), joined, value)
+        other //= 2
+    return value
+
+
+@intrinsic
+def period_sum(context, x, period):
+    """In each lane the sum of all lanes that are a multiple of `period` from it."""
+    return x(x, types.intp), lambda cx, b, sig, args: _by_period(b, args[0], x.lanes, args[1], b.fadd)
+
+
+@intrinsic
+def period_max(context, x, period):
+    """In each lane the largest of all that are a multiple of `period` from it, none of them NaN."""
+
+    def larger(b, one, other):
+        return b.select(b.fcmp_ordered(">", one, other), one, other)
+
+    def build(cx, b, sig, args):
+        return _by_period(b, args[0], x.lanes, args[1], functools.partial(larger, b))
+
+    return x(x, types.intp), build
+
+
 @intrinsic
 def lanes_of(context, pointer):
     """Elements in a vector, known when compiling."""
     return types.intp(pointer), lambda cx, b, sig, args: emit.count(target().lanes(pointer.element.bitwidth // 8))
+
+
+@intrinsic
+def line_of(context, pointer):
+    """Elements in a cache line, known when compiling."""
+    return types.intp(pointer), lambda cx, b, sig, args: emit.count(64 * 8 // pointer.element.bitwidth)
 
 
 @intrinsic

@@ -5,6 +5,7 @@ As plan/grouping.py this one runs its jobs: how many there are, one or four, dep
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ from ..checks import Array
 from ..kernels import csr as kernels
 from ..kernels import csr_backward as backwards
 from ..kernels import jit, walk
-from ..kernels.gather import Rows
+from ..kernels.gather import VECTORS, Heads, Rows
 from ..kernels.scoring import Dropout
 from ..kernels.simd import target
 from .layouts import NOTHING
@@ -77,7 +78,7 @@ class Kept(NamedTuple):
 
     output: Array  # (Nt, H, C)
     bounds: Array  # (Nt, H): the largest score, and the sum of exp(score - it); meaningless without a softmax
-    totals: Array
+    totals: Array  # both, and the scores, have more columns than heads
     scores: Array  # (E, H) by position
     best: Array | None  # (Nt, H, C) for "max": the position of the edge that was the largest
 
@@ -100,11 +101,12 @@ def forward(by_target: Walk, terms: Terms, keeps: bool) -> Kept:
     """`keeps` the scores, for the backward pass or the coefficients."""
     dtype, nodes = terms.value.dtype, len(by_target.indptr) - 1
     H, C = terms.value.shape[1:]
+    W, span = _numbers(H, target().lanes(dtype.itemsize))
     kept = Kept(
         output=np.empty((nodes, H, C), dtype),
-        bounds=np.empty((nodes, H), dtype),
-        totals=np.empty((nodes, H), dtype),
-        scores=np.empty((len(by_target.others) if keeps else 0, H), dtype),
+        bounds=np.empty((nodes if keeps else 0, span), dtype),
+        totals=np.empty((nodes if keeps else 0, span), dtype),
+        scores=np.empty((len(by_target.others) if keeps else 0, W), dtype),
         best=np.empty((nodes, H, C), np.int64) if terms.aggregation == "max" else None,
     )
     _run(kernels.forward, by_target, _job(by_target, terms, kept, keeps=int(keeps)), dtype)
@@ -113,7 +115,7 @@ def forward(by_target: Walk, terms: Terms, keeps: bool) -> Kept:
 
 def coefficients(by_target: Walk, terms: Terms, kept: Kept) -> Array:
     """(E, H) in the caller's order: after the softmax, before dropout and the edges' weights."""
-    out = np.empty_like(kept.scores)
+    out = np.empty((len(kept.scores), terms.value.shape[1]), kept.scores.dtype)
     job = _job(by_target, terms, kept, dbias=out)
     dtype, tasks = out.dtype, len(job.starts) - 1
     _launch(kernels.coefficients, job, tasks, dtype)
@@ -133,7 +135,7 @@ def backward(
 
     `room` names arrays that gradients are written into.
     """
-    dtype, H, pad = terms.value.dtype, terms.value.shape[1], _pad(terms)
+    dtype, pad = terms.value.dtype, _pad(terms)
     folds = 0 if terms.fold is None else len(terms.fold)
     makes_key = terms.rule == DOT or (terms.rule == SUM and not folds)
 
@@ -151,7 +153,8 @@ def backward(
     made["bias"] = like(scores)
     fields = dict(
         grad=_rows(grad), grad_weights=_or_nothing(grad_weights), has_grad_weights=int(grad_weights is not None),
-        pairs=np.empty((len(by_target.others), 2, H), dtype), dquery=_rows(made["query"]), dkey=_rows(made["key"]),
+        pairs=np.empty(2 * kept.scores.size + target().lanes(dtype.itemsize), dtype),
+        dquery=_rows(made["query"]), dkey=_rows(made["key"]),
         dvalue=_rows(made["value"]), dedge=_rows(made["edge"]), dweight=_or_nothing(made["edge_weight"]),
         dedge_value=_rows(made["edge_value"]), dbias=_or_nothing(made["bias"]), wants_dbias=int(scores is not None),
     )  # fmt: skip
@@ -189,6 +192,36 @@ def _pad(terms: Terms) -> int:
     return max(-(-n // lanes) * lanes for n in (terms.value.shape[2], terms.key.shape[2]))
 
 
+def _numbers(H: int, lanes: int) -> tuple[int, int]:
+    """Numbers of one edge, a head each: padded to a power of two that divides a vector, or to whole vectors; and to
+    one vector at least."""
+    W = 1 << (H - 1).bit_length() if H < lanes else -(-H // lanes) * lanes
+    return W, max(W, lanes)
+
+
+@functools.lru_cache(256)
+def _heads(H: int, C: int, pad: int, lanes: int) -> Heads:
+    """The tables of kernels/gather.py."""
+    W, span = _numbers(H, lanes)
+    whole = [(h, c) for h in range(H) for c in range(0, C - lanes + 1, lanes)]
+    rest = [(h, C // lanes * lanes) for h in range(H)] if C % lanes else []
+    blocks = [one for some in (whole, rest) for one in some + some[-1:] * (-len(some) % VECTORS)]
+    vectors = np.array([(h, h * C + c, h * pad + c) for h, c in blocks], np.int64).reshape(-1, 3).T.copy()
+    numbers = np.minimum(np.arange(span) % W, H - 1)
+    return Heads(
+        H,
+        C,
+        pad,
+        W,
+        min(W, lanes, 4).bit_length() - 1,
+        len(whole),
+        len(rest),
+        C % lanes,
+        *vectors,
+        *(np.ascontiguousarray(numbers * step) for step in (C, pad)),
+    )
+
+
 def _padded(x: Array | None, pad: int) -> Array:
     """With zeros to whole vectors."""
     if x is None:
@@ -215,17 +248,20 @@ def _job(by: Walk, terms: Terms, kept: Kept, **more: Any) -> walk.NeighborJob:
     here = [NOTHING if x is None else x for x in numbers]
     narrow = here if is_narrow else [None] * 4
     wide = [NOTHING] * 4 if is_narrow else here
-    scratch = walk.scratch_elements(H, pad, lanes, dtype.itemsize)
+    W, span = _numbers(H, lanes)
+    scratch = walk.scratch_elements(W, span, H * pad, lanes, dtype.itemsize)
     given = np.zeros((1, H, C), dtype) if terms.offset is None else terms.offset
     offset = Rows(given, 0 if len(given) == 1 else given.strides[0] // dtype.itemsize)
     has_shares = terms.dropout > 0 or terms.edge_weight is not None or terms.aggregation == "mean"
     starts, parts, hubs = by.schedule
-    partial_step = walk.partial_elements(H, pad)
+    partial_step = walk.partial_elements(span, H * pad)
     is_max = terms.aggregation == "max"
+    of_edges = [terms.edge, terms.bias, terms.edge_weight, terms.edge_value, more.get("has_grad_weights") or None]
+    wants_ids = terms.dropout > 0 or any(x is not None for x in of_edges)
     fields = dict(
         indptr=narrow[0], others=narrow[1], edge_ids=narrow[2], positions=narrow[3], wide_indptr=wide[0],
         wide_others=wide[1], wide_edge_ids=wide[2], wide_positions=wide[3], has_ids=int(by.edge_ids is not None),
-        E=len(by.others), mode=walk.NODES, starts=starts, parts=parts, hubs=hubs, most=MOST,
+        wants_ids=int(wants_ids), E=len(by.others), mode=walk.NODES, starts=starts, parts=parts, hubs=hubs, most=MOST,
         partial=np.empty((len(parts), partial_step), dtype), partial_step=partial_step,
         partial_best=np.empty((len(parts) if is_max else 0, H * C), np.int64),
         rule=terms.rule, slope=terms.slope, scale=terms.scale, key=_rows(terms.key), query=_rows(terms.query),
@@ -238,8 +274,9 @@ def _job(by: Walk, terms: Terms, kept: Kept, **more: Any) -> walk.NeighborJob:
         bounds=kept.bounds, totals=kept.totals,
         best=_or_nothing(kept.best), output=_rows(kept.output), grad=NO_ROWS, grad_weights=NOTHING, has_grad_weights=0,
         pairs=NOTHING, dquery=NO_ROWS, dkey=NO_ROWS, dvalue=NO_ROWS, dedge=NO_ROWS, dbias=NOTHING, dweight=NOTHING,
-        dedge_value=NO_ROWS, wants_dbias=0, fold=NOTHING, folds=0, sums=NOTHING, sums_from=0, H=H, C=C,
-        D=terms.key.shape[2], line=64 // dtype.itemsize, scratch="scratch", scratch_step=scratch,
+        dedge_value=NO_ROWS, wants_dbias=0, fold=NOTHING, folds=0, sums=NOTHING, sums_from=0, H=H, W=W,
+        span=span, width=H * pad, channels=_heads(H, C, pad, lanes), terms=_heads(H, terms.key.shape[2], pad, lanes),
+        scratch="scratch", scratch_step=scratch,
     )  # fmt: skip
     return walk.NeighborJob(**{**fields, **more})
 
@@ -265,5 +302,5 @@ def _run(kernel: Callable[..., None], by: Walk, job: walk.NeighborJob, dtype: np
 
 def _launch(kernel: Any, job: walk.NeighborJob, tasks: int, dtype: np.dtype[Any]) -> None:
     if tasks:
-        launch = kernel.prepare(job, tasks, dtype, 4 * job.E * job.H * (job.C + job.D + 8))
+        launch = kernel.prepare(job, tasks, dtype, 4 * job.E * job.H * (job.channels.C + job.terms.C + 8))
         launch(scratch=jit.scratch(job.scratch_step * jit.slots(), dtype))
