@@ -105,7 +105,7 @@ def scaled_dot_product_attention(
     """
     terms = (dropout_p, is_causal, scale, enable_gqa, softcap, alibi_slopes, seed)
     if gpu.concerns(device, query, key, value):
-        return gpu_dense().run(query, key, value, attn_mask, out, device, *terms).result
+        return _on_gpu(precision, dtype, query, key, value, attn_mask, out, device, *terms).result
     c = _checked(precision, query, key, value, attn_mask, *terms, dtype)
     return _forward(c, None if out is None else checks.output(out, c), wants_sums=False).output
 
@@ -149,7 +149,7 @@ def attention_forward(
     """
     terms = (dropout_p, is_causal, scale, enable_gqa, softcap, alibi_slopes, seed)
     if gpu.concerns(device, query, key, value):
-        there = gpu_dense().run(query, key, value, attn_mask, out, device, *terms)
+        there = _on_gpu(precision, dtype, query, key, value, attn_mask, out, device, *terms)
         lse = there.given(there.lse)
         return AttentionCache(query, key, value, mask=attn_mask, output=there.result, lse=lse, record=there)
     c = _checked(precision, query, key, value, attn_mask, *terms, dtype)
@@ -259,11 +259,14 @@ def merge(outputs: Sequence[ArrayLike], lses: Sequence[ArrayLike], *, dtype: str
     return halves.rounded(output, parts[0].dtype), lse.astype(logs[0].dtype, copy=False)
 
 
-def gpu_dense() -> Any:
+def _on_gpu(precision: str | None, dtype: str | None, *arguments: Any) -> Any:
     """The same on a GPU, loaded when first wanted."""
     from . import gpu_dense
 
-    return gpu_dense
+    if precision is not None:
+        hint = "it is for float32 arrays on the CPU: cast them"
+        raise InvalidInputError(f"precision is {precision!r}, and arrays are on a GPU", hint=hint)
+    return gpu_dense.run(*arguments, dtype=dtype)
 
 
 def _checked(precision: str | None, *arguments: Any) -> Call:

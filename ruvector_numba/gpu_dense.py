@@ -215,15 +215,24 @@ def _score_terms(c: Call, space: Space) -> tuple[Any, Any]:
     return terms, Sight(space.upload(np.ascontiguousarray(limits, np.int64)), 2 * Lq, 2, first, last)
 
 
-def run(query: Any, key: Any, value: Any, attn_mask: Any, out: Any, device: str | None, *terms: Any) -> Past:
+def run(
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: Any,
+    out: Any,
+    device: str | None,
+    *terms: Any,
+    dtype: str | None = None,
+) -> Past:
     """`scaled_dot_product_attention` and `attention_forward` on a GPU; arrays of NumPy are moved there if wanted."""
     if device == "cuda":
         mask = attn_mask if isinstance(attn_mask, masks.Mask) else gpu.moved(attn_mask)
-        c = call(gpu.moved(query), gpu.moved(key), gpu.moved(value), mask, *terms)
+        c = call(gpu.moved(query), gpu.moved(key), gpu.moved(value), mask, *terms, dtype=dtype)
         if out is not None:
             raise InvalidInputError("out is given, and device='cuda'", hint="results come back as new arrays")
         return forward(c._replace(is_moved=not gpu.is_on_gpu(query)))
-    return forward(call(query, key, value, attn_mask, *terms), out)
+    return forward(call(query, key, value, attn_mask, *terms, dtype=dtype), out)
 
 
 def _out(out: Any, c: Call) -> GpuArray:
