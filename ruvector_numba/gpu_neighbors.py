@@ -336,10 +336,11 @@ class Past:
         of_source, of_target = None, att
         if t.rule == plan.SUM and att is not None:
             of_source, of_target = (gpu.part(att, n * H * C, H * C) for n in range(2))
-        _run(backwards.prepare, targets._replace(count_parts=0, count_hubs=0), v, job, space, offset)
+        whole = targets._replace(count_parts=0, count_hubs=0)
+        _run(backwards.prepare, whole, plan.for_prepare(v), job, space, offset)
         _run(backwards.backward_sources, sources, v, job, space, of_source)
         if t.rule in (plan.JOINT, plan.DOT) or (t.rule == plan.SUM and t.query is not None):
-            _run(backwards.backward_targets, targets, v, job, space, of_target)
+            _run(backwards.backward_targets, targets, plan.for_targets(v), job, space, of_target)
         elif of_target is not None:
             zero(space, of_target, 0.0)
         weight = None

@@ -58,7 +58,7 @@ def product(
     )  # fmt: skip
     (kernels.project_halves if p.halves else kernels.project)(p.variant, job, p.grid, space.stream)
     if p.variant.cut:
-        kernels.join(p.variant, job, p.join_grid, space.stream)
+        kernels.join(p.join, job, p.join_grid, space.stream)
 
 
 def linear(space: Space, x: GpuArray, weight: GpuArray, bias: GpuArray | None = None) -> GpuArray:

@@ -8,7 +8,21 @@ from typing import NamedTuple
 from ..kernels.cuda.jit import SIMULATED
 from ..kernels.cuda.walk import DOT, GIVEN, JOINT, SUM, Variant
 
-__all__ = ["DOT", "GIVEN", "JOINT", "MOST", "PART", "SUM", "WIDEST", "Options", "blocks", "rounds", "variant"]
+__all__ = [
+    "DOT",
+    "GIVEN",
+    "JOINT",
+    "MOST",
+    "PART",
+    "SUM",
+    "WIDEST",
+    "Options",
+    "blocks",
+    "for_prepare",
+    "for_targets",
+    "rounds",
+    "variant",
+]
 
 # A node of more than MOST edges is a hub, cut into parts of about PART: the last group to be done is not late by more.
 MOST, PART = (9, 4) if SIMULATED else (256, 128)
@@ -36,6 +50,17 @@ def variant(element: str, rule: int, H: int, width: int, wide: bool, options: Op
     threads = 32 if SIMULATED else 128
     is_plain = fours == 1 and not (options.edge or options.bias or options.edge_value or options.maximum)
     return Variant(element, rule, lanes, heads, fours, wide, threads, 4 if is_plain else 2, *options)  # by registers
+
+
+def for_prepare(v: Variant) -> Variant:
+    """What the kernel `prepare` looks at: one for all rules and terms."""
+    terms = dict(edge=False, bias=False, edge_value=False, shares=False, maximum=False)
+    return v._replace(rule=DOT, resident=4, **terms)
+
+
+def for_targets(v: Variant) -> Variant:
+    """What `backward_targets` looks at."""
+    return v._replace(edge_value=False, shares=False, maximum=False, normalizes=True)
 
 
 def rounds(v: Variant, items: int) -> int:

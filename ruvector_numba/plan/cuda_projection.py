@@ -56,8 +56,13 @@ class Plan(NamedTuple):
         return -(-self.I // self.variant.threads) * -(-self.J // COLS), self.parts, 1
 
     @property
+    def join(self) -> Variant:
+        """One for all that is joined."""
+        return Variant(self.variant.element, 64 if SIMULATED else 128, True, False, True, False, 1)
+
+    @property
     def join_grid(self) -> tuple[int, int, int]:
-        return max(1, -(-max(self.I * self.line, self.J) // self.variant.threads)), 1, 1
+        return max(1, -(-max(self.I * self.line, self.J) // self.join.threads)), 1, 1
 
 
 @functools.lru_cache(512)
