@@ -109,12 +109,12 @@ def markdown(document: dict[str, Any], of_graphs: dict[str, Any] | None = None) 
 
 def of_gpu(document: dict[str, Any]) -> str:
     """The tables of one GPU, from what `cuda.py` measured."""
-    machine, checks = document["machine"], document["checks"]
+    machine, checks = document["machine"], document.get("checks", ())
     versions = ", ".join(f"{name} {version}" for name, version in machine.items() if name != "gpu")
     right = sum(bool(row["right"]) for row in checks)
+    said = f" {right} of {len(checks)} checks against double precision are right, with the same bits twice."
     lines = [
-        f"**{machine['gpu']}**; {versions}. {right} of {len(checks)} checks against double precision are right, "
-        "with the same bits twice.\n",
+        f"**{machine['gpu']}**; {versions}.{said if checks else ''}\n",
         "Dense attention in bfloat16, 16384 tokens of 2048 channels, TFLOP/s; *of flash's time*: ours, in one of "
         "torch's FlashAttention, in bold up to 2:\n",
         "| length, dim, mask | ruvector-numba | flash | cudnn | of flash's time | with gradients | flash | cudnn | of "
@@ -128,25 +128,31 @@ def of_gpu(document: dict[str, Any]) -> str:
             times = row[f"{kind}_to_flash"]
             cells.append(f"**{times:.2f}**" if times <= 2 else f"{times:.2f} (2)")
         lines.append("| " + " | ".join(cells) + " |")
-    lines += [
+    if "graph" in document:
+        lines += _gpu_layers(document["graph"])
+    if "memory" in document:
+        lines.append(
+            f"\nBeyond inputs and results, forward and backward over {document['memory']['L']} tokens of 16 heads take "
+            f"{document['memory']['bytes'] / 1e6:.1f} MB; a call takes {document['host_us']:.0f} us of Python."
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _gpu_layers(cells: dict[str, Any]) -> list[str]:
+    lines = [
         "\nLayers on graphs of 100,000 nodes and 1,000,000 edges, float32, milliseconds; *times*: as fast as the "
         "faster of PyTorch Geometric's two ways, edges as drawn or grouped by target, in bold from 3 on:\n",
         "| layer | ruvector-numba | torch_geometric | times | with gradients | torch_geometric | times |",
         "| --- |" + " ---: |" * 6,
     ]
-    for name, cell in document["graph"].items():
-        cells, times = [name], cell["timings"]
+    for name, cell in cells.items():
+        row, times = [name], cell["timings"]
         for kind in ("forward", "training"):
             theirs = min(times[f"{kind}_ms"][way] for way in ("drawn", "grouped"))
-            cells += [f"{times[f'{kind}_ms']['ours']:.2f}", f"{theirs:.2f}"]
-            cells.append(_against(times[f"{kind}_ratio"], 3, "{:.1f}"))
-        lines.append("| " + " | ".join(cells) + " |")
-    memory = document["memory"]
-    lines.append(
-        f"\nBeyond inputs and results, forward and backward over {memory['L']} tokens of 16 heads take "
-        f"{memory['bytes'] / 1e6:.1f} MB; a call takes {document['host_us']:.0f} us of Python."
-    )
-    return "\n".join(lines) + "\n"
+            row += [f"{times[f'{kind}_ms']['ours']:.2f}", f"{theirs:.2f}"]
+            row.append(_against(times[f"{kind}_ratio"], 3, "{:.1f}"))
+        lines.append("| " + " | ".join(row) + " |")
+    return lines
 
 
 def _of_machine(path: pathlib.Path) -> str:

@@ -176,12 +176,12 @@ def _row_stack():
     """NumPy 2.5 has dropped a name that numba-cuda 0.30 asks for when it first compiles."""
     missing = not hasattr(np, "row_stack")
     if missing:
-        np.vstack = np.vstack
+        setattr(np, "row_stack", np.vstack)  # noqa: B010 written as an assignment, linters take it for a use
     try:
         yield
     finally:
         if missing:
-            del np.vstack
+            delattr(np, "row_stack")
 
 
 @contextlib.contextmanager
