@@ -81,9 +81,9 @@ def scaled_dot_product_attention(
         What the bits of uint16 arrays mean: all three are bfloat16 numbers, and so is the result, uint16 again. NumPy
         has no such type, and arrays of ml_dtypes.bfloat16 need no such word.
     precision : "bfloat16", optional
-        Of the products alone, for float32 arrays: inputs are rounded to bfloat16, 3 digits, and all the rest is float32
-        as ever. Results are off by some 1 % of the largest, nearly all of it from rounding the inputs. It pays where the CPU multiplies bfloat16
-        (avx512bf16 in ``rv.info()["features"]``).
+        Of the products alone, for float32 arrays: inputs are rounded to bfloat16, 3 digits, and sums and softmax are
+        float32 as ever. Results are off by some 1 % of the largest, nearly all of it from rounding the inputs. It pays
+        where the CPU multiplies bfloat16 (avx512bf16 in ``rv.info()["features"]``).
 
     Returns
     -------
