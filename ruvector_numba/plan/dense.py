@@ -160,11 +160,11 @@ class Plan(NamedTuple):
 
 
 def widened(c: Call) -> dict[str, Array]:
-    """Keys and values as plans that widen take them, beside the call's own."""
-    return {f"widened_{name}": halves.widened(x) for name, x in (("key", c.key), ("value", c.value))}
+    """Keys and values as plans that widen take them, beside the call's own; until the next call."""
+    return {f"widened_{name}": halves.widened(x, name) for name, x in (("key", c.key), ("value", c.value))}
 
 
-rounded = halves.rounded
+rounded, room = halves.rounded, halves.room
 
 
 def _every_batch(limits: NDArray[np.int64], c: Call) -> NDArray[np.int64]:
@@ -319,6 +319,7 @@ __all__ = [
     "layout",
     "padded",
     "problem",
+    "room",
     "rounded",
     "threads",
     "weights",

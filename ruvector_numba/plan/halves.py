@@ -9,15 +9,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..checks import Array
+from ..checks import Array, Shape
 from ..kernels import halves as kernels
 from ..kernels import jit
 from ..kernels.tiles import StoredMatrices
 from .layouts import Layout, as_matrices, contiguous, layout, with_heads
 
-__all__ = ["rounded", "widened"]
+__all__ = ["room", "rounded", "widened"]
 
 _PIECE = 1 << 14  # elements in a task: 96 KiB of both kinds
+_KEPT = 1 << 23  # elements that are kept at most: 32 MiB of keys, and of values
 _WORK = 8  # an element takes as long as so many multiply-adds
 
 
@@ -32,9 +33,20 @@ def _copy(kernel: jit.Kernel, stored: Layout, plain: Layout, dtype: np.dtype[Any
     return kernel.prepare(job, heads * -(-L // rows), dtype, _WORK * heads * L * D)
 
 
-def widened(x: Array) -> NDArray[np.float32]:
-    """A contiguous array of float32."""
-    made = np.empty(x.shape, np.float32)
+def room(shape: Shape, purpose: str) -> NDArray[np.float32]:
+    """A contiguous array of float32, in memory that the next call for this purpose takes again.
+
+    Fresh pages cost more than what is written to them: at L=128 a quarter of the attention itself.
+    """
+    size = math.prod(shape)
+    if size > _KEPT:
+        return np.empty(shape, np.float32)
+    return jit.scratch(size, np.dtype(np.float32), purpose)[: 4 * size].view(np.float32).reshape(shape)
+
+
+def widened(x: Array, purpose: str) -> NDArray[np.float32]:
+    """An array in float32, in the `room` for this purpose."""
+    made = room(x.shape, purpose)
     whole = with_heads(contiguous(x.shape, 4), 3)
     _copy(kernels.widen, with_heads(layout(x), 3), whole, x.dtype)(stored=x, plain=made)
     return made
