@@ -14,7 +14,8 @@ from typing import NamedTuple
 
 from .blocks import COLS, ROWS
 from .jit import Elements, apart, inline, kernel
-from .simd import lanes_of, load, store, tile_zeros, transpose_square, width_of
+from .simd import lanes_of, load, store, tile_map, tile_row, tile_store, tile_zeros, transpose_square, width_of
+from .softmax import plus
 from .tiles import add_to, multiply_add
 
 SUMMED = 256  # of K at a time: a longer chain would lose digits, and 256 x 64 float32 of `right` stay near the core
@@ -55,8 +56,8 @@ class ProjectionJob(NamedTuple):
 
 
 def scratch_elements(task_rows: int, task_cols: int, width: int, lanes: int) -> int:
-    """What one slot needs: chunks of left and right, the block of out, a row of ones."""
-    return task_rows * SUMMED + SUMMED * width + task_rows * task_cols + lanes
+    """What one slot needs: chunks of left and right, the block of out, a vector of ones, a row."""
+    return task_rows * SUMMED + SUMMED * width + task_rows * task_cols + lanes + width
 
 
 @inline
@@ -71,26 +72,32 @@ def column_at(m, j):
 
 @apart
 def move_lines(block, step, m, i0, n, j0, length, back):
-    """block[i * step + j] = m[i0 + i, j0 + j], or `back`. Pairs are counted up: dividing cost 5 % of a product."""
+    """block[i * step + j] = m[i0 + i, j0 + j], or `back`"""
+    o, head, channel = 0, j0 // m.cols, j0 % m.cols
+    while o < length:
+        run = min(length - o, m.cols - channel)
+        move_run(block + o, step, m, i0, n, head * m.outer_col + channel * m.col, run, back)
+        o, head, channel = o + run, head + 1, 0
+
+
+@apart
+def move_run(block, step, m, i0, n, column, length, back):
+    """`move_lines` for columns of one head, of which the first lies at `column`. Pairs are counted up: dividing cost
+    5 % of a product."""
     lanes, outer, inner = lanes_of(block), i0 // m.rows, i0 % m.rows
-    first_head, first_channel = j0 // m.cols, j0 % m.cols
+    whole = length // lanes * lanes if m.col == 1 else 0
     for i in range(n):
-        at, o, end = outer * m.outer_row + inner * m.row, i * step, i * step + length
-        head, channel = first_head, first_channel
-        while o < end:
-            run, x = min(end - o, m.cols - channel), at + head * m.outer_col + channel * m.col
-            whole = run // lanes * lanes if m.col == 1 else 0
-            for t in range(0, whole, lanes):
-                if back:
-                    store(load(block, o + t), m.data, x + t)
-                else:
-                    store(load(m.data, x + t), block, o + t)
-            for t in range(whole, run):
-                if back:
-                    m.data[x + t * m.col] = block[o + t]
-                else:
-                    block[o + t] = m.data[x + t * m.col]
-            o, head, channel = o + run, head + 1, 0
+        x, o = outer * m.outer_row + inner * m.row + column, i * step
+        for t in range(0, whole, lanes):
+            if back:
+                store(load(block, o + t), m.data, x + t)
+            else:
+                store(load(m.data, x + t), block, o + t)
+        for t in range(whole, length):
+            if back:
+                m.data[x + t * m.col] = block[o + t]
+            else:
+                block[o + t] = m.data[x + t * m.col]
         inner += 1
         if inner == m.rows:
             outer, inner = outer + 1, 0
@@ -125,20 +132,14 @@ def pad(panel, width, n, live):
 
 
 @apart
-def add_sums(sums, j0, panel, step, n, live):
-    """sums[j0 + j] += sum over the n rows of the panel"""
-    lanes = lanes_of(panel)
-    whole = live // lanes * lanes
-    for j in range(0, whole, lanes):
-        total = load(panel, j)
-        for k in range(1, n):
-            total = total + load(panel, k * step + j)
-        store(load(sums, j0 + j) + total, sums, j0 + j)
-    for j in range(whole, live):
-        rest = panel[j]
-        for k in range(1, n):
-            rest += panel[k * step + j]
-        sums[j0 + j] += rest
+def add_sums(tile, sums, panel, step, n, live, row):
+    """sums[j] += sum over the n rows of the panel, all columns side by side: each waits for its last addition"""
+    total = tile_row(tile, panel, 0)
+    for k in range(1, n):
+        total = tile_map(plus, total, (tile_row(tile, panel, k * step),))
+    tile_store(total, row, 0, 0, 1)
+    for j in range(live):
+        sums[j] += row[j]
 
 
 @kernel
@@ -154,6 +155,7 @@ def project(job: ProjectionJob, slot, task):
     panel = left + job.task_rows * SUMMED
     block = panel + SUMMED * width
     ones = block + job.task_rows * step
+    row = ones + lanes
     tile = tile_zeros(left, ROWS, COLS)
     for i in range(lanes):
         ones[i] = 1
@@ -184,7 +186,7 @@ def project(job: ProjectionJob, slot, task):
             if live < width:
                 pad(panel, width, nk, live)
             if job.wants_sums and i0 == 0:
-                add_sums(job.sums, number * job.J + j0 + j, y, y_next, nk, live)
+                add_sums(tile, job.sums + (number * job.J + j0 + j), y, y_next, nk, live, row)
             # 4. out[i, j] += sum over k of left[i, k] * right[k, j]
             for i in range(0, ni, ROWS):
                 rows = min(ROWS, ni - i)
