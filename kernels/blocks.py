@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from .jit import Doubles, Elements, Indices, Words, apart, inline
 from .scoring import ByteMatrices, Dropout, stage_bias, stage_mask
-from .simd import as_indices, as_words, lanes_of, target, transpose_square, width_of
+from .simd import as_indices, as_words, given_words, lanes_of, per_lane, target, transpose_square, width_of
 from .softmax import Epsilon
 from .tiles import Matrices, StoredMatrices, whole_vectors
 
@@ -46,6 +46,13 @@ class Rounded(NamedTuple):
     value: StoredMatrices
 
 
+class Widened(NamedTuple):
+    """Keys and values in the kernel's type, where reading them as they lie would cost too much: see halves.py."""
+
+    key: Matrices
+    value: Matrices
+
+
 class BiasGradient(NamedTuple):
     """The gradient of a bias, of R rows and C columns that are queries or blocks of them, keys or tiles of them.
 
@@ -65,12 +72,13 @@ class AttentionJob(NamedTuple):
     query: StoredMatrices
     key: StoredMatrices
     value: StoredMatrices
+    widened: Widened | None
     output: StoredMatrices  # with several splits, one for each
     exact: Matrices | None  # the output as it was computed, where that is another type
     wants_output: int
     wants_exact: int
-    lse: Doubles  # (heads, splits, Lq), natural
-    wants_lse: int
+    sums: Doubles  # (heads, splits, Lq, 2): a shift in the scores' unit, and log of the sum of exp(score - shift)
+    wants_sums: int
     natural: float | None  # log2(e) where terms need scores in natural units, else scores are in base 2
     softcap: float | None
     slopes: Elements | None  # (B * H)
@@ -99,6 +107,7 @@ class AttentionJob(NamedTuple):
     splits: int  # parts of the keys, of split_keys each, done apart and merged
     split_keys: int
     keys_per_block: int
+    packed: int | None  # anything, if bfloat16 is multiplied two by two: see packed.py
     scratch: Elements
     scratch_step: int
 
@@ -106,7 +115,7 @@ class AttentionJob(NamedTuple):
 class Block(NamedTuple):
     """Scratch of one block of queries, in rows of `width` elements. One query is one column."""
 
-    query: Elements  # D rows: the queries transposed, times the scale
+    query: Elements  # D rows: the queries transposed, times the scale; packed, D / 2 rows of words, unscaled
     output: Elements  # Dv rows: what is summed for each query; backward, D rows of dq
     scores: Elements  # one row a key of a chunk: scores, then probabilities
     additive: Elements  # bias and mask, -inf hides
@@ -145,6 +154,12 @@ def scratch_rows(D: int, Dv: int, keys_per_block: int) -> int:
     return D + max(D, Dv) + 2 * keys_per_block + _SMALL_PARTS
 
 
+def packed_elements(D: int, Dv: int, keys_per_block: int, itemsize: int) -> int:
+    """Further elements that packed products need, as `packed.carve_packed` lays them out."""
+    k_step, v_step = padded(D, itemsize), padded(Dv, itemsize)
+    return keys_per_block // 2 * max(k_step, v_step) + target().width(itemsize) // 2 * (k_step + v_step)
+
+
 def padded(D: int, itemsize: int) -> int:
     """D rounded up to whole vectors."""
     lanes = target().lanes(itemsize)
@@ -167,7 +182,7 @@ def carve(job, slot):
     row = additive + KB * width
     ints = as_indices(row + 9 * width)
     return Block(
-        at, output, scores, additive,
+        given_words(job.packed, at), output, scores, additive,
         row, row + width, row + 2 * width, row + 3 * width, row + 4 * width, row + 5 * width, row + 6 * width,
         row + 7 * width, row + 8 * width, ints, ints + width, ints + 2 * width, ints + (2 * width + COLS),
         as_words(ints + (2 * width + 2 * COLS)), row + 19 * width,
@@ -184,7 +199,7 @@ def carve_gradients(job, slot):
     delta = scores + KB * width
     query_rows = delta + width
     return GradientBlock(
-        output, scores, delta, query_rows, query_rows + whole_vectors(at, job.D) * width
+        given_words(job.packed, output), scores, delta, query_rows, query_rows + whole_vectors(at, job.D) * width
     )  # fmt: skip
 
 
@@ -246,7 +261,10 @@ def place_chunk(b, job, nq, q0, k0, n, whole):
                 lo, hi = max(0, b.lo[i] - k0), min(n, b.hi[i] - k0)
                 if lo < hi:
                     first, last = min(first, lo), max(last, hi)
-        b.first[column], b.last[column] = first, max(first, last)
+        last = max(first, last)
+        if first < last:  # pairs of keys begin with even ones
+            first = first // per_lane(b.query) * per_lane(b.query)
+        b.first[column], b.last[column] = first, last
 
 
 @apart

@@ -26,15 +26,16 @@ from .simd import (
     store,
     target,
     tile_column,
+    tile_lanes,
     tile_load,
     tile_rows,
     tile_zeros,
     where,
-    width_of,
 )
-from .softmax import LN2, probability
+from .softmax import probability
 from .tiles import add_to, all_finite, matrix, multiply_add, padded_rows, rows_from, whole_vectors
 
+SINGLE = 64 // target().lanes(4)  # vectors of the tile for one row: as many chains hide the latency of one
 SUMMED_KEYS = 128  # a sum over more would lose digits: see tiles.add_columns_times_block
 
 
@@ -133,21 +134,29 @@ def row_softmax(r, row, n, most, KB, v_step, unit):
 
 
 @apart
-def add_values(like, out, v_step, p, KB, rows, value, n, Dv):
-    """3. out[row, d] += sum over key < n of p[row, key] * value[key, d], for rows that see the same keys"""
-    width, lanes = width_of(out), lanes_of(out)
+def add_values(like, narrow, out, v_step, p, KB, rows, value, n, Dv):
+    """3. out[row, d] += sum over key < n of p[row, key] * value[key, d], for rows that see the same keys
+
+    `narrow`, a tile one vector wide, does what wide ones leave, but for the last channels that are no whole vector.
+    """
+    lanes, wide = lanes_of(out), Dv // tile_lanes(like) * tile_lanes(like)
+    whole = Dv // lanes * lanes
+    add_whole_vectors(like, out, v_step, p, KB, rows, value, n, 0, wide)
+    add_whole_vectors(narrow, out, v_step, p, KB, rows, value, n, wide, whole)
+    for row in range(rows if whole < Dv else 0):
+        sum = load_live(value.data, 0, 0)
+        for key in range(n):
+            sum = fma(splat(sum, p[row * KB + key]), load_live(value.data, key * value.row + whole, Dv - whole), sum)
+        store(load(out, row * v_step + whole) + sum, out, row * v_step + whole)
+
+
+@apart
+def add_whole_vectors(like, out, v_step, p, KB, rows, value, n, first, last):
     for row in range(0, rows, tile_rows(like)):
         live = min(tile_rows(like), rows - row)
-        for d in range(0, Dv // width * width, width):
+        for d in range(first, last, tile_lanes(like)):
             tile = multiply_add(like, p + row * KB, 1, KB, live, value.data + d, value.row, n)
             add_to(tile, out + row * v_step, d, v_step, live)
-    for row in range(rows):
-        for d in range(Dv // width * width, Dv, lanes):
-            left = min(lanes, Dv - d)
-            sum = load_live(value.data, 0, 0)
-            for key in range(n):
-                sum = fma(splat(sum, p[row * KB + key]), load_live(value.data, key * value.row + d, left), sum)
-            store(load(out, row * v_step + d) + sum, out, row * v_step + d)
 
 
 @apart
@@ -173,7 +182,7 @@ def stage_row(additive, bias, mask, head, i, k0, n):
 
 
 @apart
-def take_chunk(high, wide, single, r, job, key_head, i, k0, first, last, step, v_step):
+def take_chunk(high, wide, narrow, single, one, r, job, key_head, i, k0, first, last, step, v_step):
     """Query i of every head of the group past the keys first .. last of the chunk that begins with k0."""
     G, KB, head0 = job.group, job.keys_per_block, key_head * job.group
     key, value, n = matrix(job.key, head0, k0), matrix(job.value, head0, k0 + first), last - first
@@ -193,9 +202,9 @@ def take_chunk(high, wide, single, r, job, key_head, i, k0, first, last, step, v
     for j in range(0, n if finite else 0, SUMMED_KEYS):
         out, p, keys = r.output + i * G * v_step, r.scores + i * G * KB + j, min(SUMMED_KEYS, n - j)
         if G > 1:
-            add_values(wide, out, v_step, p, KB, G, rows_from(value, j), keys, job.Dv)
+            add_values(wide, narrow, out, v_step, p, KB, G, rows_from(value, j), keys, job.Dv)
         else:
-            add_values(single, out, v_step, p, KB, G, rows_from(value, j), keys, job.Dv)
+            add_values(single, one, out, v_step, p, KB, G, rows_from(value, j), keys, job.Dv)
 
 
 @kernel
@@ -205,7 +214,8 @@ def forward(job: AttentionJob, slot, task):
     G, Lq, KB = job.group, job.Lq, job.keys_per_block
     R, step, v_step = G * Lq, whole_vectors(job.scratch, job.D), whole_vectors(job.scratch, job.Dv)
     r = carve(job, slot, R, step, v_step)
-    high, wide, single = tile_column(r.query), tile_zeros(r.query, ROWS, COLS), tile_zeros(r.query, 1, COLS)
+    high, wide, narrow = tile_column(r.query), tile_zeros(r.query, ROWS, COLS), tile_zeros(r.query, ROWS, 1)
+    single, one = tile_zeros(r.query, 1, SINGLE), tile_zeros(r.query, 1, 1)
     for row in range(R):
         r.lane[0] = job.scale
         query = rows_from(matrix(job.query, key_head * G + row % G, 0), row // G)
@@ -220,10 +230,10 @@ def forward(job: AttentionJob, slot, task):
             lo = max(k0, max(i + job.first, limits[i * job.limits_row]))
             hi = min(min(stop, k0 + KB), min(i + job.last, limits[i * job.limits_row + 1]))
             if lo < hi:
-                take_chunk(high, wide, single, r, job, key_head, i, k0, lo - k0, hi - k0, step, v_step)
+                take_chunk(high, wide, narrow, single, one, r, job, key_head, i, k0, lo - k0, hi - k0, step, v_step)
     for row in range(R):
         part = (key_head * G + row % G) * job.splits + split
-        write_row(job, r, job.exact, part, row // G, row, v_step, job.natural, job.epsilon)
+        write_row(job, r, job.exact, part, row // G, row, v_step, job.epsilon)
 
 
 @apart
@@ -233,8 +243,8 @@ def write_scaled(out, row, Dv, factor):
 
 
 @apart
-def write_row(job, r, exact, part, i, row, v_step, unit, epsilon):
-    """out = sum p v / sum p, and 0 where nothing was seen; the logsumexp if wanted."""
+def write_row(job, r, exact, part, i, row, v_step, epsilon):
+    """out = sum p v / sum p, and 0 where nothing was seen; the sums if wanted."""
     total = r.total[row]
     if epsilon is not None:  # here the bound is the largest score
         epsilon.top[part * job.Lq + i] = r.bound[row]
@@ -244,6 +254,7 @@ def write_row(job, r, exact, part, i, row, v_step, unit, epsilon):
         write_scaled(matrix(job.output, part, i), r.output + row * v_step, job.Dv, factor)
     if exact is not None and job.wants_exact:
         write_scaled(matrix(exact, part, i), r.output + row * v_step, job.Dv, factor)
-    if job.wants_lse:
-        shift = 0 if total == 0 else r.bound[row] * (LN2 if unit is None else 1.0)
-        job.lse[part * job.Lq + i] = -INF if total == 0 else shift + math.log(total * 1.0)
+    if job.wants_sums:
+        at = 2 * (part * job.Lq + i)
+        job.sums[at] = 0 if total == 0 else r.bound[row]
+        job.sums[at + 1] = -INF if total == 0 else math.log(total * 1.0)

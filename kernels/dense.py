@@ -1,4 +1,4 @@
-"""Dense attention: streaming forward and backward.
+"""Dense attention, streaming: the forward pass, and what the backward pass shares with it.
 
     query (B * H) x (Lq, D)   key (B * Hk) x (Lk, D)   value (B * Hk) x (Lk, Dv)   output (B * H) x (Lq, Dv)
 
@@ -15,35 +15,23 @@ from .blocks import (
     TALL,
     AttentionJob,
     carve,
-    carve_gradients,
     chunk,
     find_keys,
     interior,
     place_chunk,
-    queries_of,
     sees,
     stage_additive,
 )
 from .jit import apart, inline, kernel
-from .scoring import (
-    biased,
-    biased_gradient,
-    cap_slope,
-    capped,
-    leaned,
-    slope_of,
-    thinned,
-    throw_dice,
-    visible,
-    visible_gradient,
-)
+from .packed import by_channels, carve_packed, pack_keys, zip_rows
+from .scoring import biased, cap_slope, capped, leaned, slope_of, thinned, throw_dice, visible
 from .simd import (
     either,
     given,
+    given_words,
     lanes_of,
-    load,
+    per_lane,
     splat,
-    store,
     tile_column_max,
     tile_column_sum,
     tile_exceeds,
@@ -55,21 +43,16 @@ from .simd import (
     tile_steps,
     tile_store,
     tile_zeros,
-    where,
+    unless,
     width_of,
 )
-from .softmax import LN2, LOG2E, plus, probability, raise_bound, times
+from .softmax import LN2, plus, probability, raise_bound
 from .tiles import (
     Matrix,
-    add_block_times_rows,
     add_columns_times_block,
     all_finite,
-    clear,
-    copy_rows,
-    dot,
     matrix,
     multiply_add,
-    padded_rows,
     rows_from,
     transposed,
     transposed_back,
@@ -78,15 +61,23 @@ from .tiles import (
 
 
 # --- what forward and backward share ---------------------------------------------------------------------------------
+@inline
+def scaled(s, scale):
+    return s * splat(s, scale)
+
+
 @apart
-def scores(like, b, column, key, D, j, live, softcap, slope, additive, edge, slope_of_cap):
+def scores(like, b, column, key, D, j, live, scale, softcap, slope, additive, edge, slope_of_cap):
     """One tile: key j + r by the queries from `column`, through the terms; -inf where hidden.
 
-    Where the caller gives it room, the derivative of the softcap is left in slope_of_cap[key, query].
+    `scale` is None where the queries are scaled already. Where the caller gives it room, the derivative of the softcap
+    is left in slope_of_cap[key, query].
     """
     # s[r, query] = sum_d key[j + r, d] * query[query, d]
-    width, at = width_of(b.query), j * width_of(b.query) + column
+    width, at, D = width_of(b.query), j * width_of(b.query) + column, D // per_lane(b.query)
     s = multiply_add(like, key.data + j * key.row, key.col, key.row, live, b.query + column, width, D)
+    if scale is not None:
+        s = tile_map(scaled, s, (scale,))
     if softcap is not None:
         s = tile_map(capped, s, (softcap,))
         if slope_of_cap is not None:
@@ -123,12 +114,24 @@ def add_seen_columns(out, m, D, b, block, k0, first, last, column, lanes, nq, ad
                     out[d * width + query] += m.data[j * m.row + d * m.col] * block[j * width + query]
 
 
+@inline
+def keys_of(job, head, k0):
+    """The head's keys from k0 on, in the type that the products read."""
+    return matrix(either(job.widened, job).key, head, k0)
+
+
+@inline
+def values_of(job, head, k0):
+    return matrix(either(job.widened, job).value, head, k0)
+
+
 @apart
 def stand(b, job, head, q0, nq):
     """Put the block's queries into scratch, transposed and scaled, and throw their dice."""
     for i in range(lanes_of(b.query)):
         b.factor[i] = job.scale
-    transposed(b.query, matrix(job.query, head, q0), nq, job.D, b.factor)
+    m = by_channels(job.packed, matrix(job.query, head, q0))
+    transposed(b.query, m, nq, job.D // per_lane(b.query), unless(job.packed, b.factor))
     throw_dice(b.dice, width_of(b.query), job.dropout, head, q0)
 
 
@@ -141,8 +144,11 @@ def note_top(like, s, b, column, epsilon):
 
 
 @apart
-def attend(like, b, column, key, value, first, last, k0, nq, job, slope, additive, edge, careful):
-    """The queries from `column`, as many as the tile `like` is wide, attend to keys first .. last of the chunk."""
+def attend(like, b, column, key, value, zipped, first, last, k0, nq, job, slope, additive, edge, careful):
+    """The queries from `column`, as many as the tile `like` is wide, attend to keys first .. last of the chunk.
+
+    Packed, `key` are pairs of channels and `zipped` pairs of keys of `value`, else the same.
+    """
     rows, width, total, D, Dv = tile_rows(like), width_of(b.query), b.total + column, job.D, job.Dv
     waiting = b.scores + (first * width + column)
     for i in range(width, width + tile_lanes(like)):
@@ -150,7 +156,8 @@ def attend(like, b, column, key, value, first, last, k0, nq, job, slope, additiv
     for j in range(first, last, rows):
         live, at = min(rows, last - j), j * width + column
         # 1. s = k . q, with its terms
-        s = scores(like, b, column, key, D, j, live, job.softcap, slope, additive, edge, None)
+        scale = given(job.packed, job.scale)
+        s = scores(like, b, column, key, D, j, live, scale, job.softcap, slope, additive, edge, None)
         note_top(like, s, b, column, job.epsilon)
         # 2. p = exp(s - shift), l += sum p
         if tile_exceeds(s, tile_row(like, b.bound, column)):
@@ -166,11 +173,14 @@ def attend(like, b, column, key, value, first, last, k0, nq, job, slope, additiv
     if careful:
         add_seen_columns(b.output, value, Dv, b, b.scores, k0, first, last, column, tile_lanes(like), nq, additive)
     else:
-        add_columns_times_block(like, b.output + column, rows_from(value, first), Dv, waiting, last - first)
+        p = given_words(job.packed, waiting)
+        pack_keys(job.packed, like, p, waiting, last - first)
+        rows = rows_from(zipped, first // per_lane(p))
+        add_columns_times_block(like, b.output + column, rows, Dv, p, last - first)
 
 
 @apart
-def stream(wide, tall, b, job, head, q0, nq, keys, slope, careful):
+def stream(wide, tall, b, room, job, head, q0, nq, keys, slope, careful):
     """The block past all its keys; True if some query did not see some key of a chunk."""
     lowest, near, far, highest = keys
     lanes, k0, some_hidden = lanes_of(b.query), lowest, False
@@ -181,7 +191,9 @@ def stream(wide, tall, b, job, head, q0, nq, keys, slope, careful):
         b.output[i] = 0
     while k0 < highest:
         n, whole = chunk(k0, near, far, highest, job.keys_per_block)
-        key, value = matrix(job.key, head, k0), matrix(job.value, head, k0)
+        key, value, step = keys_of(job, head, k0), values_of(job, head, k0), whole_vectors(b.output, job.Dv)
+        key, zipped = by_channels(job.packed, key), either(given(job.packed, Matrix(room.stage, step, 1)), value)
+        zip_rows(job.packed, room.stage, step, value, n, job.Dv)
         place_chunk(b, job, nq, q0, k0, n, whole)
         stage_additive(b, job.additive, job.bias, job.mask, head, q0, nq, k0, n)
         additive = given(job.additive, b.additive)
@@ -189,11 +201,11 @@ def stream(wide, tall, b, job, head, q0, nq, keys, slope, careful):
         some_hidden = some_hidden or hidden
         with_care = careful and hidden
         if whole:
-            attend(wide, b, 0, key, value, 0, n, k0, nq, job, slope, additive, None, with_care)
+            attend(wide, b, 0, key, value, zipped, 0, n, k0, nq, job, slope, additive, None, with_care)
         else:
             for column in range(0, nq, lanes):
                 first, last = b.first[column // lanes], b.last[column // lanes]
-                attend(tall, b, column, key, value, first, last, k0, nq, job, slope, additive, True, with_care)
+                attend(tall, b, column, key, value, zipped, first, last, k0, nq, job, slope, additive, True, with_care)
         k0 += n
     return some_hidden
 
@@ -209,15 +221,14 @@ def add_epsilon(b, epsilon, at, nq, unit):
 
 
 @apart
-def write_lse(out, at, b, nq, unit):
-    """out[at + i] = log(sum over keys of exp(score)), natural; -inf for a query that sees nothing."""
+def write_sums(out, at, b, nq):
+    """The shift and the logarithm of the sum of exp(score - shift), -inf for a query that sees nothing.
+
+    Not their sum: beside scores of -1e30 it would forget how many there are.
+    """
     for i in range(nq):
-        if b.total[i] == 0:
-            out[at + i] = -INF
-        elif unit is None:
-            out[at + i] = b.shift[i] * LN2 + math.log(b.total[i] * 1.0)
-        else:
-            out[at + i] = b.shift[i] * 1.0 + math.log(b.total[i] * 1.0)
+        out[2 * (at + i)] = 0 if b.total[i] == 0 else b.shift[i]
+        out[2 * (at + i) + 1] = -INF if b.total[i] == 0 else math.log(b.total[i] * 1.0)
 
 
 @apart
@@ -236,9 +247,10 @@ def forward(job: AttentionJob, slot, task):
     part, block = task // job.blocks, job.blocks - 1 - task % job.blocks
     head, first_key = part // job.splits, part % job.splits * job.split_keys
     b = carve(job, slot)
+    room = carve_packed(job, b, slot)
     width, q0 = width_of(b.query), block * width_of(b.query)
     nq = min(width, job.Lq - q0)
-    wide, tall = tile_zeros(b.query, ROWS, COLS), tile_zeros(b.query, TALL, 1)
+    wide, tall = tile_zeros(b.output, ROWS, COLS), tile_zeros(b.output, TALL, 1)
     keys = find_keys(b, job, head, q0, nq, first_key, min(job.Lk, first_key + job.split_keys))
     slope = given(job.slopes, slope_of(job.slopes, head))
     # 1. the block's queries, transposed and scaled
@@ -246,7 +258,7 @@ def forward(job: AttentionJob, slot, task):
     # 2. past the keys. A hidden NaN or infinity times a weight of 0 is NaN, and shows: then once more, with care
     careful, done = False, False
     while not done:
-        some_hidden = stream(wide, tall, b, job, head, q0, nq, keys, slope, careful)
+        some_hidden = stream(wide, tall, b, room, job, head, q0, nq, keys, slope, careful)
         done = careful or not some_hidden or all_finite(Matrix(b.output, width, 1), job.Dv, nq)
         careful = True
     # 3. out = sum p v / sum p, and 0 where nothing was seen
@@ -254,250 +266,5 @@ def forward(job: AttentionJob, slot, task):
     for i in range(nq):
         b.factor[i] = 0 if b.total[i] == 0 else 1 / b.total[i]
     write_output(job, job.exact, part, q0, nq, b)
-    if job.wants_lse:
-        write_lse(job.lse, part * job.Lq + q0, b, nq, job.natural)
-
-
-# --- backward: p = exp(s - lse)  dv = p^T do  dp = do v^T  ds = p (dp - delta)  dq = ds k  dk = ds^T q ----------------
-@inline
-def score_gradient(p, dp, delta):
-    return p * (dp - delta)
-
-
-@inline
-def score_gradient_with_epsilon(p, dp, delta, p_top, eps):
-    """The largest score has more to answer for: it sets how much eps weighs. (If several are, each answers for all.)"""
-    return p * (dp - where(p >= p_top, delta + splat(delta, eps) * delta, delta))
-
-
-@apart
-def differentiate(like, b, g, column, key, value, first, last, k0, job, slope, additive, edge):
-    """p and ds of the queries from `column` and keys first .. last of the tile, into b.scores and g.scores."""
-    rows, width, D, Dv = tile_rows(like), width_of(b.query), job.D, job.Dv
-    for j in range(first, last, rows):
-        live, at = min(rows, last - j), j * width + column
-        # 1. p = exp(s - lse)
-        s = scores(like, b, column, key, D, j, live, job.softcap, slope, additive, edge, g.scores)
-        p = tile_map(probability, s, (tile_row(like, b.shift, column), job.natural))
-        tile_store(p, b.scores, at, width, live)
-        # 2. dp = v . do, of the weights that dropout kept;  ds = p (dp - delta)
-        dp = multiply_add(like, value.data + j * value.row, value.col, value.row, live, g.output + column, width, Dv)
-        dp = thin(like, dp, b, column, k0 + j, job.dropout)
-        p = tile_load(like, b.scores, at, width, live)
-        ds = through_softmax(like, p, dp, b, g, column, job.epsilon)
-        ds = hide_gradient(like, ds, b, g, column, j, live, job.softcap, additive, edge, job.bias_gradient)
-        tile_store(ds, g.scores, at, width, live)
-        # 3. what dv is made of: the weights that dropout kept
-        if job.dropout is not None:
-            tile_store(thin(like, p, b, column, k0 + j, job.dropout), b.scores, at, width, live)
-
-
-@apart
-def through_softmax(like, p, dp, b, g, column, epsilon):
-    delta = tile_row(like, g.delta, column)
-    if epsilon is None:
-        return tile_map(score_gradient, p, (dp, delta))
-    terms = (dp, delta, tile_row(like, b.top, column), epsilon.value)
-    return tile_map(score_gradient_with_epsilon, p, terms)
-
-
-@apart
-def hide_gradient(like, ds, b, g, column, j, live, softcap, additive, edge, of_bias):
-    """ds back through the softcap, which a bias comes after, and exactly 0 where hidden."""
-    width, at = width_of(b.query), j * width_of(b.query) + column
-    if softcap is not None and of_bias is None:
-        ds = tile_map(times, ds, (tile_load(like, g.scores, at, width, live),))
-    if additive is not None:
-        ds = tile_map(biased_gradient, ds, (tile_load(like, additive, at, width, live),))
-    if edge is not None:
-        terms = (tile_row(like, b.near, column), tile_row(like, b.far, column), tile_steps(like, like, j))
-        ds = tile_map(visible_gradient, ds, terms)
-    return ds
-
-
-@apart
-def add_seen_rows(out, out_row, b, block, k0, n, rows, step, nq, additive):
-    """As `add_block_times_rows` where rows may hold NaN or infinity for queries that do not see some keys."""
-    width = width_of(block)
-    for j in range(n):
-        for query in range(nq):
-            if sees(b, additive, k0, j, query):
-                for d in range(step):
-                    out[j * out_row + d] += block[j * width + query] * rows[query * step + d]
-
-
-@apart
-def add_key_value_gradients(wide, tall, b, g, job, head, k0, n, nq, additive, careful):
-    """dv += p^T do and dk += ds^T q for one tile of keys, each group of keys with the queries that see it."""
-    dv, dk = matrix(job.gradients.value, head, k0), matrix(job.gradients.key, head, k0)
-    v_step, k_step = whole_vectors(b.query, job.Dv), whole_vectors(b.query, job.D)
-    if careful:
-        add_seen_rows(dv.data, dv.row, b, b.scores, k0, n, g.output_rows, v_step, nq, additive)
-        add_seen_rows(dk.data, dk.row, b, g.scores, k0, n, g.query_rows, k_step, nq, additive)
-        return
-    for j in range(0, n, TALL):
-        rows, at = min(TALL, n - j), j * width_of(b.query)
-        first, last = queries_of(b, j, rows, nq)
-        add_block_times_rows(
-            wide, tall, dv.data + j * dv.row, dv.row, b.scores + at, rows, g.output_rows, v_step, first, last
-        )
-        add_block_times_rows(
-            wide, tall, dk.data + j * dk.row, dk.row, g.scores + at, rows, g.query_rows, k_step, first, last
-        )
-
-
-@apart
-def clear_unseen(b, g, n, nq):
-    """p and ds are 0 for the keys of the tile that no query of a column sees."""
-    width, lanes = width_of(b.query), lanes_of(b.query)
-    for column in range(0, nq, lanes):
-        for j in range(n):
-            if j < b.first[column // lanes] or j >= b.last[column // lanes]:
-                for i in range(column, column + lanes):
-                    b.scores[j * width + i], g.scores[j * width + i] = 0, 0
-
-
-@apart
-def take_tile(wide, tall, b, g, job, head, q0, nq, k0, n, whole, slope):
-    """Fill b.scores with p and g.scores with ds, for the block and the tile of keys k0 .. k0 + n."""
-    lanes, key, value = lanes_of(b.query), matrix(job.key, head, k0), matrix(job.value, head, k0)
-    place_chunk(b, job, nq, q0, k0, n, whole)
-    stage_additive(b, job.additive, job.bias, job.mask, head, q0, nq, k0, n)
-    additive = given(job.additive, b.additive)
-    if whole:
-        differentiate(wide, b, g, 0, key, value, 0, n, k0, job, slope, additive, None)
-    else:
-        clear_unseen(b, g, n, nq)
-        for column in range(0, nq, lanes):
-            first, last = b.first[column // lanes], b.last[column // lanes]
-            differentiate(tall, b, g, column, key, value, first, last, k0, job, slope, additive, True)
-
-
-@apart
-def add_query_gradient(wide, tall, b, g, key, D, k0, n, nq, whole, additive, careful):
-    """dq^T += k^T ds"""
-    lanes, width = lanes_of(b.query), width_of(b.query)
-    if careful:
-        add_seen_columns(b.output, key, D, b, g.scores, k0, 0, n, 0, width, nq, additive)
-    elif whole:
-        add_columns_times_block(wide, b.output, key, D, g.scores, n)
-    else:
-        for column in range(0, nq, lanes):
-            first, last = b.first[column // lanes], b.last[column // lanes]
-            ds = g.scores + (first * width + column)
-            add_columns_times_block(tall, b.output + column, rows_from(key, first), D, ds, last - first)
-
-
-@apart
-def normalise(b, job, at, nq, unit):
-    """b.shift = lse in the scores' unit, rounded; b.total = what rounding left: p = exp(s - shift) * total."""
-    for i in range(nq):
-        lse = job.lse[at + i]
-        b.shift[i] = 0 if lse == -INF else (lse * LOG2E if unit is None else lse)
-        rounded = b.shift[i] * (LN2 if unit is None else 1.0)
-        b.total[i] = 0 if lse == -INF else math.exp(rounded - lse)
-
-
-@apart
-def stand_top(b, epsilon, at, nq, unit):
-    """The probability of each query's largest score, by the function that makes the others: the same bits."""
-    if epsilon is not None:
-        for i in range(width_of(b.query)):
-            b.top[i] = epsilon.top[at + i] if i < nq else -INF
-        for i in range(0, width_of(b.query), lanes_of(b.query)):
-            store(probability(load(b.top, i), load(b.shift, i), unit), b.top, i)
-
-
-@apart
-def stand_gradients(b, g, job, head, q0, nq):
-    """The block's output gradients, transposed and by rows, its queries by rows, and delta.
-
-    What rounding took from lse is given back here, to do and delta, where it costs nothing.
-    """
-    width, lanes, Dv = width_of(b.query), lanes_of(b.query), job.Dv
-    v_step, k_step = whole_vectors(b.query, Dv), whole_vectors(b.query, job.D)
-    for i in range(width):
-        b.shift[i], b.total[i], g.delta[i] = 0, 0, 0
-    normalise(b, job, head * job.Lq + q0, nq, job.natural)
-    stand_top(b, job.epsilon, head * job.Lq + q0, nq, job.natural)
-    # rows: do * total, and the outputs for a moment, where the transposed do will lie
-    padded_rows(g.output_rows, v_step, matrix(job.gradients.output, head, q0), nq, Dv, b.total)
-    out = matrix(either(job.exact, job.output), head, q0)  # rounded to half precision it would cost ds its last digits
-    for i in range(nq):
-        lse_part = job.gradients.lse[head * job.Lq + q0 + i] * b.total[i]
-        g.delta[i] = dot(out.data + i * out.row, out.col, g.output_rows + i * v_step, Dv) - lse_part
-        b.factor[i] = job.scale * (LN2 if job.natural is None else 1.0)
-    padded_rows(g.query_rows, k_step, matrix(job.query, head, q0), nq, job.D, b.factor)
-    for i in range(lanes):
-        b.factor[i] = 1
-    transposed(g.output, Matrix(g.output_rows, v_step, 1), nq, Dv, b.factor)
-
-
-@apart
-def gradients_of_block(job, b, g, head, block, first_tile, last_tile):
-    """One block of queries and tiles first .. last of keys: dq of the block, and its share of dk and dv."""
-    width, lanes, KB = width_of(b.query), lanes_of(b.query), job.keys_per_block
-    q0 = block * width
-    nq = min(width, job.Lq - q0)
-    wide, tall = tile_zeros(b.query, ROWS, COLS), tile_zeros(b.query, TALL, 1)
-    lowest, near, far, highest = find_keys(b, job, head, q0, nq, 0, job.Lk)
-    first_tile, last_tile = max(first_tile, lowest // KB), min(last_tile, (highest + KB - 1) // KB)
-    slope, additive = given(job.slopes, slope_of(job.slopes, head)), given(job.additive, b.additive)
-    if first_tile < last_tile:
-        stand(b, job, head, q0, nq)
-        stand_gradients(b, g, job, head, q0, nq)
-    for i in range(job.D * width):
-        b.output[i] = 0
-    k_step, v_step = whole_vectors(b.query, job.D), whole_vectors(b.query, job.Dv)
-    for tile in range(first_tile, last_tile):
-        k0 = tile * KB
-        n = min(KB, job.Lk - k0)
-        whole = near <= k0 and k0 + n <= far and nq > width - lanes
-        take_tile(wide, tall, b, g, job, head, q0, nq, k0, n, whole, slope)
-        key, careful = matrix(job.key, head, k0), False
-        if not whole or additive is not None:  # what is not finite, times a p or ds of 0, would reach what it must not
-            careful = not (
-                all_finite(key, n, job.D)
-                and all_finite(Matrix(g.query_rows, k_step, 1), nq, job.D)
-                and all_finite(Matrix(g.output_rows, v_step, 1), nq, job.Dv)
-            )
-        if job.gradients.to_query:
-            add_query_gradient(wide, tall, b, g, key, job.D, k0, n, nq, whole, additive, careful)
-        if job.gradients.to_key:
-            add_key_value_gradients(wide, tall, b, g, job, head, k0, n, nq, additive, careful)
-    if job.gradients.to_query:
-        for i in range(nq):
-            b.factor[i] = job.scale * (LN2 if job.natural is None else 1.0)
-        made = either(job.rounded, job.gradients)
-        transposed_back(matrix(made.query, head, q0), nq, job.D, b.output, b.factor)
-
-
-@apart
-def write_key_gradients(job, rounded, head, k0, n):
-    """dk and dv, which were summed in float32, in the type of the keys and values."""
-    if rounded is not None:
-        copy_rows(matrix(rounded.key, head, k0), matrix(job.gradients.key, head, k0), n, job.D)
-        copy_rows(matrix(rounded.value, head, k0), matrix(job.gradients.value, head, k0), n, job.Dv)
-
-
-@kernel
-def backward(job: AttentionJob, slot, task):
-    # task -> some heads of a group, some blocks of queries, some tiles of keys. Whether one task does a whole key head
-    # (five products) or dq and dk, dv are made by smaller tasks apart (seven), each element is summed in one order: dq
-    # over tiles, dk and dv over heads and then blocks
-    b, g, G = carve(job, slot), carve_gradients(job, slot), job.gradients
-    tiles = (job.Lk + job.keys_per_block - 1) // job.keys_per_block
-    tile_groups, block_groups = (tiles + G.tiles - 1) // G.tiles, (job.blocks + G.blocks - 1) // G.blocks
-    first_tile, rest = task % tile_groups * G.tiles, task // tile_groups
-    first_block, heads = (block_groups - 1 - rest % block_groups) * G.blocks, rest // block_groups
-    k0 = first_tile * job.keys_per_block
-    n = min(job.Lk, (first_tile + G.tiles) * job.keys_per_block) - k0
-    if G.to_key:  # while they are near: zeros from NumPy cost 3 % at L=128
-        head = heads * G.heads
-        clear(matrix(G.key, head, k0), n)
-        clear(matrix(G.value, head, k0), n)
-    for head in range(heads * G.heads, heads * G.heads + G.heads):
-        for block in range(first_block, min(job.blocks, first_block + G.blocks)):
-            gradients_of_block(job, b, g, head, block, first_tile, min(tiles, first_tile + G.tiles))
-    if G.to_key:
-        write_key_gradients(job, job.rounded, heads * G.heads, k0, n)
+    if job.wants_sums:
+        write_sums(job.sums, part * job.Lq + q0, b, nq)

@@ -130,9 +130,8 @@ def _flatten(job) -> tuple[list, tuple]:
 
 # --- kernels -------------------------------------------------------------------------------------------------------
 _KERNELS: dict[str, "Kernel"] = {}
-_ELEMENT = {
-    np.dtype(t): numba.from_dtype(np.dtype(t)) for t in (np.float16, np.float32, np.float64, np.int32, np.int64)
-}
+_NUMBERS = (np.float16, np.float32, np.float64, np.int32, np.int64)
+_ELEMENT = {np.dtype(t): numba.from_dtype(np.dtype(t)) for t in _NUMBERS}
 _ELEMENT[np.dtype(np.uint16)] = simd.bfloat16  # NumPy has no such type: its bits
 _COMPILING = threading.RLock()
 _log = logging.getLogger("ruvector_numba")
@@ -417,20 +416,23 @@ def _is_foreign_thread() -> bool:
 
 
 # --- scratch -------------------------------------------------------------------------------------------------------
-class _Slab(threading.local):
-    """Memory that each Python thread keeps from call to call."""
+class _Slabs(threading.local):
+    """Memory that each Python thread keeps from call to call, by what it is for."""
 
-    array = np.empty(0, np.uint8)
-
-
-_slab = _Slab()
+    def __init__(self):
+        self.arrays = {}
 
 
-def scratch(elements: int, dtype: np.dtype) -> np.ndarray:
+_slabs = _Slabs()
+_NONE = np.empty(0, np.uint8)
+
+
+def scratch(elements: int, dtype: np.dtype, purpose: str = "kernel") -> np.ndarray:
     """At least `elements` of memory on a 64-byte boundary, that of the last call if it is large enough."""
     size = elements * dtype.itemsize
-    if _slab.array.size < size:
+    slab = _slabs.arrays.get(purpose, _NONE)
+    if slab.size < size:
         memory = np.empty(max(size, 1 << 16) + 64, np.uint8)
         start = -memory.ctypes.data % 64
-        _slab.array = memory[start : start + max(size, 1 << 16)]
-    return _slab.array
+        slab = _slabs.arrays[purpose] = memory[start : start + max(size, 1 << 16)]
+    return slab

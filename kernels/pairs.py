@@ -1,8 +1,10 @@
 """What is made for pairs of a query and a key, by those who ask for it: the weights, and the gradient of a bias."""
 
 from .blocks import COLS, ROWS, TALL, AttentionJob, carve, carve_gradients, find_keys, place_chunk, sees, stage_additive
-from .dense import normalise, scores, stand, stand_gradients, take_tile
+from .dense import keys_of, scores, stand
+from .dense_backward import normalise, stand_gradients, take_tile
 from .jit import apart, kernel
+from .packed import by_channels, carve_packed
 from .scoring import slope_of
 from .simd import given, lanes_of, tile_map, tile_row, tile_store, tile_zeros, width_of
 from .softmax import probability
@@ -13,18 +15,19 @@ from .tiles import matrix
 def bias_backward(job: AttentionJob, slot, task):
     # task -> one distinct bias matrix and one block of queries, for all the heads that the matrix was broadcast to
     b, g, grad, KB = carve(job, slot), carve_gradients(job, slot), job.bias_gradient, job.keys_per_block
+    room = carve_packed(job, b, slot)
     width, lanes = width_of(b.query), lanes_of(b.query)
     m, block = task // job.blocks, task % job.blocks
     q0 = block * width
     nq = min(width, job.Lq - q0)
-    wide, tall = tile_zeros(b.query, ROWS, COLS), tile_zeros(b.query, TALL, 1)
+    wide, tall = tile_zeros(b.output, ROWS, COLS), tile_zeros(b.output, TALL, 1)
     for member in range(grad.begins[m], grad.begins[m + 1]):
         head = grad.members[member]
         lowest, near, far, highest = find_keys(b, job, head, q0, nq, 0, job.Lk)
         slope = given(job.slopes, slope_of(job.slopes, head))
         if lowest < highest:
             stand(b, job, head, q0, nq)
-            stand_gradients(b, g, job, head, q0, nq)
+            stand_gradients(b, g, room, job, head, q0, nq)
         for tile in range(lowest // KB, (highest + KB - 1) // KB):
             k0 = tile * KB
             n = min(KB, job.Lk - k0)
@@ -50,20 +53,21 @@ def weights(job: AttentionJob, slot, task):
     b = carve(job, slot)
     width, lanes, q0, KB = width_of(b.query), lanes_of(b.query), block * width_of(b.query), job.keys_per_block
     nq = min(width, job.Lq - q0)
-    tall = tile_zeros(b.query, TALL, 1)
+    tall = tile_zeros(b.output, TALL, 1)
     lowest, near, far, highest = find_keys(b, job, head, q0, nq, 0, job.Lk)
     slope, additive = given(job.slopes, slope_of(job.slopes, head)), given(job.additive, b.additive)
     stand(b, job, head, q0, nq)
     normalise(b, job, head * job.Lq + q0, nq, job.natural)
     for k0 in range(lowest // KB * KB, highest, KB):
-        n, key = min(KB, job.Lk - k0), matrix(job.key, head, k0)
+        n, key = min(KB, job.Lk - k0), by_channels(job.packed, keys_of(job, head, k0))
         place_chunk(b, job, nq, q0, k0, n, False)
         stage_additive(b, job.additive, job.bias, job.mask, head, q0, nq, k0, n)
         for column in range(0, nq, lanes):
             first, last = b.first[column // lanes], b.last[column // lanes]
             for j in range(first, last, TALL):
                 live = min(TALL, last - j)
-                s = scores(tall, b, column, key, job.D, j, live, job.softcap, slope, additive, True, None)
+                scale = given(job.packed, job.scale)
+                s = scores(tall, b, column, key, job.D, j, live, scale, job.softcap, slope, additive, True, None)
                 p = tile_map(probability, s, (tile_row(tall, b.shift, column), job.natural))
                 tile_store(p, b.scores, j * width + column, width, live)
             queries = column, min(nq, column + lanes)

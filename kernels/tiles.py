@@ -14,6 +14,7 @@ from .simd import (
     lanes_of,
     load,
     load_live,
+    per_lane,
     splat,
     store,
     tile_load,
@@ -86,6 +87,7 @@ def add_columns_times_block(like, out, m, D, block, n):
     float32 can keep (values of one sign, flat weights, 1347 keys: four times the error of the plain formula).
     """
     rows, width = tile_rows(like), width_of(out)
+    n = (n + per_lane(block) - 1) // per_lane(block)
     for d in range(0, D, rows):
         live = min(rows, D - d)
         tile = multiply_add(like, m.data + d * m.col, m.row, m.col, live, block, width, n)
@@ -97,22 +99,22 @@ def add_block_times_rows(like, narrow, out, out_row, block, n, rows, step, first
     """out[key, d] += sum over first <= query < last of block[key, query] * rows[query, d]: P^T . dO, or dS^T . Q
 
     Here the lanes are d, as many as `step`: rows and out are padded to whole vectors. `narrow`, a tile one vector wide,
-    does what wide ones leave.
+    does what wide ones leave. If elements are words, of two queries each, `first` is even.
     """
-    width, lanes = width_of(block), lanes_of(block)
-    wide = step // width * width
+    width, lanes, per = width_of(block), lanes_of(block), per_lane(block)
+    wide, row, first, last = step // width * width, width // per, first // per, (last + per - 1) // per
     for key in range(0, n, tile_rows(like)):
         live = min(tile_rows(like), n - key)
         for d in range(0, wide, width):
             tile = multiply_add(
-                like, block + (key * width + first), 1, width, live, rows + (first * step + d), step, last - first
+                like, block + (key * row + first), 1, row, live, rows + (first * step + d), step, last - first
             )
             add_to(tile, out, key * out_row + d, out_row, live)
     for key in range(0, n if wide < step else 0, tile_rows(narrow)):
         live = min(tile_rows(narrow), n - key)
         for d in range(wide, step, lanes):
             tile = multiply_add(
-                narrow, block + (key * width + first), 1, width, live, rows + (first * step + d), step, last - first
+                narrow, block + (key * row + first), 1, row, live, rows + (first * step + d), step, last - first
             )
             add_to(tile, out, key * out_row + d, out_row, live)
 
@@ -125,7 +127,10 @@ def add_to(tile, out, at, step, live):
 
 @apart
 def transposed(out, m, n, D, factor):
-    """out[d, row] = m[row, d] * factor[0] for n rows; the columns beyond n become 0. `factor` repeats over a vector."""
+    """out[d, row] = m[row, d] * factor[0] for n rows; the columns beyond n become 0.
+
+    `factor` repeats over a vector, and is None where elements are words, which are moved.
+    """
     width, lanes = width_of(out), lanes_of(out)
     rows, columns = 0, 0
     if m.col == 1:  # whole squares by shuffles: element by element the forward pass at L=128 falls from 78 to 62 %
@@ -135,7 +140,10 @@ def transposed(out, m, n, D, factor):
                 transpose_square(out, d * width + row, width, m.data, row * m.row + d, m.row, factor, 0)
     for d in range(D):
         for row in range(rows if d < columns else 0, n):
-            out[d * width + row] = m.data[row * m.row + d * m.col] * factor[0]
+            x = m.data[row * m.row + d * m.col]
+            if factor is not None:
+                x = x * factor[0]
+            out[d * width + row] = x
         for row in range(n, width):
             out[d * width + row] = 0
 
@@ -173,14 +181,15 @@ def padded_rows(out, step, m, n, D, factor):
 
 @apart
 def copy_rows(out, m, n, D):
-    """out[row, d] = m[row, d] for n rows, rounded if out is of half precision; the elements of both rows adjoin."""
+    """out[row, d] = m[row, d] for n rows, widened or rounded if one of them is of half precision."""
     lanes = lanes_of(m.data)
+    whole = D // lanes * lanes if m.col == 1 and out.col == 1 else 0
     for row in range(n):
         to, at = row * out.row, row * m.row
-        for d in range(0, D // lanes * lanes, lanes):
+        for d in range(0, whole, lanes):
             store(load(m.data, at + d), out.data, to + d)
-        for d in range(D // lanes * lanes, D):
-            out.data[to + d] = m.data[at + d]
+        for d in range(whole, D):
+            out.data[to + d * out.col] = m.data[at + d * m.col]
 
 
 @apart

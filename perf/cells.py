@@ -6,6 +6,7 @@ counts attended pairs only. Layers on graphs count edges, and have no limit on t
 """
 
 import dataclasses
+from typing import Any
 
 from ruvector_numba.peers_graph import GraphWork
 from ruvector_numba.works import Task, Work
@@ -35,7 +36,7 @@ class Group:
         return self.short_share if work.length < 512 else None
 
 
-def _square(sizes: tuple[tuple[int, int, int, int], ...], **terms: bool) -> tuple[Work, ...]:
+def _square(sizes: tuple[tuple[int, int, int, int], ...], **terms: Any) -> tuple[Work, ...]:
     return tuple(Work(batch, heads, length, length, dim, **terms) for batch, heads, length, dim in sizes)
 
 
@@ -61,6 +62,10 @@ GROUPS = (
     Group("layer", _square(LAYER_SIZES, layer=True), ("torch",), 1.0),  # these two aim at 1.4
     Group("layer-training", _square(LAYER_SIZES, layer=True, backward=True), ("torch",), 1.0),
     Group("decode", (Work(1, 8, 1, 65536, 64),), INFERENCE, 1.0, 0.90),
+    Group("bfloat16", _square(SIZES, dtype="bfloat16"), ("torch", "openvino"), 1.0, 0.70),
+    Group("bfloat16-training", _square(SIZES, dtype="bfloat16", backward=True), ("torch",), 2.0),
+    Group("bfloat16-decode", (Work(1, 8, 1, 65536, 64, dtype="bfloat16"),), ("torch", "openvino"), 1.0, 0.90),
+    Group("float16", _square(SIZES[1:3], dtype="float16"), ("torch",), 5.0),
     Group("graph", _graphs(backward=False), ("torch_geometric",), 10.0, smoke=5),
     Group("graph-training", _graphs(backward=True), ("torch_geometric",), 8.0, smoke=5),
 )

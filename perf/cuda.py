@@ -11,15 +11,19 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import fcntl
+import importlib.util
 import json
 import math
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 # Instead of this folder, where a file called cuda.py hides NVIDIA's package of that name.
@@ -55,6 +59,8 @@ CASES: list[Row] = [
     dict(element="float16", D=64, L=3, S=2000, causal=True, mask="bottom_right"),
     dict(element="bfloat16", D=64, L=0, S=5),
     dict(element="bfloat16", D=64, L=5, S=0),
+    dict(layer=True, element="float32"),
+    dict(layer=True, element="bfloat16"),
 ]
 
 
@@ -119,6 +125,40 @@ def check(
         x, y = torch.where(finite, x, 0), torch.where(finite, y, 0)
         errors[name] = float((x - y).norm() / y.norm().clamp_min(1e-30)) if pattern else math.nan
     limit = TOLERANCE[element] * (3 if "bias" in ours else 1)
+    return dict(errors=errors, same_bits=same, right=all(e <= limit for e in errors.values()) and same)
+
+
+def check_layer(element: str, B: int = 3, L: int = 200, d: int = 96, H: int = 4) -> Row:
+    """MultiHeadAttention, causal and padded, and one step of training, beside torch's layer in double precision."""
+    layer = rv.MultiHeadAttention(rv.AttentionConfig(d, H, dropout=0.0, causal=True), seed=1)
+    theirs = torch.nn.MultiheadAttention(d, H, batch_first=True, device="cuda", dtype=torch.float64)
+    generator = torch.Generator("cuda").manual_seed(3)
+    x, do = (torch.randn(B, L, d, device="cuda", generator=generator).to(getattr(torch, element)) for _ in range(2))
+    padding = torch.arange(L, device="cuda") >= torch.tensor([[L], [L // 2], [3]], device="cuda")[:B]
+    causal = torch.triu(torch.ones(L, L, dtype=torch.bool, device="cuda"), 1)
+    errors, same = {}, True
+    for step in ("first", "second"):
+        parameters = layer._parameters
+        joined = np.concatenate([parameters[f"w_{name}"].T for name in "qkv"])
+        biases = np.concatenate([parameters[f"b_{name}"] for name in "qkv"])
+        state = dict(
+            in_proj_weight=joined, in_proj_bias=biases, **{"out_proj.weight": parameters["w_o"].T},
+            **{"out_proj.bias": parameters["b_o"]},
+        )  # fmt: skip
+        theirs.load_state_dict({name: torch.tensor(a, dtype=torch.float64) for name, a in state.items()})
+        leaf = x.double().requires_grad_()
+        wanted, weights = theirs(leaf, leaf, leaf, key_padding_mask=padding, attn_mask=causal)
+        (dx,) = torch.autograd.grad(wanted, leaf, do.double())
+        output, past = layer.forward_cached(x, x, x, key_padding_mask=padding)
+        got: Any = layer.backward(do, past)
+        again: Any = layer.backward(do, past)
+        same = same and torch.equal(got.query_weights, again.query_weights)
+        pairs: Row = dict(output=(output, wanted), weights=(past.weights(), weights))
+        pairs["inputs"] = (got.query.double() + got.key.double() + got.value.double(), dx)
+        for name, (a, b) in pairs.items():
+            errors[f"{step} {name}"] = float((a.double() - b).norm() / b.norm())
+        layer.update_parameters(got, learning_rate=1e-3)
+    limit = 2 * TOLERANCE[element]
     return dict(errors=errors, same_bits=same, right=all(e <= limit for e in errors.values()) and same)
 
 
@@ -187,7 +227,8 @@ def run_checks(numbers: list[int]) -> Iterator[Row]:
     for n in numbers:
         start = time.time()
         try:
-            result = check(**CASES[n])
+            case = dict(CASES[n])
+            result = check_layer(**case) if case.pop("layer", False) else check(**case)
         except Exception as error:
             result = dict(right=False, error=repr(error)[:500], trace=traceback.format_exc()[-1500:])
         yield dict(case=CASES[n], **result, seconds=round(time.time() - start, 1))
@@ -358,6 +399,30 @@ def memory(L: int = 16384) -> Row:
     return dict(L=L, bytes=torch.cuda.max_memory_allocated() - before - 4 * one, one_array=one)
 
 
+def graph(lock: str) -> Row:
+    """The graph layers, in processes of their own, timed when the lock is free: see cuda_graph.py."""
+    place = os.path.join(os.path.dirname(os.path.abspath(__file__)), "cuda_graph.py")
+    found = importlib.util.spec_from_file_location("cuda_graph", place)
+    assert found is not None and found.loader is not None
+    module = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    return module.measure(seconds=170.0, lock=lock)
+
+
+def checks_beside_graph(processes: int) -> tuple[list[Row], Row]:
+    """Both: the graph layers compile while the checks run, and are timed after them."""
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(1) as pool:
+        lock = os.path.join(folder, "lock")
+        with open(lock, "w", encoding="utf-8") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            layers = pool.submit(graph, lock)
+            try:
+                found = checks(processes)
+            finally:
+                fcntl.flock(file, fcntl.LOCK_UN)
+        return found, layers.result()
+
+
 def machine() -> Row:
     import numba
     import numba_cuda
@@ -372,7 +437,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--output", default="perf/cuda.json", help="where the numbers go")
     parser.add_argument("--quick", action="store_true", help="fewer sizes, no sanitizer")
-    parser.add_argument("--only", nargs="+", help="some of: checks dense decode host_us memory races graph")
+    parser.add_argument("--only", nargs="+", help="some of: dense decode host_us memory races, 'checks and graph'")
     parser.add_argument("--processes", type=int, default=min(8, os.cpu_count() or 1), help="for checks")
     parser.add_argument("--cases", help=argparse.SUPPRESS)
     parser.add_argument("--small", action="store_true", help=argparse.SUPPRESS)
@@ -387,7 +452,7 @@ def main() -> None:
     print(found["machine"], flush=True)
     sizes = (4096,) if options.quick else (1024, 4096, 16384)
     steps: list[tuple[str, Callable[[], Any]]] = [
-        ("checks", lambda: checks(options.processes)),
+        ("checks and graph", lambda: checks_beside_graph(options.processes)),
         ("dense", lambda: [dense(D, L, causal) for D in (64, 128) for L in sizes for causal in (False, True)]),
         ("decode", lambda: [decode(S) for S in (4096, 16384)]),
         ("host_us", host_time),
@@ -400,6 +465,8 @@ def main() -> None:
             continue
         try:
             found[name] = step()
+            if name == "checks and graph":
+                found["checks"], found["graph"] = found.pop(name)
         except Exception:
             found[name] = traceback.format_exc()[-1500:]
             print(name, found[name], flush=True)

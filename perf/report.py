@@ -1,4 +1,4 @@
-"""From perf/results-*.json and perf/graph-*.json to the README's tables, between its markers.
+"""From perf/results-*.json, perf/graph-*.json and perf/cuda-*.json to the README's tables, between its markers.
 
 python perf/report.py            rewrite what stands between <!-- perf:begin --> and <!-- perf:end -->
 python perf/report.py --check    only say whether the README is up to date; 1 when it is not
@@ -91,10 +91,10 @@ def markdown(document: dict[str, Any], of_graphs: dict[str, Any] | None = None) 
     parts = [
         f"**{machine['cpu']}** ({machine['target']}, {machine['lanes']} lanes), {machine['processors']} processors, "
         f"{machine['system']}, threads by {machine['threading_layer']}; {versions}; {when}.\n",
-        "GFLOP/s in float32, GB/s where it says so. *Of the machine*: the share of the peak measured in the same "
-        "rounds. *Times the best*: how many times as fast as the fastest peer. Both are bold where they reach what "
-        "this project asks of itself, else that stands in brackets. *Error*: the largest, against float64, relative "
-        "to the largest value.\n",
+        "GFLOP/s in float32 unless a row names another type, GB/s where it says so. *Of the machine*: the share of "
+        "the peak measured in the same rounds. *Times the best*: how many times as fast as the fastest peer. Both "
+        "are bold where they reach what this project asks of itself, else that stands in brackets. *Error*: the "
+        "largest, against float64, relative to the largest value.\n",
     ]
     for is_graphs, threads in sorted({(r["unit"] == GRAPHS, r["threads"]) for r in results}):
         rows = [r for r in results if (r["unit"] == GRAPHS, r["threads"]) == (is_graphs, threads)]
@@ -105,6 +105,54 @@ def markdown(document: dict[str, Any], of_graphs: dict[str, Any] | None = None) 
         caveats += of_graphs["caveats"]
     parts += [f"- {caveat}" for caveat in caveats]
     return "\n".join(parts) + "\n"
+
+
+def of_gpu(document: dict[str, Any]) -> str:
+    """The tables of one GPU, from what `cuda.py` measured."""
+    machine, checks = document["machine"], document.get("checks", ())
+    versions = ", ".join(f"{name} {version}" for name, version in machine.items() if name != "gpu")
+    right = sum(bool(row["right"]) for row in checks)
+    said = f" {right} of {len(checks)} checks against double precision are right, with the same bits twice."
+    lines = [
+        f"**{machine['gpu']}**; {versions}.{said if checks else ''}\n",
+        "Dense attention in bfloat16, 16384 tokens of 2048 channels, TFLOP/s; *of flash's time*: ours, in one of "
+        "torch's FlashAttention, in bold up to 2:\n",
+        "| length, dim, mask | ruvector-numba | flash | cudnn | of flash's time | with gradients | flash | cudnn | of "
+        "flash's time |",
+        "| --- |" + " ---: |" * 8,
+    ]
+    for row in document["dense"]:
+        cells = [f"{row['L']}, {row['D']}, {'causal' if row['causal'] else 'none'}"]
+        for kind in ("forward", "training"):
+            cells += [_number(row[f"{kind}_tflops"].get(name)) for name in ("ours", "flash", "cudnn")]
+            times = row[f"{kind}_to_flash"]
+            cells.append(f"**{times:.2f}**" if times <= 2 else f"{times:.2f} (2)")
+        lines.append("| " + " | ".join(cells) + " |")
+    if "graph" in document:
+        lines += _gpu_layers(document["graph"])
+    if "memory" in document:
+        lines.append(
+            f"\nBeyond inputs and results, forward and backward over {document['memory']['L']} tokens of 16 heads take "
+            f"{document['memory']['bytes'] / 1e6:.1f} MB; a call takes {document['host_us']:.0f} us of Python."
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _gpu_layers(cells: dict[str, Any]) -> list[str]:
+    lines = [
+        "\nLayers on graphs of 100,000 nodes and 1,000,000 edges, float32, milliseconds; *times*: as fast as the "
+        "faster of PyTorch Geometric's two ways, edges as drawn or grouped by target, in bold from 3 on:\n",
+        "| layer | ruvector-numba | torch_geometric | times | with gradients | torch_geometric | times |",
+        "| --- |" + " ---: |" * 6,
+    ]
+    for name, cell in cells.items():
+        row, times = [name], cell["timings"]
+        for kind in ("forward", "training"):
+            theirs = min(times[f"{kind}_ms"][way] for way in ("drawn", "grouped"))
+            row += [f"{times[f'{kind}_ms']['ours']:.2f}", f"{theirs:.2f}"]
+            row.append(_against(times[f"{kind}_ratio"], 3, "{:.1f}"))
+        lines.append("| " + " | ".join(row) + " |")
+    return lines
 
 
 def _of_machine(path: pathlib.Path) -> str:
@@ -132,7 +180,8 @@ def main() -> int:
     if not paths:
         raise SystemExit(f"no results-*.json in {options.results}: run perf/run.py first")
     before = options.readme.read_text()
-    after = insert(before, "\n".join(_of_machine(path) for path in paths))
+    gpus = [of_gpu(json.loads(path.read_text())) for path in sorted(options.results.glob("cuda-*.json"))]
+    after = insert(before, "\n".join([*(_of_machine(path) for path in paths), *gpus]))
     if options.check:
         print("up to date" if before == after else "out of date: run perf/report.py")
         return int(before != after)

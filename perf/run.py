@@ -19,16 +19,19 @@ import re
 import sys
 from typing import Any
 
-import cells
-import peak
-from peers import everyone, versions
-
-import ruvector_numba as rv
-from ruvector_numba.bench import Plan, Score, compare
-from ruvector_numba.peers import PEERS, adapters, installed
-from ruvector_numba.works import OURS, Build, Task
-
 HERE = pathlib.Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))  # not there in the contestants' processes, which begin with this file too
+
+import cells  # noqa: E402
+import peak  # noqa: E402
+from peers import everyone, versions  # noqa: E402
+
+import ruvector_numba as rv  # noqa: E402
+from ruvector_numba.bench import Plan, Score, compare  # noqa: E402
+from ruvector_numba.peers import PEERS, adapters, installed  # noqa: E402
+from ruvector_numba.works import OURS, Build, Task  # noqa: E402
+
+sys.path[:] = [p for p in sys.path if pathlib.Path(p).resolve() != HERE]  # torch imports NVIDIA's cuda, not cuda.py
 CAVEATS = (
     "Every answer was checked against float64 before it was timed. Contestants are timed in blocks taken in turn, each "
     "in a process of its own; a ratio is the median over pairs of blocks timed next to each other.",
@@ -40,6 +43,8 @@ CAVEATS = (
     "A layer is self-attention with its four projections and their biases, and its gradients are those of the input "
     "and of all parameters: rv.MultiHeadAttention beside torch.nn.MultiheadAttention with need_weights=False, which "
     "is the fastest of its modes in each cell: eval, train, and train with the length first.",
+    "bfloat16 and float16: arrays of that type for ruvector-numba and torch; openvino is given float32 arrays and the "
+    "hint to compute in bfloat16. The peak of bfloat16 is twice that of float32 where the CPU multiplies it.",
     "A share of the peak counts attended pairs and projections only, and is of the float32 multiply-adds that this "
     "machine did in registers in the same rounds; that of a decode is of the memory that the same number of threads "
     "read.",

@@ -28,7 +28,7 @@ from .works import OURS, Build, Runner, Task, Unsupported, Work
 
 __all__ = ["QUICK_WORKS", "Plan", "Score", "choose", "compare", "format_table", "reference", "relative_error"]
 
-TOLERANCE = 1e-4  # of a result against float64, relative to the largest magnitude; float32 gives some 1e-6
+TOLERANCE = 1e-4  # of a result against float64, relative to the largest magnitude, unless its work says otherwise
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 
@@ -186,14 +186,14 @@ def _contestants(builds: dict[str, Build], work: Task, threads: int, plan: Plan)
             contestant.close()
 
 
-def _verify(contestant: _Contestant, expected: list[np.ndarray]) -> None:
+def _verify(contestant: _Contestant, expected: list[np.ndarray], tolerance: float) -> None:
     """A wrong answer is never timed."""
     score = contestant.score
     if score.skipped or contestant.results is None:
         return
     score.error = relative_error(contestant.results, expected)
     contestant.results = None
-    if not score.error <= TOLERANCE:
+    if not score.error <= tolerance:
         score.skipped = f"wrong: its largest relative error is {score.error:.1e}"
 
 
@@ -225,7 +225,7 @@ def compare(
     expected = reference(work)
     with _contestants(builds, work, threads, plan) as contestants:
         for contestant in contestants:
-            _verify(contestant, expected)
+            _verify(contestant, expected, getattr(work, "tolerance", TOLERANCE))
         for round_ in range(plan.blocks):
             turn = round_ % len(contestants)  # nobody always follows the same one
             for contestant in contestants[turn:] + contestants[:turn]:

@@ -75,43 +75,42 @@ def call(
     alibi_slopes: ArrayLike | None,
     seed: int | None,
     dtype: str | None = None,
-    precision: str | None = None,
 ) -> Call:
     """Check the arguments of attention."""
-    query, key, value = (_array(n, x, dtype) for n, x in (("query", query), ("key", key), ("value", value)))
+    given = (("query", query), ("key", key), ("value", value))
+    query, key, value = (_array(name, x, may_be_half=True, dtype=dtype) for name, x in given)
     if not query.shape[:-2] == key.shape[:-2] == value.shape[:-2] or not query.dtype == key.dtype == value.dtype:
         _check_heads_and_dtypes(query, key, value, enable_gqa)
     (Lq, D), (Lk, Dk) = query.shape[-2:], key.shape[-2:]
     if D != Dk or Lk != value.shape[-2]:
         _refuse_sizes(query, key, value)
     heads, batch = query.shape[-3] if query.ndim > 2 else 1, query.shape[:-3]
-    given = query.dtype
-    seen = masks.resolve(attn_mask, is_causal, batch, heads, Lq, Lk, given)
+    seen = masks.resolve(attn_mask, is_causal, batch, heads, Lq, Lk, query.dtype)
     scale = scale_of(scale, D)
     if softcap is not None:
         softcap = _real("softcap", softcap)
         if not 0 < softcap < math.inf:
             raise InvalidInputError(f"softcap is {softcap}", hint="give a positive number, or None for no cap")
-    bias_given = None if seen.bias is None else seen.bias.dtype
-    if given.itemsize == 2 or precision is not None:
-        query, key, value = (_half(x, precision) for x in (query, key, value))
+    of_results, bias_given = query.dtype, None if seen.bias is None else seen.bias.dtype
+    if of_results.itemsize == 2:
+        query, key, value = (halves.stored(x) for x in (query, key, value))
         seen = seen if seen.bias is None else replace(seen, bias=halves.widened(seen.bias))
     slopes = None if alibi_slopes is None else _slopes(alibi_slopes, batch, heads, halves.arithmetic(query.dtype))
     terms = (seen, scale, softcap, slopes, *dropout(dropout_p, seed))
-    return Call(query, key, value, *terms, given=given, bias_given=bias_given)
+    return Call(query, key, value, *terms, given=of_results, bias_given=bias_given)
 
 
-def _half(x: Array, precision: str | None) -> Array:
-    """A half array as the kernels know its type; one of float32 rounded to bfloat16, if that was asked for."""
+def precision(precision: object, c: Call) -> bool:
+    """Are the products to be those of bfloat16, though the arrays are float32?"""
     if precision is None:
-        return halves.stored(x)
+        return False
     if precision != "bfloat16":
         hint = 'give precision="bfloat16", or None for the precision of the arrays'
         raise InvalidInputError(f"precision is {precision!r}", hint=hint)
-    if x.dtype != np.float32:
-        hint = "products of float32 arrays alone can be made coarser; leave it out"
-        raise InvalidInputError(f"precision is {precision!r} and the arrays are {x.dtype}", hint=hint)
-    return halves.rounded(x, halves.BITS)
+    if c.query.dtype != np.float32:
+        hint = "it makes products of float32 arrays coarser and faster: leave it out"
+        raise InvalidInputError(f"precision is {precision!r} and the arrays are {c.given}", hint=hint)
+    return True
 
 
 def floats(name: str, x: ArrayLike, said: str | None = None) -> Array:
@@ -143,21 +142,23 @@ def dropout(dropout_p: object, seed: object) -> tuple[float, int]:
     return number, _seed(seed, number)
 
 
-def _array(name: str, x: ArrayLike, dtype: str | None = None) -> Array:
-    """The argument as an array of at least two axes that the kernels can read, by its bits at least."""
+def _array(name: str, x: ArrayLike, may_be_half: bool = False, dtype: str | None = None) -> Array:
+    """The argument as an array of at least two axes that the kernels can read."""
     if type(x) is not np.ndarray:
         x = from_sequence(name, x)
+    is_half = may_be_half and (x.dtype == np.float16 or halves.is_bfloat16(x.dtype))
     if dtype is not None:
         _check_bits(name, x, dtype)
-    elif (x.dtype not in FLOATS and not (x.dtype == np.float16 or halves.is_bfloat16(x.dtype))) or not x.dtype.isnative:
+    elif not (x.dtype in FLOATS or is_half) or not x.dtype.isnative:
         hint = f"cast it: {name}.astype(numpy.float32)"
         if x.dtype.kind == "c":
             hint = f"attention is real: take {name}.real, or stack real and imaginary parts"
         elif x.dtype.kind in "OSUV":
             hint = f"give numbers; of objects or text make an array of floats first: numpy.array({name}, float)"
-        elif x.dtype == halves.BITS:
+        elif x.dtype == halves.BITS and may_be_half:
             hint = f'cast it, or pass dtype="bfloat16" if {name} holds the bits of bfloat16 numbers'
-        raise InvalidInputError(f"{name} has dtype {x.dtype}, not float16, bfloat16, float32 or float64", hint=hint)
+        known = "float16, bfloat16, float32 or float64" if may_be_half else "float32 or float64"
+        raise InvalidInputError(f"{name} has dtype {x.dtype}, not {known}", hint=hint)
     if x.ndim < 2:
         raise InvalidInputError(
             f"{name} has {x.ndim} axes", shapes={f"{name}.shape": x.shape}, hint="give (..., H, L, D), or (L, D)"
@@ -346,4 +347,16 @@ def memory(shape: Shape, dtype: np.dtype[Any], purpose: str, hint: str | None = 
         raise OutOfMemoryError(size, shapes={f"{purpose} shape": shape, "bytes": size, "memory": present}, hint=hint)
 
 
-__all__ = ["Call", "call", "dropout", "floats", "from_sequence", "gradient", "memory", "output", "rows", "scale_of"]
+__all__ = [
+    "Call",
+    "call",
+    "dropout",
+    "floats",
+    "from_sequence",
+    "gradient",
+    "memory",
+    "output",
+    "precision",
+    "rows",
+    "scale_of",
+]

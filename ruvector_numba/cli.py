@@ -283,7 +283,9 @@ def _parser() -> argparse.ArgumentParser:
     info.add_argument("--no-peak", action="store_true", help="do not measure the peak")
 
     warmup = add("warmup", _warmup, "compile ahead, so that first calls are quick")
-    warmup.add_argument("--dtypes", nargs="+", default=["float32"], choices=("float32", "float64"))
+    warmup.add_argument(
+        "--dtypes", nargs="+", default=["float32"], choices=("float32", "float64", "float16", "bfloat16")
+    )
     return parser
 
 

@@ -49,8 +49,9 @@ def scaled_dot_product_attention(
 
     Parameters
     ----------
-    query : array (..., H, Lq, D), float32 or float64
-        Any strides, any number of leading batch axes, or just (L, D).
+    query : array (..., H, Lq, D), float32, float64, float16, or bfloat16 of the package ml_dtypes
+        Any strides, any number of leading batch axes, or just (L, D). Half precision is computed in float32 throughout,
+        and rounded once, at the end.
     key : array (..., Hk, Lk, D)
     value : array (..., Hk, Lk, Dv)
     attn_mask : bool array, float array, or mask of `ruvector_numba.masks`, optional
@@ -76,6 +77,13 @@ def scaled_dot_product_attention(
         Move arrays of NumPy to the GPU, and the results back. Arrays that lie on a GPU already (of torch, CuPy, Numba,
         or of anything with ``__cuda_array_interface__`` or DLPack) are read there without it, float32, float16 or
         bfloat16, and the result is an array of the same library.
+    dtype : "bfloat16", optional
+        What the bits of uint16 arrays mean: all three are bfloat16 numbers, and so is the result, uint16 again. NumPy
+        has no such type, and arrays of ml_dtypes.bfloat16 need no such word.
+    precision : "bfloat16", optional
+        Of the products alone, for float32 arrays: inputs are rounded to bfloat16, 3 digits, and sums and softmax are
+        float32 as ever. Results are off by some 1 % of the largest, nearly all of it from rounding the inputs. It pays
+        where the CPU multiplies bfloat16 (avx512bf16 in ``rv.info()["features"]``).
 
     Returns
     -------
@@ -97,9 +105,9 @@ def scaled_dot_product_attention(
     """
     terms = (dropout_p, is_causal, scale, enable_gqa, softcap, alibi_slopes, seed)
     if gpu.concerns(device, query, key, value):
-        return gpu_dense().run(query, key, value, attn_mask, out, device, *terms).result
-    c = checks.call(query, key, value, attn_mask, *terms, dtype, precision)
-    return _forward(c, None if out is None else checks.output(out, c), wants_lse=False).output
+        return _on_gpu(precision, dtype, query, key, value, attn_mask, out, device, *terms).result
+    c = _checked(precision, query, key, value, attn_mask, *terms, dtype)
+    return _forward(c, None if out is None else checks.output(out, c), wants_sums=False).output
 
 
 def attention_forward(
@@ -141,10 +149,10 @@ def attention_forward(
     """
     terms = (dropout_p, is_causal, scale, enable_gqa, softcap, alibi_slopes, seed)
     if gpu.concerns(device, query, key, value):
-        there = gpu_dense().run(query, key, value, attn_mask, out, device, *terms)
+        there = _on_gpu(precision, dtype, query, key, value, attn_mask, out, device, *terms)
         lse = there.given(there.lse)
         return AttentionCache(query, key, value, mask=attn_mask, output=there.result, lse=lse, record=there)
-    c = checks.call(query, key, value, attn_mask, *terms, dtype, precision)
+    c = _checked(precision, query, key, value, attn_mask, *terms, dtype)
     result = forward(c, None if out is None else checks.output(out, c))
     return AttentionCache(query, key, value, mask=attn_mask, output=result.output, lse=result.lse, record=result)
 
@@ -198,7 +206,7 @@ def attention_backward(
     return past.backward(grad, lse)
 
 
-def merge(outputs: Sequence[ArrayLike], lses: Sequence[ArrayLike]) -> tuple[Array, Array]:
+def merge(outputs: Sequence[ArrayLike], lses: Sequence[ArrayLike], *, dtype: str | None = None) -> tuple[Array, Array]:
     """The attention over all keys, from attentions of the same queries over disjoint parts of the keys. Exact.
 
     Parameters
@@ -206,6 +214,8 @@ def merge(outputs: Sequence[ArrayLike], lses: Sequence[ArrayLike]) -> tuple[Arra
     outputs : sequence of arrays (..., Lq, Dv)
     lses : sequence of arrays (..., Lq)
         The logsumexp of each; a part where a query sees nothing has -inf there, and does not count.
+    dtype : "bfloat16", optional
+        What the bits of uint16 outputs mean.
 
     Returns
     -------
@@ -236,18 +246,38 @@ def merge(outputs: Sequence[ArrayLike], lses: Sequence[ArrayLike]) -> tuple[Arra
         shapes = {f"outputs[{i}].shape": x.shape, f"lses[{i}].shape": log.shape, "outputs[0].shape": parts[0].shape}
         if x.ndim < 2 or x.shape != parts[0].shape or log.shape != x.shape[:-1]:
             raise DimensionMismatchError(parts[0].shape, x.shape, shapes=shapes, hint="(..., Lq, Dv) and (..., Lq)")
-        if x.dtype.kind != "f" or log.dtype.kind != "f" or x.dtype != parts[0].dtype:
+        is_float = (
+            x.dtype.kind == "f" or halves.is_bfloat16(x.dtype) or (dtype == "bfloat16" and x.dtype == halves.BITS)
+        )
+        if not is_float or log.dtype.kind != "f" or x.dtype != parts[0].dtype:
             dtypes = {f"outputs[{i}].dtype": x.dtype, f"lses[{i}].dtype": log.dtype, "outputs[0].dtype": parts[0].dtype}
             raise InvalidInputError("outputs and lses are floats of one kind", shapes=dtypes, hint="cast them")
-    output, lse = _merged(np.stack(parts), np.stack(logs).astype(np.float64, copy=False))
-    return output, lse.astype(logs[0].dtype, copy=False)
+    wide = [halves.widened(x) for x in parts]
+    given = np.stack(logs).astype(np.float64, copy=False)
+    output, shift, log = _merged(np.stack(wide), given, np.where(np.isneginf(given), given, 0))
+    lse = shift + log
+    return halves.rounded(output, parts[0].dtype), lse.astype(logs[0].dtype, copy=False)
 
 
-def gpu_dense() -> Any:
+def _on_gpu(precision: str | None, dtype: str | None, *arguments: Any) -> Any:
     """The same on a GPU, loaded when first wanted."""
     from . import gpu_dense
 
-    return gpu_dense
+    if precision is not None:
+        hint = "it is for float32 arrays on the CPU: cast them"
+        raise InvalidInputError(f"precision is {precision!r}, and arrays are on a GPU", hint=hint)
+    return gpu_dense.run(*arguments, dtype=dtype)
+
+
+def _checked(precision: str | None, *arguments: Any) -> Call:
+    """A checked call; one whose products shall be of bfloat16 has its arrays rounded."""
+    c = checks.call(*arguments)
+    if not checks.precision(precision, c):
+        return c
+    from .plan import dense as plan
+
+    query, key, value = (plan.rounded(x, halves.BITS) for x in (c.query, c.key, c.value))
+    return c._replace(query=query, key=key, value=value)
 
 
 # --- from checked calls to plans -----------------------------------------------------------------------------------
@@ -256,14 +286,16 @@ class Past(NamedTuple):
 
     call: Call
     output: Array
-    log_sum: Array | None  # (..., H, Lq) float64: the logsumexp, with eps in the sum if the call had one
+    sums: Array | None  # (..., H, Lq, 2) float64: a shift in the kernel's unit, log(eps + sum of exp(score - shift))
     top: Array | None  # (..., H, Lq): the largest scores, in the kernel's unit, if it had
     exact: Array | None = None  # the output as it was computed; `output` itself, unless that is of half precision
+    unit: float = 1.0
 
     @property
     def lse(self) -> Array:
-        assert self.log_sum is not None
-        return self.log_sum.astype(self.call.arithmetic, copy=False)
+        assert self.sums is not None
+        shift, log = self.sums[..., 0], self.sums[..., 1]
+        return (shift * self.unit + log).astype(self.call.arithmetic, copy=False)
 
     def weights(self, rows: Any = None) -> Array:
         """See `AttentionCache.weights`."""
@@ -273,11 +305,11 @@ class Past(NamedTuple):
         checks.memory(shape, c.given, "weights")
         result = np.zeros(shape, c.given)
         if result.size:
-            log_sum, done = _by_tiles(self).log_sum, 0
-            assert log_sum is not None
+            sums, done = _by_tiles(self).sums, 0
+            assert sums is not None
             for run in np.split(chosen, np.flatnonzero(np.diff(chosen) != 1) + 1):
                 there = slice(int(run[0]), int(run[-1]) + 1)
-                _weights(_queries(c, there), log_sum[..., there], result[..., done : done + len(run), :])
+                _weights(_queries(c, there), sums[..., there, :], result[..., done : done + len(run), :])
                 done += len(run)
         return result
 
@@ -296,55 +328,66 @@ class Past(NamedTuple):
 
 def forward(c: Call, out: Array | None = None) -> Past:
     """A checked call's output, and what its weights and gradients will need."""
-    return _forward(c, out, wants_lse=True)
+    return _forward(c, out, wants_sums=True)
 
 
 @np.errstate(all="ignore")  # -inf - -inf is NaN, and such a part is not selected
-def _merged(outputs: Array, lses: Array) -> tuple[Array, Array]:
-    """Merge along the first axis: out = sum exp(lse - total) out, parts that saw nothing left out."""
-    top = lses.max(axis=0)
-    shares = np.where(np.isneginf(lses), 0, np.exp(lses - top))
+def _merged(
+    outputs: Array, shifts: Array, logs: Array, unit: float = 1.0, eps: float = 0.0, top: Array | None = None
+) -> tuple[Array, Array, Array]:
+    """Merge along the first axis parts of sums exp(log) of exp(unit * (score - shift)): out = sum of shares * out.
+
+    Also returned are the shift and the log of all. Parts that saw nothing, of log -inf, are left out. `eps` is added to
+    the sum of exp(unit * (score - top)).
+    """
+    empty = np.isneginf(logs)
+    shift = np.where(empty, -np.inf, shifts).max(axis=0)
+    shares = np.where(empty, 0, np.exp(unit * (shifts - shift) + logs))
     total = shares.sum(axis=0)
+    nothing = total == 0
+    if top is not None:
+        total = total + eps * np.exp(unit * (top - shift))
     shares = np.where(shares == 0, 0, shares / total)[..., None]
     output = np.zeros(outputs.shape[1:])
     for share, part in zip(shares, outputs, strict=True):
         output += np.where(share == 0, 0, share * part)
-    return output.astype(outputs.dtype), np.where(total == 0, -np.inf, top + np.log(total))
+    return output.astype(outputs.dtype), np.where(nothing, 0, shift), np.where(nothing, -np.inf, np.log(total))
 
 
-def _forward(c: Call, out: Array | None, wants_lse: bool, by_tiles: bool = False) -> Past:
+def _forward(c: Call, out: Array | None, wants_sums: bool, by_tiles: bool = False) -> Past:
     from .plan import dense as plan  # at the first call, as it loads the kernels: 60 ms
 
     shape = c.output_shape
     out = np.empty(shape, c.given) if out is None else out
-    lse = np.empty(shape[:-1]) if wants_lse else None
+    sums = np.empty((*shape[:-1], 2)) if wants_sums else None
     top = np.empty(shape[:-1], c.arithmetic) if c.eps else None
     if 0 in c.query.shape[:-1] or 0 in c.key.shape[:-1]:
         out[...] = 0
-        return Past(c, out, *(None if x is None else np.full_like(x, -np.inf) for x in (lse, top)))
+        if sums is not None:
+            sums[...] = 0, -np.inf
+        return Past(c, out, sums, None if top is None else np.full_like(top, -np.inf))
     if not (c.query.shape[-1] and shape[-1]):
-        wide = _forward(_with_channels(c), None, wants_lse, by_tiles)
+        wide = _forward(_with_channels(c), None, wants_sums, by_tiles)
         out[...] = wide.output[..., : shape[-1]]
         exact = None if wide.exact is None else np.ascontiguousarray(wide.exact[..., : shape[-1]])
         return wide._replace(call=c, output=out, exact=exact)
-    ready = plan.forward(plan.problem(c, out), wants_lse, by_tiles)
+    ready = plan.forward(plan.problem(c, out), wants_sums, by_tiles)
+    more = plan.widened(c) if ready.widens else {}
     if ready.splits == 1:
-        exact = np.empty(shape, c.arithmetic) if c.rounds and wants_lse else out
-        ready(c, output=halves.stored(out), exact=exact, lse=lse, top=top)
-        return Past(c, out, lse, top, exact)
+        exact = np.empty(shape, c.arithmetic) if c.rounds and wants_sums else out
+        ready(c, output=halves.stored(out), exact=exact, sums=sums, top=top, **more)
+        return Past(c, out, sums, top, exact, ready.unit)
     heads = math.prod(shape[:-2])
     parts = np.empty((heads, ready.splits, *shape[-2:]), c.arithmetic)
-    logs, tops = np.empty(parts.shape[:-1]), np.empty(parts.shape[:-1], c.arithmetic)
-    ready(c, output=parts, exact=parts, lse=logs, top=tops)
-    output, merged_lse = _merged(parts.swapaxes(0, 1), logs.swapaxes(0, 1))
-    if c.eps:
-        top = tops.max(axis=1)
-        log_sum = np.logaddexp(merged_lse, math.log(c.eps) + ready.unit * top)
-        output *= np.exp(np.where(np.isneginf(merged_lse), 0, merged_lse - log_sum))[..., None]
-        merged_lse, top = log_sum, top.reshape(shape[:-1])
-    output = output.reshape(shape)
+    pairs, tops = np.empty((*parts.shape[:-1], 2)), np.empty(parts.shape[:-1], c.arithmetic)
+    ready(c, output=parts, exact=parts, sums=pairs, top=tops, **more)
+    shifts, logs = (pairs[..., n].swapaxes(0, 1) for n in range(2))
+    top = tops.max(axis=1) if c.eps else None
+    output, shift, log = _merged(parts.swapaxes(0, 1), shifts, logs, ready.unit, c.eps, top)
+    output, top = output.reshape(shape), None if top is None else top.reshape(shape[:-1])
     out[...] = halves.rounded(output, out.dtype)
-    return Past(c, out, merged_lse.reshape(shape[:-1]), top, output if c.rounds else out)
+    sums = np.stack([shift, log], axis=-1).reshape(*shape[:-1], 2)
+    return Past(c, out, sums, top, output if c.rounds else out, ready.unit)
 
 
 def _by_tiles(past: Past) -> Past:
@@ -357,7 +400,7 @@ def _by_tiles(past: Past) -> Past:
 
     if not plan.is_few(plan.problem(past.call, past.output)):
         return past
-    again = _forward(past.call, None, wants_lse=True, by_tiles=True)
+    again = _forward(past.call, None, wants_sums=True, by_tiles=True)
     return again._replace(output=past.output, exact=past.exact)
 
 
@@ -373,39 +416,54 @@ def _with_channels(c: Call) -> Call:
 def _backward(past: Past, grad_output: Array, grad_lse: Array, wants_bias: bool) -> InputGradients:
     from .plan import dense as plan
 
-    c, output = past.call, past.exact
+    c, output = past.call, past.output if past.exact is None else past.exact
     shape_of_bias = () if c.seen.bias is None else c.seen.bias.shape
     bias = np.zeros(shape_of_bias, c.bias_given) if wants_bias else None
     D, Dv = c.query.shape[-1], c.value.shape[-1]
     if 0 in c.query.shape[:-1] or 0 in c.key.shape[:-1]:
-        return InputGradients(*(np.zeros(x.shape, c.given) for x in (c.query, c.key, c.value)), bias)
+        query, key, value = (np.zeros(x.shape, c.given) for x in (c.query, c.key, c.value))
+        return InputGradients(query, key, value, bias)
     if not (D and Dv):
-        none = np.zeros((*past.output.shape[:-1], 1), c.arithmetic)
+        none = np.zeros((*output.shape[:-1], 1), output.dtype)
         wide_past = past._replace(call=_with_channels(c), exact=output if Dv else none)
         wide = _backward(wide_past, grad_output if Dv else none.astype(c.query.dtype), grad_lse, wants_bias)
         return InputGradients(wide.query[..., :D], wide.key[..., :D], wide.value[..., :Dv], wide.bias)
-    assert output is not None
-    itemsize, problem, layout = c.arithmetic.itemsize, plan.problem(c, output), plan.layout(grad_output)
-    rounded = [np.empty(x.shape, c.given) if c.rounds else None for x in (c.query, c.key, c.value)]
-    query = np.empty((0,) if c.rounds else c.query.shape, c.arithmetic)
-    key, value = (np.empty(plan.padded(x.shape, itemsize), c.arithmetic) for x in (c.key, c.value))
-    made = dict(grad_query=query, grad_key=key, grad_value=value)
-    for name, x in zip(("query", "key", "value"), rounded, strict=True):
-        made[f"rounded_{name}"] = None if x is None else halves.stored(x)
-    sums = _by_tiles(past)
+    if grad_output.dtype != c.query.dtype:
+        grad_output = plan.rounded(grad_output, c.query.dtype)
+    elif c.query.dtype == halves.BITS and not plan.is_in_pairs(plan.layout(grad_output)):
+        grad_output = np.ascontiguousarray(grad_output)
+    problem, layout, again = plan.problem(c, output), plan.layout(grad_output), _by_tiles(past)
+    ready, *others = plan.backward(problem, layout, plan.threads())
     given = dict(
-        output=output, exact=output, lse=sums.log_sum, top=sums.top, grad_output=grad_output, grad_lse=grad_lse
-    )
-    for ready in plan.backward(problem, layout, plan.threads()):
-        ready(c, **made, **given)
-    if wants_bias:
+        output=output, exact=output, sums=again.sums, top=again.top, grad_output=grad_output, grad_lse=grad_lse,
+        **(plan.widened(c) if ready.widens else {}),
+    )  # fmt: skip
+    made = _room_for_gradients(c)
+    for each in (ready, *others):
+        each(c, **made, **given)
+    if bias is not None:
         ready, shape = plan.bias_backward(problem, layout)
         made_bias = np.zeros(shape, c.arithmetic)
         ready(c, grad_bias=made_bias, **given)
         bias = halves.rounded(_summed(made_bias, shape_of_bias), bias.dtype)
     if c.rounds:
-        return InputGradients(*rounded, bias)
-    return InputGradients(query, np.ascontiguousarray(key[..., :D]), np.ascontiguousarray(value[..., :Dv]), bias)
+        query, key, value = (made[f"rounded_{name}"].view(c.given) for name in ("query", "key", "value"))
+        return InputGradients(query, key, value, bias)
+    key, value = made["grad_key"][..., :D], made["grad_value"][..., :Dv]
+    return InputGradients(made["grad_query"], np.ascontiguousarray(key), np.ascontiguousarray(value), bias)
+
+
+def _room_for_gradients(c: Call) -> dict[str, Array]:
+    """Where gradients are summed, those of keys and values in rows of whole vectors, and where they are rounded."""
+    from .plan import dense as plan
+
+    kind, named = c.arithmetic, {"key": c.key, "value": c.value}
+    shapes = {f"grad_{name}": plan.padded(x.shape, kind.itemsize) for name, x in named.items()}
+    if not c.rounds:
+        return {name: np.empty(shape, kind) for name, shape in ({"grad_query": c.query.shape} | shapes).items()}
+    made: dict[str, Array] = {name: plan.room(shape, name) for name, shape in shapes.items()}
+    made |= {f"rounded_{name}": np.empty(x.shape, x.dtype) for name, x in (("query", c.query), *named.items())}
+    return {"grad_query": np.empty(0, kind), **made}  # each element of it is made at once, and rounded
 
 
 def _summed(made: Array, shape: tuple[int, ...]) -> Array:
@@ -432,9 +490,11 @@ def _queries(c: Call, rows: slice) -> Call:
     return c._replace(query=c.query[..., rows, :], seen=there)
 
 
-def _weights(c: Call, lse: Array, result: Array) -> None:
+def _weights(c: Call, sums: Array, result: Array) -> None:
     from .plan import dense as plan
 
     c = _with_channels(c)
     result = halves.stored(result)
-    plan.weights(plan.problem(c, result))(c, lse=np.ascontiguousarray(lse), output=result, exact=result)
+    ready = plan.weights(plan.problem(c, result))
+    more = plan.widened(c) if ready.widens else {}
+    ready(c, sums=np.ascontiguousarray(sums), output=result, exact=result, **more)

@@ -166,7 +166,7 @@ class GAT(_Convolution):
             query = plan.fold(h_target, p["att_dst"])[0][..., None]
         edge = by_edge = None
         if inputs.edge_attr is not None:  # att . (W a) = (att W) a: no array of edges is as wide as a node
-            by_edge = _joined(p["att_edge"], p["lin_edge.weight"])
+            by_edge = joined(p["att_edge"], p["lin_edge.weight"])
             edge = linear(inputs.edge_attr, by_edge)[..., None]
         made = plan.Terms(plan.SUM, terms[0], query, h, edge=edge, fold=att, **self._common(inputs, p))
         return Past(inputs.graph, made, keeps), (h_target, by_edge)
@@ -196,7 +196,7 @@ class GAT(_Convolution):
         return dsource, dtarget, dattr
 
 
-def _joined(att: Array, weight: Array) -> Array:
+def joined(att: Array, weight: Array) -> Array:
     """(H, edge_dim): att[h] . weight of the head"""
     return np.einsum("hc,hcd->hd", att[0], weight.reshape(*att[0].shape, -1))
 

@@ -213,7 +213,7 @@ class _Torch(Library):
     def upload(self, x: Array) -> Any:
         import torch
 
-        return torch.from_numpy(np.ascontiguousarray(x)).to(self.device)
+        return torch.from_numpy(np.require(x, requirements=("C", "W"))).to(self.device)
 
     def download(self, x: Any) -> Array:
         import torch
@@ -388,7 +388,7 @@ class Space:
         self._kept.append(x)
         return x
 
-    @property
+    @functools.cached_property
     def nothing(self) -> Any:
         """What a pointer that is not used points to."""
         return self.constant("nothing", lambda: np.zeros(16, np.int64))
@@ -425,11 +425,18 @@ def moved(x: Any, dtype: str | None = None) -> Any:
     return default().upload(np.asarray(x))
 
 
-def to_numpy(x: Any) -> Array:
-    """A copy of an array on a GPU as one of NumPy, its 16 bits widened to float32; of any other, the array."""
+def to_numpy(x: Any) -> Any:
+    """A copy of an array on a GPU as one of NumPy, its 16 bits widened to float32; anything else as it is."""
     if not is_on_gpu(x):
-        return np.asarray(x)
+        return x
     return halves.widened(library(x).download(x))
+
+
+def uploaded(space: Space, x: Array, element: str) -> GpuArray:
+    """An array of floats of NumPy, rounded to the element, on the GPU."""
+    kind = halves.BITS if element == "bfloat16" else np.dtype(element)
+    bits = halves.rounded(np.asarray(x, np.float32), kind)
+    return space.library.view(space.library.upload(bits))._replace(element=element)
 
 
 @functools.lru_cache(1024)

@@ -215,15 +215,24 @@ def _score_terms(c: Call, space: Space) -> tuple[Any, Any]:
     return terms, Sight(space.upload(np.ascontiguousarray(limits, np.int64)), 2 * Lq, 2, first, last)
 
 
-def run(query: Any, key: Any, value: Any, attn_mask: Any, out: Any, device: str | None, *terms: Any) -> Past:
+def run(
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: Any,
+    out: Any,
+    device: str | None,
+    *terms: Any,
+    dtype: str | None = None,
+) -> Past:
     """`scaled_dot_product_attention` and `attention_forward` on a GPU; arrays of NumPy are moved there if wanted."""
     if device == "cuda":
         mask = attn_mask if isinstance(attn_mask, masks.Mask) else gpu.moved(attn_mask)
-        c = call(gpu.moved(query), gpu.moved(key), gpu.moved(value), mask, *terms)
+        c = call(gpu.moved(query), gpu.moved(key), gpu.moved(value), mask, *terms, dtype=dtype)
         if out is not None:
             raise InvalidInputError("out is given, and device='cuda'", hint="results come back as new arrays")
         return forward(c._replace(is_moved=not gpu.is_on_gpu(query)))
-    return forward(call(query, key, value, attn_mask, *terms), out)
+    return forward(call(query, key, value, attn_mask, *terms, dtype=dtype), out)
 
 
 def _out(out: Any, c: Call) -> GpuArray:
@@ -318,7 +327,7 @@ def _gradient_job(
         lse = space.scratch(heads * Lq)
         zero(space, GpuArray(lse, 0, (heads * Lq,), (1,), "float32", None), 0.0)
     else:
-        lse = space.pointer(_compact(space, grad_lse))
+        lse = space.pointer(compact(space, grad_lse))
     return blocks.GradientJob(
         _matrices(space, c.query), _matrices(space, c.key, a.group), _matrices(space, c.value, a.group),
         _matrices(space, past.output), _matrices(space, grad_output), _matrices(space, dq), _matrices(space, dk),
@@ -327,7 +336,7 @@ def _gradient_job(
     )  # fmt: skip
 
 
-def _compact(space: Space, x: GpuArray, inverted: bool = False) -> GpuArray:
+def compact(space: Space, x: GpuArray, inverted: bool = False) -> GpuArray:
     """The array, copied if its elements do not lie one behind the other, or to have its bools inverted."""
     if x.strides == gpu.contiguous_strides(x.shape) and not inverted:
         return x
@@ -347,7 +356,7 @@ def _compact(space: Space, x: GpuArray, inverted: bool = False) -> GpuArray:
 
 def inverted(space: Space, x: GpuArray) -> GpuArray:
     """True where the array of bools is False."""
-    return _compact(space, x, inverted=True)
+    return compact(space, x, inverted=True)
 
 
 def _prepared(past: Past, space: Space, job: Any) -> int:

@@ -5,12 +5,12 @@ The parameters stay arrays of NumPy, and are copied to the GPU once for each set
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import gpu, gpu_dense, halves, layers, masks
-from .checks import Array
+from . import gpu, gpu_dense, layers, masks
 from .config import AttentionConfig
 from .errors import InvalidInputError, InvalidMaskError
 from .gpu import GpuArray, Space
@@ -67,14 +67,27 @@ def uploaded(space: Space, parameters: ParameterSet, element: str) -> dict[str, 
     key = (space.library.key, element)
     found = parameters.copies.get(key)
     if found is None:
-        found = parameters.copies[key] = {name: _upload(space, x, element) for name, x in parameters.items()}
+        found = parameters.copies[key] = {name: gpu.uploaded(space, x, element) for name, x in parameters.items()}
     return found
 
 
-def _upload(space: Space, x: Array, element: str) -> GpuArray:
-    kind = halves.BITS if element == "bfloat16" else np.dtype(element)
-    bits = halves.rounded(np.asarray(x, np.float32), kind)
-    return space.library.view(space.library.upload(bits))._replace(element=element)
+def _moved(device: str | None, arrays: tuple[Any, Any, Any], mask: Any) -> tuple[tuple[Any, Any, Any], Any, bool]:
+    """Arrays of NumPy and a mask on the GPU, if the caller wants that; and do results go back?"""
+    if device != "cuda":
+        return arrays, mask, False
+    is_moved = not gpu.any_on_gpu(*arrays)
+    mask = mask if isinstance(mask, masks.Mask) else gpu.moved(None if mask is None else np.asarray(mask, bool))
+    query, key, value = (gpu.moved(x) for x in arrays)
+    return (query, key, value), mask, is_moved
+
+
+def _home(is_moved: bool, x: Any) -> Any:
+    """A result where the caller's arrays were."""
+    return gpu.default().download(x) if is_moved and x is not None else x
+
+
+def _all_home(is_moved: bool, g: AttentionGradients) -> AttentionGradients:
+    return AttentionGradients(**{f.name: _home(is_moved, getattr(g, f.name)) for f in fields(g)}) if is_moved else g
 
 
 # --- axes --------------------------------------------------------------------------------------------------------
@@ -104,35 +117,41 @@ class OneHead(NamedTuple):
 
     inputs: tuple[Any, Any, Any]
     past: gpu_dense.Past
+    is_moved: bool
 
     @property
     def output(self) -> Any:
-        return self.past.result[:, 0]
+        return _home(self.is_moved, self.past.result[:, 0])
 
     @property
     def lse(self) -> Any:
-        return self.past.lse[:, 0]
+        return _home(self.is_moved, self.past.lse[:, 0])
 
     def weights(self, rows: Any = None) -> Any:
-        return self.past.weights(rows, averaged=True)
+        return _home(self.is_moved, self.past.weights(rows, averaged=True))
 
     def backward(self, grad_output: Any) -> AttentionGradients:
         B, _, Lq, Dv = self.past.call.checked.output_shape
-        grad = gpu_dense.gradient("grad_output", grad_output, (B, Lq, Dv), self.past.call.query.element)
+        given = gpu.moved(grad_output) if self.is_moved else grad_output
+        grad = gpu_dense.gradient("grad_output", given, (B, Lq, Dv), self.past.call.query.element)
         g = self.past.backward(_expanded(grad, 1))
-        return AttentionGradients(query=g.query[:, 0], key=g.key[:, 0], value=g.value[:, 0], bias=g.bias)
+        made = AttentionGradients(query=g.query[:, 0], key=g.key[:, 0], value=g.value[:, 0], bias=g.bias)
+        return _all_home(self.is_moved, made)
 
 
 def one_head(
-    config: AttentionConfig, arrays: tuple[Any, Any, Any], mask: Any, dropout: float, seed: int | None
-) -> OneHead:
+    config: AttentionConfig, arrays: tuple[Any, Any, Any], mask: Any, dropout: float, seed: int | None,
+    device: str | None,
+) -> OneHead:  # fmt: skip
     """The pass of ScaledDotProductAttention."""
-    q, k, v = batch(*arrays, (config.d_model, config.d_model, None), config.max_seq_len)
+    there, mask, is_moved = _moved(device, arrays, mask)
+    q, k, v = batch(*there, (config.d_model, config.d_model, None), config.max_seq_len)
     space = Space(q.native)
     seen = hidden(space, mask, None, (q.shape[0], 1, q.shape[1], k.shape[1]), per_head=False)
     terms = (dropout, config.causal, config.get_scale(), False, None, None, seed)
     c = gpu_dense.call(*(_expanded(x, 1) for x in (q, k, v)), seen, *terms)
-    return OneHead(arrays, gpu_dense.forward(c._replace(checked=c.checked._replace(eps=config.eps))))
+    past = gpu_dense.forward(c._replace(checked=c.checked._replace(eps=config.eps)))
+    return OneHead(arrays, past, is_moved)
 
 
 # --- multi-head attention ----------------------------------------------------------------------------------------
@@ -145,12 +164,23 @@ class Record(NamedTuple):
     past: gpu_dense.Past
     joined: GpuArray  # (B, Lq, heads, d_k): what w_o is applied to
     output: Any
+    is_moved: bool
+
+    @property
+    def lse(self) -> Any:
+        return _home(self.is_moved, self.past.lse)
 
     def weights(self, rows: Any = None) -> Any:
         """Averaged over the heads: (B, rows, Lk), in float32."""
-        return self.past.weights(rows, averaged=True)
+        return _home(self.is_moved, self.past.weights(rows, averaged=True))
+
+    def head_weights(self, rows: Any = None) -> Any:
+        return _home(self.is_moved, self.past.weights(rows))
 
     def backward(self, grad_output: Any) -> AttentionGradients:
+        return _all_home(self.is_moved, self._backward(gpu.moved(grad_output) if self.is_moved else grad_output))
+
+    def _backward(self, grad_output: Any) -> AttentionGradients:
         x, element = self.joined, self.joined.element
         (B, Lq, H, d_k), d = x.shape, x.shape[2] * x.shape[3]
         grad = _expanded(gpu_dense.gradient("grad_output", grad_output, (B, Lq, d), element), 2)
@@ -192,11 +222,12 @@ def _weight_gradients(space: Space, x: GpuArray, dy: GpuArray) -> tuple[Any, Any
 
 def multi_head(
     config: AttentionConfig, parameters: ParameterSet, widths: tuple[int, int, int], arrays: tuple[Any, Any, Any],
-    mask: Any, key_padding_mask: Any, dropout: float, seed: int | None,
+    mask: Any, key_padding_mask: Any, dropout: float, seed: int | None, device: str | None,
 ) -> Record:  # fmt: skip
     """The pass of MultiHeadAttention."""
     H, d, d_k = config.num_heads, config.d_model, config.d_k
-    inputs = batch(*arrays, widths, config.max_seq_len)
+    moved, mask, is_moved = _moved(device, arrays, mask)
+    inputs = batch(*moved, widths, config.max_seq_len)
     (B, Lq, _), Lk, element = inputs[0].shape, inputs[1].shape[1], inputs[0].element
     space = Space(inputs[0].native)
     seen = hidden(space, mask, key_padding_mask, (B, H, Lq, Lk), per_head=True)
@@ -213,4 +244,4 @@ def multi_head(
     output, w = space.empty((B, Lq, d), element), there["w_o"]
     rows = w._replace(shape=(H, d_k, 1, d), strides=(d_k * d, d, 0, 1))
     product(space, joined, rows, _expanded(output, 2), there.get("b_o"))
-    return Record(arrays, inputs, parameters, past, joined, output.native)
+    return Record(arrays, inputs, parameters, past, joined, _home(is_moved, output.native), is_moved)

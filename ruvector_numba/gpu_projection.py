@@ -29,18 +29,21 @@ def product(
     bias: GpuArray | None = None,
     sums: GpuArray | None = None,
     over_rows: bool = False,
+    adds: bool = False,
 ) -> None:
     """out[i, j] = sum over k of left[i, k] * right[k, j] + bias[j], where each index is a pair.
 
-    `sums`, if given, gets the sum of each column of `right`. `over_rows` says that k counts rows, as in dW = x^T dy:
-    such sums are long and are cut into parts, and in them NaN or infinity in `left` times 0 in `right` is 0, for a row
-    that nobody saw has the gradient 0. Arrays are of one element type; `bias` and `sums` are contiguous.
+    `sums`, if given, gets the sum of each column of `right`. If it `adds`, both are added to what is there.
+
+    `over_rows` says that k counts rows, as in dW = x^T dy: such sums are long and are cut into parts, and in them NaN
+    or infinity in `left` times 0 in `right` is 0, for a row that nobody saw has the gradient 0. Arrays are of one
+    element type; `bias` and `sums` are contiguous.
     """
     from .kernels.cuda import projection as kernels
     from .plan import cuda_projection as plan
 
     if not gpu.size(out.shape):
-        if sums is not None:
+        if sums is not None and not adds:
             zero(space, sums, 0.0)
         return
     p = plan.plan(out.element, *(_layout(x) for x in (left, right, out)), over_rows)
@@ -51,11 +54,11 @@ def product(
     job = kernels.ProjectionJob(
         *(kernels.Pairs(space.pointer(x), *s) for x, s in ((left, p.left), (right, p.right), (out, p.out))),
         space.pointer(bias), space.pointer(sums), parts, part_sums, p.line, int(bias is not None),
-        int(sums is not None), p.left_by_rows, p.right_by_rows, p.I, p.J, p.K, p.part, p.parts,
+        int(sums is not None), int(adds), p.left_by_rows, p.right_by_rows, p.I, p.J, p.K, p.part, p.parts,
     )  # fmt: skip
-    kernels.project(p.variant, job, p.grid, space.stream)
+    (kernels.project_halves if p.halves else kernels.project)(p.variant, job, p.grid, space.stream)
     if p.variant.cut:
-        kernels.join(p.variant, job, p.join_grid, space.stream)
+        kernels.join(p.join, job, p.join_grid, space.stream)
 
 
 def linear(space: Space, x: GpuArray, weight: GpuArray, bias: GpuArray | None = None) -> GpuArray:
@@ -66,13 +69,25 @@ def linear(space: Space, x: GpuArray, weight: GpuArray, bias: GpuArray | None = 
 
 
 def linear_backward(
-    space: Space, grad: GpuArray, x: GpuArray, weight: GpuArray, wants_bias: bool = True
-) -> tuple[GpuArray, GpuArray, GpuArray | None]:
-    """The gradients of x, weight and, if it is wanted, bias, given that of `linear`'s result (N, d_out)."""
-    dx, dweight = (space.keep(space.empty(a.shape, a.element)) for a in (x, weight))
-    dbias = space.keep(space.empty((weight.shape[0],), x.element)) if wants_bias else None
-    product(space, matrix(grad), matrix(weight), matrix(dx))
-    product(space, turned(matrix(x)), matrix(grad), turned(matrix(dweight)), sums=dbias, over_rows=True)
+    space: Space,
+    grad: GpuArray,
+    x: GpuArray,
+    weight: GpuArray,
+    dx: GpuArray | None = None,
+    made: tuple[GpuArray, GpuArray] | None = None,
+) -> tuple[GpuArray, GpuArray, GpuArray]:
+    """The gradients of x, weight and bias, given that of `linear`'s result (N, d_out).
+
+    They are added to `dx` and to those of weight and bias that were `made` before, where these are given.
+    """  # fmt: skip
+    adds = dx is not None
+    dx = space.keep(space.empty(x.shape, x.element)) if dx is None else dx
+    product(space, matrix(grad), matrix(weight), matrix(dx), adds=adds)
+    dweight, dbias = made or (space.keep(space.empty(a, x.element)) for a in (weight.shape, weight.shape[:1]))
+    product(
+        space, turned(matrix(x)), matrix(grad), turned(matrix(dweight)), None, dbias, over_rows=True,
+        adds=made is not None,
+    )  # fmt: skip
     return dx, dweight, dbias
 
 
@@ -91,4 +106,5 @@ def _layout(x: GpuArray) -> Layout:
     from .plan.cuda_projection import Layout
 
     first = x.data[x.start :].ctypes.data if isinstance(x.data, np.ndarray) else x.data
-    return Layout(x.shape, x.strides, first % (16 if x.element == "float32" else 8) == 0)
+    itemsize = 4 if x.element == "float32" else 2
+    return Layout(x.shape, x.strides, next((n for n in (8, 4) if first % (n * itemsize) == 0), 1))

@@ -14,12 +14,12 @@ from typing import Any, NamedTuple, TypeVar, cast
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
-from . import checks, edges, files, layers
+from . import checks, edges, files, gpu, layers
 from .checks import Array, from_sequence
 from .errors import DimensionMismatchError, GraphStructureError, InvalidConfigError, InvalidInputError
 from .graph import CSRGraph
 from .graph_inputs import Inputs, edge_gradients, features, graph_of, initial, listed, size
-from .neighbors import Past, checked_aggregation, edge_array
+from .neighbors import Past, checked_aggregation, checked_edges, packed
 from .parameters import ParameterSet, Trainable
 from .projection import linear, linear_backward
 from .protocols import GraphAttention
@@ -43,7 +43,7 @@ class Record(NamedTuple):
 class GraphCache:
     """What a graph layer's forward pass leaves for its backward pass.
 
-    It refers to the arrays of the call and copies none: they must not change before the backward pass.
+    It refers to the arrays of the call, on a GPU to the output too: they must not change before the backward pass.
 
     Attributes
     ----------
@@ -158,13 +158,25 @@ class GraphLayer(Trainable, GraphAttention):
 
     # --- forward ----------------------------------------------------------------------------------------------------
     def __call__(
-        self, x: Nodes, graph: Any, edge_attr: ArrayLike | None = None, *, edge_weight: ArrayLike | None = None
+        self,
+        x: Nodes,
+        graph: Any,
+        edge_attr: ArrayLike | None = None,
+        *,
+        edge_weight: ArrayLike | None = None,
+        device: str | None = None,
     ) -> Array:
         """The output alone, as `forward`."""
-        return self.forward(x, graph, edge_attr, edge_weight=edge_weight)
+        return self.forward(x, graph, edge_attr, edge_weight=edge_weight, device=device)
 
     def forward(  # type: ignore[override]  # a graph layer takes nodes and edges, not query, key and value
-        self, x: Nodes, graph: Any, edge_attr: ArrayLike | None = None, *, edge_weight: ArrayLike | None = None
+        self,
+        x: Nodes,
+        graph: Any,
+        edge_attr: ArrayLike | None = None,
+        *,
+        edge_weight: ArrayLike | None = None,
+        device: str | None = None,
     ) -> Array:
         """Attend to neighbours, without dropout.
 
@@ -179,6 +191,9 @@ class GraphLayer(Trainable, GraphAttention):
             Features of edges, in the order of the edges as they were given.
         edge_weight : array (E,), optional
             Multiplies the coefficients after the softmax. Self-loops that the layer puts in have weight 1.
+        device : {"cuda", "cpu"}, optional
+            "cuda" moves arrays of NumPy to the GPU and the results back. Without it, arrays that lie on a GPU (float32,
+            float16 or bfloat16) stay there, and so do the results; the graph is a `CSRGraph`.
 
         Returns
         -------
@@ -189,7 +204,7 @@ class GraphLayer(Trainable, GraphAttention):
         ------
         InvalidInputError, DimensionMismatchError, GraphStructureError
         """
-        return self._run(x, graph, edge_attr, edge_weight, 0.0, 0, keeps=False)[0]
+        return self._run(x, graph, edge_attr, edge_weight, 0.0, 0, keeps=False, device=device)[0]
 
     def forward_cached(
         self,
@@ -200,6 +215,7 @@ class GraphLayer(Trainable, GraphAttention):
         *,
         edge_weight: ArrayLike | None = None,
         seed: int | None = None,
+        device: str | None = None,
     ) -> tuple[Array, GraphCache]:
         """The output, and what `backward` needs; with dropout of the coefficients if `training`.
 
@@ -208,7 +224,8 @@ class GraphLayer(Trainable, GraphAttention):
         drops = training and self.dropout > 0
         if drops and seed is None:
             seed = int(self._dice.integers(1 << 63))
-        output, record = self._run(x, graph, edge_attr, edge_weight, self.dropout if drops else 0.0, seed)
+        dropout = self.dropout if drops else 0.0
+        output, record = self._run(x, graph, edge_attr, edge_weight, dropout, seed, device=device)
         return output, GraphCache(record)
 
     def _run(
@@ -220,7 +237,13 @@ class GraphLayer(Trainable, GraphAttention):
         dropout: float,
         seed: int | None,
         keeps: bool = True,
-    ) -> tuple[Array, Record]:
+        device: str | None = None,
+    ) -> tuple[Array, Any]:
+        nodes = x if isinstance(x, tuple | list) else (x,)
+        if gpu.concerns(device, *nodes, edge_attr, edge_weight):
+            from . import gpu_graph_layers
+
+            return gpu_graph_layers.run(self, x, graph, edge_attr, edge_weight, dropout, seed, device)
         inputs = self._inputs(x, graph, edge_attr, edge_weight, *checks.dropout(dropout, seed))
         parameters = self._parameters.as_type(inputs.source.dtype)
         past, extra = self._attend(inputs, parameters, keeps)
@@ -262,10 +285,14 @@ class GraphLayer(Trainable, GraphAttention):
         if not isinstance(cache, GraphCache):
             hint = "give what this layer's forward_cached returned"
             raise InvalidInputError(f"cache is a {type(cache).__name__}, not a GraphCache", hint=hint)
-        record = cache._record
+        record: Any = cache._record
         if type(record.layer) is not type(self):
             hint = f"it was left by a {record.layer.name()}: give what this layer's forward_cached returned"
             raise InvalidInputError("cache is that of another kind of layer", hint=hint)
+        if not isinstance(record, Record):
+            from . import gpu_graph_layers
+
+            return gpu_graph_layers.backward(grad_output, record)
         inputs, past = record.inputs, record.past
         shape = (len(past.output), record.layer.width)
         grad = checks.gradient("grad_output", grad_output, shape, past.output.dtype)
@@ -338,6 +365,9 @@ class GraphLayer(Trainable, GraphAttention):
             In the order of `edge_index`. Where the layer replaces self-loops, one that was given has the coefficient of
             the node's new one; those of nodes without one are left out, so sums over a node's edges may be below 1.
         """
+        if gpu.any_on_gpu(node_features):
+            hint = "take node_features to the CPU, or use forward_cached and its cache's coefficients()"
+            raise InvalidInputError("graph_forward is given arrays on the GPU", hint=hint)
         output, record = self._run(node_features, edge_index, edge_attr, None, 0.0, 0)
         inputs, found = record.inputs, record.past.coefficients()
         if inputs.graph is inputs.given:
@@ -405,32 +435,26 @@ class GraphLayer(Trainable, GraphAttention):
 
     # --- checks -----------------------------------------------------------------------------------------------------
     def _inputs(self, x: Nodes, graph: Any, edge_attr: Any, edge_weight: Any, dropout: float, seed: int) -> Inputs:
+        inputs = self._checked(x, graph, edge_attr, edge_weight, dropout, seed)
+        attr, weight = (None if a is None else packed(a) for a in (inputs.edge_attr, inputs.edge_weight))
+        given, policy = inputs.given, self.add_self_loops
+        if inputs.graph is not given:
+            if attr is not None:
+                attr = given.edge_attr_with_self_loops(attr, policy, self.fill_value)
+            if weight is not None:
+                weight = given.edge_attr_with_self_loops(weight, policy, 1.0)
+        return inputs._replace(edge_attr=attr, edge_weight=weight)
+
+    def _checked(self, x: Nodes, graph: Any, edge_attr: Any, edge_weight: Any, dropout: float, seed: int) -> Inputs:
+        """What belongs to edges is that of the caller's edges yet."""
         source, target, is_pair = self._nodes(x)
         targets = None if target is None else len(target)
         given = graph_of(graph, len(source), targets, is_pair)
         attr = self._attr(edge_attr, given, source.dtype)
-        weight = edge_array("edge_weight", edge_weight, (given.num_edges,), source.dtype)
-        policy = self.add_self_loops
-        whole = given.with_self_loops(policy)
-        inputs = Inputs(
-            source,
-            target,
-            is_pair,
-            given,
-            whole,
-            attr,
-            weight,
-            None if attr is None else np.shape(edge_attr),
-            dropout,
-            seed,
-        )
-        if whole is given:
-            return inputs
-        if attr is not None:
-            attr = given.edge_attr_with_self_loops(attr, policy, self.fill_value)
-        if weight is not None:
-            weight = given.edge_attr_with_self_loops(weight, policy, 1.0)
-        return inputs._replace(edge_attr=attr, edge_weight=weight)
+        weight = checked_edges("edge_weight", edge_weight, (given.num_edges,), source.dtype)
+        attr_shape = None if attr is None else np.shape(edge_attr)
+        whole = given.with_self_loops(self.add_self_loops)
+        return Inputs(source, target, is_pair, given, whole, attr, weight, attr_shape, dropout, seed)
 
     def _nodes(self, x: Any) -> tuple[Array, Array | None, bool]:
         is_pair = isinstance(x, tuple) or (isinstance(x, list) and len(x) == 2 and np.ndim(x[0]) == 2)
@@ -473,4 +497,4 @@ class GraphLayer(Trainable, GraphAttention):
         array = from_sequence("edge_attr", edge_attr)
         if array.ndim == 1 and self.edge_dim == 1:
             array = array[:, None]
-        return edge_array("edge_attr", array, (graph.num_edges, self.edge_dim), dtype)
+        return checked_edges("edge_attr", array, (graph.num_edges, self.edge_dim), dtype)

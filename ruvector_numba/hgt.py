@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
-from . import checks, files, layers
+from . import checks, files, gpu, layers
 from .checks import Array, from_sequence
 from .errors import DimensionMismatchError, GraphStructureError, InvalidConfigError, InvalidInputError
 from .graph import CSRGraph
@@ -409,6 +409,8 @@ class HGT(Trainable, GraphAttention):
         nodes = {}
         for kind, x in known_types("x_dict", x_dict, self.node_types).items():
             name, width = f"x_dict[{kind!r}]", self.in_channels[kind]
+            if gpu.is_on_gpu(x):
+                raise InvalidInputError(f"{name} lies on a GPU, where HGT does not run", hint="take it to the CPU")
             nodes[kind] = array = features(name, x)
             if array.shape[1] != width:
                 hint = f"the layer was built for {width} channels of {kind!r}"

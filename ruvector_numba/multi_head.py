@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from . import checks, dense, files, gpu, gpu_layers, layers, masks
+from . import checks, dense, files, gpu, gpu_layers, halves, layers, layers_half, masks
 from .config import AttentionConfig
 from .errors import InvalidConfigError, InvalidInputError
+from .kv_cache import KeyValueCache
 from .parameters import ParameterSet, Trainable
 from .projection import product
 from .protocols import TrainableAttention
@@ -101,6 +101,7 @@ class MultiHeadAttention(Trainable, TrainableAttention):
         mask: Any = None,
         *,
         key_padding_mask: ArrayLike | None = None,
+        device: str | None = None,
     ) -> Array:
         """The output alone, without dropout; no array of Lq x Lk is formed.
 
@@ -108,7 +109,7 @@ class MultiHeadAttention(Trainable, TrainableAttention):
         """
         key = query if key is None else key
         value = key if value is None else value
-        return self._attend(query, key, value, mask, key_padding_mask, 0.0, None).output
+        return self._attend(query, key, value, mask, key_padding_mask, 0.0, None, device).output
 
     def forward(
         self,
@@ -118,12 +119,14 @@ class MultiHeadAttention(Trainable, TrainableAttention):
         mask: Any = None,
         *,
         key_padding_mask: ArrayLike | None = None,
+        device: str | None = None,
     ) -> tuple[Array, Array]:
         """The output and the weights, averaged over the heads, without dropout.
 
         Parameters
         ----------
-        query : array (B, Lq, d_model), float32 or float64
+        query : array (B, Lq, d_model), float32, float64, float16, or bfloat16 of the package ml_dtypes
+            Half precision is computed in float32, and the results are rounded.
         key : array (B, Lk, kdim)
         value : array (B, Lk, vdim)
         mask : array (Lq, Lk), (B, Lq, Lk) or (B, heads, Lq, Lk), or mask of `ruvector_numba.masks`, optional
@@ -133,6 +136,9 @@ class MultiHeadAttention(Trainable, TrainableAttention):
         key_padding_mask : array (B, Lk), optional
             True, or a number above 0.5, hides the key from all queries. If the last keys are hidden, nothing is spent
             on them.
+        device : "cuda", optional
+            Move arrays of NumPy to the GPU, and the results back. Arrays that lie on a GPU are read there without it,
+            and so results are arrays there.
 
         Returns
         -------
@@ -145,7 +151,7 @@ class MultiHeadAttention(Trainable, TrainableAttention):
         ------
         InvalidInputError, DimensionMismatchError, InvalidMaskError
         """
-        record = self._attend(query, key, value, mask, key_padding_mask, 0.0, None)
+        record = self._attend(query, key, value, mask, key_padding_mask, 0.0, None, device)
         return record.output, record.weights()
 
     def head_weights(
@@ -157,12 +163,13 @@ class MultiHeadAttention(Trainable, TrainableAttention):
         *,
         key_padding_mask: ArrayLike | None = None,
         rows: Any = None,
+        device: str | None = None,
     ) -> Array:
         """The weights of each head, (B, heads, Lq or the number of `rows`, Lk), without dropout.
 
         `rows` selects queries, as in `AttentionCache.weights`. The rest is as in `forward`.
         """
-        return self._attend(query, key, value, mask, key_padding_mask, 0.0, None).past.weights(rows)
+        return self._attend(query, key, value, mask, key_padding_mask, 0.0, None, device).head_weights(rows)
 
     def forward_cached(
         self,
@@ -174,14 +181,15 @@ class MultiHeadAttention(Trainable, TrainableAttention):
         *,
         key_padding_mask: ArrayLike | None = None,
         seed: int | None = None,
+        device: str | None = None,
     ) -> tuple[Array, AttentionCache]:
         """The output, and what `backward` needs; with dropout if `training`. No array of Lq x Lk is formed.
 
         `seed` decides what is dropped; without it, the layer's own generator does. The rest is as in `forward`.
         """
         dropout, seed = layers.dropout(self.config, training, seed, self._dice)
-        record = self._attend(query, key, value, mask, key_padding_mask, dropout, seed)
-        output, lse = record.output, record.past.lse
+        record = self._attend(query, key, value, mask, key_padding_mask, dropout, seed, device)
+        output, lse = record.output, record.lse
         q, k, v = record.inputs
         return output, AttentionCache(q, k, v, mask=mask, output=output, lse=lse, record=record)
 
@@ -194,12 +202,17 @@ class MultiHeadAttention(Trainable, TrainableAttention):
         key_padding_mask: ArrayLike | None,
         dropout: float,
         seed: int | None,
+        device: str | None = None,
     ) -> Any:
         config, H = self.config, self.config.num_heads
-        if gpu.any_on_gpu(query, key, value):
+        if gpu.concerns(device, query, key, value):
             widths, arrays = (config.d_model, self.kdim, self.vdim), (query, key, value)
-            parts = (mask, key_padding_mask, dropout, seed)
+            parts = (mask, key_padding_mask, dropout, seed, device)
             return gpu_layers.multi_head(config, self._parameters, widths, arrays, *parts)
+        (q, k, v), half = layers_half.widened(query, key, value)
+        if half is not None:
+            record = self._attend(q, k, v, mask, key_padding_mask, dropout, seed)
+            return layers_half.Rounded.of(record, (query, key, value), half)
         inputs = layers.batch(query, key, value, (config.d_model, self.kdim, self.vdim), config.max_seq_len)
         (B, Lq, _), Lk = inputs[0].shape, inputs[1].shape[1]
         seen: Any = layers.hidden(mask, (B, H, Lq, Lk), per_head=True)
@@ -230,7 +243,7 @@ class MultiHeadAttention(Trainable, TrainableAttention):
         ------
         InvalidInputError, DimensionMismatchError
         """
-        record = layers.record_of(cache, _Record, gpu_layers.Record)
+        record = layers.record_of(cache, _Record, gpu_layers.Record, layers_half.Rounded)
         if record is None:
             record = self._attend(cache.query, cache.key, cache.value, cache.mask, None, 0.0, None)
         return record.backward(grad_output)
@@ -245,7 +258,7 @@ class MultiHeadAttention(Trainable, TrainableAttention):
             Number of sequences.
         max_len : int
             The most positions that each can have.
-        dtype : float32 or float64, optional
+        dtype : float32, float64, float16 or bfloat16 of the package ml_dtypes, optional
             Of the inputs to come; that of the parameters if None.
 
         Raises
@@ -258,7 +271,8 @@ class MultiHeadAttention(Trainable, TrainableAttention):
         if self.kdim != self.d_model() or self.vdim != self.d_model():
             hint = "keys and values come from the same input as queries: kdim and vdim must be d_model"
             raise InvalidInputError(f"kdim is {self.kdim} and vdim {self.vdim}: no step-by-step decoding", hint=hint)
-        kind = self._parameters.as_type(self._parameters.dtype if dtype is None else dtype).dtype
+        half = layers_half.half_type(dtype)
+        kind = half or self._parameters.as_type(self._parameters.dtype if dtype is None else dtype).dtype
         shape = (int(batch), self.config.num_heads, int(max_len), self.config.d_k)
         checks.memory((2, *shape), kind, "keys and values", hint="fewer positions, or a smaller batch")
         return KeyValueCache(np.zeros(shape, kind), np.zeros(shape, kind))
@@ -297,22 +311,26 @@ class MultiHeadAttention(Trainable, TrainableAttention):
         config, H = self.config, self.config.num_heads
         if not isinstance(cache, KeyValueCache):
             raise InvalidInputError(f"cache is a {type(cache).__name__}", hint="give what new_cache returned")
-        new, _, _ = layers.batch(x, x, x, (config.d_model,) * 3, None)
-        cache.check(new, H, config)
+        (wide,), half = layers_half.widened(x)
+        new, _, _ = layers.batch(wide, wide, wide, (config.d_model,) * 3, None)
+        cache.check(new, half or new.dtype, H, config)
         start, stop = cache.length, cache.length + new.shape[1]
         parameters = self._parameters.as_type(new.dtype)
-        query = _heads(new, parameters, "q", H)
+        query = halves.rounded(_heads(new, parameters, "q", H), cache.keys.dtype)
         for name, past in (("k", cache.keys), ("v", cache.values)):
-            _heads(new, parameters, name, H, out=past[:, :, start:stop])
+            made = _heads(new, parameters, name, H, out=past[:, :, start:stop] if half is None else None)
+            if half is not None:
+                past[:, :, start:stop] = halves.rounded(made, half)
         # Keys by the thousand, and limits that say how many count: a plan for each length would cost 0.1 ms a step.
         room = -(-stop // KEYS_AT_ONCE) * KEYS_AT_ONCE
         ends = np.arange(start + 1, stop + 1)
         seen = masks.Visibility(limits=np.stack([np.zeros_like(ends), ends], axis=-1)[None])
         keys, values = cache.keys[:, :, :room], cache.values[:, :, :room]
         c = checks.call(query, keys, values, None, 0.0, False, config.get_scale(), False, None, None, None)
-        output = _output(c._replace(eps=config.eps, seen=seen), (new, new, new), parameters).output
+        c = c._replace(eps=config.eps, seen=seen, given=new.dtype)
+        output = _output(c, (new, new, new), parameters).output
         cache.length = stop
-        return output
+        return halves.rounded(output, cache.keys.dtype)
 
     # --- files ------------------------------------------------------------------------------------------------------
     def _file_header(self) -> dict[str, str]:
@@ -340,42 +358,6 @@ class MultiHeadAttention(Trainable, TrainableAttention):
         return layer
 
 
-@dataclass(eq=False)
-class KeyValueCache:
-    """The keys and values of all positions so far, for `MultiHeadAttention.step`.
-
-    Attributes
-    ----------
-    keys, values : array (B, heads, max_len, d_k)
-        Those of the first `length` positions are filled.
-    length : int
-    """
-
-    keys: Array
-    values: Array
-    length: int = 0
-
-    def __repr__(self) -> str:
-        B, H, most, d_k = self.keys.shape
-        return f"KeyValueCache({self.length} of {most} positions, batch {B}, {H} heads of {d_k})"
-
-    def check(self, x: Array, heads: int, config: AttentionConfig) -> None:
-        """Raise unless x can be added."""
-        B, H, most, d_k = self.keys.shape
-        shapes = {"x.shape": x.shape, "cache": self}
-        if x.dtype != self.keys.dtype:
-            hint = f"cast x, or ask for new_cache(batch, max_len, dtype=numpy.{x.dtype})"
-            raise InvalidInputError(f"x is {x.dtype}, the cache is {self.keys.dtype}", shapes=shapes, hint=hint)
-        if x.shape[0] != B or (H, d_k) != (heads, config.d_k):
-            hint = "the cache was made for another batch, or by another layer"
-            raise InvalidInputError("x does not fit the cache", shapes=shapes, hint=hint)
-        longest = most if config.max_seq_len is None else min(most, config.max_seq_len)
-        if self.length + x.shape[1] > longest:
-            hint = "ask new_cache for more, or configure a larger max_seq_len"
-            reason = f"{self.length} positions and {x.shape[1]} more: the most is {longest}"
-            raise InvalidInputError(reason, shapes=shapes, hint=hint)
-
-
 # --- the passes ------------------------------------------------------------------------------------------------------
 class _Record(NamedTuple):
     """What a pass was computed from and with."""
@@ -385,6 +367,13 @@ class _Record(NamedTuple):
     past: dense.Past  # of the heads
     joined: Array  # (B, Lq, heads, d_k): what w_o is applied to
     output: Array
+
+    @property
+    def lse(self) -> Array:
+        return self.past.lse
+
+    def head_weights(self, rows: Any = None) -> Array:
+        return self.past.weights(rows)
 
     def weights(self, rows: Any = None) -> Array:
         """Averaged over the heads: (B, rows, Lk), some rows at a time, so that the heads' own need little room."""
@@ -437,7 +426,7 @@ def _output(c: checks.Call, inputs: tuple[Array, Array, Array], parameters: Para
     """Attention of the heads, written joined, and the last projection."""
     B, H, Lq, d_k = c.query.shape
     d = H * d_k
-    joined = np.empty((B, Lq, H, d_k), c.query.dtype)
+    joined = np.empty((B, Lq, H, d_k), c.given)
     past = dense.forward(c, joined.transpose(0, 2, 1, 3))
     output = np.empty((B, Lq, d), joined.dtype)
     product(

@@ -20,18 +20,19 @@ array([[0. , 0. , 0. ],
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from . import checks
+from . import checks, gpu
 from .checks import Array, from_sequence
 from .errors import DimensionMismatchError, GraphStructureError, InvalidConfigError, InvalidInputError
 from .graph import CSRGraph
 from .projection import flattened
 
 if TYPE_CHECKING:
+    from . import gpu_neighbors
     from .plan import csr as plan
 
 __all__ = [
@@ -61,6 +62,12 @@ class Past:
     def output(self) -> Array:
         return self.kept.output
 
+    @property
+    def lse(self) -> Array:
+        with np.errstate(divide="ignore"):
+            heads = self.output.shape[1]
+            return self.kept.bounds[:, :heads] + np.log(self.kept.totals[:, :heads])
+
     def coefficients(self) -> Array:
         from .plan import csr as plan
 
@@ -73,6 +80,12 @@ class Past:
 
         targets, sources = by_target(self.graph), by_source(self.graph)
         return plan.backward(targets, sources, self.terms, self.kept, packed(grad), grad_weights, room or {})
+
+    def gradients(self, grad_output: ArrayLike) -> NeighborGradients:
+        grad = checks.gradient("grad_output", grad_output, self.output.shape, self.output.dtype)
+        made = self.backward(grad)
+        key = np.asarray(made.key)
+        return NeighborGradients(made.query, key, made.value, made.bias, made.edge, made.edge_value, made.edge_weight)
 
 
 def by_target(graph: CSRGraph) -> Any:
@@ -129,7 +142,11 @@ def edge_softmax(scores: ArrayLike, graph: CSRGraph) -> Array:
     >>> rv.edge_softmax(np.log([1.0, 3.0, 5.0]), graph)
     array([0.25, 0.75, 1.  ])
     """
-    s = _edge_numbers("scores", scores, checked_graph(graph))
+    if gpu.any_on_gpu(scores):
+        from . import gpu_neighbors
+
+        return gpu_neighbors.edge_softmax(scores, graph)
+    s = edge_numbers("scores", scores, checked_graph(graph))
     bias = flattened(s)
     return _edge_terms(bias, graph).coefficients().reshape(s.shape)
 
@@ -160,7 +177,11 @@ def edge_softmax_backward(grad_weights: ArrayLike, weights: ArrayLike, graph: CS
     >>> rv.edge_softmax_backward(np.array([1.0, 0.0, 1.0]), np.array([0.25, 0.75, 1.0]), graph)
     array([ 0.1875, -0.1875,  0.    ])
     """
-    p = _edge_numbers("weights", weights, checked_graph(graph))
+    if gpu.any_on_gpu(weights):
+        from . import gpu_neighbors
+
+        return gpu_neighbors.edge_softmax_backward(grad_weights, weights, graph)
+    p = edge_numbers("weights", weights, checked_graph(graph))
     grad = checks.gradient("grad_weights", grad_weights, p.shape, p.dtype)
     with np.errstate(divide="ignore", invalid="ignore"):
         past = _edge_terms(flattened(np.log(p)), graph)
@@ -190,7 +211,7 @@ class NeighborCache:
 
     __slots__ = ("_past", "output")
 
-    def __init__(self, past: Past) -> None:
+    def __init__(self, past: Past | gpu_neighbors.Call) -> None:
         self._past, self.output = past, past.output
 
     def __repr__(self) -> str:
@@ -198,10 +219,7 @@ class NeighborCache:
 
     @property
     def lse(self) -> Array:
-        kept = self._past.kept
-        with np.errstate(divide="ignore"):
-            heads = kept.output.shape[1]
-            return kept.bounds[:, :heads] + np.log(kept.totals[:, :heads])
+        return self._past.lse
 
     def coefficients(self) -> Array:
         """(E, H), in the caller's order of edges: after the softmax, before dropout and edge weights."""
@@ -235,6 +253,7 @@ def neighbor_attention(
     dropout_p: float = 0.0,
     aggregation: str = "sum",
     seed: int | None = None,
+    device: str | None = None,
 ) -> Array:
     """Attention of each node to the sources of its edges.
 
@@ -262,6 +281,9 @@ def neighbor_attention(
         "max" takes the largest in each channel, and of equal ones the first edge in the caller's order.
     seed : int, optional
         Of the dropout.
+    device : {"cuda", "cpu"}, optional
+        "cuda" moves arrays of NumPy to the GPU and the results back. Without it, arrays that lie on a GPU (of CuPy,
+        torch or Numba: float32, float16 or bfloat16) stay there, and so do the results.
 
     Returns
     -------
@@ -284,7 +306,7 @@ def neighbor_attention(
     (3, 2, 4)
     """
     arrays = query, key, value, edge_bias, edge_key, edge_value, edge_weight
-    return Past(graph, _terms(*arrays, graph, scale, dropout_p, aggregation, seed), keeps=False).output
+    return _attend(arrays, graph, scale, dropout_p, aggregation, seed, device, keeps=False).output
 
 
 def neighbor_attention_forward(
@@ -301,11 +323,12 @@ def neighbor_attention_forward(
     dropout_p: float = 0.0,
     aggregation: str = "sum",
     seed: int | None = None,
+    device: str | None = None,
 ) -> NeighborCache:
     """`neighbor_attention` with what its gradients need: the scores, (E, H), and their logsumexp.
 
-    Parameters and errors are those of `neighbor_attention`. The arrays are referred to, not copied: they must not
-    change before the backward pass.
+    Parameters and errors are those of `neighbor_attention`. The arrays, on a GPU the output too, are referred to, not
+    copied: they must not change before the backward pass.
 
     Examples
     --------
@@ -319,7 +342,7 @@ def neighbor_attention_forward(
     (3, 2, 4)
     """
     arrays = query, key, value, edge_bias, edge_key, edge_value, edge_weight
-    return NeighborCache(Past(graph, _terms(*arrays, graph, scale, dropout_p, aggregation, seed)))
+    return NeighborCache(_attend(arrays, graph, scale, dropout_p, aggregation, seed, device))
 
 
 def neighbor_attention_backward(grad_output: ArrayLike, cache: NeighborCache) -> NeighborGradients:
@@ -341,10 +364,7 @@ def neighbor_attention_backward(grad_output: ArrayLike, cache: NeighborCache) ->
     if not isinstance(cache, NeighborCache):
         hint = "give what neighbor_attention_forward returned"
         raise InvalidInputError(f"cache is a {type(cache).__name__}, not a NeighborCache", hint=hint)
-    grad = checks.gradient("grad_output", grad_output, cache.output.shape, cache.output.dtype)
-    made = cache._past.backward(grad)
-    key = np.asarray(made.key)
-    return NeighborGradients(made.query, key, made.value, made.bias, made.edge, made.edge_value, made.edge_weight)
+    return cache._past.gradients(grad_output)
 
 
 # --- checks ----------------------------------------------------------------------------------------------------------
@@ -362,7 +382,12 @@ def checked_aggregation(aggregation: object) -> str:
 
 
 def edge_array(name: str, x: ArrayLike | None, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array | None:
-    """What belongs to edges, of this shape and dtype."""
+    """What belongs to edges, of this shape and dtype, as the kernels read it."""
+    array = checked_edges(name, x, shape, dtype)
+    return None if array is None else packed(array)
+
+
+def checked_edges(name: str, x: ArrayLike | None, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array | None:
     if x is None:
         return None
     array = from_sequence(name, x)
@@ -373,10 +398,10 @@ def edge_array(name: str, x: ArrayLike | None, shape: tuple[int, ...], dtype: np
     if array.dtype != dtype:
         hint = f"cast it: {name}.astype(numpy.{dtype})"
         raise InvalidInputError(f"{name} has dtype {array.dtype}, the nodes {dtype}", hint=hint)
-    return packed(array)
+    return array
 
 
-def _edge_numbers(name: str, x: ArrayLike, graph: CSRGraph) -> Array:
+def edge_numbers(name: str, x: ArrayLike, graph: CSRGraph) -> Array:
     array = checks.floats(name, x)
     if array.ndim not in (1, 2) or len(array) != graph.num_edges:
         shapes = {f"{name}.shape": array.shape, "expected": f"({graph.num_edges},) or ({graph.num_edges}, H)"}
@@ -384,7 +409,7 @@ def _edge_numbers(name: str, x: ArrayLike, graph: CSRGraph) -> Array:
     return array
 
 
-def _nodes(given: dict[str, ArrayLike]) -> list[Array]:
+def _nodes(given: dict[str, Any]) -> list[Array]:
     """Arrays of nodes, (N, heads, channels), of one dtype."""
     arrays = {name: checks.floats(name, x) for name, x in given.items()}
     shapes = {f"{name}.shape": x.shape for name, x in arrays.items()}
@@ -398,22 +423,32 @@ def _nodes(given: dict[str, ArrayLike]) -> list[Array]:
     return list(arrays.values())
 
 
-def _terms(
-    query: ArrayLike,
-    key: ArrayLike,
-    value: ArrayLike,
-    edge_bias: ArrayLike | None,
-    edge_key: ArrayLike | None,
-    edge_value: ArrayLike | None,
-    edge_weight: ArrayLike | None,
+class Call(NamedTuple):
+    """A checked call."""
+
+    query: Array
+    key: Array
+    value: Array
+    edge_bias: Array | None
+    edge_key: Array | None
+    edge_value: Array | None
+    edge_weight: Array | None
+    scale: float
+    dropout: float
+    seed: int
+    aggregation: str
+
+
+def call(
+    arrays: tuple[Any, ...],
     graph: CSRGraph,
     scale: float | None,
     dropout_p: float,
     aggregation: str,
     seed: int | None,
-) -> plan.Terms:
-    from .plan import csr as plan
-
+) -> Call:
+    """Check the arguments of `neighbor_attention`: its seven arrays and the rest."""
+    query, key, value, *of_edges = arrays
     checked_graph(graph)
     q, k, v = _nodes({"query": query, "key": key, "value": value})
     (Nt, H, D), (Ns, _, C) = q.shape, v.shape
@@ -424,14 +459,36 @@ def _terms(
     if (Nt, Ns) != (graph.num_targets, graph.num_sources):
         wanted = graph.num_targets, graph.num_sources
         raise DimensionMismatchError(wanted, (Nt, Ns), shapes=shapes, hint="a query for each target, a key each source")
-    E, dtype = graph.num_edges, q.dtype
+    E = graph.num_edges
+    wanted_shapes = {"edge_bias": (E, H), "edge_key": (E, H, D), "edge_value": (E, H, C), "edge_weight": (E,)}
+    bias, edge, edge_value, weight = (
+        checked_edges(name, x, shape, q.dtype) for (name, shape), x in zip(wanted_shapes.items(), of_edges, strict=True)
+    )
     number, dice = checks.dropout(dropout_p, seed)
-    return plan.Terms(
-        plan.DOT, packed(k), packed(q), packed(v),
-        edge=edge_array("edge_key", edge_key, (E, H, D), dtype),
-        bias=edge_array("edge_bias", edge_bias, (E, H), dtype),
-        scale=checks.scale_of(scale, D), dropout=number, seed=dice,
-        edge_weight=edge_array("edge_weight", edge_weight, (E,), dtype),
-        aggregation=checked_aggregation(aggregation),
-        edge_value=edge_array("edge_value", edge_value, (E, H, C), dtype),
+    factor, joining = checks.scale_of(scale, D), checked_aggregation(aggregation)
+    return Call(q, k, v, bias, edge, edge_value, weight, factor, number, dice, joining)
+
+
+def _attend(
+    arrays: tuple[Any, ...],
+    graph: CSRGraph,
+    scale: float | None,
+    dropout_p: float,
+    aggregation: str,
+    seed: int | None,
+    device: str | None,
+    keeps: bool = True,
+) -> Past | gpu_neighbors.Call:
+    if gpu.concerns(device, *arrays):
+        from . import gpu_neighbors
+
+        return gpu_neighbors.attend(arrays, graph, device, scale, dropout_p, aggregation, seed)
+    from .plan import csr as plan
+
+    c = call(arrays, graph, scale, dropout_p, aggregation, seed)
+    bias, edge, edge_value, weight = (None if x is None else packed(x) for x in c[3:7])
+    terms = plan.Terms(
+        plan.DOT, packed(c.key), packed(c.query), packed(c.value), edge=edge, bias=bias, scale=c.scale,
+        dropout=c.dropout, seed=c.seed, edge_weight=weight, aggregation=c.aggregation, edge_value=edge_value,
     )  # fmt: skip
+    return Past(graph, terms, keeps)

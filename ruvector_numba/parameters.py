@@ -48,7 +48,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from . import files
+from . import files, gpu
 from .checks import FLOATS, floats
 from .errors import DimensionMismatchError, InvalidConfigError, InvalidInputError, TrainingError
 
@@ -451,7 +451,8 @@ def named_gradients(gradients: object) -> dict[str, Array]:
         hint = "give what backward() returned, or a mapping of names to arrays"
         raise TrainingError(f"gradients are a {type(gradients).__name__}", hint=hint)
     try:
-        return {name: floats(f"the gradient of {name!r}", g, "x") for name, g in named.items() if g is not None}
+        there = {name: gpu.to_numpy(g) for name, g in named.items() if g is not None}
+        return {name: floats(f"the gradient of {name!r}", g, "x") for name, g in there.items()}
     except InvalidInputError as error:
         raise TrainingError(error.details, hint=error.hint) from None
 

@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from . import halves
 from .peers_graph import GRAPHS
-from .works import OURS, Build, Runner, Task, Unsupported, Work, layer_results
+from .works import HALVES, OURS, Build, Runner, Task, Unsupported, Work, layer_results
 
 __all__ = ["KINDS", "LAYERS", "PEERS", "adapters", "installed"]
 
@@ -26,17 +27,23 @@ def _ruvector(work: Work, threads: int) -> Runner:
     import ruvector_numba as rv
 
     rv.set_num_threads(threads)
-    query, key, value, grad = work.inputs()
+    kind = HALVES.get(work.dtype)
+    query, key, value, grad = (x if kind is None else halves.rounded(x, kind) for x in work.inputs())
     mask = None if work.window is None else rv.masks.Window(left=work.window - 1, right=0)
+    terms: dict[str, Any] = {"is_causal": work.causal, "dtype": work.dtype if kind == halves.BITS else None}
+
+    def results(found: list[np.ndarray]) -> list[np.ndarray]:
+        return [halves.widened(x) for x in found]
+
     if not work.backward:
-        return Runner(lambda: [rv.scaled_dot_product_attention(query, key, value, mask, is_causal=work.causal)])
+        return Runner(lambda: [rv.scaled_dot_product_attention(query, key, value, mask, **terms)], results)
 
     def both() -> list[np.ndarray]:
-        cache = rv.attention_forward(query, key, value, mask, is_causal=work.causal)
+        cache = rv.attention_forward(query, key, value, mask, **terms)
         gradients = rv.attention_backward(grad, cache)
         return [cache.output, gradients.query, gradients.key, gradients.value]
 
-    return Runner(both)
+    return Runner(both, results)
 
 
 def _visible(work: Work) -> np.ndarray | None:
@@ -48,6 +55,11 @@ def _visible(work: Work) -> np.ndarray | None:
     return (low <= j) & (j < high)
 
 
+def _refuse_halves(work: Work) -> None:
+    if work.dtype != "float32":
+        raise Unsupported(f"{work.dtype} is not measured of it")
+
+
 def _refuse_large(work: Work) -> None:
     size = 4 * work.batch * work.heads * work.queries * work.keys
     if size > _LARGEST_SCORES:
@@ -56,6 +68,7 @@ def _refuse_large(work: Work) -> None:
 
 def _numpy(work: Work, threads: int) -> Runner:
     """The plain formula in float32; the threads are its BLAS's."""
+    _refuse_halves(work)
     _refuse_large(work)
     if importlib.util.find_spec("threadpoolctl"):
         import threadpoolctl
@@ -90,24 +103,25 @@ def _torch(work: Work, threads: int) -> Runner:
     import torch
 
     torch.set_num_threads(threads)
-    query, key, value, grad = (torch.from_numpy(x) for x in work.inputs())
+    query, key, value, grad = (torch.from_numpy(x).to(getattr(torch, work.dtype)) for x in work.inputs())
     terms: dict[str, Any] = {"is_causal": work.causal}
     if work.window is not None:
         terms = {"attn_mask": torch.from_numpy(_visible(work))}
     attention = torch.nn.functional.scaled_dot_product_attention
     if not work.backward:
-        return Runner(lambda: attention(query, key, value, **terms), lambda out: [out.numpy()])
+        return Runner(lambda: attention(query, key, value, **terms), lambda out: [out.float().numpy()])
     leaves = [x.requires_grad_() for x in (query, key, value)]
 
     def both() -> list[Any]:
         output = attention(*leaves, **terms)
         return [output, *torch.autograd.grad(output, leaves, grad)]
 
-    return Runner(both, lambda found: [x.detach().numpy() for x in found])
+    return Runner(both, lambda found: [x.detach().float().numpy() for x in found])
 
 
 def _torch_flex(work: Work, threads: int) -> Runner:
     """torch's flex_attention, compiled: it skips blocks outside the window. Forward only, on a CPU."""
+    _refuse_halves(work)
     if work.backward:
         raise Unsupported("flex_attention has no backward on a CPU")
     if work.window is None and not work.causal:
@@ -170,6 +184,7 @@ def _onnx_attention(work: Work, threads: int, packed: bool) -> Runner:
 
 def _onnxruntime(work: Work, threads: int) -> Runner:
     """The faster of its two operators on this work: neither is so everywhere."""
+    _refuse_halves(work)
     if work.backward or work.window is not None:
         raise Unsupported("no gradients" if work.backward else "its operators for float32 have no window")
     candidates = [_onnx_attention(work, threads, packed) for packed in (True, False)]
@@ -177,6 +192,9 @@ def _onnxruntime(work: Work, threads: int) -> Runner:
 
 
 def _openvino(work: Work, threads: int) -> Runner:
+    """Asked for bfloat16, it is given float32 arrays and rounds them itself, as it does when it runs a model."""
+    if work.dtype == "float16":
+        _refuse_halves(work)
     if work.backward:
         raise Unsupported("no gradients")
     import openvino
@@ -193,7 +211,7 @@ def _openvino(work: Work, threads: int) -> Runner:
         feeds.append(opset13.parameter(inputs[-1].shape, np.float32))
     attention = opset13.scaled_dot_product_attention(*feeds, causal=work.causal and work.window is None)
     hints = {
-        "INFERENCE_PRECISION_HINT": "f32",
+        "INFERENCE_PRECISION_HINT": {"float32": "f32", "bfloat16": "bf16"}[work.dtype],
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_NUM_THREADS": threads,
         "NUM_STREAMS": 1,
@@ -208,6 +226,7 @@ def _openvino(work: Work, threads: int) -> Runner:
 
 
 def _jax(work: Work, threads: int) -> Runner:
+    _refuse_halves(work)
     _refuse_large(work)
     if hasattr(os, "sched_setaffinity"):  # XLA makes a thread for each CPU that it may use, and has no other knob
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])

@@ -29,7 +29,8 @@ def _array(name: str, x: ArrayLike) -> Any:
 class AttentionCache:
     """What a forward pass leaves for the backward pass.
 
-    It refers to the arrays of the call and copies none: they must not change before the backward pass.
+    It refers to the arrays of the call and copies none: they must not change before the backward pass. (Beside an output
+    of half precision it keeps that in float32, and after `precision="bfloat16"` the rounded arrays.)
 
     One may also be built by hand from arrays, as in the plan this package follows. The backward pass of a layer then
     does the forward pass again, without dropout, from `query`, `key`, `value` and `mask`; the weights are what it
@@ -163,9 +164,9 @@ class AttentionGradients:
 
     @property
     def parameters(self) -> dict[str, Array]:
-        """The gradients of the parameters, by the parameters' names and in their order, as arrays of NumPy."""
+        """The gradients of the parameters, by the parameters' names and in their order."""
         fields = {
             "w_q": self.query_weights, "w_k": self.key_weights, "w_v": self.value_weights, "w_o": self.output_weights,
             "b_q": self.query_bias, "b_k": self.key_bias, "b_v": self.value_bias, "b_o": self.output_bias,
         }  # fmt: skip
-        return {name: gpu.to_numpy(x) for name, x in fields.items() if x is not None}
+        return {name: x for name, x in fields.items() if x is not None}

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from . import halves
 from .errors import InvalidInputError
 
 __all__ = ["get_num_threads", "info", "set_num_threads", "threads", "warmup"]
@@ -140,6 +141,7 @@ def _features() -> list[str]:
     """Those that matter here and that code is compiled for, which may be fewer than the CPU has."""
     from numba.core.registry import cpu_target
 
+    from .kernels.simd import halves as known
     from .kernels.simd import target
 
     listed = cpu_target.target_context.codegen().magic_tuple()[2].split(",")
@@ -147,6 +149,8 @@ def _features() -> list[str]:
     # the list is empty where NUMBA_CPU_FEATURES= leaves it to the name of the CPU; what LLVM then makes shows the rest
     probed = {(64, True): {"avx2", "fma", "avx512f"}, (32, True): {"avx2", "fma"}, (16, True): {"neon"}}
     found |= probed.get((target().vector_bytes, target().fma), set())
+    found |= {"avx512bf16"} if known().bfloat16 else set()
+    found |= {"f16c"} if known().float16 and "neon" not in found else set()
     return [name for name in _FEATURES if name in found]
 
 
@@ -281,7 +285,12 @@ class _Call(NamedTuple):
     def __call__(self, dtype: np.dtype[Any]) -> None:
         query = np.ones((1, _HEADS, self.queries, _D), dtype)
         key = np.ones((1, _HEADS, self.keys, _D), dtype)
-        self.run(query, key, key, **self.options(dtype))
+        bits = {"dtype": "bfloat16"} if dtype == halves.BITS else {}
+        self.run(query, key, key, **self.options(dtype), **bits)
+
+    def serves(self, dtype: np.dtype[Any]) -> bool:
+        """Layers compute in float32 what is given in half precision."""
+        return self.run in (_forward, _forward_backward) or dtype.itemsize > 2
 
 
 _TERMS: dict[str, Callable[[np.dtype[Any]], Options]] = {
@@ -290,7 +299,7 @@ _TERMS: dict[str, Callable[[np.dtype[Any]], Options]] = {
     "bool mask": lambda _: {"attn_mask": np.tri(_LENGTH, dtype=bool)},
     "float mask": lambda dtype: {"attn_mask": np.zeros((_LENGTH, _LENGTH), dtype)},
     "softcap": lambda _: {"softcap": 30.0},
-    "alibi": lambda dtype: {"alibi_slopes": np.ones(_HEADS, dtype)},
+    "alibi": lambda _: {"alibi_slopes": np.ones(_HEADS)},
 }
 _CALLS = (
     *(_Call(f"forward {name}", options=options) for name, options in _TERMS.items()),
@@ -305,7 +314,7 @@ _CALLS = (
 def _dtypes(given: DTypeLike | Iterable[DTypeLike]) -> list[np.dtype[Any]]:
     several = [given] if isinstance(given, str | type | np.dtype) or not isinstance(given, Iterable) else list(given)
     try:
-        return [np.dtype(each) for each in several]
+        return [halves.BITS if str(each) == "bfloat16" else np.dtype(each) for each in several]
     except TypeError as error:
         hint = 'give names of dtypes, as in ("float32", "float64")'
         raise InvalidInputError(f"dtypes is {given!r}: {error}", hint=hint) from None
@@ -322,7 +331,7 @@ def warmup(
     Parameters
     ----------
     dtypes : dtype or several
-        The element types to compile for.
+        The element types to compile for: float32, float64, float16, bfloat16, by name or as NumPy knows them.
     progress : callable, optional
         Called as `progress(done, total, name)` after each step.
 
@@ -331,8 +340,8 @@ def warmup(
     >>> import ruvector_numba as rv
     >>> rv.warmup(progress=lambda done, total, name: None)
     """
-    steps = [(call, dtype) for dtype in _dtypes(dtypes) for call in _CALLS]
+    steps = [(call, dtype) for dtype in _dtypes(dtypes) for call in _CALLS if call.serves(dtype)]
     for done, (call, dtype) in enumerate(steps, 1):
         call(dtype)
         if progress is not None:
-            progress(done, len(steps), f"{call.name}, {dtype}")
+            progress(done, len(steps), f"{call.name}, {'bfloat16' if dtype == halves.BITS else dtype}")

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from numpy.typing import ArrayLike, NDArray
 
-from . import checks, dense, gpu, gpu_layers, layers
+from . import checks, dense, gpu, gpu_layers, layers, layers_half
 from .config import AttentionConfig
 from .parameters import ParameterSet, Trainable
 from .protocols import TrainableAttention
@@ -79,7 +79,15 @@ class ScaledDotProductAttention(Trainable, TrainableAttention):
     def name(self) -> str:
         return "ScaledDotProductAttention"
 
-    def forward(self, query: ArrayLike, key: ArrayLike, value: ArrayLike, mask: Any = None) -> tuple[Array, Array]:
+    def forward(
+        self,
+        query: ArrayLike,
+        key: ArrayLike,
+        value: ArrayLike,
+        mask: Any = None,
+        *,
+        device: str | None = None,
+    ) -> tuple[Array, Array]:
         """The output and the weights, without dropout.
 
         Parameters
@@ -90,6 +98,9 @@ class ScaledDotProductAttention(Trainable, TrainableAttention):
         mask : array (Lq, Lk) or (B, Lq, Lk), or mask of `ruvector_numba.masks`, optional
             In an array True, or a number above 0.5, **hides**; axes of 1 are shared. With `causal` in the configuration
             query i sees keys j <= i at most, for any Lq and Lk.
+        device : "cuda", optional
+            Move arrays of NumPy to the GPU, and the results back. Arrays that lie on a GPU are read there without it,
+            and so results are arrays there.
 
         Returns
         -------
@@ -102,7 +113,7 @@ class ScaledDotProductAttention(Trainable, TrainableAttention):
         ------
         InvalidInputError, DimensionMismatchError, InvalidMaskError
         """
-        record = self._attend(query, key, value, mask, 0.0, None)
+        record = self._attend(query, key, value, mask, 0.0, None, device)
         return record.output, record.weights()
 
     def forward_cached(
@@ -114,12 +125,14 @@ class ScaledDotProductAttention(Trainable, TrainableAttention):
         training: bool = True,
         *,
         seed: int | None = None,
+        device: str | None = None,
     ) -> tuple[Array, AttentionCache]:
         """The output, and what `backward` needs; with dropout if `training`.
 
         `seed` decides what is dropped; without it, the layer's own generator does. The rest is as in `forward`.
         """
-        record = self._attend(query, key, value, mask, *layers.dropout(self.config, training, seed, self._dice))
+        dropout, seed = layers.dropout(self.config, training, seed, self._dice)
+        record = self._attend(query, key, value, mask, dropout, seed, device)
         q, k, v = record.inputs
         output, lse = record.output, record.lse
         return output, AttentionCache(q, k, v, mask=mask, output=output, lse=lse, record=record)
@@ -137,17 +150,21 @@ class ScaledDotProductAttention(Trainable, TrainableAttention):
         ------
         InvalidInputError, DimensionMismatchError
         """
-        record = layers.record_of(cache, _Record, gpu_layers.OneHead)
+        record = layers.record_of(cache, _Record, gpu_layers.OneHead, layers_half.Rounded)
         if record is None:
             record = self._attend(cache.query, cache.key, cache.value, cache.mask, 0.0, None)
         return record.backward(grad_output)
 
     def _attend(
-        self, query: ArrayLike, key: ArrayLike, value: ArrayLike, mask: Any, dropout: float, seed: int | None
-    ) -> Any:
+        self, query: ArrayLike, key: ArrayLike, value: ArrayLike, mask: Any, dropout: float, seed: int | None,
+        device: str | None = None,
+    ) -> Any:  # fmt: skip
         config = self.config
-        if gpu.any_on_gpu(query, key, value):
-            return gpu_layers.one_head(config, (query, key, value), mask, dropout, seed)
+        if gpu.concerns(device, query, key, value):
+            return gpu_layers.one_head(config, (query, key, value), mask, dropout, seed, device)
+        (q, k, v), half = layers_half.widened(query, key, value)
+        if half is not None:
+            return layers_half.Rounded.of(self._attend(q, k, v, mask, dropout, seed), (query, key, value), half)
         query, key, value = layers.batch(query, key, value, (config.d_model, config.d_model, None), config.max_seq_len)
         B, Lq, Lk = *query.shape[:2], key.shape[1]
         seen = layers.hidden(mask, (B, 1, Lq, Lk), per_head=False)

@@ -11,9 +11,14 @@ from typing import Any, Protocol
 
 import numpy as np
 
-__all__ = ["OURS", "Build", "Runner", "Task", "Unsupported", "Work", "layer_results"]
+from . import halves
+
+__all__ = ["HALVES", "OURS", "Build", "Runner", "Task", "Unsupported", "Work", "layer_results"]
 
 OURS = "ruvector-numba"
+HALVES = {"bfloat16": halves.BITS, "float16": np.dtype(np.float16)}  # bfloat16 by its bits
+# Of a result against float64, relative to the largest magnitude; rightly they are some 1e-6, 5e-3 and 5e-4.
+TOLERANCES = {"float32": 1e-4, "bfloat16": 3e-2, "float16": 4e-3}
 
 
 class Task(Hashable, Protocol):
@@ -90,7 +95,7 @@ Build = Callable[[Any, int], Runner]  # of the work, which its adapters know, an
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """One cell of the tables: attention of float32 arrays, forward or with gradients.
+    """One cell of the tables: attention, forward or with gradients, of arrays of `dtype`: float32, bfloat16, float16.
 
     `window=w` lets a query attend to w keys, the last of them its own: i - w < j <= i. `spiky` makes queries equal to
     keys, so that rows are dominated by one weight: a trick that is free on random data may not be free there. `layer`
@@ -108,6 +113,7 @@ class Work:
     backward: bool = False
     spiky: bool = False
     layer: bool = False
+    dtype: str = "float32"
 
     @property
     def name(self) -> str:
@@ -119,6 +125,7 @@ class Work:
             f"window {self.window}" if self.window is not None else "",
             "spiky" if self.spiky else "",
             "layer" if self.layer else "",
+            self.dtype if self.dtype != "float32" else "",
         ]
         return f"({self.batch}, {self.heads}, {lengths}, {self.dim}) " + ", ".join(t for t in terms if t)
 
@@ -152,7 +159,15 @@ class Work:
     @property
     def bytes_read(self) -> float:
         """Keys and values, once each: what a decode has to read at least."""
-        return 8.0 * self.batch * self.heads * self.keys * self.dim
+        return 2.0 * self.itemsize * self.batch * self.heads * self.keys * self.dim
+
+    @property
+    def itemsize(self) -> int:
+        return 4 if self.dtype == "float32" else 2
+
+    @property
+    def tolerance(self) -> float:
+        return TOLERANCES[self.dtype]
 
     @property
     def is_decode(self) -> bool:
@@ -180,6 +195,11 @@ class Work:
         return (self.bytes_read if self.is_decode else self.flops) / seconds / 1e9
 
     def used(self, rate: float) -> float:
+        """Where the CPU multiplies bfloat16 it does twice as many as of float32, whose peak is measured."""
+        if self.dtype == "bfloat16" and not self.is_decode:
+            from .kernels import simd
+
+            return rate / 2 if simd.halves().bfloat16 else rate
         return rate
 
     def reference(self, slab: int = 512) -> list[np.ndarray]:
@@ -192,14 +212,16 @@ class Work:
         return dataclasses.replace(self, batch=1, heads=2, queries=length, keys=keys, window=window)
 
     def inputs(self) -> list[np.ndarray]:
-        """query, key, value and the output's gradient: the same numbers in every process."""
+        """query, key, value and the output's gradient: the same numbers in every process, float32 arrays of such as are
+        in `dtype` too."""
         rng = np.random.default_rng(0)
         few = (self.batch, self.heads, self.queries, self.dim)
         many = (self.batch, self.heads, self.keys, self.dim)
         query, key, value, grad = (rng.standard_normal(s, dtype=np.float32) for s in (few, many, many, few))
         if self.spiky:
             query = np.resize(key, few)
-        return [query, key, value, grad]
+        kind = HALVES.get(self.dtype)
+        return [x if kind is None else halves.widened(halves.rounded(x, kind)) for x in (query, key, value, grad)]
 
     def layer_inputs(self) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
         """A layer's input, its output's gradient, and its parameters as rv.MultiHeadAttention names them."""

@@ -128,7 +128,7 @@ def given_all(call, spec, parts, Lq, dtype):
     arrays = [part for part in parts if isinstance(part, np.ndarray)]
     if not any(x.dtype.kind == "b" for x in arrays):
         parts.append(np.ones((1, 1), bool))
-    if not any(x.dtype.kind == "f" for x in arrays):
+    if not any(x.dtype.kind != "b" for x in arrays):
         parts.append(np.zeros((1, 1), dtype))
     call.setdefault("softcap", 50.0)
     spec["softcap"] = call["softcap"]

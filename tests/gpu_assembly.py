@@ -2,8 +2,8 @@
 
     python tests/gpu_assembly.py 9 0
 
-prints a line of JSON for each variant of each kernel, and for (9, 0), whose budgets are kept, tries more variants. It
-needs the toolkit of the `cuda` extra, and no GPU.
+prints a line of JSON for each variant of each kernel; for others than (9, 0), of one variant of each. It needs the
+toolkit of the `cuda` extra, and no GPU.
 """
 
 import json
@@ -30,7 +30,7 @@ def ptxas():
     return str(found[0]) if found else shutil.which("ptxas")
 
 
-def dense(thorough):
+def dense():
     """The variants that the plan picks for the common element types and widths, and one with every term."""
     from ruvector_numba.kernels.cuda import blocks, dense, dense_backward, pairs
 
@@ -39,11 +39,9 @@ def dense(thorough):
     kernels = {"forward": dense.forward, "to_query": dense_backward.to_query, "to_key": dense_backward.to_key}
     for name, kernel in kernels.items():
         for element, width in (("bfloat16", 64), ("bfloat16", 128), ("bfloat16", 256), ("float32", 64)):
-            if thorough or width < 256:
-                v = plan.variant(name, element, width, plan.Terms(*NO_TERMS))
-                yield kernel, v._replace(makes=plan.makes(width)[0])
-        if thorough:
-            yield kernel, plan.variant(name, "float16", 32, plan.Terms(*ALL_TERMS))
+            v = plan.variant(name, element, width, plan.Terms(*NO_TERMS))
+            yield kernel, v._replace(makes=plan.makes(width)[0])
+        yield kernel, plan.variant(name, "float16", 32, plan.Terms(*ALL_TERMS))
     few = plan.packed(plan.variant("forward", "bfloat16", 128, plan.Terms(*NO_TERMS)), 4)
     yield dense.forward, few
     one = blocks.Variant("bfloat16", 64, 16, 1, 128, 1, 2, *NO_TERMS)
@@ -51,14 +49,62 @@ def dense(thorough):
         yield kernel, one
 
 
-def copying(thorough):
+def copying():
     from ruvector_numba.kernels.cuda import copying
 
     for kernel in (copying.pack, copying.fill):
         yield kernel, copying.Variant("bfloat16")
+    yield copying.pack, copying.Variant("bool", inverted=True)
 
 
-FAMILIES = [dense, copying]
+def projections():
+    from ruvector_numba.kernels.cuda import folding, gate, projection
+
+    def plain(element, threads=128, wide=True, paired=False, cut=False, over_rows=False):
+        resident = (3 if wide and not over_rows else 2) * 128 // threads
+        return projection.Variant(element, threads, wide, paired, cut, over_rows, resident)
+
+    yield projection.project, plain("float32")
+    yield projection.project, plain("float32", cut=True, over_rows=True)
+    yield projection.join, plain("float32", cut=True, over_rows=True)
+    yield projection.project, plain("float32", 64, cut=True, over_rows=True)
+    yield projection.project, plain("bfloat16", paired=True)
+    by_rows = plain("bfloat16")._replace(resident=2)
+    yield projection.project_halves, by_rows
+    yield projection.project_halves, by_rows._replace(right_rows=False, paired=True)
+    yield projection.project_halves, by_rows._replace(left_rows=False, cut=True, selects=True)
+    yield projection.project, plain("float16", wide=False, paired=True, cut=True, over_rows=True)
+    for kernel in (gate.forward, gate.backward):
+        yield kernel, gate.Variant("bfloat16", 128)
+    yield folding.fold_back, folding.Variant("bfloat16", 128)
+
+
+def neighbors():
+    """GAT, GATv2 and the graph transformer of four heads of 16 channels; and all terms, wide heads, single elements."""
+    from ruvector_numba.kernels.cuda import csr, csr_backward, sums
+
+    from ruvector_numba.plan import cuda_csr as plan
+
+    plain = plan.Options(False, False, False, False, False, True)
+    every = plan.Options(True, True, True, True, False, True)
+    kinds = [plan.variant("float32", rule, 4, 16, True, plain) for rule in (plan.SUM, plan.JOINT, plan.DOT)]
+    kinds += [
+        plan.variant("float32", plan.DOT, 4, 16, True, every),
+        plan.variant("float32", plan.DOT, 2, 256, True, plain),
+        plan.variant("bfloat16", plan.JOINT, 3, 7, False, every._replace(bias=False, maximum=True)),
+    ]
+    for v in kinds:
+        yield csr.forward, v
+        yield csr_backward.backward_sources, v
+        yield csr_backward.backward_targets, v
+    yield csr.coefficients, kinds[-1]
+    yield csr_backward.prepare, kinds[-1]
+    flat = sums.SumVariant("float32", 256)
+    for kernel in (csr.lse, sums.add_heads, csr_backward.softmax_backward, sums.add_up):
+        yield kernel, flat
+
+
+FAMILIES = [dense, copying, projections, neighbors]
 
 
 def assembled(kernel, v, capability):
@@ -79,8 +125,12 @@ def assembled(kernel, v, capability):
 
 
 def main(capability):
+    seen = set()
     for family in FAMILIES:
-        for kernel, v in family(capability == HOPPER):
+        for kernel, v in family():
+            if capability != HOPPER and kernel.name in seen:
+                continue  # compiling is slow: elsewhere one variant of each kernel
+            seen.add(kernel.name)
             row = dict(kernel=kernel.name, variant=str(v), element=v.element)
             row.update(budget=kernel.registers, stack_budget=kernel.stack.get(getattr(v, "width", 0), 0))
             try:

@@ -63,10 +63,11 @@ def test_large_scores(size, factor):
     np.testing.assert_allclose(weights.sum(-1, dtype=np.float64), 1, rtol=0, atol=16 * EPS)
     inputs = q, case.key, case.value
     exact, naive = reference.attention(*inputs), reference.naive32(*inputs)
-    close("weights", weights, exact[2], naive[2], SECOND_PASS)
+    slack = max(SECOND_PASS, 2 * factor)  # half of the last place of a score of 2400 is 1.2e-4, 1000 of these units
+    close("weights", weights, exact[2], naive[2], slack)
     got = rv.attention_backward(case.grad_output, cache)
     exact, naive = (f(case.grad_output, *inputs) for f in (reference.gradients, reference.naive32_gradients))
-    close("gradient of value", got.value, exact["value"], naive["value"], SECOND_PASS)
+    close("gradient of value", got.value, exact["value"], naive["value"], slack)
 
 
 RESULTS = ("output", "lse", "weights", "query", "key", "value")

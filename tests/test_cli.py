@@ -89,7 +89,7 @@ def test_attend_may_write_over_an_input(files):
         (["q.npy", "k.npy", ".", "-o", "out.npy"], "value: . cannot be read"),
         (["q.npy", "k.npy", "v.npy", "-o", "nowhere/out.npy"], "there is no folder nowhere"),
         (["q.npy", "k.npy", "v.npy", "-o", "."], ". is a folder"),
-        (["half.npy", "k.npy", "v.npy", "-o", "out.npy"], "HINT: cast it"),
+        (["half.npy", "k.npy", "v.npy", "-o", "out.npy"], "HINT: cast them to one"),
         (["q.npy", "v.npy", "v.npy", "-o", "out.npy"], f"query.shape: ({H}, {LQ}, {D}); key.shape: ({H}, {LK}, {DV})"),
         (["q.npy", "k.npy", "v.npy", "-o", "out.npy", "--window", "-1", "0"], "must not be negative"),
         (["q.npy", "k.npy", "v.npy", "-o", "out.npy", "--mask", "q.npy"], "does not broadcast"),

@@ -65,15 +65,18 @@ def test_multi_head_of_other_widths_without_biases():
 def test_masks_hide():
     rng, layer = np.random.default_rng(2), rv.MultiHeadAttention(rv.AttentionConfig(D, H), seed=0)
     arrays = inputs()
+    there = [cuda.to_device(x) for x in arrays[:3]]
+    lengths = np.arange(LK) >= np.array([3, 11])[:, None]
+    scattered = rng.random((B, LK)) > 0.7
     for shape in ((LQ, LK), (B, 1, LK), (B, H, LQ, LK)):
         mask = rng.random(shape) > 0.6
-        compare(layer, arrays, mask=mask, gpu_mask=cuda.to_device(mask), fields=["query", "key_weights"])
-    compare(layer, arrays, mask=rv.masks.Window(2, 2), fields=["value", "value_bias"])
-    for lengths in ((3, 11), (11, 5)):
-        padding = np.arange(LK) >= np.array(lengths)[:, None]
-        compare(layer, arrays, mask=rv.masks.Window(9, 2), key_padding_mask=padding, fields=["key"])
-    padding = rng.random((B, LK)) > 0.7
-    compare(layer, arrays, key_padding_mask=padding, fields=["key"])
+        np.testing.assert_allclose(host(layer(*there, cuda.to_device(mask))), layer(*arrays[:3], mask), atol=1e-5)
+    for mask, padding in ((rv.masks.Window(2, 2), None), (rv.masks.Window(9, 2), lengths), (None, scattered)):
+        wanted = layer(*arrays[:3], mask, key_padding_mask=padding)
+        padding = padding if mask is not None or padding is None else cuda.to_device(padding)
+        np.testing.assert_allclose(host(layer(*there, mask, key_padding_mask=padding)), wanted, atol=1e-5)
+    mask = rng.random((B, 1, LK)) > 0.6
+    compare(layer, arrays, mask=mask, gpu_mask=cuda.to_device(mask), fields=["query", "key_weights"])
 
 
 def test_a_head_of_its_own():
@@ -106,6 +109,20 @@ def test_a_step_of_training_is_seen_by_the_next_pass():
     after = layer(*there)
     assert (host(after) ** 2).sum() < (host(before) ** 2).sum()
     np.testing.assert_allclose(host(after), layer(*arrays[:3]), atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", [rv.MultiHeadAttention, rv.ScaledDotProductAttention])
+def test_arrays_of_numpy_are_moved_only_when_asked(kind):
+    *arrays, grad = inputs()
+    layer = kind(rv.AttentionConfig(D, H if kind is rv.MultiHeadAttention else 1, dropout=0.0), seed=0)
+    mask = np.random.default_rng(2).random((LQ, LK)) > 0.7
+    output, past = layer.forward_cached(*arrays, mask, device="cuda")
+    got, (wanted, cache) = layer.backward(grad, past), layer.forward_cached(*arrays, mask)
+    made = layer.backward(grad, cache)
+    for a, b in ((output, wanted), (past.lse, cache.lse), (past.weights(), cache.weights()), (got.key, made.key)):
+        assert type(a) is type(b) is np.ndarray
+        np.testing.assert_allclose(a, b, atol=1e-4)
+    assert got.parameters.keys() == made.parameters.keys()
 
 
 def test_bad_inputs_are_named():

@@ -84,6 +84,25 @@ def test_any_strides_and_places():
     check(wide[None, :, None, ::3], wide[None, 3:20, None, ::2])
 
 
+@pytest.mark.parametrize("element", ["float16", "bfloat16"])
+def test_tensor_cores(element):
+    rng = np.random.default_rng(6)
+    x, w, b = draw(rng, element, 2, 40, 1, 72), draw(rng, element, 1, 72, 3, 8), draw(rng, element, 24)
+    check(x, w, element, b, order=(0, 2, 1, 3))
+    heads = draw(rng, element, 2, 3, 40, 8).transpose(0, 2, 1, 3)
+    check(heads, w.transpose(2, 3, 0, 1), element)  # right is read by columns
+    check(x.transpose(2, 3, 0, 1), heads, element, over_rows=True)  # and here left is
+    check(x.transpose(2, 3, 0, 1), draw(rng, element, 1, 24, 2, 40).transpose(2, 3, 0, 1), element)  # both
+    check(draw(rng, element, 1, 100, 1, 24), draw(rng, element, 1, 24, 1, 68)[..., :64], element)
+    left, right = draw(rng, element, 1, 150, 1, 16), draw(rng, element, 1, 150, 1, 72)
+    left[0, 140, 0, 3], left[0, 20] = np.nan, np.inf
+    right[0, [140, 20]] = 0
+    got, _ = product(left.transpose(2, 3, 0, 1), right, (1, 16, 1, 72), element, over_rows=True)
+    clean, wide = (np.asarray(a[0, :, 0], np.float64) for a in (left, right))
+    wanted = np.where(np.isfinite(clean), clean, 0).T @ wide
+    np.testing.assert_allclose(got[0, :, 0].astype(np.float64), wanted, atol=TOLERANCE[element] * 40)
+
+
 def test_a_layer_and_its_gradients():
     rng = np.random.default_rng(3)
     x, w, b, dy = (draw(rng, "float32", *shape) for shape in ((150, 12), (20, 12), (20,), (150, 20)))
@@ -92,6 +111,9 @@ def test_a_layer_and_its_gradients():
     found = gpu_projection.linear_backward(space, there(dy), there(x), there(w))
     for got, wanted in zip((made, *found), (x @ w.T + b, dy @ w, dy.T @ x, dy.sum(0))):
         np.testing.assert_allclose(got.native.copy_to_host(), wanted, atol=2e-5)
+    found = gpu_projection.linear_backward(space, there(dy), there(x), there(w), found[0], found[1:])
+    for got, wanted in zip(found, (dy @ w, dy.T @ x, dy.sum(0))):
+        np.testing.assert_allclose(got.native.copy_to_host(), 2 * wanted, atol=4e-5)
 
 
 def test_a_row_with_gradient_zero_leaves_no_nan_in_the_weights():

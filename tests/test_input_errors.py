@@ -58,7 +58,7 @@ F32, TO_FLOAT, REAL = cast(np.float32), r"cast it: {}.astype\(numpy.float32\)", 
 NUMBERS = r"numpy.array\({}, float\)"
 INPUTS = [
     # dtypes
-    ({"query": cast(int)}, InvalidInputError, "dtype int64, not float32 or float64", TO_FLOAT.format("query")),
+    ({"query": cast(int)}, InvalidInputError, "dtype int64, not float16, bfloat16, ", TO_FLOAT.format("query")),
     ({"key": cast(np.uint8)}, InvalidInputError, "key has dtype uint8", TO_FLOAT.format("key")),
     ({"value": cast(bool)}, InvalidInputError, "value has dtype bool", TO_FLOAT.format("value")),
     ({"query": cast(complex)}, InvalidInputError, "query has dtype complex128", REAL.format("query")),
@@ -66,7 +66,7 @@ INPUTS = [
     ({"value": cast(object)}, InvalidInputError, "value has dtype object", NUMBERS.format("value")),
     ({"query": cast(str)}, InvalidInputError, "query has dtype <U32", NUMBERS.format("query")),
     ({"query": cast("S8")}, InvalidInputError, r"query has dtype \|S8", NUMBERS.format("query")),
-    ({"query": cast(np.float16)}, InvalidInputError, "query has dtype float16", TO_FLOAT.format("query")),
+    ({"query": cast(np.uint16)}, InvalidInputError, "query has dtype uint16", 'or pass dtype="bfloat16" if query'),
     ({"query": cast(np.longdouble)}, InvalidInputError, "query has dtype (longdouble|float128)", "cast it"),
     ({"query": cast(">f8")}, InvalidInputError, "query has dtype >f8", "cast it"),
     ({"query": F32}, InvalidInputError, "differ in dtype", r"key = key.astype\(query.dtype\)"),

@@ -207,7 +207,8 @@ def test_info_measures_the_peak_if_asked():
 
 
 TARGETS = {
-    ("haswell", ""): (8, {"avx2", "fma"}),
+    ("haswell", ""): (8, {"avx2", "fma", "f16c"}),
+    ("znver4", ""): (16, {"avx2", "fma", "f16c", "avx512f", "avx512bf16"}),
     ("haswell", "+avx,+avx2,+fma,+f16c"): (8, {"avx2", "fma", "f16c"}),
     ("x86-64", ""): (4, set()),
 }
@@ -252,6 +253,14 @@ def test_warmup_takes_one_dtype_or_several(given, monkeypatch):
     monkeypatch.setattr(runtime, "_CALLS", runtime._CALLS[:1])
     rv.warmup(given, lambda *step: told.append(step))
     assert told == [(1, 1, "forward plain, float64")]
+
+
+def test_warmup_knows_half_precision_and_leaves_out_what_is_float32_there(monkeypatch):
+    told = []
+    calls = [call for call in runtime._CALLS if call.name in ("decode", "layer", "graph")]
+    monkeypatch.setattr(runtime, "_CALLS", calls)
+    rv.warmup(["bfloat16", "float16"], lambda *step: told.append(step))
+    assert told == [(1, 2, "decode, bfloat16"), (2, 2, "decode, float16")]
 
 
 @pytest.mark.parametrize("given", ["flout32", ["float32", "flout32"], 32.5])

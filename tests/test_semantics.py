@@ -283,3 +283,17 @@ def test_the_lowest_finite_bias_is_data():
     got = rv.scaled_dot_product_attention(np.zeros((12, 4)), k, v, bias)
     np.testing.assert_allclose(got[[0, 11]], np.broadcast_to(v.mean(0), (2, 4)), atol=1e-14)
     assert (got[3] == 0).all()
+
+
+@pytest.mark.parametrize("low", [np.finfo(np.float32).min, -1e30, 1e30])
+@pytest.mark.parametrize("queries, keys", [(3, 3), (1, 2500), (70, 300)])
+def test_a_whole_row_of_one_huge_score_is_shared_evenly(low, queries, keys):
+    """Beside such scores a logsumexp forgets how many there are: the weights of 3 keys once summed to 3."""
+    rng = np.random.default_rng(0)
+    q, k, v, do = (rng.standard_normal((2, n, 4), dtype=np.float32) for n in (queries, keys, keys, queries))
+    cache = rv.attention_forward(q * 0, k, v, np.full((queries, keys), low, np.float32))
+    np.testing.assert_allclose(cache.output, np.broadcast_to(v.mean(1, keepdims=True), do.shape), atol=1e-5)
+    np.testing.assert_allclose(cache.weights(), 1 / keys, rtol=1e-5)
+    gradients = rv.attention_backward(do, cache)
+    np.testing.assert_allclose(gradients.value, np.broadcast_to(do.sum(1, keepdims=True) / keys, v.shape), atol=1e-5)
+    np.testing.assert_allclose(cache.lse, low, rtol=1e-6)

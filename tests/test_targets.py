@@ -19,7 +19,7 @@ if cross:  # only what depends on the target asks for it, when it is imported
     chosen = sys.modules["ruvector_numba.kernels.simd.target"].Target("neoverse-n1", 16, True, 4, 4)
     for name in ("", ".target", ".kinds", ".emit", ".values"):
         sys.modules["ruvector_numba.kernels.simd" + name].target = lambda: chosen
-from ruvector_numba.kernels import decode, dense, jit
+from ruvector_numba.kernels import decode, dense, dense_backward, jit
 
 def assembly(library):
     if not cross:
@@ -32,7 +32,7 @@ def assembly(library):
     return arm.create_target_machine(cpu="neoverse-n1", opt=3).emit_assembly(module)
 
 loops = []
-for kernel, present in ((dense.forward, ()), (dense.backward, ("gradients",)), (decode.forward, ())):
+for kernel, present in ((dense.forward, ()), (dense_backward.backward, ("gradients",)), (decode.forward, ())):
     optional = [jit._fields(kernel._job_class)[i][0] for i in kernel._optional]
     function, _ = kernel.variant(types.float32, tuple(name not in present for name in optional))
     for block in re.split(r"\\n(?=\\.LBB)", assembly(function._library)):
@@ -72,6 +72,6 @@ def test_products_do_not_spill(target):
     done = subprocess.run([sys.executable, "-c", COMPILE, target], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     loops = json.loads(done.stdout)
-    assert {name for name, _, _ in loops} == {"dense.forward", "dense.backward", "decode.forward"}
+    assert {name for name, _, _ in loops} == {"dense.forward", "dense_backward.backward", "decode.forward"}
     assert max(products for _, products, _ in loops) >= 12  # the wide tile of the target
     assert [loop for loop in loops if loop[2]] == []

@@ -73,12 +73,19 @@ def form(job_class):
     return "".join(form(k) if hasattr(k, "_fields") else "f4x" if k is float else "q" for k in kinds)
 
 
+@functools.cache
+def _nested(job_class):
+    """The places of tuples in such a job, the last first."""
+    kinds = list(typing.get_type_hints(job_class).values())
+    return [n for n in reversed(range(len(kinds))) if hasattr(kinds[n], "_fields")]
+
+
 def _flat(job):
-    for value in job:
-        if isinstance(value, tuple):
-            yield from _flat(value)
-        else:
-            yield value
+    """All numbers and pointers of a job. Looking at each of a hundred would take as long as the launch."""
+    found = list(job)
+    for n in _nested(type(job)):
+        found[n : n + 1] = _flat(found[n])
+    return found
 
 
 class _Launch:
@@ -169,12 +176,12 @@ def _row_stack():
     """NumPy 2.5 has dropped a name that numba-cuda 0.30 asks for when it first compiles."""
     missing = not hasattr(np, "row_stack")
     if missing:
-        np.vstack = np.vstack
+        setattr(np, "row_stack", np.vstack)  # noqa: B010 written as an assignment, linters take it for a use
     try:
         yield
     finally:
         if missing:
-            del np.vstack
+            delattr(np, "row_stack")
 
 
 @contextlib.contextmanager

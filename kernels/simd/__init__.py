@@ -12,7 +12,7 @@ carries the bounds of its array and every access is checked against them: slow, 
 promise to touch no byte outside an array.
 """
 
-from .jobs import POINTER_SLOTS, call, draw, either, given
+from .jobs import POINTER_SLOTS, call, draw, either, given, unless
 from .kinds import ARITHMETIC, JobType, MaskType, PointerType, TileType, VectorType, bfloat16
 from .target import CHECKED, Halves, Target, halves, target
 from .tile import (
@@ -39,10 +39,12 @@ from .tile import (
 )
 from .values import (
     absolute,
+    as_bfloat16,
     as_indices,
     as_words,
     at_least,
     fma,
+    given_words,
     lane_max,
     lane_sum,
     lanes_from,
@@ -51,6 +53,7 @@ from .values import (
     load,
     load_live,
     nearest,
+    per_lane,
     period_max,
     period_sum,
     polynomial,
@@ -61,6 +64,8 @@ from .values import (
     times_power_of_two,
     where,
     width_of,
+    zipped,
+    zipped_rows,
 )
 
 __all__ = [
@@ -75,6 +80,7 @@ __all__ = [
     "TileType",
     "VectorType",
     "absolute",
+    "as_bfloat16",
     "as_indices",
     "as_words",
     "at_least",
@@ -84,6 +90,7 @@ __all__ = [
     "either",
     "fma",
     "given",
+    "given_words",
     "halves",
     "lane_max",
     "lane_sum",
@@ -93,6 +100,7 @@ __all__ = [
     "load",
     "load_live",
     "nearest",
+    "per_lane",
     "period_max",
     "period_sum",
     "polynomial",
@@ -122,6 +130,9 @@ __all__ = [
     "tile_zeros",
     "times_power_of_two",
     "transpose_square",
+    "unless",
     "where",
     "width_of",
+    "zipped",
+    "zipped_rows",
 ]

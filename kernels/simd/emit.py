@@ -4,7 +4,7 @@ from llvmlite import ir
 
 from . import rounding
 from .kinds import I16, I32, I64
-from .target import CHECKED, target
+from .target import CHECKED, halves, target
 
 
 def count(n):
@@ -40,6 +40,19 @@ def fma(b, x, y, z):
     return b.fadd(b.fmul(x, y), z)  # without the instruction, llvm.fma is a library call for each lane
 
 
+def dot(b, x, y, z):
+    """z + the products of both bfloat16 numbers in each word of x and y: one instruction, or two multiply-adds.
+
+    The instruction takes subnormal numbers for 0.
+    """
+    if halves().bfloat16:
+        return rounding.pairs_of_bfloat16(b, "dpbf16ps", z, y, x, result=z.type)
+    floats = z.type
+    for half in (lambda w: b.shl(w, fill(w.type, 16)), lambda w: b.and_(w, fill(w.type, 0xFFFF0000))):
+        z = fma(b, b.bitcast(half(x), floats), b.bitcast(half(y), floats), z)
+    return z
+
+
 def at(b, pointer, offset, n):
     """The address of pointer[offset], from which `n` elements may be touched."""
     if not CHECKED:
@@ -55,12 +68,10 @@ def at(b, pointer, offset, n):
 
 def load_one(b, pointer, offset):
     place = at(b, pointer, offset, count(1))
-    kind = place.type.pointee
-    return (
-        rounding.widened(b, b.load(b.bitcast(place, I16.as_pointer())), kind)
-        if rounding.is_half(kind)
-        else b.load(place)
-    )
+    half = place.type.pointee
+    if not rounding.is_half(half):
+        return b.load(place)
+    return rounding.widened(b, b.load(b.bitcast(place, I16.as_pointer())), half)
 
 
 def store_one(b, value, pointer, offset):
@@ -91,8 +102,8 @@ def store(b, value, pointer, offset, vector):
     b.store(value, b.bitcast(place, ir.VectorType(element, vector.lanes).as_pointer())).align = size
 
 
-def masked(b, name, pointer, offset, vector, live, *value):
-    """Load (0 elsewhere) or store only the first `live` lanes."""
+def masked(b, name, pointer, offset, vector, live, *value, is_raw=False):
+    """Load (0 elsewhere) or store only the first `live` lanes; a raw load leaves halves as they lie."""
     numbers = ir.Constant(ir.VectorType(I64, vector.lanes), list(range(vector.lanes)))
     mask = b.icmp_signed("<", numbers, splat(b, live, vector.lanes))
     place = at(b, pointer, offset, live)
@@ -102,7 +113,7 @@ def masked(b, name, pointer, offset, vector, live, *value):
     full = f"llvm.masked.{name}{suffix(kind)}.p0"
     if name == "load":
         found = call(b, full, kind, place, align, mask, ir.Constant(kind, None))
-        return rounding.widened(b, found, half) if half else found
+        return rounding.widened(b, found, half) if half and not is_raw else found
     value = [rounding.rounded(b, x, half) if half else x for x in value]
     return call(b, full, ir.VoidType(), *value, place, align, mask)
 

@@ -61,6 +61,13 @@ def either(context, first, second):
 
 
 @intrinsic
+def unless(context, marker, value):
+    """The value, or None where the marker is not None."""
+    kind = value if marker is types.none else types.none
+    return kind(marker, value), lambda cx, b, sig, args: args[1] if kind is value else emit.unit(cx)
+
+
+@intrinsic
 def draw(context, job, slot):
     """job[slot] as it was, and add 1 to it: atomic, and the only thing that threads share."""
 

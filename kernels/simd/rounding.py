@@ -12,6 +12,19 @@ from .target import halves
 F16, F32 = ir.HalfType(), ir.FloatType()
 
 
+class _Bfloat(ir.Type):
+    """LLVM's own type of bfloat16, which llvmlite has no name for: the operands of its instructions."""
+
+    def _to_string(self):
+        return "bfloat"
+
+    def __eq__(self, other):
+        return isinstance(other, _Bfloat)
+
+    def __hash__(self):
+        return hash(_Bfloat)
+
+
 def is_half(kind):
     return kind == F16 or kind == LLVM[bfloat16]
 
@@ -39,10 +52,32 @@ def rounded(b, x, kind):
     """16 bits of the half type `kind` from float32"""
     words = _as(x, I32)
     if kind != F16:
+        if halves().bfloat16 and words != I32 and words.count == 16:  # takes subnormal numbers for 0
+            return b.bitcast(b.fptrunc(x, _as(x, _Bfloat())), _as(x, I16))
         return b.trunc(_rounded_bfloat16(b, x, words), _as(x, I16))
     if halves().float16:
         return b.bitcast(b.fptrunc(x, _as(x, F16)), _as(x, I16))
     return b.trunc(_rounded_float16(b, x, words), _as(x, I16))
+
+
+def zipped(b, low, high):
+    """Words: bfloat16 of `low` in their lower halves, of `high` in the upper."""
+    words, n = _as(low, I32), low.type.count
+    if halves().bfloat16 and n == 16:
+        both = b.bitcast(pairs_of_bfloat16(b, "cvtne2ps2bf16", high, low), ir.VectorType(I16, 2 * n))
+        order = ir.Constant(ir.VectorType(I32, 2 * n), [half * n + i for i in range(n) for half in (0, 1)])
+        return b.bitcast(b.shuffle_vector(both, both, order), words)
+    low, high = (b.zext(rounded(b, x, LLVM[bfloat16]), words) for x in (low, high))
+    return b.or_(low, b.shl(high, _fill(words, 16)))
+
+
+def pairs_of_bfloat16(b, instruction, *args, result=None):
+    """An instruction of avx512_bf16: LLVM ends the process where the target lacks it."""
+    assert halves().bfloat16
+    name, pairs = f"llvm.x86.avx512bf16.{instruction}.512", ir.VectorType(_Bfloat(), 32)
+    args = [b.bitcast(x, pairs) if x.type.element == I32 else x for x in args]
+    kind = ir.FunctionType(result or pairs, [x.type for x in args])
+    return b.call(b.module.globals.get(name) or ir.Function(b.module, kind, name), args)
 
 
 def _rounded_bfloat16(b, x, words):

@@ -1,6 +1,7 @@
 """What Numba compiles for, and how wide its vectors and tiles should be."""
 
 import functools
+import os
 from dataclasses import dataclass
 
 import llvmlite.binding as llvm
@@ -60,10 +61,15 @@ def target() -> Target:
 
 @dataclass(frozen=True)
 class Halves:
-    """Which half types the target has instructions for: conversions of float16, products of pairs of bfloat16."""
+    """Which half types the target has instructions for: conversions of float16, products of pairs of bfloat16.
+
+    `packed` says whether bfloat16 goes the way of such products. RUVECTOR_NUMBA_PACKED sends it there (1) without the
+    instruction too, by twice as many multiply-adds, or keeps it away (0): to test both ways on any CPU.
+    """
 
     float16: bool
     bfloat16: bool
+    packed: bool
 
 
 @functools.cache
@@ -77,4 +83,6 @@ def halves() -> Halves:
         "define <16 x bfloat> @g(<16 x float> %x) "
         "{ %r = fptrunc <16 x float> %x to <16 x bfloat>\n ret <16 x bfloat> %r }"
     )
-    return Halves("vcvtph2ps" in text or "fcvtl" in text, "vcvtneps2bf16\t%zmm" in text)
+    bfloat16 = "vcvtneps2bf16\t%zmm" in text
+    packed = {"0": False, "1": True}.get(os.environ.get("RUVECTOR_NUMBA_PACKED", ""), bfloat16)
+    return Halves("vcvtph2ps" in text or "fcvtl" in text, bfloat16, packed)

@@ -204,25 +204,28 @@ def _places(b, tile, places, p):
     return [emit.load_one(b, places, b.add(p, emit.count(r))) for r in range(tile.rows)]
 
 
-def _rank1(b, tile, value, column, places, rows):
+def _rank1(b, tile, value, column, places, rows, multiply_add):
     for r, place in enumerate(places):
         scalar = emit.splat(b, emit.load_one(b, column, place), tile.vector.lanes)
         for c in range(tile.cols):
             k = r * tile.cols + c
-            value = b.insert_value(value, emit.fma(b, scalar, rows[c], b.extract_value(value, k)), k)
+            value = b.insert_value(value, multiply_add(b, scalar, rows[c], b.extract_value(value, k)), k)
     return value
 
 
 @intrinsic
 def tile_rank1(context, tile, column, i, step, live, row, j):
-    """tile[r, :] += column[i + r * step] * row[j :]  for every row r; rows from `live` on repeat the last"""
+    """tile[r, :] += column[i + r * step] * row[j :]  for every row r; rows from `live` on repeat the last.
+
+    Of words, each of which is two bfloat16 numbers, both are multiplied and added: two such updates at once.
+    """
+    multiply_add = emit.dot if row.element == types.uint32 else emit.fma
+    kind = vector_of(row.element)
 
     def build(cx, b, sig, args):
         value, column, i, step, live, row, j = args
-        vectors = [
-            emit.load(b, row, b.add(j, emit.count(c * tile.vector.lanes)), tile.vector) for c in range(tile.cols)
-        ]
-        return _rank1(b, tile, value, column, _row_offsets(b, tile, i, step, live), vectors)
+        vectors = [emit.load(b, row, b.add(j, emit.count(c * kind.lanes)), kind) for c in range(tile.cols)]
+        return _rank1(b, tile, value, column, _row_offsets(b, tile, i, step, live), vectors, multiply_add)
 
     n = types.intp
     return tile(tile, column, n, n, n, row, n), build
@@ -341,13 +344,19 @@ def row_sums(context, tile):
 
 @intrinsic
 def transpose_square(context, out, o, o_step, x, i, i_step, factor, f):
-    """out[o + c * o_step + r] = x[i + r * i_step + c] * factor[f + c], lanes x lanes, in log2(lanes) stages"""
+    """out[o + c * o_step + r] = x[i + r * i_step + c] * factor[f + c], lanes x lanes, in log2(lanes) stages
+
+    Without a factor elements are moved, whatever they are.
+    """
     vector = vector_of(out.element)
 
     def build(cx, b, sig, args):
         out, o, o_step, x, i, i_step, factor, f = args
-        n, scale = vector.lanes, emit.load(b, factor, f, vector)
-        rows = [b.fmul(emit.load(b, x, b.add(i, b.mul(i_step, emit.count(r))), vector), scale) for r in range(n)]
+        n = vector.lanes
+        rows = [emit.load(b, x, b.add(i, b.mul(i_step, emit.count(r))), vector) for r in range(n)]
+        if sig.args[6] is not types.none:
+            scale = emit.load(b, factor, f, vector)
+            rows = [b.fmul(row, scale) for row in rows]
         stage = 1
         while stage < n:
             low = [n + c - stage if c & stage else c for c in range(n)]

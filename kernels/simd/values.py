@@ -9,8 +9,8 @@ from numba.core.imputils import lower_builtin
 from numba.core.typing.templates import AbstractTemplate, infer_global, signature
 from numba.extending import intrinsic
 
-from . import emit
-from .kinds import I32, LLVM, MaskType, PointerType, VectorType, vector_of
+from . import emit, rounding
+from .kinds import I32, LLVM, MaskType, PointerType, VectorType, bfloat16, vector_of
 from .target import CHECKED, target
 
 
@@ -62,6 +62,17 @@ def _advance(cx, b, sig, args):
     return b.insert_value(args[0], b.gep(b.extract_value(args[0], 0), [n]), 0)
 
 
+def _as_elements(cx, b, kind, pointer):
+    plain = LLVM[kind.stored].as_pointer()
+    if not CHECKED:
+        return b.bitcast(pointer, plain)
+    out = ir.Constant(cx.get_value_type(kind), ir.Undefined)
+    for i in range(4):
+        part = b.extract_value(pointer, i)
+        out = b.insert_value(out, b.bitcast(part, plain) if i < 3 else part, i)
+    return out
+
+
 def _reread(element):
     """An intrinsic: the same place, read as elements of another kind."""
 
@@ -69,22 +80,54 @@ def _reread(element):
     def reread(context, pointer):
         kind = PointerType(element)
 
-        def build(cx, b, sig, args):
-            plain = LLVM[element].as_pointer()
-            if not CHECKED:
-                return b.bitcast(args[0], plain)
-            out = ir.Constant(cx.get_value_type(kind), ir.Undefined)
-            for i in range(4):
-                part = b.extract_value(args[0], i)
-                out = b.insert_value(out, b.bitcast(part, plain) if i < 3 else part, i)
-            return out
-
-        return kind(pointer), build
+        return kind(pointer), lambda cx, b, sig, args: _as_elements(cx, b, kind, args[0])
 
     return reread
 
 
-as_indices, as_words = _reread(types.int64), _reread(types.uint32)
+as_indices, as_words, as_bfloat16 = (_reread(element) for element in (types.int64, types.uint32, bfloat16))
+
+
+@intrinsic
+def given_words(context, marker, pointer):
+    """The same place as words, where the marker is not None: decided when compiling."""
+    if marker is types.none:
+        return pointer(marker, pointer), lambda cx, b, sig, args: args[1]
+    kind = PointerType(types.uint32)
+    return kind(marker, pointer), lambda cx, b, sig, args: _as_elements(cx, b, kind, args[1])
+
+
+@intrinsic
+def per_lane(context, pointer):
+    """Multiply-adds that a product of its elements does in each lane: two of the halves in a word. Known early."""
+    return types.intp(pointer), lambda cx, b, sig, args: emit.count(2 if pointer.element == types.uint32 else 1)
+
+
+@intrinsic
+def zipped(context, low, high):
+    """Words of two bfloat16 numbers: low[i] in the lower half, high[i] in the upper."""
+    kind = VectorType(types.uint32, low.lanes)
+    return kind(low, high), lambda cx, b, sig, args: rounding.zipped(b, *args)
+
+
+@intrinsic
+def zipped_rows(context, pointer, first, second, live, both):
+    """Words of pointer[first + i] and pointer[second + i], bfloat16, for the first `live` lanes, else 0.
+
+    The upper halves are 0 unless `both`. Reads nothing beyond.
+    """
+    vector = vector_of(pointer.element)
+    kind = VectorType(types.uint32, vector.lanes)
+
+    def build(cx, b, sig, args):
+        pointer, first, second, live, both = args
+        low, high = (emit.masked(b, "load", pointer, x, vector, live, is_raw=True) for x in (first, second))
+        low, high = (b.zext(x, kind.llvm) for x in (low, high))
+        high = b.select(both, b.shl(high, emit.fill(kind.llvm, 16)), ir.Constant(kind.llvm, None))
+        return b.or_(low, high)
+
+    n = types.intp
+    return kind(pointer, n, n, n, types.boolean), build
 
 
 # --- Vector and Mask -----------------------------------------------------------------------------------------------

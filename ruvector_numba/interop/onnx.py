@@ -172,6 +172,7 @@ def attention(
     scale, cap = given.scale(scale, query.shape[3]), given.softcap(softcap)
     dtype = _engine_type(arrays.values(), mask, given.precision(softmax_precision))
     mode = given.mode(qk_matmul_output_mode, scores_shape, dtype)
+    lies = _stored_type((query, key, value), dtype) if mode is None else dtype
 
     if past:
         key, value = np.concatenate((past[0], key), axis=2), np.concatenate((past[1], value), axis=2)
@@ -181,7 +182,7 @@ def attention(
     if mask is not None:
         mask = mask if mask.dtype == bool else mask.astype(dtype, copy=False)
         seen = seen & (mask if mode == 2 else tightened(mask, key.shape[2]))  # mode 2 shows the numbers of a mask
-    query, key_there, value_there = (x.astype(dtype, copy=False) for x in (query, key, value))
+    query, key_there, value_there = (x.astype(lies, copy=False) for x in (query, key, value))
     output, stage = _Run(query, key_there, value_there, seen, scale, cap)(rank == 3, mode)
     to = arrays["Q"].dtype
     return AttentionOutputs(
@@ -247,9 +248,15 @@ def tightened(mask: Array, Lk: int) -> Array | masks.Mask:
 
 
 def _engine_type(arrays: Iterable[Array], mask: Array | None, precision: str | None) -> type[np.float32 | np.float64]:
-    """What the call is computed in. float16 and bfloat16 go through float32 arrays: the one place that says so."""
+    """What the call is computed in, float16 and bfloat16 in float32."""
     names = {x.dtype.name for x in arrays} | {precision if mask is None else mask.dtype.name, precision}
     return np.float64 if "float64" in names else np.float32
+
+
+def _stored_type(arrays: Iterable[Array], dtype: type[np.float32 | np.float64]) -> Any:
+    """In which type the engine reads arrays: half precision as it lies if all are alike, else what is computed in."""
+    kinds = {x.dtype for x in arrays}
+    return kinds.pop() if len(kinds) == 1 and {x.itemsize for x in kinds} == {2} and dtype == np.float32 else dtype
 
 
 @dataclass(frozen=True, slots=True, eq=False)

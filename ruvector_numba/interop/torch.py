@@ -106,20 +106,20 @@ class _Attention(torch.autograd.Function):  # type: ignore[misc]  # torch comes 
         if not (is_grad_enabled and any(ctx.needs_input_grad)):
             return torch.from_numpy(dense.scaled_dot_product_attention(*arrays, **options))
         past = dense.forward(checks.call(*arrays, **options))
-        output, lse = torch.from_numpy(past.output), torch.from_numpy(past.log_sum)
+        output, sums = torch.from_numpy(past.output), torch.from_numpy(past.sums)
         # Whatever is a tensor is kept by torch, which then notices changes in place, and may offload or recompute it.
         is_tensor = isinstance(attn_mask, torch.Tensor)
-        ctx.save_for_backward(query, key, value, attn_mask if is_tensor else None, output, lse)
+        ctx.save_for_backward(query, key, value, attn_mask if is_tensor else None, output, sums)
         ctx.rule = None if is_tensor else attn_mask
         ctx.options = options | {"seed": past.call.seed}
         return output
 
     @staticmethod
     def backward(ctx: Any, grad_output: Any) -> Any:
-        query, key, value, tensor_mask, output, lse = ctx.saved_tensors
+        query, key, value, tensor_mask, output, sums = ctx.saved_tensors
         attn_mask = ctx.rule if tensor_mask is None else tensor_mask
         wants_bias = ctx.needs_input_grad[3]
-        gradients = _Gradients.apply(grad_output, query, key, value, attn_mask, output, lse, ctx.options, wants_bias)
+        gradients = _Gradients.apply(grad_output, query, key, value, attn_mask, output, sums, ctx.options, wants_bias)
         return *(g if needs else None for g, needs in zip(gradients, ctx.needs_input_grad, strict=False)), None, None
 
 
@@ -132,11 +132,11 @@ class _Gradients(torch.autograd.Function):  # type: ignore[misc]
 
     @staticmethod
     def forward(
-        ctx: Any, grad_output: Any, query: Any, key: Any, value: Any, attn_mask: Any, output: Any, lse: Any,
+        ctx: Any, grad_output: Any, query: Any, key: Any, value: Any, attn_mask: Any, output: Any, sums: Any,
         options: dict[str, Any], wants_bias: bool,
     ) -> Any:  # fmt: skip
         call = checks.call(*_arrays(query, key, value, attn_mask), **options)
-        g = dense.Past(call, _array(output), log_sum=_array(lse), top=None).backward(
+        g = dense.Past(call, _array(output), sums=_array(sums), top=None).backward(
             _array(grad_output), None, wants_bias
         )
         return tuple(None if x is None else torch.from_numpy(x) for x in (g.query, g.key, g.value, g.bias))

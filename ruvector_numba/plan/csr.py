@@ -11,7 +11,6 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ..checks import Array
 from ..kernels import csr as kernels
@@ -21,6 +20,7 @@ from ..kernels.gather import VECTORS, Heads, Rows
 from ..kernels.scoring import Dropout
 from ..kernels.simd import target
 from .layouts import NOTHING
+from .schedule import Schedule, schedule
 
 __all__ = ["Kept", "Made", "Schedule", "Terms", "Walk", "backward", "coefficients", "fold", "forward", "walk_of"]
 
@@ -34,14 +34,6 @@ AGGREGATIONS = {"sum": walk.ADD, "mean": walk.MEAN, "max": walk.MAX}
 NO_ROWS = Rows(NOTHING, 0)
 
 
-class Schedule(NamedTuple):
-    """Which nodes a task does, and which are too large for one. Of the graph alone."""
-
-    starts: NDArray[np.int64]
-    parts: NDArray[np.int64]
-    hubs: NDArray[np.int64]
-
-
 class Walk(NamedTuple):
     """The edges in the order of one of their ends: of targets, or with `positions` of sources."""
 
@@ -53,24 +45,7 @@ class Walk(NamedTuple):
 
 
 def walk_of(indptr: Array, others: Array, edge_ids: Array | None, positions: Array | None = None) -> Walk:
-    return Walk(indptr, others, edge_ids, positions, _schedule(indptr))
-
-
-def _schedule(indptr: Array) -> Schedule:
-    nodes = len(indptr) - 1
-    cost = indptr + np.arange(nodes + 1)
-    cuts = np.searchsorted(cost, np.arange(0, cost[-1], TASK))
-    starts = np.unique(np.append(cuts, nodes)) if nodes else np.zeros(1, np.int64)
-    degrees = np.diff(indptr)
-    hubs, parts, first_part = [], [], 0
-    for number, node in enumerate(np.flatnonzero(degrees > MOST)):
-        cut = -(-int(degrees[node]) // TASK)
-        ends = indptr[node] + np.arange(cut + 1, dtype=np.int64) * degrees[node] // cut
-        parts.append(np.stack([np.full(cut, number), ends[:-1], ends[1:]], axis=1))
-        hubs.append((node, first_part, first_part + cut))
-        first_part += cut
-    all_parts = np.concatenate(parts) if parts else np.zeros((0, 3))
-    return Schedule(*(np.ascontiguousarray(x, np.int64) for x in (starts, all_parts, np.array(hubs).reshape(-1, 3))))
+    return Walk(indptr, others, edge_ids, positions, schedule(indptr, TASK, MOST))
 
 
 class Terms(NamedTuple):

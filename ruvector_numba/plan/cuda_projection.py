@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from ..checks import Shape
 from ..kernels.cuda.jit import SIMULATED
-from ..kernels.cuda.projection import COLS, DEPTH, Variant
+from ..kernels.cuda.projection import COLS, STEP, Variant
 
 __all__ = ["Layout", "Plan", "Sides", "plan"]
 
@@ -22,7 +22,7 @@ class Layout(NamedTuple):
 
     shape: Shape
     strides: tuple[int, ...]
-    aligned: bool  # does it begin where four elements can be read at once?
+    aligned: int  # how many elements can be read at once where it begins: 1, 4 or 8
 
 
 class Sides(NamedTuple):
@@ -38,6 +38,7 @@ class Sides(NamedTuple):
 
 class Plan(NamedTuple):
     variant: Variant
+    halves: bool  # through the tensor cores
     left: Sides
     right: Sides
     out: Sides
@@ -55,8 +56,13 @@ class Plan(NamedTuple):
         return -(-self.I // self.variant.threads) * -(-self.J // COLS), self.parts, 1
 
     @property
+    def join(self) -> Variant:
+        """One for all that is joined."""
+        return Variant(self.variant.element, 64 if SIMULATED else 128, True, False, True, False, 1)
+
+    @property
     def join_grid(self) -> tuple[int, int, int]:
-        return max(1, -(-max(self.I * self.line, self.J) // self.variant.threads)), 1, 1
+        return max(1, -(-max(self.I * self.line, self.J) // self.join.threads)), 1, 1
 
 
 @functools.lru_cache(512)
@@ -66,18 +72,23 @@ def plan(element: str, left: Layout, right: Layout, out: Layout, over_rows: bool
     line, part = -(-J // 4) * 4, max(K, 1)
     if over_rows:
         part = max(64 if SIMULATED else PART, -(-K // max(1, ROOM // max(1, I * line))))
-        part = -(-part // DEPTH) * DEPTH
+        part = -(-part // STEP) * STEP
     count = max(1, -(-K // part))
     sides = [_sides(x) for x in (left, right, out)]
     by_rows = [int(x.strides[3] == 1 or x.strides[1] != 1) for x in (left, right)]
-    wide = all(_by_fours(x, s, n) for x, s, n in zip((left, right), sides, by_rows, strict=False))
+    wide = all(_lie_by(4, x, s, n) for x, s, n in zip((left, right), sides, by_rows, strict=False))
+    eights = all(_lie_by(8, x, s, n) for x, s, n in zip((left, right), sides, by_rows, strict=False))
     paired = any(s.rows < x.shape[0] * x.shape[1] or s.cols < x.shape[2] * x.shape[3]
                  for x, s in zip((left, right), sides, strict=False))  # fmt: skip
     threads = 64 if SIMULATED or I <= 64 else 128
-    cut = count > 1 or not _by_fours(out, sides[2], 1)
+    cut = count > 1 or not _lie_by(4, out, sides[2], 1)
     resident = (3 if wide and not over_rows else 2) * 128 // threads  # as the registers allow
     variant = Variant(element, threads, wide, paired, cut, over_rows, resident)
-    return Plan(variant, sides[0], sides[1], sides[2], by_rows[0], by_rows[1], I, J, K, line, part, count)
+    halves = element != "float32" and eights
+    if halves:
+        sides_by_rows = dict(left_rows=bool(by_rows[0]), right_rows=bool(by_rows[1]))
+        variant = variant._replace(resident=2 * 128 // threads, **sides_by_rows)
+    return Plan(variant, halves, sides[0], sides[1], sides[2], by_rows[0], by_rows[1], I, J, K, line, part, count)
 
 
 def _sides(x: Layout) -> Sides:
@@ -90,9 +101,9 @@ def _sides(x: Layout) -> Sides:
     return Sides(outer_row, row, outer_col, col, rows, cols)
 
 
-def _by_fours(x: Layout, sides: Sides, by_rows: int) -> bool:
-    """Do neighbours lie side by side, in aligned fours?"""
+def _lie_by(n: int, x: Layout, sides: Sides, by_rows: int) -> bool:
+    """Do neighbours lie side by side, in aligned fours or eights?"""
     near, count = (sides.col, sides.cols) if by_rows else (sides.row, sides.rows)
     axis = 3 if by_rows else 1
-    others = [stride for n, stride in enumerate(x.strides) if n != axis and x.shape[n] > 1]
-    return x.aligned and near == 1 and count % 4 == 0 and all(stride % 4 == 0 for stride in others)
+    others = [stride for a, stride in enumerate(x.strides) if a != axis and x.shape[a] > 1]
+    return x.aligned >= n and near == 1 and count % n == 0 and all(stride % n == 0 for stride in others)

@@ -14,11 +14,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..checks import Array, Call, Shape
-from ..kernels import blocks, decode, dense, jit, pairs
+from ..halves import BITS
+from ..kernels import blocks, decode, dense, dense_backward, jit, pairs
 from ..kernels.scoring import ByteMatrices, Dropout
+from ..kernels.simd import halves as target_halves
 from ..kernels.simd import target
 from ..kernels.softmax import LN2, LOG2E, Epsilon
 from ..kernels.tiles import StoredMatrices
+from . import halves
 from .layouts import NOTHING, NOWHERE, Layout, as_matrices, broadcast, contiguous, layout, padded, with_heads
 
 FORWARD_KEYS = 128  # in a chunk: 128 x 64 scores are 32 KiB and stay near the core; 64 and 96 measured the same
@@ -69,12 +72,35 @@ def _outputs(p: Problem, output: Layout | None, exact: Layout | None) -> dict[st
     """What the kernels write of an output: in the type that the inputs lie in, as it was computed, or both."""
     size = p.arithmetic.itemsize
     if p.dtype == p.arithmetic:  # they are the same
-        return dict(output=as_matrices("output", output or exact, size), exact=None, wants_output=1, wants_exact=0)
+        there = exact if output is None else output
+        assert there is not None
+        return dict(output=as_matrices("output", there, size), exact=None, wants_output=1, wants_exact=0)
     return dict(
         output=NOWHERE if output is None else as_matrices("output", output, p.dtype.itemsize),
         exact=NOWHERE if exact is None else as_matrices("exact", exact, size),
         wants_output=int(output is not None), wants_exact=int(exact is not None),
     )  # fmt: skip
+
+
+def is_packed(p: Problem) -> bool:
+    """Are products those of pairs of bfloat16? Their rows hold whole pairs, in memory too."""
+    if p.dtype != BITS or not target_halves().packed or p.query.shape[-1] % 2 or p.value.shape[-1] % 2:
+        return False
+    return all(is_in_pairs(x) for x in (p.query, p.key, p.value))
+
+
+def is_in_pairs(x: Layout) -> bool:
+    return x.strides[-1] == BITS.itemsize and x.strides[-2] % (2 * BITS.itemsize) == 0
+
+
+def _widened(p: Problem, group: int) -> blocks.Widened | None:
+    if p.dtype == p.arithmetic or is_packed(p):
+        return None
+    size = p.arithmetic.itemsize
+    key, value = (contiguous(with_heads(x, 3).shape, size) for x in (p.key, p.value))
+    return blocks.Widened(
+        as_matrices("widened_key", key, size, group), as_matrices("widened_value", value, size, group)
+    )
 
 
 def _job(p: Problem, keys_per_block: int, rows: int, **more: Any) -> blocks.AttentionJob:
@@ -85,11 +111,14 @@ def _job(p: Problem, keys_per_block: int, rows: int, **more: Any) -> blocks.Atte
     group = H // max(1, key.shape[-3])
     natural = None if p.softcap is None and not p.slopes and p.bias is None else LOG2E
     scores, width = (*batch, H, Lq, Lk), target().width(p.arithmetic.itemsize)
+    sizes = query.shape[-1], Dv, keys_per_block, p.arithmetic.itemsize
+    more_elements = blocks.packed_elements(*sizes) if is_packed(p) else 0
     bias = None if p.bias is None else as_matrices("bias", broadcast(p.bias, scores), p.arithmetic.itemsize)
     mask = None if p.mask is None else ByteMatrices(*as_matrices("mask", broadcast(p.mask, scores), 1))
     fields = dict(
         query=as_matrices("query", query, itemsize), key=as_matrices("key", key, itemsize, group),
-        value=as_matrices("value", value, itemsize, group), lse=NOTHING, wants_lse=0, natural=natural,
+        value=as_matrices("value", value, itemsize, group), widened=_widened(p, group), sums=NOTHING,
+        wants_sums=0, natural=natural,
         softcap=p.softcap, slopes="slopes" if p.slopes else None, bias=bias, mask=mask,
         additive=None if bias is None and mask is None else 1, dropout=_dropout(p.dropout),
         epsilon=Epsilon(p.eps, "top") if p.eps else None, gradients=None, rounded=None,
@@ -97,8 +126,8 @@ def _job(p: Problem, keys_per_block: int, rows: int, **more: Any) -> blocks.Atte
         limits_batch=0 if p.limits is None else 2 * Lq,
         limits_row=0 if p.limits is None else 2, first=p.first, last=p.last, offset=p.offset,
         scale=p.scale * (LOG2E if natural is None else 1.0), Lq=Lq, Lk=Lk, D=D, Dv=Dv, H=H, group=group,
-        blocks=-(-Lq // width), splits=1, split_keys=Lk, keys_per_block=keys_per_block, scratch="scratch",
-        scratch_step=rows * width,
+        blocks=-(-Lq // width), splits=1, split_keys=Lk, keys_per_block=keys_per_block,
+        packed=1 if is_packed(p) else None, scratch="scratch", scratch_step=rows * width + more_elements,
     )  # fmt: skip
     return blocks.AttentionJob(**{**fields, **more})
 
@@ -118,6 +147,7 @@ class Plan(NamedTuple):
     scratch: int  # elements that one thread needs
     splits: int
     unit: float  # what a score in the kernel's unit, such as `top`, is worth
+    widens: bool  # it reads keys and values as `widened` makes them
 
     def __call__(self, c: Call, **arrays: Any) -> None:
         seen = c.seen
@@ -129,6 +159,14 @@ class Plan(NamedTuple):
         )  # fmt: skip
 
 
+def widened(c: Call) -> dict[str, Array]:
+    """Keys and values as plans that widen take them, beside the call's own; until the next call."""
+    return {f"widened_{name}": halves.widened(x, name) for name, x in (("key", c.key), ("value", c.value))}
+
+
+rounded, room = halves.rounded, halves.room
+
+
 def _every_batch(limits: NDArray[np.int64], c: Call) -> NDArray[np.int64]:
     return np.ascontiguousarray(np.broadcast_to(limits, (*c.batch, c.query.shape[-2], 2)), np.int64)
 
@@ -136,9 +174,9 @@ def _every_batch(limits: NDArray[np.int64], c: Call) -> NDArray[np.int64]:
 def _plan(kernel: jit.Kernel, job: blocks.AttentionJob, tasks: int, p: Problem, products: int) -> Plan:
     heads = len(job.query.at)
     work = heads * job.Lq * job.Lk * (job.D + job.Dv) * products / 2
-    return Plan(
-        kernel.prepare(job, tasks, p.dtype, work), job.scratch_step, job.splits, LN2 if job.natural is None else 1.0
-    )
+    unit = LN2 if job.natural is None else 1.0
+    launch = kernel.prepare(job, tasks, p.dtype, work)
+    return Plan(launch, job.scratch_step, job.splits, unit, job.widened is not None)
 
 
 def is_few(p: Problem) -> bool:
@@ -148,7 +186,7 @@ def is_few(p: Problem) -> bool:
 
 
 @functools.lru_cache(512)
-def forward(p: Problem, wants_lse: bool, by_tiles: bool = False) -> Plan:
+def forward(p: Problem, wants_sums: bool, by_tiles: bool = False) -> Plan:
     """Outputs and, if wanted, logsumexps; with several splits (heads, splits, ...) of both, to be merged.
 
     Few queries have a kernel of their own, unless `by_tiles`.
@@ -160,16 +198,16 @@ def forward(p: Problem, wants_lse: bool, by_tiles: bool = False) -> Plan:
     if splits > 1:
         more = _outputs(p, None, contiguous((heads, splits, Lq, Dv), itemsize))
     elif p.rounds:
-        more = _outputs(p, output, contiguous(output.shape, itemsize) if wants_lse else None)
+        more = _outputs(p, output, contiguous(output.shape, itemsize) if wants_sums else None)
     else:
         more = _outputs(p, None, output)
     more.update(splits=splits, split_keys=SPLIT_KEYS if splits > 1 else Lk)
-    if wants_lse or splits > 1:
-        more.update(lse="lse", wants_lse=1)
+    if wants_sums or splits > 1:
+        more.update(sums="sums", wants_sums=1)
     if p.eps and splits > 1:  # it is one sum: eps is added when the parts are merged
         more.update(epsilon=Epsilon(0.0, "top"))
     if few:
-        job = _job(p, DECODE_KEYS, 0, **more)
+        job = _job(p, DECODE_KEYS, 0, widened=None, packed=None, **more)
         step = decode.scratch_elements(Lq * job.group, D, Dv, DECODE_KEYS, itemsize)
         job = job._replace(scratch_step=step)
         return _plan(decode.forward, job, heads // job.group * splits, p, 2)
@@ -181,7 +219,7 @@ def _backward_job(p: Problem, **more: Any) -> blocks.AttentionJob:
     """`p.output` is the output as it was computed."""
     (_, D), (_, Dv), itemsize = p.query.shape[-2:], p.value.shape[-2:], p.arithmetic.itemsize
     rows = blocks.scratch_rows(D, Dv, BACKWARD_KEYS) + blocks.gradient_rows(D, Dv, BACKWARD_KEYS, itemsize)
-    return _job(p, BACKWARD_KEYS, rows, **_outputs(p, None, with_heads(p.output, 3)), lse="lse", **more)
+    return _job(p, BACKWARD_KEYS, rows, **_outputs(p, None, with_heads(p.output, 3)), sums="sums", **more)
 
 
 def _gradients(p: Problem, grad_output: Layout, job: blocks.AttentionJob) -> blocks.Gradients:
@@ -223,12 +261,12 @@ def backward(p: Problem, grad_output: Layout, threads: int) -> list[Plan]:
     key_heads = heads // job.group
     rounds = -(-key_heads // threads)
     if 5 * rounds * threads <= 7 * key_heads:
-        return [_plan(dense.backward, job._replace(gradients=g), key_heads, p, 5)]
+        return [_plan(dense_backward.backward, job._replace(gradients=g), key_heads, p, 5)]
     to_query = g._replace(to_key=0, heads=1, blocks=1)
     to_key = g._replace(to_query=0, tiles=1)
     return [
-        _plan(dense.backward, job._replace(gradients=to_query), heads * job.blocks, p, 3),
-        _plan(dense.backward, job._replace(gradients=to_key), key_heads * g.tiles, p, 4),
+        _plan(dense_backward.backward, job._replace(gradients=to_query), heads * job.blocks, p, 3),
+        _plan(dense_backward.backward, job._replace(gradients=to_key), key_heads * g.tiles, p, 4),
     ]
 
 
@@ -267,7 +305,7 @@ def weights(p: Problem) -> Plan:
     """The weights of all queries of the problem, whose output is an array of them; eps, if any, is in the logsumexp."""
     (_, D), (_, Dv), output = p.query.shape[-2:], p.value.shape[-2:], with_heads(p.output, 3)
     made = _outputs(p, output, None) if p.rounds else _outputs(p, None, output)
-    job = _job(p, FORWARD_KEYS, blocks.scratch_rows(D, Dv, FORWARD_KEYS), lse="lse", **{**made, "epsilon": None})
+    job = _job(p, FORWARD_KEYS, blocks.scratch_rows(D, Dv, FORWARD_KEYS), sums="sums", **{**made, "epsilon": None})
     return _plan(pairs.weights, job, len(job.query.at) * job.blocks, p, 1)
 
 
@@ -277,9 +315,13 @@ __all__ = [
     "bias_backward",
     "forward",
     "is_few",
+    "is_in_pairs",
     "layout",
     "padded",
     "problem",
+    "room",
+    "rounded",
     "threads",
     "weights",
+    "widened",
 ]

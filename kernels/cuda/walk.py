@@ -1,0 +1,213 @@
+"""Walking along the edges of a graph on a GPU: what the kernels of attention over neighbours are told, and who does it.
+
+The twin of the CPU's walk.py. A node belongs to a group of lanes of one warp: `lanes` of them to each of `heads` heads,
+and each holds `fours` times four channels of its head, 4 * (r * lanes + its number) and the next three. So a row of a
+neighbour is read in pieces of 16 bytes, side by side, and a sum over channels is one over `lanes` lanes. If there are
+more heads than a warp has room for, they are dealt out in chunks, blockIdx.y.
+
+A hub, a node with more edges than one group should have, is cut into parts, which are items as nodes are; what they
+leave in `partial` another launch adds up in their order. All this depends on the graph alone: no atomics, and the same
+bits every time.
+"""
+
+import functools
+from typing import NamedTuple
+
+from numba import cuda, types
+
+from . import instructions as gpu
+from .jit import Elements, Floats, Ints, device
+from .scoring import dice
+
+SUM, JOINT, DOT, GIVEN = 0, 1, 2, 3  # rules for scores, see csr.py
+number, across = gpu.number, gpu.across
+
+
+class Rows(NamedTuple):
+    """(N, H, C): row n begins at n * step; its heads and channels lie side by side."""
+
+    data: Elements
+    step: int
+
+
+class NeighborJob(NamedTuple):
+    indptr: Ints  # of the walk: by target, or by source for `backward_sources`
+    by_target: Ints  # that of targets, for their degrees
+    others: Ints  # the node at the other end
+    edge_ids: Ints  # the caller's number of the edge at a position, if has_ids
+    positions: Ints  # by target, of the edge at a position by source
+    has_ids: int
+    parts: Ints  # (count_parts, 3): which hub, first edge, last edge
+    hubs: Ints  # (hubs, 3): node, first part, last part
+    count_parts: int
+    count_hubs: int
+    nodes: int
+    most: int  # edges of a node that is no hub
+    of_hubs: int  # whether this launch adds up the parts of hubs
+    rounds: int  # items of one group
+    partial: Floats  # (parts, 2, H, line)
+    partial_best: Ints  # (parts, H, line)
+    # the rule
+    slope: float
+    scale: float
+    key: Rows
+    query: Rows
+    edge: Rows
+    bias: Elements  # (E, H)
+    att: Elements  # (1 or 2, H, C)
+    has_query: int  # of SUM: whether targets have a term at all
+    # what is done with scores
+    seed: int
+    threshold: int
+    gain: float
+    has_dropout: int
+    edge_weight: Elements  # (E)
+    has_weight: int
+    is_mean: int
+    value: Rows
+    edge_value: Rows
+    offset: Rows  # what each target's row of the output begins with; step 0 for one row that all share
+    has_offset: int
+    # made on the way
+    output: Rows
+    stats: Floats  # (Nt, H, 4): the largest score, the sum of exp(score - it), the target's term of SUM
+    best: Ints  # (Nt, H, C): for the maximum, the position of the edge whose value it is
+    weights: Elements  # (E, H), the caller's order: p
+    # backward
+    grad: Rows
+    slopes: Floats  # (Nt, H, 4): as stats, but 1 / sum, and then delta
+    changes: Floats  # (E, H): ds, by position by target
+    dquery: Rows
+    dkey: Rows
+    dvalue: Rows
+    dedge: Rows
+    dedge_value: Rows
+    dbias: Elements  # (E, H), the caller's order: ds
+    wants_dbias: int
+    dweight: Floats  # (E, H)
+    adds: int  # of SUM: whether the targets' term goes into dvalue, for they are the same nodes
+    sums: Floats  # (blocks, H, C)
+    sums_from: int
+    wants_sums: int
+    H: int
+    C: int
+    D: int
+
+
+class Variant(NamedTuple):
+    """What is known when a kernel is compiled."""
+
+    element: str
+    rule: int
+    lanes: int
+    heads: int
+    fours: int
+    wide: bool  # whether all rows can be read and written by aligned fours
+    threads: int
+    resident: int = 4
+    edge: bool = False
+    bias: bool = False
+    edge_value: bool = False
+    shares: bool = False  # is what a value is multiplied by anything but p?
+    maximum: bool = False
+    normalizes: bool = True
+
+    @property
+    def group(self):
+        return self.lanes * self.heads
+
+    @property
+    def groups(self):
+        """In a block."""
+        return self.threads // self.group
+
+    @property
+    def width(self):
+        """Channels that a lane holds."""
+        return 4 * self.fours
+
+    @property
+    def line(self):
+        """Numbers of a head in `partial`: all channels that its lanes hold, and four more."""
+        return self.width * self.lanes + 4
+
+    @property
+    def unrolled(self):
+        """Edges whose rows are on their way at once; for the maximum one, or registers would not hold it all."""
+        return 1 if self.maximum else max(1, 4 // self.fours)
+
+
+class Walk(NamedTuple):
+    place: object
+    item: object
+    longest: object
+    joined: object
+
+
+@functools.cache
+def walking(v):
+    """place(): this lane's group, head, and number among the lanes of its head.
+    item(job, n): node, first and last edge of item n, or part, and the part's number or -1; node -1 if there is none.
+    longest(count): the largest count of the warp, so that all its lanes go on together.
+    joined(x): the sum over the lanes of a head."""
+    GROUP, LANES, HEADS = v.group, v.lanes, v.heads
+    WITHIN, BEYOND, FIRST = LANES.bit_length() - 1, (32 // GROUP).bit_length() - 1, GROUP
+    int32 = types.int32
+
+    @device
+    def place():
+        t = int32(cuda.threadIdx.x)
+        lane = t % int32(GROUP)
+        return t // int32(GROUP), int32(int32(cuda.blockIdx.y) * HEADS + lane // LANES), int32(lane % LANES)
+
+    @device
+    def item(job, n):
+        if job.of_hubs != 0:
+            if n < job.count_hubs:
+                return job.hubs[3 * n], job.hubs[3 * n + 1], job.hubs[3 * n + 2], int32(-1)
+        elif n < job.count_parts:
+            return job.hubs[3 * job.parts[3 * n]], job.parts[3 * n + 1], job.parts[3 * n + 2], int32(n)
+        elif n < job.count_parts + job.nodes:
+            node = int32(n - job.count_parts)
+            first, last = job.indptr[node], job.indptr[node + 1]
+            if last - first <= job.most:
+                return node, first, last, int32(-1)
+        return int32(-1), int32(0), int32(0), int32(-1)
+
+    @device
+    def longest(count):
+        for b in range(BEYOND):
+            count = max(count, across(count, FIRST << b))
+        return count
+
+    @device
+    def joined(x):
+        for b in range(WITHIN):
+            x += across(x, 1 << b)
+        return x
+
+    return Walk(place, item, longest, joined)
+
+
+@device
+def edge_id(job, position, here):
+    """The caller's number of the edge."""
+    return number(job.edge_ids, position, here) if job.has_ids != 0 else position
+
+
+@device
+def is_kept(job, edge, head):
+    """32 bits from (seed, head, edge) alone, those of the CPU."""
+    low = dice(job.seed, head, edge) & types.uint64(0xFFFFFFFF)
+    return types.int64(low) >= job.threshold
+
+
+@device
+def share_of(job, edge, head, degree):
+    """What p is multiplied by after the softmax, but for the edge's own weight."""
+    share = types.float32(1)
+    if job.is_mean != 0:
+        share = share / types.float32(max(degree, 1))
+    if job.has_dropout != 0:
+        share = share * types.float32(job.gain) if is_kept(job, edge, head) else types.float32(0)
+    return share

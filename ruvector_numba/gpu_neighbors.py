@@ -1,0 +1,398 @@
+"""Attention over neighbours of arrays that lie on a GPU: what the functions of neighbors.py and the layers work with.
+
+A graph stays where it is, on the CPU; what kernels need of it is uploaded once for each device and kept beside it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from . import gpu, neighbors
+from .checks import Array
+from .errors import GraphStructureError, InvalidInputError
+from .gpu import GpuArray, Space
+from .gpu_dense import compact, gradient, zero
+from .graph import CSRGraph
+from .neighbors import NeighborGradients
+
+__all__ = ["Made", "Past", "Terms", "rows"]
+
+
+class Terms(NamedTuple):
+    """What attention over neighbours is of; see the same of plan/csr.py. Rows are those that `rows` gives.
+
+    Of SUM the query is (Nt, H, C) or None, and its terms are products with att, (2, H, C).
+    """
+
+    rule: int
+    key: GpuArray
+    query: GpuArray | None
+    value: GpuArray
+    edge: GpuArray | None = None  # (E, H, D), or of SUM (E, H)
+    bias: GpuArray | None = None
+    att: GpuArray | None = None  # (H, D), or of SUM (2, H, C)
+    slope: float = 0.2
+    scale: float = 1.0
+    normalizes: bool = True
+    dropout: float = 0.0
+    seed: int = 0
+    edge_weight: GpuArray | None = None
+    aggregation: str = "sum"
+    edge_value: GpuArray | None = None
+    offset: GpuArray | None = None  # (Nt or 1, H, C)
+
+
+class Made(NamedTuple):
+    """Gradients; None for what there was not."""
+
+    query: GpuArray | None  # of SUM None where its nodes are those of the value, which has it then
+    key: GpuArray | None
+    value: GpuArray
+    edge: GpuArray | None
+    bias: GpuArray | None
+    edge_weight: GpuArray | None
+    edge_value: GpuArray | None
+    offset: GpuArray | None  # (H, C)
+    att: GpuArray | None
+
+
+# --- the functions ---------------------------------------------------------------------------------------------------
+class Call:
+    """A call of `neighbor_attention` and what came of it, on a GPU: what a `NeighborCache` has."""
+
+    def __init__(self, past: Past, is_moved: bool) -> None:
+        self.past, self.is_moved = past, is_moved
+
+    def _given(self, x: GpuArray) -> Any:
+        """An array as the caller gets it: where the call's arrays were."""
+        return gpu.default().download(x.native) if self.is_moved else x.native
+
+    def _space(self) -> Space:
+        return Space(self.past.output.native)
+
+    @property
+    def graph(self) -> CSRGraph:
+        return self.past.graph
+
+    @property
+    def output(self) -> Any:
+        return self._given(self.past.output)
+
+    @property
+    def lse(self) -> Any:
+        return self._given(self.past.lse(self._space()))
+
+    def coefficients(self) -> Any:
+        return self._given(self.past.coefficients(self._space()))
+
+    def gradients(self, grad_output: Any) -> NeighborGradients:
+        space, output = self._space(), self.past.output
+        given = gpu.moved(grad_output) if self.is_moved else grad_output
+        grad = gradient("grad_output", given, output.shape, output.element)
+        m = self.past.backward(space, rows(space, grad))
+        made = (m.query, m.key, m.value, m.bias, m.edge, m.edge_value, m.edge_weight)
+        return NeighborGradients(*(None if x is None else self._given(x) for x in made))  # type: ignore[arg-type]
+
+
+def attend(arrays: tuple[Any, ...], graph: CSRGraph, device: str | None, *settings: Any) -> Call:
+    """`neighbor_attention` of its seven arrays on a GPU; those of NumPy are moved there if `device` says so."""
+    from .plan import cuda_csr as plan
+
+    is_moved = device == "cuda" and not gpu.is_on_gpu(arrays[0])
+    if device == "cuda":
+        arrays = tuple(gpu.moved(x) for x in arrays)
+    names = ("query", "key", "value", "edge_bias", "edge_key", "edge_value", "edge_weight")
+    found = {name: gpu.floats(name, x) for name, x in zip(names, arrays, strict=True) if x is not None}
+    one_element(found)
+    shadows = tuple(None if name not in found else gpu.shadow(found[name].shape) for name in names)
+    c = neighbors.call(shadows, graph, *settings)
+    space = Space(found["query"].native)
+    q, k, v = (rows(space, found[name]) for name in names[:3])
+    bias, edge, edge_value, weight = (rows(space, found[name]) if name in found else None for name in names[3:])
+    terms = Terms(
+        plan.DOT, k, q, v, edge=edge, bias=bias, scale=c.scale, dropout=c.dropout, seed=c.seed, edge_weight=weight,
+        aggregation=c.aggregation, edge_value=edge_value,
+    )  # fmt: skip
+    return Call(Past(graph, terms, space), is_moved)
+
+
+def one_element(arrays: dict[str, GpuArray]) -> None:
+    """Raise unless all are of one type."""
+    if len({x.element for x in arrays.values()}) > 1:
+        dtypes = {f"{name}.dtype": x.element for name, x in arrays.items()}
+        raise InvalidInputError("arrays differ in dtype", shapes=dtypes, hint="cast them to one")
+
+
+def edge_softmax(scores: Any, graph: CSRGraph) -> Any:
+    from .plan import cuda_csr as plan
+
+    s = gpu.floats("scores", scores)
+    neighbors.edge_numbers("scores", gpu.shadow(s.shape), neighbors.checked_graph(graph))
+    space, H = Space(scores), s.shape[1] if len(s.shape) == 2 else 1
+    bias = _flat(compact(space, s), (graph.num_edges, H))
+    none = space.keep(space.empty((graph.num_sources, H, 0), s.element))
+    made = Past(graph, Terms(plan.GIVEN, none, None, none, bias=bias), space).coefficients(space)
+    return made.native if len(s.shape) == 2 else made.native.reshape(-1)
+
+
+def edge_softmax_backward(grad_weights: Any, weights: Any, graph: CSRGraph) -> Any:
+    from .kernels.cuda import csr_backward as backwards
+
+    p = gpu.floats("weights", weights)
+    neighbors.edge_numbers("weights", gpu.shadow(p.shape), neighbors.checked_graph(graph))
+    grad, space = gradient("grad_weights", grad_weights, p.shape, p.element), Space(weights)
+    made, w = space.empty(p.shape, p.element), _walk(graph, space, False)
+    if gpu.size(p.shape):
+        ids = space.nothing if w.edge_ids is None else space.pointer(w.edge_ids)
+        job = backwards.SoftmaxJob(
+            space.pointer(w.indptr), ids, int(w.edge_ids is not None), space.pointer(compact(space, p)),
+            space.pointer(compact(space, grad)), space.pointer(made), w.nodes, gpu.size(p.shape[1:]),
+        )  # fmt: skip
+        v = _flat_variant(p.element)
+        backwards.softmax_backward(v, job, (-(-w.nodes // (v.threads // 32)), 1, 1), space.stream)
+    return made.native
+
+
+def _flat(x: GpuArray, shape: tuple[int, ...]) -> GpuArray:
+    """A contiguous array in another shape."""
+    return x._replace(shape=shape, strides=gpu.contiguous_strides(shape))
+
+
+# --- graphs ----------------------------------------------------------------------------------------------------------
+class _Walk(NamedTuple):
+    """The edges in the order of one of their ends, on a GPU."""
+
+    indptr: GpuArray
+    others: GpuArray
+    edge_ids: GpuArray | None
+    positions: GpuArray | None
+    parts: GpuArray
+    hubs: GpuArray
+    nodes: int
+    count_parts: int
+    count_hubs: int
+    most: int
+
+
+def _walk(graph: CSRGraph, space: Space, by_source: bool) -> _Walk:
+    key = f"by {'source' if by_source else 'target'} on {space.library.key}"
+    return graph._once(key, lambda: _uploaded(graph, space, by_source))
+
+
+def _uploaded(graph: CSRGraph, space: Space, by_source: bool) -> _Walk:
+    from .plan import cuda_csr as plan
+    from .plan.schedule import hubs_of
+
+    if graph.indices.dtype != np.int32:
+        raise GraphStructureError("the graph counts to more than 2147483647", hint="cut it, or use the CPU")
+    indptr, others, positions = graph.indptr, graph.indices, None
+    if by_source:
+        indptr, others, positions = graph.transposed
+    parts, hubs = hubs_of(indptr, plan.PART, plan.MOST)
+
+    def upload(x: Array) -> GpuArray:  # one number more, for something must lie where nothing does
+        return space.library.view(space.library.upload(np.append(x.reshape(-1), 0).astype(np.int32)))
+
+    ids, places = (None if x is None else upload(x) for x in (graph.edge_ids, positions))
+    sizes = len(indptr) - 1, len(parts), len(hubs), plan.MOST
+    return _Walk(upload(indptr), upload(others), ids, places, upload(parts), upload(hubs), *sizes)
+
+
+# --- layouts ---------------------------------------------------------------------------------------------------------
+def rows(space: Space, x: GpuArray) -> GpuArray:
+    """With each node's heads and channels side by side, as the kernels read them; a copy only where it must be."""
+    inner = gpu.contiguous_strides(x.shape[1:])
+    fits = all(n <= 1 or a == b for n, a, b in zip(x.shape[1:], x.strides[1:], inner, strict=True))
+    return x if fits and x.strides[0] >= 0 else compact(space, x)
+
+
+def _by_fours(x: GpuArray | None) -> bool:
+    """Can all rows be read by aligned fours?"""
+    if x is None:
+        return True
+    first = x.data[x.start :].ctypes.data if isinstance(x.data, np.ndarray) else x.data
+    fits = x.shape[-1] % 4 == 0 and (x.strides[0] % 4 == 0 or x.shape[0] <= 1)
+    return bool(fits and first % (16 if x.element == "float32" else 8) == 0)
+
+
+def _rows(space: Space, x: GpuArray | None) -> Any:
+    from .kernels.cuda.walk import Rows
+
+    return Rows(space.pointer(x), 0 if x is None or x.shape[0] == 1 else x.strides[0])
+
+
+# --- forward ---------------------------------------------------------------------------------------------------------
+class Past:
+    """What a pass over the edges remembers, for its coefficients and its gradients; as `neighbors.Past`."""
+
+    def __init__(self, graph: CSRGraph, terms: Terms, space: Space, joined: bool = False) -> None:
+        """The output is (Nt, H, C), or where heads are `joined` (Nt, H * C) for who sees more than its rows."""
+        from .kernels.cuda import csr
+
+        self.graph, self.terms = graph, terms
+        Nt, (_, H, C) = graph.num_targets, terms.value.shape
+        made = space.keep(space.empty((Nt, H * C) if joined else (Nt, H, C), terms.value.element))
+        self.output = made._replace(shape=(Nt, H, C), strides=gpu.contiguous_strides((Nt, H, C)))
+        self.stats = space.keep(space.empty((Nt, H, 4), "float32"))
+        self.best = space.keep(space.empty((Nt, H, C), "int32")) if terms.aggregation == "max" else None
+        _run(csr.forward, self._walk(space), self._variant(), self._job(space), space)
+
+    def coefficients(self, space: Space) -> GpuArray:
+        """(E, H), in the caller's order."""
+        from .kernels.cuda import csr
+
+        made = space.keep(space.empty((self.graph.num_edges, self.terms.value.shape[1]), self.terms.value.element))
+        job = self._job(space)._replace(weights=space.pointer(made))
+        _run(csr.coefficients, self._walk(space)._replace(count_hubs=0), self._variant(), job, space)
+        return made
+
+    def lse(self, space: Space) -> GpuArray:
+        from .kernels.cuda import csr
+
+        shape = self.stats.shape[:2]
+        made, n, v = space.keep(space.empty(shape, "float32")), gpu.size(shape), _flat_variant("float32")
+        if n:
+            job = csr.LseJob(space.pointer(self.stats), space.pointer(made), n)
+            csr.lse(v, job, (-(-n // v.threads), 1, 1), space.stream)
+        return made
+
+    def _walk(self, space: Space, by_source: bool = False) -> _Walk:
+        return _walk(self.graph, space, by_source)
+
+    def _variant(self, *more: GpuArray | None) -> Any:
+        from .plan import cuda_csr as plan
+
+        t = self.terms
+        _, H, C = t.value.shape
+        edge = None if t.rule == plan.SUM else t.edge
+        given = (t.key, t.query, t.value, edge, t.edge_value, t.offset, self.output, *more)
+        shares = t.dropout > 0 or t.edge_weight is not None or t.aggregation == "mean"
+        options = plan.Options(
+            t.edge is not None, t.bias is not None, t.edge_value is not None, shares, t.aggregation == "max",
+            t.normalizes,
+        )  # fmt: skip
+        width = max(C, t.key.shape[2])
+        if width > plan.WIDEST:
+            raise InvalidInputError(
+                f"a head has {width} channels: the GPU takes at most {plan.WIDEST}", hint="use the CPU, or more heads"
+            )
+        return plan.variant(t.value.element, t.rule, H, width, all(_by_fours(x) for x in given), options)
+
+    def _job(self, space: Space) -> Any:
+        from .kernels.cuda.walk import NeighborJob, Rows
+
+        t, nothing, none = self.terms, space.nothing, Rows(space.nothing, 0)
+        _, H, C = t.value.shape
+        threshold, gain = round(t.dropout * 2**32), 1 / (1 - t.dropout) if t.dropout < 1 else 0.0
+        w = self._walk(space)
+        ids = nothing if w.edge_ids is None else space.pointer(w.edge_ids)
+        return NeighborJob(
+            nothing, space.pointer(w.indptr), nothing, ids, nothing, int(w.edge_ids is not None), nothing, nothing,
+            0, 0, 0, 0, 0, 1, nothing, nothing,
+            t.slope, t.scale, _rows(space, t.key), _rows(space, t.query), _rows(space, t.edge), space.pointer(t.bias),
+            space.pointer(t.att), int(t.query is not None),
+            t.seed, threshold, gain, int(t.dropout > 0), space.pointer(t.edge_weight), int(t.edge_weight is not None),
+            int(t.aggregation == "mean"), _rows(space, t.value), _rows(space, t.edge_value), _rows(space, t.offset),
+            int(t.offset is not None),
+            _rows(space, self.output), space.pointer(self.stats), space.pointer(self.best), nothing,
+            none, nothing, nothing, none, none, none, none, none, nothing, 0, nothing, 0, nothing, 0, 0, H, C,
+            t.key.shape[2],
+        )  # fmt: skip
+
+    # --- backward ----------------------------------------------------------------------------------------------------
+    def backward(
+        self, space: Space, grad: GpuArray, room: dict[str, GpuArray] | None = None, wants_offset: bool = False
+    ) -> Made:
+        """The gradients of all that was given; `room` names arrays that gradients are written into."""
+        from .kernels.cuda import csr_backward as backwards
+        from .kernels.cuda import sums as sums_of
+        from .plan import cuda_csr as plan
+
+        t, made = self.terms, dict(room or {})
+        element, E, (_, H, C) = t.value.element, self.graph.num_edges, t.value.shape
+        adds = t.rule == plan.SUM and t.query is t.value
+        wanted = {"value": t.value, "edge_value": t.edge_value, "edge": t.edge if t.rule != plan.SUM else None}
+        wanted["key"] = t.key if t.rule == plan.DOT else None
+        wanted["query"] = None if adds or t.rule == plan.GIVEN else t.query
+        for name, x in wanted.items():
+            if x is not None and name not in made:
+                made[name] = space.keep(space.empty(x.shape, element))
+        if t.bias is not None or (t.rule == plan.SUM and t.edge is not None):
+            made["bias"] = space.keep(space.empty((E, H), element))
+        targets, sources = self._walk(space), self._walk(space, True)
+        v = self._variant(grad, *(made.get(name) for name in ("value", "key", "query", "edge", "edge_value")))
+        job = self._job(space)._replace(
+            grad=_rows(space, grad), slopes=space.scratch(gpu.size(self.stats.shape)), changes=space.scratch(E * H),
+            dquery=_rows(space, made.get("query")), dkey=_rows(space, made.get("key")),
+            dvalue=_rows(space, made["value"]), dedge=_rows(space, made.get("edge")),
+            dedge_value=_rows(space, made.get("edge_value")), dbias=space.pointer(made.get("bias")),
+            wants_dbias=int("bias" in made), dweight=space.scratch(E * H if t.edge_weight is not None else 1),
+            adds=int(adds),
+        )  # fmt: skip
+        offset = space.keep(space.empty((H, C), element)) if wants_offset else None
+        att = None if t.att is None else space.keep(space.empty(t.att.shape, element))
+        of_source, of_target = None, att
+        if t.rule == plan.SUM and att is not None:
+            of_source, of_target = (gpu.part(att, n * H * C, H * C) for n in range(2))
+        whole = targets._replace(count_parts=0, count_hubs=0)
+        _run(backwards.prepare, whole, plan.for_prepare(v), job, space, offset)
+        _run(backwards.backward_sources, sources, v, job, space, of_source)
+        if t.rule in (plan.JOINT, plan.DOT) or (t.rule == plan.SUM and t.query is not None):
+            _run(backwards.backward_targets, targets, plan.for_targets(v), job, space, of_target)
+        elif of_target is not None:
+            zero(space, of_target, 0.0)
+        weight = None
+        if t.edge_weight is not None:
+            weight = space.keep(space.empty((E,), element))
+            add = sums_of.HeadsJob(job.dweight, space.pointer(weight), E, H)
+            flat = _flat_variant(element)
+            sums_of.add_heads(flat, add, (max(1, -(-E // flat.threads)), 1, 1), space.stream)
+        if t.rule == plan.SUM and t.edge is not None:
+            made["edge"] = made.pop("bias")
+        return Made(
+            made.get("query"), made.get("key"), made["value"], made.get("edge"), made.get("bias"), weight,
+            made.get("edge_value"), offset, att,
+        )  # fmt: skip
+
+
+# --- launches --------------------------------------------------------------------------------------------------------
+def _run(kernel: Any, walk: _Walk, v: Any, job: Any, space: Space, sums: GpuArray | None = None) -> None:
+    """All nodes and the parts of hubs, then hubs. `sums`, if given, gets what the groups have summed."""
+    from .plan import cuda_csr as plan
+
+    items, chunks = walk.nodes + walk.count_parts, -(-job.H // v.heads)
+    if not items or not chunks:
+        if sums is not None:
+            zero(space, sums, 0.0)
+        return
+    each = 1 if sums is None else plan.rounds(v, items)
+    first, second = plan.blocks(v, items, each), plan.blocks(v, walk.count_hubs, 1)
+    partial = space.scratch(walk.count_parts * 2 * job.H * v.line) if walk.count_parts else space.nothing
+    best = space.scratch(walk.count_parts * job.H * v.line, "int32") if walk.count_parts else space.nothing
+    columns, nothing = job.H * job.C, space.nothing
+    made = nothing if sums is None else space.scratch((first + second) * columns)
+    job = job._replace(
+        indptr=space.pointer(walk.indptr), others=space.pointer(walk.others),
+        positions=nothing if walk.positions is None else space.pointer(walk.positions),
+        parts=space.pointer(walk.parts), hubs=space.pointer(walk.hubs), count_parts=walk.count_parts,
+        count_hubs=walk.count_hubs, nodes=walk.nodes, most=walk.most, rounds=each, partial=partial, partial_best=best,
+        sums=made, wants_sums=int(sums is not None),
+    )  # fmt: skip
+    kernel(v, job, (first, chunks, 1), space.stream)
+    if second:
+        kernel(v, job._replace(of_hubs=1, rounds=1, sums_from=first), (second, chunks, 1), space.stream)
+    if sums is not None and columns:
+        from .kernels.cuda import sums as sums_of
+
+        threads = 64 if v.threads == 32 else 1024
+        add = sums_of.SumJob(made, space.pointer(sums), first + second, columns)
+        sums_of.add_up(sums_of.SumVariant(sums.element, threads), add, (-(-columns // 32), 1, 1), space.stream)
+
+
+def _flat_variant(element: str) -> Any:
+    from .kernels.cuda.jit import SIMULATED
+    from .kernels.cuda.sums import SumVariant
+
+    return SumVariant(element, 32 if SIMULATED else 256)

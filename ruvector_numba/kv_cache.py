@@ -1,0 +1,54 @@
+"""What `MultiHeadAttention.step` keeps from one step to the next."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import halves
+from .config import AttentionConfig
+from .errors import InvalidInputError
+
+__all__ = ["KeyValueCache"]
+
+Array = NDArray[Any]
+
+
+@dataclass(eq=False)
+class KeyValueCache:
+    """The keys and values of all positions so far, for `MultiHeadAttention.step`.
+
+    Attributes
+    ----------
+    keys, values : array (B, heads, max_len, d_k)
+        Those of the first `length` positions are filled.
+    length : int
+    """
+
+    keys: Array
+    values: Array
+    length: int = 0
+
+    def __repr__(self) -> str:
+        B, H, most, d_k = self.keys.shape
+        return f"KeyValueCache({self.length} of {most} positions, batch {B}, {H} heads of {d_k})"
+
+    def check(self, x: Array, dtype: np.dtype[Any], heads: int, config: AttentionConfig) -> None:
+        """Raise unless x, which was given in this dtype, can be added."""
+        B, H, most, d_k = self.keys.shape
+        shapes = {"x.shape": x.shape, "cache": self}
+        if dtype != self.keys.dtype:
+            package = "ml_dtypes" if halves.is_bfloat16(dtype) else "numpy"
+            hint = f"cast x, or ask for new_cache(batch, max_len, dtype={package}.{dtype})"
+            raise InvalidInputError(f"x is {dtype}, the cache is {self.keys.dtype}", shapes=shapes, hint=hint)
+        if x.shape[0] != B or (H, d_k) != (heads, config.d_k):
+            hint = "the cache was made for another batch, or by another layer"
+            raise InvalidInputError("x does not fit the cache", shapes=shapes, hint=hint)
+        longest = most if config.max_seq_len is None else min(most, config.max_seq_len)
+        if self.length + x.shape[1] > longest:
+            hint = "ask new_cache for more, or configure a larger max_seq_len"
+            reason = f"{self.length} positions and {x.shape[1]} more: the most is {longest}"
+            raise InvalidInputError(reason, shapes=shapes, hint=hint)

@@ -1,0 +1,65 @@
+"""Layers on arrays of half precision: computed in float32, results in the type that was given.
+
+Parameters are float32 or float64, and so are their gradients. What is kept between steps, `KeyValueCache`, is of half
+precision too.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, DTypeLike, NDArray
+
+from . import checks, halves
+from .results import AttentionGradients
+
+__all__ = ["Rounded", "half_type", "widened"]
+
+Array = NDArray[Any]
+
+
+def half_type(dtype: DTypeLike | None) -> np.dtype[Any] | None:
+    """The dtype, if it is float16 or that of ml_dtypes."""
+    try:
+        kind = None if dtype is None else np.dtype(dtype)
+    except TypeError:
+        return None
+    return kind if kind is not None and (kind == np.float16 or halves.is_bfloat16(kind)) else None
+
+
+def widened(*arrays: ArrayLike) -> tuple[tuple[Any, ...], np.dtype[Any] | None]:
+    """Arrays of one half type in float32, and that type; anything else as it is, for the checks to look at."""
+    kinds = {x.dtype if isinstance(x, np.ndarray) else None for x in arrays}
+    kind = half_type(kinds.pop()) if len(kinds) == 1 else None
+    return arrays if kind is None else tuple(halves.widened(np.asarray(x)) for x in arrays), kind
+
+
+@dataclass(frozen=True, eq=False)
+class Rounded:
+    """A layer's pass over widened inputs, seen by who gave the others."""
+
+    record: Any
+    inputs: tuple[Any, ...]
+    output: Array
+
+    @classmethod
+    def of(cls, record: Any, inputs: tuple[Any, ...], kind: np.dtype[Any]) -> Rounded:
+        return cls(record, inputs, halves.rounded(record.output, kind))
+
+    @property
+    def lse(self) -> Any:
+        return self.record.lse
+
+    def weights(self, rows: Any = None) -> Array:
+        return halves.rounded(self.record.weights(rows), self.output.dtype)
+
+    def head_weights(self, rows: Any = None) -> Array:
+        return halves.rounded(self.record.head_weights(rows), self.output.dtype)
+
+    def backward(self, grad_output: ArrayLike) -> AttentionGradients:
+        kind = self.output.dtype
+        grad = checks.gradient("grad_output", grad_output, self.output.shape, kind)
+        g = self.record.backward(halves.widened(grad))
+        return replace(g, **{name: halves.rounded(getattr(g, name), kind) for name in ("query", "key", "value")})
