@@ -361,7 +361,7 @@ def joint_gradients(
 ):
     """dz = ds[e, h] * att[h, c] * leaky'(z): added up in dx, by edge in dedge_rows; datt += ds[e, h] * leaky(z)
 
-    x and rows change places when the gradient of the other is wanted: z is their sum.
+    Without datt only the rest. x and rows change places when the gradient of the other is wanted: z is their sum.
     """
     for v in range(0, heads.whole, VECTORS):
         joint_block(
@@ -394,10 +394,13 @@ def joint_block(
             other = tile_at(zeros, edge_rows.data, in_row, v, edges.index[e] * edge_rows.step, live)
             z = tile_map(plus, z, (other,))
         d = tile_map(leaky_share, z, (tile_splats(zeros, ds, head_of, v, e * step), slope))
-        sum, att_sum = tile_map(plus, sum, (d,)), tile_map(multiply_add, att_sum, (d, z))
+        sum = tile_map(plus, sum, (d,))
+        if datt is not None:
+            att_sum = tile_map(multiply_add, att_sum, (d, z))
         if wants_edge:
             tile_store_at(tile_map(times, d, (a,)), dedge_rows.data, in_row, v, edges.index[e] * dedge_rows.step, live)
     so_far = tile_at(zeros, dx, in_scratch, v, 0, None)
     tile_store_at(tile_map(multiply_add, so_far, (sum, a)), dx, in_scratch, v, 0, None)
-    so_far = tile_at(zeros, datt, in_scratch, v, 0, None)
-    tile_store_at(tile_map(plus, so_far, (att_sum,)), datt, in_scratch, v, 0, None)
+    if datt is not None:
+        so_far = tile_at(zeros, datt, in_scratch, v, 0, None)
+        tile_store_at(tile_map(plus, so_far, (att_sum,)), datt, in_scratch, v, 0, None)
