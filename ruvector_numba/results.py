@@ -29,8 +29,8 @@ def _array(name: str, x: ArrayLike) -> Any:
 class AttentionCache:
     """What a forward pass leaves for the backward pass.
 
-    It refers to the arrays of the call and copies none: they must not change before the backward pass. (Beside an output
-    of half precision it keeps that in float32, and after `precision="bfloat16"` the rounded arrays.)
+    It refers to the arrays of the call and copies none: they must not change before the backward pass. (Beside an
+    output of half precision it keeps that in float32, and after `precision="bfloat16"` the rounded arrays.)
 
     One may also be built by hand from arrays, as in the plan this package follows. The backward pass of a layer then
     does the forward pass again, without dropout, from `query`, `key`, `value` and `mask`; the weights are what it
