@@ -273,7 +273,7 @@ def backward_targets(job: NeighborJob, slot, task):
 
 # --- backward, by source ---------------------------------------------------------------------------------------------
 @apart
-def collect(job, desk, j, first, last, waste):
+def collect(job, desk, j, first, last):
     """desk.value = dvalue and desk.terms = dkey of source j, from its edges first .. last - 1"""
     W, nodes = job.W, desk.nodes
     weights, ds = desk.pairs, desk.pairs + W
@@ -298,7 +298,7 @@ def collect(job, desk, j, first, last, waste):
             add_gathered(desk.terms, ds, 2 * W, job.query, nodes, n, job.terms, True, job.has_bias)
         elif job.rule == JOINT:
             joint_gradients(
-                desk.terms, waste, ds, 2 * W, desk.y, job.att, job.slope, job.query, job.edge, job.has_edge,
+                desk.terms, None, ds, 2 * W, desk.y, job.att, job.slope, job.query, job.edge, job.has_edge,
                 job.edge, 0, nodes, desk.edges, n, job.terms, True,
             )  # fmt: skip
 
@@ -364,12 +364,12 @@ def backward_sources(job: NeighborJob, slot, task):
             first = number(job.indptr, job.wide_indptr, j)
             last = number(job.indptr, job.wide_indptr, j + 1)
             if last - first <= job.most:
-                collect(job, desk, j, first, last, desk.x)
+                collect(job, desk, j, first, last)
                 give(job, desk, j, sums)
     elif job.mode == PART:
         here = job.partial + task * job.partial_step
         j = job.hubs[3 * job.parts[3 * task]]
-        collect(job, desk, j, job.parts[3 * task + 1], job.parts[3 * task + 2], desk.x)
+        collect(job, desk, j, job.parts[3 * task + 1], job.parts[3 * task + 2])
         copy(here, desk.value, width)
         copy(here + width, desk.terms, width)
     else:

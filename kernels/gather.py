@@ -32,8 +32,8 @@ from .simd import (
     tile_at,
     tile_gathered,
     tile_map,
+    tile_narrow,
     tile_rows,
-    tile_rows_of_four,
     tile_splats,
     tile_store_at,
     tile_zeros,
@@ -43,7 +43,7 @@ from .softmax import plus, times
 
 INF = math.inf
 EDGES = 64  # of one node at a time: their rows stay in the first-level cache
-VECTORS = 4  # of a row at a time: as many chains of multiply-adds as hide their latency
+VECTORS = 4  # in a tile: of a row, or of so many heads; as many chains of multiply-adds as hide their latency
 
 
 class Rows(NamedTuple):
@@ -195,7 +195,7 @@ def dot_gathered(out, x, rows, ends, edge_rows, edges, has_edge, n, heads):
 
     A few sums are made at once, and joined in one vector, which runs into what is stored next.
     """
-    zeros, lanes = tile_rows_of_four(out), lanes_of(out)
+    zeros, lanes = tile_narrow(out, VECTORS), lanes_of(out)
     whole, rest, places = heads.C // lanes * lanes, heads.C % lanes, heads.scratch_of
     e = 0
     while e < n:  # `range` would divide by its step
@@ -321,7 +321,7 @@ def leaky_share(z, d, slope):
 @apart
 def joint_scores(out, x, att, slope, rows, ends, edge_rows, edges, has_edge, n, heads):
     """out[e, h] = sum over c of att[h, c] * leaky(x[h, c] + rows[index[e], h, c] + edge_rows[ids[e], h, c])"""
-    zeros, lanes = tile_rows_of_four(out), lanes_of(out)
+    zeros, lanes = tile_narrow(out, VECTORS), lanes_of(out)
     whole, rest, places = heads.C // lanes * lanes, heads.C % lanes, heads.scratch_of
     e = 0
     while e < n:
@@ -361,7 +361,7 @@ def joint_gradients(
 ):
     """dz = ds[e, h] * att[h, c] * leaky'(z): added up in dx, by edge in dedge_rows; datt += ds[e, h] * leaky(z)
 
-    x and rows change places when the gradient of the other is wanted: z is their sum.
+    Without datt only the rest. x and rows change places when the gradient of the other is wanted: z is their sum.
     """
     for v in range(0, heads.whole, VECTORS):
         joint_block(
@@ -394,10 +394,13 @@ def joint_block(
             other = tile_at(zeros, edge_rows.data, in_row, v, edges.index[e] * edge_rows.step, live)
             z = tile_map(plus, z, (other,))
         d = tile_map(leaky_share, z, (tile_splats(zeros, ds, head_of, v, e * step), slope))
-        sum, att_sum = tile_map(plus, sum, (d,)), tile_map(multiply_add, att_sum, (d, z))
+        sum = tile_map(plus, sum, (d,))
+        if datt is not None:
+            att_sum = tile_map(multiply_add, att_sum, (d, z))
         if wants_edge:
             tile_store_at(tile_map(times, d, (a,)), dedge_rows.data, in_row, v, edges.index[e] * dedge_rows.step, live)
     so_far = tile_at(zeros, dx, in_scratch, v, 0, None)
     tile_store_at(tile_map(multiply_add, so_far, (sum, a)), dx, in_scratch, v, 0, None)
-    so_far = tile_at(zeros, datt, in_scratch, v, 0, None)
-    tile_store_at(tile_map(plus, so_far, (att_sum,)), datt, in_scratch, v, 0, None)
+    if datt is not None:
+        so_far = tile_at(zeros, datt, in_scratch, v, 0, None)
+        tile_store_at(tile_map(plus, so_far, (att_sum,)), datt, in_scratch, v, 0, None)

@@ -32,12 +32,14 @@ def tile_zeros(context, pointer, rows, cols):
     return tile(pointer, rows, cols), lambda cx, b, sig, args: ir.Constant(tile.llvm, None)
 
 
-@intrinsic
-def tile_rows_of_four(context, pointer):
-    """A tile of zeros one vector wide, of four rows, or as many as a vector has lanes if those are less."""
+@intrinsic(prefer_literal=True)
+def tile_narrow(context, pointer, rows):
+    """A tile of zeros one vector wide, of so many rows but no more than a vector has lanes: `row_sums` fit in one."""
+    if not _literals(rows):
+        return None
     vector = vector_of(pointer.element)
-    tile = TileType(vector, min(4, vector.lanes), 1)
-    return tile(pointer), lambda cx, b, sig, args: ir.Constant(tile.llvm, None)
+    tile = TileType(vector, min(rows.literal_value, vector.lanes), 1)
+    return tile(pointer, rows), lambda cx, b, sig, args: ir.Constant(tile.llvm, None)
 
 
 @intrinsic

@@ -213,7 +213,7 @@ def _heads(H: int, C: int, pad: int, lanes: int) -> Heads:
         C,
         pad,
         W,
-        min(W, lanes, 4).bit_length() - 1,
+        min(W, lanes, VECTORS).bit_length() - 1,
         len(whole),
         len(rest),
         C % lanes,
