@@ -182,9 +182,13 @@ def from_sequence(name: str, x: ArrayLike) -> Array:
         array = np.asarray(x)
     except ValueError as error:
         raise InvalidInputError(f"{name} cannot become an array: {error}", hint="give rows of equal length") from None
-    except TypeError as error:
-        hint = "copy it to the CPU, if it is on a GPU: not everything runs there"
-        raise InvalidInputError(f"{name} cannot become an array: {error}", hint=hint) from None
+    except TypeError:
+        from .gpu import is_on_gpu  # which needs this module
+
+        if not is_on_gpu(x):
+            raise
+        hint = "not everything runs there: copy it to the CPU"
+        raise InvalidInputError(f"{name} is on the GPU", hint=hint) from None
     return array.astype(np.float64) if array.dtype.kind in "iu" and not isinstance(x, np.ndarray) else array
 
 

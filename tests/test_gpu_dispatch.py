@@ -131,3 +131,13 @@ def test_types_that_the_gpu_does_not_take_are_refused():
 def test_results_are_made_by_the_library_of_the_inputs(package, kind):
     array = type("ndarray", (FakeCupy,), {"__module__": package, "device": types.SimpleNamespace(index=0)})
     assert gpu.library(array((2, 3))).name == kind
+
+
+def test_what_runs_on_a_cpu_alone_says_so():
+    class There(FakeCupy):
+        def __array__(self, *_, **__):
+            raise TypeError("Implicit conversion to a NumPy array is not allowed.")
+
+    with pytest.raises(InvalidInputError, match="scores is on the GPU") as caught:
+        rv.functional.softmax(There((2, 3)))
+    assert "copy it to the CPU" in str(caught.value)
