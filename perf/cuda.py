@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import fcntl
-import importlib.util
 import json
 import math
 import os
@@ -26,14 +25,12 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-# Instead of this folder, where a file called cuda.py hides NVIDIA's package of that name.
-sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+import cuda_graph  # first: it takes this folder from the path, where cuda.py hides NVIDIA's package of that name
+import numpy as np
+import torch
+import torch.nn.functional as F
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-
-import ruvector_numba as rv  # noqa: E402
+import ruvector_numba as rv
 
 Row = dict[str, Any]
 TOLERANCE = {"float32": 3e-6, "float16": 2e-3, "bfloat16": 1.2e-2}  # relative, of norms
@@ -292,30 +289,6 @@ def small() -> None:
 
 
 # --- timings -----------------------------------------------------------------------------------------------------
-def block(call: Callable[[], Any], calls: int) -> float:
-    """Milliseconds a call, of several in a row."""
-    begin, end = torch.cuda.Event(True), torch.cuda.Event(True)
-    begin.record()
-    for _ in range(calls):
-        call()
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end) / calls
-
-
-def paired(calls: dict[str, Callable[[], Any]], rounds: int = 5) -> dict[str, float]:
-    """The median time of each, in blocks of about 10 ms, in turn."""
-    counts = {}
-    for name, call in calls.items():
-        call()
-        counts[name] = max(1, min(50, round(10 / block(call, 2))))
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds):
-        for name, call in calls.items():
-            times[name].append(block(call, counts[name]))
-    return {name: sorted(x)[rounds // 2] for name, x in times.items()}
-
-
 def dense(D: int, L: int, causal: bool) -> Row:
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -339,8 +312,8 @@ def dense(D: int, L: int, causal: bool) -> Row:
         return rv.attention_backward(do, rv.attention_forward(q, k, v, is_causal=causal))
 
     flash, cudnn = SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION
-    one = paired(dict(ours=forward, flash=theirs(flash, False), cudnn=theirs(cudnn, False)))
-    two = paired(dict(ours=both, flash=theirs(flash, True), cudnn=theirs(cudnn, True)))
+    one = cuda_graph.paired(dict(ours=forward, flash=theirs(flash, False), cudnn=theirs(cudnn, False)))
+    two = cuda_graph.paired(dict(ours=both, flash=theirs(flash, True), cudnn=theirs(cudnn, True)))
     work = 4e-9 * B * H * L * L * D * (0.5 if causal else 1)
     row: Row = dict(
         D=D, L=L, causal=causal, forward_ms=one, training_ms=two,
@@ -362,7 +335,7 @@ def decode(S: int, D: int = 128, H: int = 32, Hk: int = 8, B: int = 8) -> Row:
     """One new query over a long cache, read once: GB/s of keys and values."""
     q = torch.randn(B, H, 1, D, device="cuda").bfloat16()
     k, v = (torch.randn(B, Hk, S, D, device="cuda").bfloat16() for _ in range(2))
-    times = paired(dict(
+    times = cuda_graph.paired(dict(
         ours=lambda: rv.scaled_dot_product_attention(q, k, v, enable_gqa=True),
         torch=lambda: F.scaled_dot_product_attention(q, k, v, enable_gqa=True),
     ))  # fmt: skip
@@ -401,12 +374,7 @@ def memory(L: int = 16384) -> Row:
 
 def graph(lock: str) -> Row:
     """The graph layers, in processes of their own, timed when the lock is free: see cuda_graph.py."""
-    place = os.path.join(os.path.dirname(os.path.abspath(__file__)), "cuda_graph.py")
-    found = importlib.util.spec_from_file_location("cuda_graph", place)
-    assert found is not None and found.loader is not None
-    module = importlib.util.module_from_spec(found)
-    found.loader.exec_module(module)
-    return module.measure(seconds=170.0, lock=lock)
+    return cuda_graph.measure(seconds=170.0, lock=lock)
 
 
 def checks_beside_graph(processes: int) -> tuple[list[Row], Row]:

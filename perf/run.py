@@ -44,7 +44,7 @@ CAVEATS = (
     "and of all parameters: rv.MultiHeadAttention beside torch.nn.MultiheadAttention with need_weights=False, which "
     "is the fastest of its modes in each cell: eval, train, and train with the length first.",
     "bfloat16 and float16: arrays of that type for ruvector-numba and torch; openvino is given float32 arrays and the "
-    "hint to compute in bfloat16. The peak of bfloat16 is twice that of float32 where the CPU multiplies it.",
+    "hint to compute in bfloat16. The peak of bfloat16 is twice that of float32 where it is multiplied by pairs.",
     "A share of the peak counts attended pairs and projections only, and is of the float32 multiply-adds that this "
     "machine did in registers in the same rounds; that of a decode is of the memory that the same number of threads "
     "read.",

@@ -83,7 +83,7 @@ def scaled_dot_product_attention(
     precision : "bfloat16", optional
         Of the products alone, for float32 arrays: inputs are rounded to bfloat16, 3 digits, and sums and softmax are
         float32 as ever. Results are off by some 1 % of the largest, nearly all of it from rounding the inputs. It pays
-        where the CPU multiplies bfloat16 (avx512bf16 in ``rv.info()["features"]``).
+        on AMD's CPUs that multiply bfloat16 (avx512bf16 in ``rv.info()["features"]``).
 
     Returns
     -------

@@ -417,12 +417,21 @@ def concerns(device: object, *arrays: object) -> bool:
     return device == "cuda" or any_on_gpu(*arrays)
 
 
-def moved(x: Any, dtype: str | None = None) -> Any:
+def moved(x: Any) -> Any:
     """An array of NumPy on the GPU, as one of Numba's."""
     enter()
     if x is None or is_on_gpu(x):
         return x
     return default().upload(np.asarray(x))
+
+
+def kept(copies: dict[Any, Any], space: Space, name: Any, element: str, make: Callable[[], Array]) -> GpuArray:
+    """What `make` gives, on the GPU: uploaded once for as long as `copies` lives, those of a set of parameters."""
+    known = space.library.key, element, name
+    found = copies.get(known)
+    if found is None:
+        found = copies.setdefault(known, uploaded(space, make(), element))
+    return space.keep(found)
 
 
 def to_numpy(x: Any) -> Any:

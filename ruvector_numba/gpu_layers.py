@@ -5,6 +5,7 @@ The parameters stay arrays of NumPy, and are copied to the GPU once for each set
 
 from __future__ import annotations
 
+import functools
 from dataclasses import fields
 from typing import Any, NamedTuple
 
@@ -63,12 +64,11 @@ def hidden(
 
 
 def uploaded(space: Space, parameters: ParameterSet, element: str) -> dict[str, GpuArray]:
-    """A set of parameters on the GPU in this type, copied there once for as long as the set lives."""
-    key = (space.library.key, element)
-    found = parameters.copies.get(key)
-    if found is None:
-        found = parameters.copies[key] = {name: gpu.uploaded(space, x, element) for name, x in parameters.items()}
-    return found
+    """A set of parameters on the GPU in this type."""
+    return {
+        name: gpu.kept(parameters.copies, space, name, element, functools.partial(parameters.__getitem__, name))
+        for name in parameters
+    }
 
 
 def _moved(device: str | None, arrays: tuple[Any, Any, Any], mask: Any) -> tuple[tuple[Any, Any, Any], Any, bool]:

@@ -68,11 +68,7 @@ class Work:
 
     def constant(self, name: Any, make: Callable[[], Array]) -> GpuArray:
         """Something made of the parameters, uploaded once."""
-        known = self.space.library.key, self.element, name
-        found = self.parameters.copies.get(known)
-        if found is None:
-            found = self.parameters.copies.setdefault(known, gpu.uploaded(self.space, make(), self.element))
-        return self.space.keep(found)
+        return gpu.kept(self.parameters.copies, self.space, name, self.element, make)
 
     def weights(self, names: tuple[str, ...]) -> tuple[GpuArray, GpuArray | None]:
         """The weights of several layers, one below the other, and their biases."""

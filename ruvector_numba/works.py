@@ -195,11 +195,11 @@ class Work:
         return (self.bytes_read if self.is_decode else self.flops) / seconds / 1e9
 
     def used(self, rate: float) -> float:
-        """Where the CPU multiplies bfloat16 it does twice as many as of float32, whose peak is measured."""
+        """By pairs a CPU multiplies twice as many bfloat16 as float32, whose peak is measured."""
         if self.dtype == "bfloat16" and not self.is_decode:
             from .kernels import simd
 
-            return rate / 2 if simd.halves().bfloat16 else rate
+            return rate / 2 if simd.halves().packed else rate
         return rate
 
     def reference(self, slab: int = 512) -> list[np.ndarray]:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import reference
-from cases import SECOND_PASS, TERMS, close, draw, make
+from cases import TERMS, close, draw, make
 
 import ruvector_numba as rv
 from ruvector_numba import masks
@@ -55,19 +55,26 @@ def test_a_row_with_one_key_is_as_good_as_its_score(Lq, natural):
 @pytest.mark.parametrize("factor", [30, 300])
 @pytest.mark.parametrize("size", [(4, 200, 64, 64), (40, 200, 64, 64), (12, 4200, 64, 16)], ids=str)
 def test_large_scores(size, factor):
-    """Of 240 and 2400: scores that a second pass rounds otherwise than the first did would not fit its lse."""
-    case = make([], size, np.float32)
-    q = case.query * np.float32(factor)
-    cache = rv.attention_forward(q, case.key, case.value, **case.call)
-    weights = cache.weights()
-    np.testing.assert_allclose(weights.sum(-1, dtype=np.float64), 1, rtol=0, atol=16 * EPS)
-    inputs = q, case.key, case.value
-    exact, naive = reference.attention(*inputs), reference.naive32(*inputs)
-    slack = max(SECOND_PASS, 2 * factor)  # half of the last place of a score of 2400 is 1.2e-4, 1000 of these units
-    close("weights", weights, exact[2], naive[2], slack)
-    got = rv.attention_backward(case.grad_output, cache)
-    exact, naive = (f(case.grad_output, *inputs) for f in (reference.gradients, reference.naive32_gradients))
-    close("gradient of value", got.value, exact["value"], naive["value"], slack)
+    """Of 240 and 2400: scores that a second pass rounds otherwise than the first did would not fit its lse.
+
+    The contract without slack, over many draws: few weights are not 0 or 1, and in one draw either may be lucky.
+    """
+    errors = np.zeros((2, 2))  # ours and the plain formula's, of weights and of the values' gradient
+    for seed in range(60):
+        case = make([], size, np.float32, seed=seed)
+        q = case.query * np.float32(factor)
+        cache = rv.attention_forward(q, case.key, case.value, **case.call)
+        weights = cache.weights()
+        np.testing.assert_allclose(weights.sum(-1, dtype=np.float64), 1, rtol=0, atol=16 * EPS)
+        inputs = q, case.key, case.value
+        exact, naive = reference.attention(*inputs)[2], reference.naive32(*inputs)[2]
+        errors[0] += [np.abs(x - exact).max() for x in (weights, naive)]
+        got = rv.attention_backward(case.grad_output, cache).value
+        exact, naive = (
+            f(case.grad_output, *inputs)["value"] for f in (reference.gradients, reference.naive32_gradients)
+        )
+        errors[1] += [np.abs(x - exact).max() for x in (got, naive)]
+    assert (errors[:, 0] <= 2 * errors[:, 1]).all(), errors
 
 
 RESULTS = ("output", "lse", "weights", "query", "key", "value")
