@@ -268,7 +268,8 @@ def races() -> Row:
         return dict(tool=None)
     found: Row = dict(tool=tool)
     for kind in ("racecheck", "memcheck"):
-        command = [tool, "--tool", kind, sys.executable, __file__, "--small"]
+        # numba-cuda asks the driver for functions that it may not have, which is no fault of a kernel.
+        command = [tool, "--tool", kind, "--report-api-errors", "no", sys.executable, __file__, "--small"]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
             found[kind] = [x for x in done.stdout.splitlines() if "SUMMARY" in x or "hazard" in x.lower()][-5:]

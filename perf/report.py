@@ -130,9 +130,16 @@ def of_gpu(document: dict[str, Any]) -> str:
         lines.append("| " + " | ".join(cells) + " |")
     if "graph" in document:
         lines += _gpu_layers(document["graph"])
+    lines.append("")
+    for row in document.get("decode", ()):
+        rates = row["gigabytes_per_s"]
+        lines.append(
+            f"- One query over {row['S']} keys of {row['Hk']} heads, a batch of {row['B']}: {rates['ours']:.0f} GB/s of "
+            f"keys and values read, torch {rates['torch']:.0f}."
+        )
     if "memory" in document:
         lines.append(
-            f"\nBeyond inputs and results, forward and backward over {document['memory']['L']} tokens of 16 heads take "
+            f"- Beyond inputs and results, forward and backward over {document['memory']['L']} tokens of 16 heads take "
             f"{document['memory']['bytes'] / 1e6:.1f} MB; a call takes {document['host_us']:.0f} us of Python."
         )
     return "\n".join(lines) + "\n"
