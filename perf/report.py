@@ -134,8 +134,8 @@ def of_gpu(document: dict[str, Any]) -> str:
     for row in document.get("decode", ()):
         rates = row["gigabytes_per_s"]
         lines.append(
-            f"- One query over {row['S']} keys of {row['Hk']} heads, a batch of {row['B']}: {rates['ours']:.0f} GB/s of "
-            f"keys and values read, torch {rates['torch']:.0f}."
+            f"- One query over {row['S']} keys of {row['Hk']} heads, a batch of {row['B']}: {rates['ours']:.0f} GB/s "
+            f"of keys and values read, torch {rates['torch']:.0f}."
         )
     if "memory" in document:
         lines.append(
