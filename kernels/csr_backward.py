@@ -312,7 +312,7 @@ def take_pairs(job, desk, first, n):
         p, soon = first + e, min(first + e + AHEAD, job.E - 1)
         desk.nodes.index[e] = number(job.others, job.wide_others, p)
         desk.nodes.soon[e] = number(job.others, job.wide_others, soon)
-        fetch_row(pairs, number(job.positions, job.wide_positions, soon), width)
+        fetch_row(pairs, number(job.positions, job.wide_positions, soon), 0, width)
         position = number(job.positions, job.wide_positions, p)
         desk.positions[e] = position
         if job.has_edge:  # else a look at random memory for nothing

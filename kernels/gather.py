@@ -115,10 +115,11 @@ def put_row(rows, i, x, heads, factor):
 
 
 @apart
-def fetch_row(rows, i, elements):
-    """Ask for a row that will be needed soon, of so many elements."""
-    for c in range(0, elements, line_of(rows.data)):
+def fetch_row(rows, i, begin, elements):
+    """Ask for a part of a row that will be needed soon; it may begin anywhere in a line."""
+    for c in range(begin, begin + elements, line_of(rows.data)):
         prefetch(rows.data, i * rows.step + c)
+    prefetch(rows.data, i * rows.step + begin + elements - 1)
 
 
 @apart
@@ -216,7 +217,7 @@ def fetch_passed(rows, ends, e, n, heads, count):
     """The edge after those that `count` sums are of; for each of these, a row that will be needed soon is asked for."""
     after = min(e + (count >> heads.shift), n)
     while e < after:
-        fetch_row(rows, ends.soon[e], heads.H * heads.C)
+        fetch_row(rows, ends.soon[e], 0, heads.H * heads.C)
         e += 1
     return after
 
@@ -235,8 +236,8 @@ def add_block(out, weights, step, rows, ends, n, heads, v, live, fetches, select
     data, row = rows.data, rows.step
     begin = in_row[v]
     for e in range(n):
-        for c in range(0, VECTORS * lanes if fetches else 0, line_of(data)):
-            prefetch(data, ends.soon[e] * row + begin + c)
+        if fetches:
+            fetch_row(rows, ends.soon[e], begin, VECTORS * lanes)
         x = tile_at(tile, data, in_row, v, ends.index[e] * row, live)
         w = tile_splats(tile, weights, head_of, v, e * step)
         if selects:
@@ -281,7 +282,7 @@ def keep_largest(out, best, weights, rows, edge_rows, has_edge, nodes, edges, bi
     best[h, c] its position, -1 before any; the first of equal ones, NaN before all, and none that a bias hides"""
     C = heads.C
     for e in range(n):
-        fetch_row(rows, nodes.soon[e], heads.H * C)
+        fetch_row(rows, nodes.soon[e], 0, heads.H * C)
         for h in range(heads.H):
             w = weights[e * heads.W + h]
             if not has_bias or bias.data[edges.index[e] * bias.step + h] != -INF:
@@ -387,8 +388,8 @@ def joint_block(
     mine, a = tile_at(zeros, x, in_scratch, v, 0, None), tile_at(zeros, att, in_scratch, v, 0, None)
     sum, att_sum, begin = zeros, zeros, in_row[v]  # att is the same for all edges, and multiplied at the end
     for e in range(n):
-        for c in range(0, VECTORS * lanes if fetches else 0, line_of(rows.data)):
-            prefetch(rows.data, nodes.soon[e] * rows.step + begin + c)
+        if fetches:
+            fetch_row(rows, nodes.soon[e], begin, VECTORS * lanes)
         z = tile_map(plus, mine, (tile_at(zeros, rows.data, in_row, v, nodes.index[e] * rows.step, live),))
         if has_edge:
             other = tile_at(zeros, edge_rows.data, in_row, v, edges.index[e] * edge_rows.step, live)

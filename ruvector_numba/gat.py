@@ -262,11 +262,8 @@ class GATv2(_Convolution):
         terms = plan.Terms(plan.JOINT, left, right, left, edge=edge, att=p["att"][0], **self._common(inputs, p))
         return Past(inputs.graph, terms, keeps), None
 
-    def _room(self, inputs: Inputs) -> dict[str, Array]:
-        if inputs.is_pair or self.share_weights:
-            return {}
-        both = np.empty((len(inputs.source), 2, self.heads, self.out_channels), inputs.source.dtype)
-        return {"value": both[:, 0], "query": both[:, 1]}
+    def _joined(self, inputs: Inputs) -> tuple[str, ...]:
+        return () if inputs.is_pair or self.share_weights else ("value", "query")
 
     def _attend_back(
         self, made: Any, record: Record, found: dict[str, Array]
@@ -278,7 +275,7 @@ class GATv2(_Convolution):
             made.value[...] += made.query
             dsource, dtarget = linears_backward(made.value, inputs.source, p, ("lin_l",), found), None
         elif not inputs.is_pair:
-            dsource, dtarget = linears_backward(made.value.base, inputs.source, p, ("lin_l", "lin_r"), found), None
+            dsource, dtarget = linears_backward(made.joined, inputs.source, p, ("lin_l", "lin_r"), found), None
         else:
             dsource = linears_backward(made.value, inputs.source, p, ("lin_l",), found)
             dtarget = linears_backward(made.query, np.asarray(inputs.target), p, (right,), found)

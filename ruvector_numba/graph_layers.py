@@ -303,7 +303,7 @@ class GraphLayer(Trainable, GraphAttention):
         grad, dtarget = self._finish_back(grad, record, found)
         made = record.past.backward(
             grad.reshape(len(grad), self.heads, self.out_channels) if self.concat else self._spread(grad),
-            room=self._room(inputs),
+            joined=self._joined(inputs),
         )
         if self.bias and self.concat and "bias" in record.parameters:
             found["bias"] = made.offset.reshape(-1)
@@ -337,9 +337,9 @@ class GraphLayer(Trainable, GraphAttention):
         dx, found["res.weight"], _ = linear_backward(grad, record.inputs.target, record.parameters["res.weight"])
         return grad, dx
 
-    def _room(self, inputs: Inputs) -> dict[str, Array]:
-        """Where gradients shall be written that are to lie side by side."""
-        return {}
+    def _joined(self, inputs: Inputs) -> tuple[str, ...]:
+        """Which gradients go back through one product, and so shall lie side by side."""
+        return ()
 
     def _attend_back(
         self, made: Any, record: Record, found: dict[str, Array]

@@ -151,10 +151,8 @@ class GraphTransformer(GraphLayer):
             found["lin_beta.weight"] = np.concatenate(list(parts))[None]
         return dattended, linears_backward(droot, np.asarray(record.inputs.target), p, ("lin_skip",), found)
 
-    def _room(self, inputs: Inputs) -> dict[str, Array]:
-        names = ("key", "value", "query") if not inputs.is_pair else ("key", "value")
-        all_of_them = np.empty((len(inputs.source), len(names), self.heads, self.out_channels), inputs.source.dtype)
-        return {name: all_of_them[:, n] for n, name in enumerate(names)}
+    def _joined(self, inputs: Inputs) -> tuple[str, ...]:
+        return ("key", "value", "query") if not inputs.is_pair else ("key", "value")
 
     def _attend_back(
         self, made: Any, record: Record, found: dict[str, Array]
@@ -162,9 +160,9 @@ class GraphTransformer(GraphLayer):
         inputs, p = record.inputs, record.parameters
         if not inputs.is_pair:
             names: tuple[str, ...] = ("lin_key", "lin_value", "lin_query")
-            dsource, dtarget = linears_backward(made.key.base, inputs.source, p, names, found), None
+            dsource, dtarget = linears_backward(made.joined, inputs.source, p, names, found), None
         else:
-            dsource = linears_backward(made.key.base, inputs.source, p, ("lin_key", "lin_value"), found)
+            dsource = linears_backward(made.joined, inputs.source, p, ("lin_key", "lin_value"), found)
             dtarget = linears_backward(made.query, np.asarray(inputs.target), p, ("lin_query",), found)
         dattr = None
         if inputs.edge_attr is not None:

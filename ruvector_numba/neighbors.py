@@ -73,13 +73,11 @@ class Past:
 
         return plan.coefficients(by_target(self.graph), self.terms, self.kept)
 
-    def backward(
-        self, grad: Array, grad_weights: Array | None = None, room: dict[str, Array] | None = None
-    ) -> plan.Made:
+    def backward(self, grad: Array, grad_weights: Array | None = None, joined: tuple[str, ...] = ()) -> plan.Made:
         from .plan import csr as plan
 
         targets, sources = by_target(self.graph), by_source(self.graph)
-        return plan.backward(targets, sources, self.terms, self.kept, packed(grad), grad_weights, room or {})
+        return plan.backward(targets, sources, self.terms, self.kept, packed(grad), grad_weights, joined)
 
     def gradients(self, grad_output: ArrayLike) -> NeighborGradients:
         grad = checks.gradient("grad_output", grad_output, self.output.shape, self.output.dtype)

@@ -40,7 +40,9 @@ def product(left: Array, right: Array, out: Array, bias: Array | None = None, su
 
 def linear(x: Array, weight: Array, bias: Array | None = None) -> Array:
     """x weight^T + bias, of x (N, d_in), weight (d_out, d_in) and bias (d_out,): as torch keeps them."""
-    out = np.empty((len(x), len(weight)), x.dtype)
+    from .kernels import jit
+
+    out = jit.empty((len(x), len(weight)), x.dtype)
     product(_matrix(x), _matrix(weight.T), _matrix(out), bias)
     return out
 

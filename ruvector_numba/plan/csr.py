@@ -6,8 +6,7 @@ As plan/grouping.py this one runs its jobs: how many there are, one or four, dep
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
-from types import MappingProxyType
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -93,6 +92,7 @@ class Made(NamedTuple):
     bias: Array | None
     edge_weight: Array | None
     edge_value: Array | None
+    joined: Array  # (N, names, H, C): those that were to lie side by side
     offset: Array  # (H, C)
     att: Array | None  # (H, D), or (1 or 2, H, C) of a fold
 
@@ -103,10 +103,10 @@ def forward(by_target: Walk, terms: Terms, keeps: bool) -> Kept:
     H, C = terms.value.shape[1:]
     W, span = _numbers(H, target().lanes(dtype.itemsize))
     kept = Kept(
-        output=np.empty((nodes, H, C), dtype),
-        bounds=np.empty((nodes if keeps else 0, span), dtype),
-        totals=np.empty((nodes if keeps else 0, span), dtype),
-        scores=np.empty((len(by_target.others) if keeps else 0, W), dtype),
+        output=jit.empty((nodes, H, C), dtype),
+        bounds=jit.empty((nodes if keeps else 0, span), dtype),
+        totals=jit.empty((nodes if keeps else 0, span), dtype),
+        scores=jit.empty((len(by_target.others) if keeps else 0, W), dtype),
         best=np.empty((nodes, H, C), np.int64) if terms.aggregation == "max" else None,
     )
     _run(kernels.forward, by_target, _job(by_target, terms, kept, keeps=int(keeps)), dtype)
@@ -129,31 +129,31 @@ def backward(
     kept: Kept,
     grad: Array,
     grad_weights: Array | None = None,
-    room: Mapping[str, Array] = MappingProxyType({}),
+    joined: tuple[str, ...] = (),
 ) -> Made:
     """The gradients of all that was given; `grad_weights` (E, H) is that of the coefficients, in the caller's order.
 
-    `room` names arrays that gradients are written into.
+    Those that `joined` names, of nodes that are the same, lie side by side.
     """
     dtype, pad = terms.value.dtype, _pad(terms)
     folds = 0 if terms.fold is None else len(terms.fold)
     makes_key = terms.rule == DOT or (terms.rule == SUM and not folds)
 
-    def like(x: Array | None, wanted: bool = True) -> Array | None:
-        return np.empty(x.shape, dtype) if wanted and x is not None else None
+    def like(x: Array | None) -> Array | None:
+        return None if x is None else jit.empty(x.shape, dtype)
 
-    made: dict[str, Any] = {
-        name: like(getattr(terms, name), name not in room)
-        for name in ("query", "value", "edge", "edge_weight", "edge_value")
-    }
-    made["key"] = like(terms.key, makes_key and "key" not in room)
-    made |= room
+    N, H, C = terms.value.shape
+    together = jit.empty((N, len(joined), H, C), dtype)
+    made: dict[str, Any] = {name: together[:, n] for n, name in enumerate(joined)}
+    for name in ("query", "key", "value", "edge", "edge_weight", "edge_value"):
+        if name not in made:
+            made[name] = like(getattr(terms, name)) if name != "key" or makes_key else None
     is_summed = terms.rule == SUM  # where the score of an edge is a number, so is its gradient
     scores = terms.bias if terms.bias is not None else terms.edge if is_summed else None
     made["bias"] = like(scores)
     fields = dict(
         grad=_rows(grad), grad_weights=_or_nothing(grad_weights), has_grad_weights=int(grad_weights is not None),
-        pairs=np.empty(2 * kept.scores.size + target().lanes(dtype.itemsize), dtype),
+        pairs=jit.empty((2 * kept.scores.size + target().lanes(dtype.itemsize),), dtype),
         dquery=_rows(made["query"]), dkey=_rows(made["key"]),
         dvalue=_rows(made["value"]), dedge=_rows(made["edge"]), dweight=_or_nothing(made["edge_weight"]),
         dedge_value=_rows(made["edge_value"]), dbias=_or_nothing(made["bias"]), wants_dbias=int(scores is not None),
@@ -162,11 +162,11 @@ def backward(
     sums = _run(backwards.backward_targets, by_target, job, dtype, pad)
     job = _job(by_source, terms, kept, **fields, fold=_padded(terms.fold, pad), folds=folds)
     more = _run(backwards.backward_sources, by_source, job, dtype, pad)
-    C = terms.value.shape[2]
     if terms.rule == SUM and terms.edge is not None:
         made["edge"], made["bias"] = made["bias"], None
     return Made(
         **made,
+        joined=together,
         offset=sums[0, :, :C],
         att=more[1 : 1 + folds, :, :C] if folds else sums[1, :, : terms.key.shape[2]] if terms.rule == JOINT else None,
     )
@@ -175,7 +175,7 @@ def backward(
 def fold(value: Array, weights: Array) -> Array:
     """(F, N, H): the products of the rows of value (N, H, C) with each of weights (F, H, C)."""
     (N, H, C), F = value.shape, len(weights)
-    out = np.empty((F, N, H), value.dtype)
+    out = jit.empty((F, N, H), value.dtype)
     if not C:
         out[...] = 0
         return out
