@@ -21,6 +21,7 @@ from .gather import (
     add_gathered,
     copy,
     dot_gathered,
+    fetch_row,
     fill,
     first_lanes,
     joint_scores,
@@ -170,6 +171,15 @@ def attend(job, desk, i, first, last, best):
 
 
 @apart
+def fetch_nodes(job, i):
+    """Ask for what belongs to target i: rows that lie far apart, which the CPU does not foresee"""
+    if job.rule != SUM:
+        fetch_row(job.query, i, 0, job.terms.H * job.terms.C)
+    if job.offset.step:
+        fetch_row(job.offset, i, 0, job.H * job.channels.C)
+
+
+@apart
 def take_query(job, desk, i):
     """desk.y = the query of target i; of SUM, where it is a number for each head, these lie as those of an edge"""
     if job.rule == SUM:
@@ -236,6 +246,7 @@ def forward(job: NeighborJob, slot, task):
         for i in range(job.starts[task], job.starts[task + 1]):
             first = number(job.indptr, job.wide_indptr, i)
             last = number(job.indptr, job.wide_indptr, i + 1)
+            fetch_nodes(job, i + 2)
             if last - first <= job.most:
                 attend(job, desk, i, first, last, job.best + i * channels)
                 finish(job, desk, i)

@@ -234,6 +234,8 @@ def backward_targets(job: NeighborJob, slot, task):
         for i in range(job.starts[task], job.starts[task + 1]):
             first = number(job.indptr, job.wide_indptr, i)
             last = number(job.indptr, job.wide_indptr, i + 1)
+            if job.rule != SUM:
+                fetch_row(job.query, i + 2, 0, job.terms.H * job.terms.C)
             if last - first <= job.most:
                 clear_target(job, desk, i)
                 for p in range(first, last, EDGES):
@@ -363,6 +365,8 @@ def backward_sources(job: NeighborJob, slot, task):
         for j in range(job.starts[task], job.starts[task + 1]):
             first = number(job.indptr, job.wide_indptr, j)
             last = number(job.indptr, job.wide_indptr, j + 1)
+            if job.rule == JOINT:
+                fetch_row(job.key, j + 2, 0, job.terms.H * job.terms.C)
             if last - first <= job.most:
                 collect(job, desk, j, first, last)
                 give(job, desk, j, sums)

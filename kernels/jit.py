@@ -413,33 +413,3 @@ def _run(function: int, job, tasks: int, work: float) -> None:
 def _is_foreign_thread() -> bool:
     """A thread that Python did not start is a worker of somebody's parallel loop: do not open another inside it."""
     return isinstance(threading._active.get(threading.get_ident()), threading._DummyThread | None)
-
-
-# --- memory --------------------------------------------------------------------------------------------------------
-def empty(shape, dtype: np.dtype) -> np.ndarray:
-    """As numpy.empty, on a 64-byte boundary: a row of 64 bytes is one line then, where NumPy's, 16 bytes behind one,
-    is two. Attention over neighbours, which takes rows from anywhere, gained 10 to 40 %."""
-    size = math.prod(shape) * dtype.itemsize
-    memory = np.empty(size + 64, np.uint8)
-    start = -memory.ctypes.data % 64
-    return memory[start : start + size].view(dtype).reshape(shape)
-
-
-class _Slabs(threading.local):
-    """Memory that each Python thread keeps from call to call, by what it is for."""
-
-    def __init__(self):
-        self.arrays = {}
-
-
-_slabs = _Slabs()
-_NONE = np.empty(0, np.uint8)
-
-
-def scratch(elements: int, dtype: np.dtype, purpose: str = "kernel") -> np.ndarray:
-    """At least `elements` of memory on a 64-byte boundary, that of the last call if it is large enough."""
-    size = elements * dtype.itemsize
-    slab = _slabs.arrays.get(purpose, _NONE)
-    if slab.size < size:
-        slab = _slabs.arrays[purpose] = empty((max(size, 1 << 16),), np.dtype(np.uint8))
-    return slab

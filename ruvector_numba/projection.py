@@ -12,6 +12,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from .checks import Array
+from .plan import memory
 
 __all__ = ["flattened", "linear", "linear_backward", "linears", "linears_backward", "product"]
 
@@ -40,16 +41,14 @@ def product(left: Array, right: Array, out: Array, bias: Array | None = None, su
 
 def linear(x: Array, weight: Array, bias: Array | None = None) -> Array:
     """x weight^T + bias, of x (N, d_in), weight (d_out, d_in) and bias (d_out,): as torch keeps them."""
-    from .kernels import jit
-
-    out = jit.empty((len(x), len(weight)), x.dtype)
+    out = memory.empty((len(x), len(weight)), x.dtype)
     product(_matrix(x), _matrix(weight.T), _matrix(out), bias)
     return out
 
 
 def linear_backward(grad: Array, x: Array, weight: Array) -> tuple[Array, Array, Array]:
     """The gradients of x, weight and bias, given that of `linear`'s result (N, d_out)."""
-    dx, dweight, dbias = np.empty_like(x), np.empty_like(weight), np.empty(len(weight), x.dtype)
+    dx, dweight, dbias = memory.empty(x.shape, x.dtype), np.empty_like(weight), np.empty(len(weight), x.dtype)
     product(_matrix(grad), _matrix(weight), _matrix(dx))
     product(_matrix(x.T), _matrix(grad), _matrix(dweight.T), sums=dbias)
     return dx, dweight, dbias

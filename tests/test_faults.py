@@ -45,16 +45,16 @@ else:
 
 MORE_THREADS_MEANWHILE = """
 import numpy as np, ruvector_numba as rv
-from ruvector_numba.kernels import jit
+from ruvector_numba.plan import memory
 q = np.random.default_rng(0).standard_normal((3, 2000, 16), dtype=np.float32)
 with rv.threads(1):
     want = rv.scaled_dot_product_attention(q, q, q)
-scratch = jit.scratch
+scratch = memory.scratch
 def meanwhile(*size):
-    memory = scratch(*size)
+    found = scratch(*size)
     rv.set_num_threads(8)
-    return memory
-jit.scratch = meanwhile
+    return found
+memory.scratch = meanwhile
 with rv.threads(1):
     assert np.array_equal(want, rv.scaled_dot_product_attention(q, q, q))
     assert rv.get_num_threads() == 8

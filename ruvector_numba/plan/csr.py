@@ -18,6 +18,7 @@ from ..kernels import jit, walk
 from ..kernels.gather import VECTORS, Heads, Rows
 from ..kernels.scoring import Dropout
 from ..kernels.simd import target
+from . import memory
 from .layouts import NOTHING
 from .schedule import Schedule, schedule
 
@@ -103,10 +104,10 @@ def forward(by_target: Walk, terms: Terms, keeps: bool) -> Kept:
     H, C = terms.value.shape[1:]
     W, span = _numbers(H, target().lanes(dtype.itemsize))
     kept = Kept(
-        output=jit.empty((nodes, H, C), dtype),
-        bounds=jit.empty((nodes if keeps else 0, span), dtype),
-        totals=jit.empty((nodes if keeps else 0, span), dtype),
-        scores=jit.empty((len(by_target.others) if keeps else 0, W), dtype),
+        output=memory.empty((nodes, H, C), dtype),
+        bounds=memory.empty((nodes if keeps else 0, span), dtype),
+        totals=memory.empty((nodes if keeps else 0, span), dtype),
+        scores=memory.empty((len(by_target.others) if keeps else 0, W), dtype),
         best=np.empty((nodes, H, C), np.int64) if terms.aggregation == "max" else None,
     )
     _run(kernels.forward, by_target, _job(by_target, terms, kept, keeps=int(keeps)), dtype)
@@ -140,10 +141,10 @@ def backward(
     makes_key = terms.rule == DOT or (terms.rule == SUM and not folds)
 
     def like(x: Array | None) -> Array | None:
-        return None if x is None else jit.empty(x.shape, dtype)
+        return None if x is None else memory.empty(x.shape, dtype)
 
     N, H, C = terms.value.shape
-    together = jit.empty((N, len(joined), H, C), dtype)
+    together = memory.empty((N, len(joined), H, C), dtype)
     made: dict[str, Any] = {name: together[:, n] for n, name in enumerate(joined)}
     for name in ("query", "key", "value", "edge", "edge_weight", "edge_value"):
         if name not in made:
@@ -153,7 +154,7 @@ def backward(
     made["bias"] = like(scores)
     fields = dict(
         grad=_rows(grad), grad_weights=_or_nothing(grad_weights), has_grad_weights=int(grad_weights is not None),
-        pairs=jit.empty((2 * kept.scores.size + target().lanes(dtype.itemsize),), dtype),
+        pairs=memory.empty((2 * kept.scores.size + target().lanes(dtype.itemsize),), dtype),
         dquery=_rows(made["query"]), dkey=_rows(made["key"]),
         dvalue=_rows(made["value"]), dedge=_rows(made["edge"]), dweight=_or_nothing(made["edge_weight"]),
         dedge_value=_rows(made["edge_value"]), dbias=_or_nothing(made["bias"]), wants_dbias=int(scores is not None),
@@ -175,7 +176,7 @@ def backward(
 def fold(value: Array, weights: Array) -> Array:
     """(F, N, H): the products of the rows of value (N, H, C) with each of weights (F, H, C)."""
     (N, H, C), F = value.shape, len(weights)
-    out = jit.empty((F, N, H), value.dtype)
+    out = memory.empty((F, N, H), value.dtype)
     if not C:
         out[...] = 0
         return out
@@ -303,4 +304,4 @@ def _run(kernel: Callable[..., None], by: Walk, job: walk.NeighborJob, dtype: np
 def _launch(kernel: Any, job: walk.NeighborJob, tasks: int, dtype: np.dtype[Any]) -> None:
     if tasks:
         launch = kernel.prepare(job, tasks, dtype, 4 * job.E * job.H * (job.channels.C + job.terms.C + 8))
-        launch(scratch=jit.scratch(job.scratch_step * jit.slots(), dtype))
+        launch(scratch=memory.scratch(job.scratch_step * jit.slots(), dtype))

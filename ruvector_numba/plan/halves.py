@@ -13,6 +13,7 @@ from ..checks import Array, Shape
 from ..kernels import halves as kernels
 from ..kernels import jit
 from ..kernels.tiles import StoredMatrices
+from . import memory
 from .layouts import Layout, as_matrices, contiguous, layout, with_heads
 
 __all__ = ["room", "rounded", "widened"]
@@ -41,7 +42,7 @@ def room(shape: Shape, purpose: str) -> NDArray[np.float32]:
     size = math.prod(shape)
     if size > _KEPT:
         return np.empty(shape, np.float32)
-    return jit.scratch(size, np.dtype(np.float32), purpose)[: 4 * size].view(np.float32).reshape(shape)
+    return memory.scratch(size, np.dtype(np.float32), purpose)[: 4 * size].view(np.float32).reshape(shape)
 
 
 def widened(x: Array, purpose: str) -> NDArray[np.float32]:
