@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from . import halves, masks
+from . import halves, masks, visibility
 from .errors import DimensionMismatchError, InvalidInputError, OutOfMemoryError
 
 Array = NDArray[Any]
@@ -26,7 +26,7 @@ class Call(NamedTuple):
     query: Array  # (*batch, H, Lq, D)
     key: Array  # (*batch, Hk, Lk, D)
     value: Array  # (*batch, Hk, Lk, Dv)
-    seen: masks.Visibility
+    seen: visibility.Visibility
     scale: float
     softcap: float | None
     slopes: Array | None  # (*batch or ones, H)

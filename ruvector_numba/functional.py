@@ -43,7 +43,7 @@ import math
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from . import checks, masks
+from . import checks, masks, visibility
 from .checks import Array, Shape
 from .errors import DimensionMismatchError, InvalidInputError
 
@@ -342,7 +342,7 @@ def _product(left: Array, right: Array, scale: float = 1.0, selects: bool = Fals
     return out
 
 
-def _masked(x: Array, seen: masks.Visibility, adds: bool) -> Array:
+def _masked(x: Array, seen: visibility.Visibility, adds: bool) -> Array:
     """Where seen x, plus the bias if it `adds`; elsewhere -inf, or else 0."""
     from .plan import functional as plan
 
@@ -359,7 +359,7 @@ def _masked(x: Array, seen: masks.Visibility, adds: bool) -> Array:
     return out
 
 
-def _limits(scores: Shape, seen: masks.Visibility) -> NDArray[np.int64]:
+def _limits(scores: Shape, seen: visibility.Visibility) -> NDArray[np.int64]:
     """(..., Lq, 2): the first key that each query of each head may see, and the first that it no longer may."""
     Lq, Lk = scores[-2:]
     limits, i = np.empty((*scores[:-1], 2), np.int64), np.arange(Lq)
@@ -425,7 +425,7 @@ def _check_pair(pair: dict[str, Array], axis: int, other_axis: int, hint: str) -
         raise DimensionMismatchError(x.shape[axis], y.shape[other_axis], shapes=shapes, hint=hint)
 
 
-def _resolved(scores: Array, attn_mask: masks.Mask | ArrayLike | None, is_causal: bool) -> masks.Visibility:
+def _resolved(scores: Array, attn_mask: masks.Mask | ArrayLike | None, is_causal: bool) -> visibility.Visibility:
     heads, (Lq, Lk) = scores.shape[-3] if scores.ndim > 2 else 1, scores.shape[-2:]
     return masks.resolve(attn_mask, is_causal, scores.shape[:-3], heads, Lq, Lk, scores.dtype)
 

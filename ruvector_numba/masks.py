@@ -30,71 +30,34 @@ queries meet a cache of old keys)::
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from functools import reduce
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from . import halves
+from . import halves, mask_arrays
+from . import mask_arguments as arguments
 from .errors import InvalidMaskError
+from .visibility import (
+    CAUSAL,
+    NONE,
+    UNBOUNDED,
+    Align,
+    Array,
+    Call,
+    Shape,
+    Visibility,
+    batch_or_ones,
+    meet,
+    offset_of,
+    positions,
+    runs,
+)
 
 __all__ = ["All", "Causal", "Full", "Lengths", "Mask", "Segments", "Window"]
-
-UNBOUNDED = 1 << 40  # beyond any index, and far from overflow when an index is added to it
-
-Align = Literal["top_left", "bottom_right"]
-Array = NDArray[Any]
-Shape = tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Visibility:
-    """All masks of one call, intersected: a band, an interval of keys per query, a bool array and a float array.
-
-    Query i sees key j where all of these hold, and the float array, if any, is not -inf:
-
-    Attributes
-    ----------
-    first, last : int
-        ``first <= j - i < last``; -UNBOUNDED and UNBOUNDED where there is no limit.
-    offset : int
-        The key at which query 0 sits, for ALiBi: Lk - Lq if a part is aligned bottom_right, else 0.
-    limits : int64 array (*batch or ones, Lq, 2), optional
-        ``limits[..., i, 0] <= j < limits[..., i, 1]``; C-contiguous, and 0 <= lo <= hi <= Lk.
-    allowed : bool array that broadcasts to (*batch, H, Lq, Lk), optional
-        True where i may attend to j. The caller's own array, with its strides, where one was enough.
-    bias : float array that broadcasts to (*batch, H, Lq, Lk), optional
-        Added to the scores. The caller's own array, with its strides.
-    """
-
-    first: int = -UNBOUNDED
-    last: int = UNBOUNDED
-    offset: int = 0
-    limits: NDArray[np.int64] | None = None
-    allowed: NDArray[np.bool_] | None = None
-    bias: Array | None = None
-
-
-NONE = Visibility()
-CAUSAL = Visibility(last=1)
-
-
-class Call(NamedTuple):
-    """The sizes a mask is resolved for."""
-
-    batch: Shape
-    heads: int
-    Lq: int
-    Lk: int
-    dtype: np.dtype[Any]
-
-    @property
-    def scores(self) -> Shape:
-        return (*self.batch, self.heads, self.Lq, self.Lk)
 
 
 def resolve(
@@ -130,8 +93,8 @@ def resolve(
     if isinstance(attn_mask, Mask):
         seen = attn_mask._resolve(call)
     else:
-        seen = _resolve_array(_mask_array(attn_mask, may_be_bits=dtype == halves.BITS), call)
-    return _meet(seen, CAUSAL) if is_causal else seen
+        seen = mask_arrays.resolved(_mask_array(attn_mask, may_be_bits=dtype == halves.BITS), call)
+    return meet(seen, CAUSAL) if is_causal else seen
 
 
 class Mask:
@@ -160,7 +123,7 @@ class Mask:
         >>> Lengths(keys=[1, 3]).to_dense(2, 3).shape
         (2, 1, 2, 3)
         """
-        Lq, Lk = _size("Lq", Lq), _size("Lk", Lk)
+        Lq, Lk = arguments.size("Lq", Lq), arguments.size("Lk", Lk)
         dense = self._dense(Lq, Lk)
         return np.array(np.broadcast_to(dense, np.broadcast_shapes(dense.shape, (Lq, Lk))), dtype=bool)
 
@@ -234,13 +197,13 @@ class Causal(Mask):
     align: Align = "top_left"
 
     def __post_init__(self) -> None:
-        _check_align("Causal", self.align)
+        arguments.check_align("Causal", self.align)
 
     def _dense(self, Lq: int, Lk: int) -> NDArray[np.bool_]:
-        return np.arange(Lk) <= _positions(self.align, Lq, Lk)
+        return np.arange(Lk) <= positions(self.align, Lq, Lk)
 
     def _resolve(self, call: Call) -> Visibility:
-        offset = _offset(self.align, call.Lq, call.Lk)
+        offset = offset_of(self.align, call.Lq, call.Lk)
         return Visibility(last=offset + 1, offset=offset) if offset else CAUSAL
 
 
@@ -277,17 +240,17 @@ class Window(Mask):
         for name in ("left", "right"):
             reach = getattr(self, name)
             if reach is not None:
-                object.__setattr__(self, name, _reach(f"Window.{name}", reach))
-        _check_align("Window", self.align)
+                object.__setattr__(self, name, arguments.reach(f"Window.{name}", reach))
+        arguments.check_align("Window", self.align)
 
     def _dense(self, Lq: int, Lk: int) -> NDArray[np.bool_]:
-        distance = np.arange(Lk) - _positions(self.align, Lq, Lk)
+        distance = np.arange(Lk) - positions(self.align, Lq, Lk)
         left = UNBOUNDED if self.left is None else min(self.left, UNBOUNDED)
         right = UNBOUNDED if self.right is None else min(self.right, UNBOUNDED)
         return (-left <= distance) & (distance <= right)
 
     def _resolve(self, call: Call) -> Visibility:
-        offset = _offset(self.align, call.Lq, call.Lk)
+        offset = offset_of(self.align, call.Lq, call.Lk)
         first = -UNBOUNDED if self.left is None else max(-UNBOUNDED, offset - self.left)
         last = UNBOUNDED if self.right is None else min(UNBOUNDED, offset + self.right + 1)
         return Visibility(first, last, offset)
@@ -322,24 +285,24 @@ class Lengths(Mask):
         for name in ("queries", "keys"):
             lengths = getattr(self, name)
             if lengths is not None:
-                object.__setattr__(self, name, _lengths(f"Lengths.{name}", lengths))
+                object.__setattr__(self, name, arguments.lengths(f"Lengths.{name}", lengths))
         rows = {name: np.asarray(getattr(self, name)).shape for name in ("queries", "keys")}  # of None it is ()
-        _check_rows("Lengths", **rows)
+        arguments.check_rows("Lengths", **rows)
 
     def _dense(self, Lq: int, Lk: int) -> NDArray[np.bool_]:
-        queries = _within("Lengths.queries", self.queries, "Lq", Lq)
-        keys = _within("Lengths.keys", self.keys, "Lk", Lk)
+        queries = arguments.within("Lengths.queries", self.queries, "Lq", Lq)
+        keys = arguments.within("Lengths.keys", self.keys, "Lk", Lk)
         with_heads = (..., None, None, None) if queries.ndim or keys.ndim else (None, None)
         return (np.arange(Lq)[:, None] < queries[with_heads]) & (np.arange(Lk) < keys[with_heads])
 
     def _resolve(self, call: Call) -> Visibility:
         if self.queries is None and self.keys is None:
             return NONE
-        queries = _within("Lengths.queries", self.queries, "Lq", call.Lq)
-        keys = _within("Lengths.keys", self.keys, "Lk", call.Lk)
+        queries = arguments.within("Lengths.queries", self.queries, "Lq", call.Lq)
+        keys = arguments.within("Lengths.keys", self.keys, "Lk", call.Lk)
         for name, lengths in (("queries", queries), ("keys", keys)):
-            _check_batch(f"Lengths.{name}", lengths.shape, call)
-        rows = _batch_or_ones(np.broadcast_shapes(queries.shape, keys.shape), call)
+            arguments.check_batch(f"Lengths.{name}", lengths.shape, call)
+        rows = batch_or_ones(np.broadcast_shapes(queries.shape, keys.shape), call)
         limits = np.zeros((*rows, call.Lq, 2), dtype=np.int64)
         limits[..., 1] = np.where(np.arange(call.Lq) < queries[..., None], keys[..., None], 0)
         return Visibility(limits=limits)
@@ -376,10 +339,12 @@ class Segments(Mask):
     key_ids: ArrayLike | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "query_ids", _ids("Segments.query_ids", self.query_ids))
+        object.__setattr__(self, "query_ids", arguments.ids("Segments.query_ids", self.query_ids))
         if self.key_ids is not None:
-            object.__setattr__(self, "key_ids", _ids("Segments.key_ids", self.key_ids))
-            _check_rows("Segments", query_ids=np.shape(self.query_ids)[:-1], key_ids=np.shape(self.key_ids)[:-1])
+            object.__setattr__(self, "key_ids", arguments.ids("Segments.key_ids", self.key_ids))
+            arguments.check_rows(
+                "Segments", query_ids=np.shape(self.query_ids)[:-1], key_ids=np.shape(self.key_ids)[:-1]
+            )
 
     def _dense(self, Lq: int, Lk: int) -> NDArray[np.bool_]:
         query_ids, key_ids = self._checked(Lq, Lk)
@@ -389,16 +354,16 @@ class Segments(Mask):
     def _resolve(self, call: Call) -> Visibility:
         query_ids, key_ids = self._checked(call.Lq, call.Lk)
         for name, ids in (("query_ids", query_ids), ("key_ids", key_ids)):
-            _check_batch(f"Segments.{name}", ids.shape[:-1], call)
-        rows = _batch_or_ones(np.broadcast_shapes(query_ids.shape[:-1], key_ids.shape[:-1]), call)
+            arguments.check_batch(f"Segments.{name}", ids.shape[:-1], call)
+        rows = batch_or_ones(np.broadcast_shapes(query_ids.shape[:-1], key_ids.shape[:-1]), call)
         query_ids = np.broadcast_to(query_ids, (*rows, call.Lq))
         key_ids = np.broadcast_to(key_ids, (*rows, call.Lk))
         limits = np.empty((*rows, call.Lq, 2), dtype=np.int64)
         for row in np.ndindex(rows):
-            runs = _runs(query_ids[row], key_ids[row])
-            if runs is None:
+            found = runs(query_ids[row], key_ids[row])
+            if found is None:
                 return Visibility(allowed=query_ids[..., None, :, None] == key_ids[..., None, None, :])
-            limits[row] = runs
+            limits[row] = found
         return Visibility(limits=limits)
 
     def _checked(self, Lq: int, Lk: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -458,7 +423,7 @@ class All(Mask):
     def _dense(self, Lq: int, Lk: int) -> NDArray[np.bool_]:
         dense = np.ones((Lq, Lk), dtype=bool)
         for part in self.parts:
-            other = part._dense(Lq, Lk) if isinstance(part, Mask) else _dense_array(part, Lq, Lk)
+            other = part._dense(Lq, Lk) if isinstance(part, Mask) else mask_arrays.dense(part, Lq, Lk)
             try:
                 dense = dense & other
             except ValueError:
@@ -467,37 +432,13 @@ class All(Mask):
         return dense
 
     def _resolve(self, call: Call) -> Visibility:
-        seen = (part._resolve(call) if isinstance(part, Mask) else _resolve_array(part, call) for part in self.parts)
-        return reduce(_meet, seen, NONE)
+        seen = (
+            part._resolve(call) if isinstance(part, Mask) else mask_arrays.resolved(part, call) for part in self.parts
+        )
+        return reduce(meet, seen, NONE)
 
 
 # Intersections
-
-
-def _meet(a: Visibility, b: Visibility) -> Visibility:
-    if a is NONE or b is NONE or a is b:
-        return b if a is NONE else a
-    if b.bias is not None:
-        a, b = b, a  # at most one of the two has a bias: `All` sees to it
-    return Visibility(
-        max(a.first, b.first),
-        min(a.last, b.last),
-        a.offset or b.offset,  # of the parts of one call, those that have an offset have the same
-        _narrower(a.limits, b.limits),
-        a.allowed if b.allowed is None else b.allowed if a.allowed is None else np.logical_and(a.allowed, b.allowed),
-        a.bias,
-    )
-
-
-def _narrower(a: NDArray[np.int64] | None, b: NDArray[np.int64] | None) -> NDArray[np.int64] | None:
-    if a is None or b is None:
-        return b if a is None else a
-    limits = np.empty(np.broadcast_shapes(a.shape, b.shape), dtype=np.int64)
-    lo, hi = limits[..., 0], limits[..., 1]
-    np.maximum(a[..., 0], b[..., 0], out=lo)
-    np.minimum(a[..., 1], b[..., 1], out=hi)
-    np.maximum(lo, hi, out=hi)  # intervals that do not meet leave an empty one, not one of negative length
-    return limits
 
 
 def _joined(a: Mask | ArrayLike | None, b: Mask | ArrayLike | None) -> Mask:
@@ -537,175 +478,6 @@ def _mask_array(value: object, may_be_bits: bool = False) -> Array:
         )
     if not (array.dtype.isnative and array.flags.aligned):  # kernels read neither
         array = array.astype(array.dtype.newbyteorder("="))
-    return array
-
-
-def _resolve_array(array: Array, call: Call) -> Visibility:
-    if not _broadcasts(array.shape, call.scores):
-        raise InvalidMaskError(
-            "its shape does not broadcast to that of the scores, (*batch, heads, Lq, Lk)",
-            shapes={"attn_mask.shape": array.shape, "scores.shape": call.scores},
-            hint=_axes_hint(array.shape, call),
-        )
-    if array.dtype.kind == "b":
-        return Visibility(allowed=array)
-    is_wide = call.dtype.itemsize == 2 and (array.dtype == np.float32 or halves.is_bfloat16(array.dtype))
-    if array.dtype != call.dtype and not is_wide:
-        raise InvalidMaskError(
-            f"a float mask has the dtype of the inputs, but it is {array.dtype} and they are {call.dtype}",
-            shapes={"attn_mask.dtype": array.dtype, "query.dtype": call.dtype},
-            hint=f"cast the mask: attn_mask.astype(np.{call.dtype})",
-        )
-    return Visibility(bias=array)
-
-
-def _dense_array(array: Array, Lq: int, Lk: int) -> NDArray[np.bool_]:
-    if not _broadcasts(array.shape[-2:], (Lq, Lk)):
-        raise InvalidMaskError(
-            "the shape of an array does not broadcast to (..., Lq, Lk)",
-            shapes={"array.shape": array.shape, "(Lq, Lk)": (Lq, Lk)},
-        )
-    return array if array.dtype.kind == "b" else ~np.isneginf(array)
-
-
-def _axes_hint(shape: Shape, call: Call) -> str:
-    """The two mistakes that are made most, and the rule for the rest."""
-    batch, heads, Lq, Lk, _ = call
-    colons = ":, " * len(batch)
-    if batch and shape == (*batch, Lk):
-        return f"one row of keys per batch row is attn_mask[{colons}None, None, :], or masks.Lengths(keys=...)"
-    if batch and shape == (*batch, Lq, Lk):
-        return f"one matrix per batch row, the same for all heads, is attn_mask[{colons}None]"
-    return "axes are matched from the right and may be 1 or missing, as NumPy broadcasts"
-
-
-def _broadcasts(shape: Shape, target: Shape) -> bool:
-    """Whether np.broadcast_to(array of `shape`, target) works."""
-    return len(shape) <= len(target) and all(n in (1, m) for n, m in zip(shape[::-1], target[::-1], strict=False))
-
-
-# The parts of the rules
-
-
-def _offset(align: Align, Lq: int, Lk: int) -> int:
-    return Lk - Lq if align == "bottom_right" else 0
-
-
-def _positions(align: Align, Lq: int, Lk: int) -> NDArray[np.int64]:
-    """The key at which each query sits, as a column."""
-    return np.arange(Lq, dtype=np.int64)[:, None] + _offset(align, Lq, Lk)
-
-
-def _runs(query_ids: NDArray[np.int64], key_ids: NDArray[np.int64]) -> NDArray[np.int64] | None:
-    """(Lq, 2): the run of keys that has each query's id, (0, 0) if none has; None if an id is asked for that has two.
-
-    An id no query has may be scattered, as padding is.
-    """
-    Lk = len(key_ids)
-    if Lk == 0:
-        return np.zeros((len(query_ids), 2), dtype=np.int64)
-    starts = np.concatenate(([0], np.flatnonzero(key_ids[1:] != key_ids[:-1]) + 1))
-    ends = np.append(starts[1:], Lk)
-    order = np.argsort(key_ids[starts], kind="stable")
-    ids = key_ids[starts][order]
-    at, past = np.searchsorted(ids, query_ids, "left"), np.searchsorted(ids, query_ids, "right")
-    if (past - at > 1).any():
-        return None
-    found = past > at
-    run = order[np.where(found, at, 0)]
-    return np.where(found[:, None], np.stack((starts[run], ends[run]), axis=-1), 0)
-
-
-def _batch_or_ones(rows: Shape, call: Call) -> Shape:
-    return (1,) * (len(call.batch) - len(rows)) + rows
-
-
-def _within(name: str, lengths: ArrayLike | None, L: str, size: int) -> NDArray[np.int64]:
-    """The lengths as an array, which `size` must hold; None is the whole size."""
-    array = np.asarray(size if lengths is None else lengths, dtype=np.int64)
-    if array.size and (longest := int(array.max())) > size:
-        raise InvalidMaskError(
-            f"{name} has {longest}, more than {L} = {size}", shapes={f"{name}.shape": array.shape, L: size}
-        )
-    return array
-
-
-def _check_batch(name: str, rows: Shape, call: Call) -> None:
-    if not _broadcasts(rows, call.batch):
-        single = "the inputs have no batch axis, so give one for all" if not call.batch else None
-        raise InvalidMaskError(
-            f"{name} does not have one entry per row of the batch",
-            shapes={f"rows of {name}": rows, "batch": call.batch},
-            hint=single or "its leading axes must broadcast to the batch axes of the inputs",
-        )
-
-
-# Checks at construction
-
-
-def _check_rows(name: str, **shapes: Shape) -> None:
-    try:
-        np.broadcast_shapes(*shapes.values())
-    except ValueError:
-        first, second = shapes
-        raise InvalidMaskError(
-            f"{name}.{first} and {name}.{second} do not agree on the rows of the batch",
-            shapes={f"rows of {name}.{field}": shape for field, shape in shapes.items()},
-        ) from None
-
-
-def _check_align(name: str, align: object) -> None:
-    if not isinstance(align, str) or align not in ("top_left", "bottom_right"):
-        raise InvalidMaskError(f"{name}.align must be 'top_left' or 'bottom_right', got {align!r}")
-
-
-def _integer(name: str, value: object) -> int:
-    try:
-        if isinstance(value, (bool, np.bool_)):
-            raise TypeError
-        return operator.index(value)  # type: ignore[arg-type]
-    except TypeError:
-        raise InvalidMaskError(f"{name} must be an integer, got {value!r}") from None
-
-
-def _reach(name: str, value: object) -> int:
-    if (reach := _integer(name, value)) < 0:
-        raise InvalidMaskError(f"{name} must not be negative, got {reach}", hint="None means no limit")
-    return reach
-
-
-def _size(name: str, value: object) -> int:
-    if (size := _integer(name, value)) < 0:
-        raise InvalidMaskError(f"{name} must not be negative, got {size}")
-    return size
-
-
-def _integers(name: str, values: object) -> NDArray[np.int64]:
-    """A read-only int64 copy: small next to the work, and safe from later changes."""
-    try:
-        array = np.asarray(values)
-    except (TypeError, ValueError) as error:
-        raise InvalidMaskError(f"{name} is not an array of integers: {error}") from None
-    if array.size and array.dtype.kind not in "iu":
-        raise InvalidMaskError(f"{name} must be integers, got dtype {array.dtype}")
-    if array.dtype.kind == "u" and array.size and int(array.max()) > np.iinfo(np.int64).max:
-        raise InvalidMaskError(f"{name} has {array.max()}, which does not fit an int64")
-    copy = array.astype(np.int64)
-    copy.setflags(write=False)
-    return copy
-
-
-def _lengths(name: str, values: object) -> int | NDArray[np.int64]:
-    array = _integers(name, values)
-    if array.size and (shortest := int(array.min())) < 0:
-        raise InvalidMaskError(f"{name} must not be negative, got {shortest}", hint="None means no limit")
-    return int(array) if array.ndim == 0 else array
-
-
-def _ids(name: str, values: object) -> NDArray[np.int64]:
-    array = _integers(name, values)
-    if array.ndim == 0:
-        raise InvalidMaskError(f"{name} must have one id per position, got the single number {array}")
     return array
 
 

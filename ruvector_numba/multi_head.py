@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from . import checks, dense, files, gpu, gpu_layers, halves, layers, layers_half, masks
+from . import checks, dense, files, gpu, gpu_layers, halves, layers, layers_half, masks, visibility
 from .config import AttentionConfig
 from .errors import InvalidConfigError, InvalidInputError
 from .kv_cache import KeyValueCache
@@ -324,7 +324,7 @@ class MultiHeadAttention(Trainable, TrainableAttention):
         # Keys by the thousand, and limits that say how many count: a plan for each length would cost 0.1 ms a step.
         room = -(-stop // KEYS_AT_ONCE) * KEYS_AT_ONCE
         ends = np.arange(start + 1, stop + 1)
-        seen = masks.Visibility(limits=np.stack([np.zeros_like(ends), ends], axis=-1)[None])
+        seen = visibility.Visibility(limits=np.stack([np.zeros_like(ends), ends], axis=-1)[None])
         keys, values = cache.keys[:, :, :room], cache.values[:, :, :room]
         c = checks.call(query, keys, values, None, 0.0, False, config.get_scale(), False, None, None, None)
         c = c._replace(eps=config.eps, seen=seen, given=new.dtype)

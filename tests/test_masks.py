@@ -12,9 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ruvector_numba import errors, masks
+from ruvector_numba import errors, masks, visibility
 from ruvector_numba.errors import InvalidMaskError
-from ruvector_numba.masks import UNBOUNDED, All, Causal, Full, Lengths, Segments, Window, resolve
+from ruvector_numba.masks import All, Causal, Full, Lengths, Segments, Window, resolve
+from ruvector_numba.visibility import UNBOUNDED
 
 F32, F64 = np.dtype(np.float32), np.dtype(np.float64)
 NEG_INF = -np.inf
@@ -116,7 +117,7 @@ def test_lengths(queries, keys):
 
 
 def test_lengths_of_nothing_are_neutral():
-    assert resolve(Lengths(), False, (2,), 1, 3, 3, F32) is masks.NONE
+    assert resolve(Lengths(), False, (2,), 1, 3, 3, F32) is visibility.NONE
     assert Lengths().to_dense(2, 3).all()
 
 
@@ -180,8 +181,8 @@ def test_full_and_none_are_neutral():
     assert Full() & Causal() == Causal() == Causal() & Full()
     assert None & Causal() == Causal() == Causal() & None
     assert Full() & Full() == Full() == Full() & None
-    assert Full().to_dense(2, 3).all() and resolve(Full(), False, (), 1, 2, 3, F32) is masks.NONE
-    assert All(()).to_dense(2, 3).all() and resolve(All(()), True, (), 1, 2, 3, F32) is masks.CAUSAL
+    assert Full().to_dense(2, 3).all() and resolve(Full(), False, (), 1, 2, 3, F32) is visibility.NONE
+    assert All(()).to_dense(2, 3).all() and resolve(All(()), True, (), 1, 2, 3, F32) is visibility.CAUSAL
 
 
 def test_arrays_join_on_either_side():
@@ -271,10 +272,10 @@ def test_one_float_array_is_the_limit():
 
 def test_the_common_cases_are_constants():
     for sizes in [((), 1, 3, 4), ((2, 3), 8, 0, 0)]:
-        assert resolve(None, False, *sizes, F32) is masks.NONE
-        assert resolve(None, True, *sizes, F64) is masks.CAUSAL
-        assert resolve(Causal(), True, *sizes, F64) is masks.CAUSAL
-    none, causal = masks.NONE, masks.CAUSAL
+        assert resolve(None, False, *sizes, F32) is visibility.NONE
+        assert resolve(None, True, *sizes, F64) is visibility.CAUSAL
+        assert resolve(Causal(), True, *sizes, F64) is visibility.CAUSAL
+    none, causal = visibility.NONE, visibility.CAUSAL
     assert (none.first, none.last, none.offset) == (-UNBOUNDED, UNBOUNDED, 0)
     assert (causal.first, causal.last, causal.offset) == (-UNBOUNDED, 1, 0)
     for constant in (none, causal):

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .. import dense, functional, masks
+from .. import dense, functional, masks, visibility
 from ..checks import Array
 from . import onnx_checks as given
 
@@ -281,12 +281,12 @@ class _Band(masks.Mask):
         lo, hi = (x[..., None, :, None] for x in self._limits(Lq, Lk))
         return (lo <= np.arange(Lk)) & (np.arange(Lk) < hi)
 
-    def _resolve(self, call: masks.Call) -> masks.Visibility:
+    def _resolve(self, call: visibility.Call) -> visibility.Visibility:
         if self.offset.ndim:
-            return masks.Visibility(limits=np.stack(self._limits(call.Lq, call.Lk), axis=-1))
+            return visibility.Visibility(limits=np.stack(self._limits(call.Lq, call.Lk), axis=-1))
         offset = int(self.offset)
-        first = -masks.UNBOUNDED if self.left is None else offset - self.left
-        return masks.Visibility(first, masks.UNBOUNDED if self.right is None else offset + self.right + 1)
+        first = -visibility.UNBOUNDED if self.left is None else offset - self.left
+        return visibility.Visibility(first, visibility.UNBOUNDED if self.right is None else offset + self.right + 1)
 
 
 def _band(offset: int | NDArray[np.int64], left: int | None, right: int | None) -> masks.Mask:

@@ -1,0 +1,97 @@
+"""What masks are made of, checked: numbers and ids when one is made, lengths and batches when it meets a call."""
+
+from __future__ import annotations
+
+import operator
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from .errors import InvalidMaskError
+from .visibility import Call, Shape, broadcasts
+
+
+def check_rows(name: str, **shapes: Shape) -> None:
+    try:
+        np.broadcast_shapes(*shapes.values())
+    except ValueError:
+        first, second = shapes
+        raise InvalidMaskError(
+            f"{name}.{first} and {name}.{second} do not agree on the rows of the batch",
+            shapes={f"rows of {name}.{field}": shape for field, shape in shapes.items()},
+        ) from None
+
+
+def check_align(name: str, align: object) -> None:
+    if not isinstance(align, str) or align not in ("top_left", "bottom_right"):
+        raise InvalidMaskError(f"{name}.align must be 'top_left' or 'bottom_right', got {align!r}")
+
+
+def _integer(name: str, value: object) -> int:
+    try:
+        if isinstance(value, (bool, np.bool_)):
+            raise TypeError
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise InvalidMaskError(f"{name} must be an integer, got {value!r}") from None
+
+
+def reach(name: str, value: object) -> int:
+    if (reach := _integer(name, value)) < 0:
+        raise InvalidMaskError(f"{name} must not be negative, got {reach}", hint="None means no limit")
+    return reach
+
+
+def size(name: str, value: object) -> int:
+    if (size := _integer(name, value)) < 0:
+        raise InvalidMaskError(f"{name} must not be negative, got {size}")
+    return size
+
+
+def _integers(name: str, values: object) -> NDArray[np.int64]:
+    """A read-only int64 copy: small next to the work, and safe from later changes."""
+    try:
+        array = np.asarray(values)
+    except (TypeError, ValueError) as error:
+        raise InvalidMaskError(f"{name} is not an array of integers: {error}") from None
+    if array.size and array.dtype.kind not in "iu":
+        raise InvalidMaskError(f"{name} must be integers, got dtype {array.dtype}")
+    if array.dtype.kind == "u" and array.size and int(array.max()) > np.iinfo(np.int64).max:
+        raise InvalidMaskError(f"{name} has {array.max()}, which does not fit an int64")
+    copy = array.astype(np.int64)
+    copy.setflags(write=False)
+    return copy
+
+
+def lengths(name: str, values: object) -> int | NDArray[np.int64]:
+    array = _integers(name, values)
+    if array.size and (shortest := int(array.min())) < 0:
+        raise InvalidMaskError(f"{name} must not be negative, got {shortest}", hint="None means no limit")
+    return int(array) if array.ndim == 0 else array
+
+
+def ids(name: str, values: object) -> NDArray[np.int64]:
+    array = _integers(name, values)
+    if array.ndim == 0:
+        raise InvalidMaskError(f"{name} must have one id per position, got the single number {array}")
+    return array
+
+
+def within(name: str, lengths: ArrayLike | None, L: str, size: int) -> NDArray[np.int64]:
+    """The lengths as an array, which `size` must hold; None is the whole size."""
+    array = np.asarray(size if lengths is None else lengths, dtype=np.int64)
+    if array.size and (longest := int(array.max())) > size:
+        raise InvalidMaskError(
+            f"{name} has {longest}, more than {L} = {size}", shapes={f"{name}.shape": array.shape, L: size}
+        )
+    return array
+
+
+def check_batch(name: str, rows: Shape, call: Call) -> None:
+    if not broadcasts(rows, call.batch):
+        single = "the inputs have no batch axis, so give one for all" if not call.batch else None
+        raise InvalidMaskError(
+            f"{name} does not have one entry per row of the batch",
+            shapes={f"rows of {name}": rows, "batch": call.batch},
+            hint=single or "its leading axes must broadcast to the batch axes of the inputs",
+        )

@@ -1,0 +1,49 @@
+"""Arrays as masks: do they fit the scores, and what do they come to."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import halves
+from .errors import InvalidMaskError
+from .visibility import Array, Call, Shape, Visibility, broadcasts
+
+
+def resolved(array: Array, call: Call) -> Visibility:
+    if not broadcasts(array.shape, call.scores):
+        raise InvalidMaskError(
+            "its shape does not broadcast to that of the scores, (*batch, heads, Lq, Lk)",
+            shapes={"attn_mask.shape": array.shape, "scores.shape": call.scores},
+            hint=_axes_hint(array.shape, call),
+        )
+    if array.dtype.kind == "b":
+        return Visibility(allowed=array)
+    is_wide = call.dtype.itemsize == 2 and (array.dtype == np.float32 or halves.is_bfloat16(array.dtype))
+    if array.dtype != call.dtype and not is_wide:
+        raise InvalidMaskError(
+            f"a float mask has the dtype of the inputs, but it is {array.dtype} and they are {call.dtype}",
+            shapes={"attn_mask.dtype": array.dtype, "query.dtype": call.dtype},
+            hint=f"cast the mask: attn_mask.astype(np.{call.dtype})",
+        )
+    return Visibility(bias=array)
+
+
+def dense(array: Array, Lq: int, Lk: int) -> NDArray[np.bool_]:
+    if not broadcasts(array.shape[-2:], (Lq, Lk)):
+        raise InvalidMaskError(
+            "the shape of an array does not broadcast to (..., Lq, Lk)",
+            shapes={"array.shape": array.shape, "(Lq, Lk)": (Lq, Lk)},
+        )
+    return array if array.dtype.kind == "b" else ~np.isneginf(array)
+
+
+def _axes_hint(shape: Shape, call: Call) -> str:
+    """The two mistakes that are made most, and the rule for the rest."""
+    batch, heads, Lq, Lk, _ = call
+    colons = ":, " * len(batch)
+    if batch and shape == (*batch, Lk):
+        return f"one row of keys per batch row is attn_mask[{colons}None, None, :], or masks.Lengths(keys=...)"
+    if batch and shape == (*batch, Lq, Lk):
+        return f"one matrix per batch row, the same for all heads, is attn_mask[{colons}None]"
+    return "axes are matched from the right and may be 1 or missing, as NumPy broadcasts"
