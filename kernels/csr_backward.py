@@ -4,7 +4,7 @@
     ds = p * (dp - delta)                                        and through the rule to key, query and a
     dvalue[j, h, c] = sum over the edges from j of w[e, h] * do[i, h, c]
 
-Between the two, of each edge only the pair (w, ds) is kept.
+Between the two, of each edge only the pair (ds, w) is kept.
 """
 
 from .csr import find_weights, kept_scores, take_query
@@ -27,7 +27,7 @@ from .gather import (
     take_row,
 )
 from .jit import apart, kernel
-from .simd import fma, lanes_of, load, period_sum, splat, store, where
+from .simd import fma, lanes_of, load, period_sum, splat, store, store_live, where
 from .walk import (
     AHEAD,
     DOT,
@@ -110,7 +110,7 @@ def keep_gradients(job, desk, first, n):
     """dp for `take_again`, in place of ds"""
     for e in range(n):
         for h in range(job.W):
-            job.pairs[((first + e) * 2 + 1) * job.W + h] = desk.changes[e * job.W + h]
+            job.pairs[(first + e) * 2 * job.W + h] = desk.changes[e * job.W + h]
 
 
 @apart
@@ -119,7 +119,7 @@ def take_again(job, desk, i, first, n):
     take_edges(job, desk, first, n)
     for e in range(n):
         for h in range(job.W):
-            desk.changes[e * job.W + h] = job.pairs[((first + e) * 2 + 1) * job.W + h]
+            desk.changes[e * job.W + h] = job.pairs[(first + e) * 2 * job.W + h]
     find_weights(job, desk, i, first, n)
     if job.has_shares:
         find_shares(job, desk, i, n)
@@ -173,14 +173,18 @@ def score_gradients(job, desk, first, n, i, sums):
 
 @apart
 def put_pairs(job, desk, first, n):
-    """Each edge's w and ds, one behind the other. Vectors run into what comes after them, which is stored later."""
-    W = job.W
+    """Each edge's ds and w, one behind the other. Vectors run into what comes after them, which is stored later."""
+    W, lanes = job.W, lanes_of(desk.weights)
     for e in range(n):
-        for g in range(0, W, lanes_of(desk.pairs)):
-            store(load(desk.weights, e * W + g), desk.pairs, 2 * e * W + g)
-        for g in range(0, W, lanes_of(desk.pairs)):
-            store(load(desk.changes, e * W + g), desk.pairs, (2 * e + 1) * W + g)
-    copy(job.pairs + first * 2 * W, desk.pairs, n * 2 * W)
+        at = (first + e) * 2 * W
+        for g in range(0, W, lanes):
+            store(load(desk.changes, e * W + g), job.pairs, at + g)
+        for g in range(0, W, lanes):
+            w = load(desk.weights, e * W + g)
+            if e + 1 < n or W >= lanes:
+                store(w, job.pairs, at + W + g)
+            else:
+                store_live(w, job.pairs, at + W, W)  # what comes next is another target's
 
 
 @apart
@@ -278,7 +282,7 @@ def backward_targets(job: NeighborJob, slot, task):
 def collect(job, desk, j, first, last):
     """desk.value = dvalue and desk.terms = dkey of source j, from its edges first .. last - 1"""
     W, nodes = job.W, desk.nodes
-    weights, ds = desk.pairs, desk.pairs + W
+    ds, weights = desk.pairs, desk.pairs + W  # ds first, so that it is read as it was stored, at once
     if job.rule == JOINT:
         take_row(desk.y, job.key, j, job.terms)
     fill(desk.value, job.width, 0.0)
@@ -307,7 +311,7 @@ def collect(job, desk, j, first, last):
 
 @apart
 def take_pairs(job, desk, first, n):
-    """The other end and the pair (w, ds) of the edges at n positions by source. Vectors run into what comes after
+    """The other end and the pair (ds, w) of the edges at n positions by source. Vectors run into what comes after
     them, which is stored later."""
     width, pairs = 2 * job.W, Rows(job.pairs, 2 * job.W)
     for e in range(n):
@@ -332,7 +336,8 @@ def add_largest(job, desk, n):
         for h in range(H):
             for c in range(C):
                 if job.best[(i * H + h) * C + c] == desk.positions[e]:
-                    desk.value[h * pad + c] += desk.pairs[2 * e * job.W + h] * grad.data[i * grad.step + h * C + c]
+                    w, channel = desk.pairs[(2 * e + 1) * job.W + h], h * C + c
+                    desk.value[h * pad + c] += w * grad.data[i * grad.step + channel]
 
 
 @apart

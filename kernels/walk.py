@@ -76,7 +76,7 @@ class NeighborJob(NamedTuple):
     grad_weights: Elements  # (E, H), the caller's order; of p itself
     has_grad_weights: int
     # backward: made
-    pairs: Elements  # (E, 2, W) and a vector: w and ds, by position
+    pairs: Elements  # (E, 2, W) and a vector: ds and w, by position
     dquery: Rows
     dkey: Rows
     dvalue: Rows
