@@ -122,19 +122,15 @@ class GpuArray(NamedTuple):
     @property
     def aligned(self) -> bool:
         """Do rows begin on 16 bytes and lie element by element, in whole pieces of 16 bytes?"""
-        piece = 16 // _ITEMSIZE[self.element]
-        begins = self.start if isinstance(self.data, np.ndarray) else self.data // _ITEMSIZE[self.element]
-        if not isinstance(self.data, np.ndarray) and self.data % 16:
+        piece, n = 16 // _ITEMSIZE[self.element], self.shape[-1]
+        if n == 0 or n % piece or (self.strides[-1] != 1 and n != 1):
             return False
-        sides = zip(self.shape[:-1], self.strides[:-1], strict=True)
-        steps = [stride for n, stride in sides if n > 1]
-        last = self.strides[-1] == 1 or self.shape[-1] == 1
-        return (
-            last
-            and self.shape[-1] > 0 == self.shape[-1] % piece
-            and begins % piece == 0
-            and all(s % piece == 0 for s in steps)
-        )
+        if self.start % piece if isinstance(self.data, np.ndarray) else self.data % 16:
+            return False
+        for n, stride in zip(self.shape[:-1], self.strides[:-1], strict=True):
+            if n > 1 and stride % piece:
+                return False
+        return True
 
 
 def contiguous_strides(shape: Shape) -> tuple[int, ...]:
@@ -180,6 +176,10 @@ class Library:
 
         return cuda.device_array(shape, _numpy_type(element))
 
+    def fresh(self, shape: Shape, element: str) -> GpuArray:
+        """A new array, as kernels see it."""
+        return self.view(self.empty(shape, element))
+
     def upload(self, x: Array) -> Any:
         from numba import cuda
 
@@ -209,6 +209,10 @@ class _Torch(Library):
         import torch
 
         return torch.empty(shape, dtype=getattr(torch, element), device=self.device)
+
+    def fresh(self, shape: Shape, element: str) -> GpuArray:
+        made = self.empty(shape, element)  # whose layout need not be asked for
+        return GpuArray(made.data_ptr(), 0, shape, contiguous_strides(shape), element, made)
 
     def upload(self, x: Array) -> Any:
         import torch
@@ -353,7 +357,7 @@ class Space:
         enter()
 
     def empty(self, shape: Shape, element: str) -> GpuArray:
-        return self.library.view(self.library.empty(shape, element))
+        return self.library.fresh(shape, element)
 
     def pointer(self, x: GpuArray | None) -> Any:
         """What a kernel is given for an array whose first element is where its offsets begin."""
@@ -387,6 +391,11 @@ class Space:
     def keep(self, x: GpuArray) -> GpuArray:
         self._kept.append(x)
         return x
+
+    @property
+    def kept(self) -> tuple[GpuArray, ...]:
+        """What stays as long as this does."""
+        return tuple(self._kept)
 
     @functools.cached_property
     def nothing(self) -> Any:

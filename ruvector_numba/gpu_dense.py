@@ -11,6 +11,7 @@ from . import checks, gpu, masks
 from .checks import Shape
 from .errors import DimensionMismatchError, InvalidInputError, InvalidMaskError
 from .gpu import GpuArray, Space
+from .gpu_layouts import aligned, broadcast, cut, named, padded, room, starts, whole, zero
 from .results import InputGradients
 
 __all__ = ["Call", "Past", "call", "forward", "run"]
@@ -61,62 +62,6 @@ def call(query: Any, key: Any, value: Any, attn_mask: Any, *terms: Any, dtype: s
     return Call(c, q, k, v, bias, mask)
 
 
-# --- layouts -----------------------------------------------------------------------------------------------------
-def _matrices(space: Space, x: GpuArray, repeat: int = 1) -> Any:
-    """`Matrices` of rows that begin on 16 bytes, copied there first if they do not; each `repeat` times."""
-    from .kernels.cuda.blocks import Matrices
-
-    x = aligned(space, x)
-    return Matrices(space.pointer(x), starts(space, x.shape[:-2], x.strides[:-2], repeat), x.strides[-2])
-
-
-def starts(space: Space, shape: Shape, strides: tuple[int, ...], repeat: int = 1) -> Any:
-    """The address of where each matrix of a stack begins, the last axis `repeat` times."""
-    return space.constant((shape, strides, repeat), lambda: _starts(shape, strides, repeat))
-
-
-def _starts(shape: Shape, strides: tuple[int, ...], repeat: int = 1) -> Any:
-    at = np.zeros((), np.int64)
-    for axis, (n, stride) in enumerate(zip(shape, strides, strict=True)):
-        steps = np.arange(n, dtype=np.int64) * stride
-        at = at[..., None] + (np.repeat(steps, repeat) if axis == len(shape) - 1 else steps)
-    return np.ascontiguousarray(at.reshape(-1))
-
-
-def _broadcast(x: GpuArray, shape: Shape) -> GpuArray:
-    missing = len(shape) - len(x.shape)
-    strides = (0,) * missing + tuple(0 if n == 1 else s for n, s in zip(x.shape, x.strides, strict=True))
-    return x._replace(shape=shape, strides=strides)
-
-
-def aligned(space: Space, x: GpuArray) -> GpuArray:
-    """The array, or a copy with zeros behind each row's last element up to whole pieces of 16 bytes."""
-    if x.aligned:
-        return x
-    from .kernels.cuda import copying
-
-    made = space.keep(room(space, x.shape, x.element))
-    heads, (rows, columns) = math.prod(x.shape[:-2]), x.shape[-2:]
-    job = copying.CopyJob(
-        space.pointer(x), starts(space, x.shape[:-2], x.strides[:-2]), x.strides[-2], x.strides[-1],
-        space.pointer(made), rows, columns, made.shape[-1],
-    )  # fmt: skip
-    v = copying.Variant(x.element, 32 if isinstance(x.data, np.ndarray) else 256)
-    copying.pack(v, job, (min(64, -(-rows * made.shape[-1] // v.threads)), heads, 1), space.stream)
-    return made
-
-
-def room(space: Space, shape: Shape, element: str) -> GpuArray:
-    """An array with rows of whole pieces of 16 bytes."""
-    piece = 16 // (4 if element == "float32" else 2)
-    return space.empty((*shape[:-1], max(piece, -(-shape[-1] // piece) * piece)), element)
-
-
-def cut(x: GpuArray, n: int) -> Any:
-    """The caller's array of the first n channels."""
-    return x.native if x.shape[-1] == n else x.native[..., :n]
-
-
 # --- forward -----------------------------------------------------------------------------------------------------
 class Past(NamedTuple):
     """A call and what came of it; see `dense.Past`."""
@@ -146,16 +91,20 @@ class Past(NamedTuple):
         heads = c.batch if averaged else c.query.shape[:-2]
         out = space.empty((*heads, len(chosen), c.key.shape[-2]), "float32")
         if gpu.size(out.shape):
-            _weights(self, space, chosen, out, c.heads if averaged else 1)
+            from .gpu_dense_backward import weights
+
+            weights(self, space, chosen, out, c.heads if averaged else 1)
         return self.given(out.native)
 
     def backward(self, grad_output: Any, grad_lse: Any = None, wants_bias: bool = True) -> InputGradients:
         c, shape = self.call, self.call.checked.output_shape
         if c.is_moved:
             grad_output, grad_lse = gpu.moved(grad_output), gpu.moved(grad_lse)
+        from .gpu_dense_backward import backward
+
         given = gradient("grad_output", grad_output, shape, c.query.element)
         lse = None if grad_lse is None else gradient("grad_lse", grad_lse, shape[:-1], "float32")
-        return _backward(self, given, lse, wants_bias and c.bias is not None)
+        return backward(self, given, lse, wants_bias and c.bias is not None)
 
 
 def gradient(name: str, x: Any, shape: Shape, element: str) -> GpuArray:
@@ -171,7 +120,7 @@ def gradient(name: str, x: Any, shape: Shape, element: str) -> GpuArray:
     return found
 
 
-def _terms(c: Call) -> Any:
+def terms_of(c: Call) -> Any:
     from .plan.cuda_dense import Terms
 
     return Terms(
@@ -180,7 +129,7 @@ def _terms(c: Call) -> Any:
     )  # fmt: skip
 
 
-def _score_terms(c: Call, space: Space) -> tuple[Any, Any]:
+def score_terms(c: Call, space: Space) -> tuple[Any, Any]:
     """The terms of the scores and who sees whom, as the kernels have them."""
     from .kernels.cuda.scoring import Sight, Terms
 
@@ -192,7 +141,7 @@ def _score_terms(c: Call, space: Space) -> tuple[Any, Any]:
         if x is None:
             matrices += [nothing, nothing, 0, 0]
         else:
-            whole = _broadcast(x, scores)
+            whole = broadcast(x, scores)
             at = starts(space, scores[:-2], whole.strides[:-2])
             matrices += [space.pointer(whole), at, *whole.strides[-2:]]
     natural = a.softcap is not None or a.slopes is not None or c.bias is not None
@@ -232,7 +181,32 @@ def run(
         if out is not None:
             raise InvalidInputError("out is given, and device='cuda'", hint="results come back as new arrays")
         return forward(c._replace(is_moved=not gpu.is_on_gpu(query)))
-    return forward(call(query, key, value, attn_mask, *terms, dtype=dtype), out)
+    if attn_mask is not None or out is not None or terms[0] or terms[5] is not None:
+        return forward(call(query, key, value, attn_mask, *terms, dtype=dtype), out)
+    return _again(query, key, value, terms, dtype)
+
+
+def _again(query: Any, key: Any, value: Any, terms: tuple[Any, ...], dtype: str | None) -> Past:
+    """A call without further arrays: what was checked and made ready for such layouts before is not again."""
+    arrays = [gpu.floats(name, x, dtype) for name, x in (("query", query), ("key", key), ("value", value))]
+    layouts = tuple((x.shape, x.strides, x.element, x.aligned) for x in arrays)
+    known = gpu.library(query).key, layouts, terms, tuple(map(type, terms))
+    try:
+        found = _ready.get(known)
+    except TypeError:  # a term without a hash
+        return forward(call(query, key, value, None, *terms, dtype=dtype))
+    if found is None:
+        c = call(query, key, value, None, *terms, dtype=dtype)
+        ready = prepared(c, padded(c.checked.output_shape, c.query.element))
+        none = GpuArray(None, 0, (), (), c.query.element, None)  # so that no array outlives its call
+        if len(_ready) >= 1024:
+            _ready.clear()
+        found = _ready[known] = c._replace(query=none, key=none, value=none), ready
+    c, ready = found
+    return forward(c._replace(query=arrays[0], key=arrays[1], value=arrays[2]), ready=ready)
+
+
+_ready: dict[Any, tuple[Call, Any]] = {}
 
 
 def _out(out: Any, c: Call) -> GpuArray:
@@ -247,189 +221,69 @@ def _out(out: Any, c: Call) -> GpuArray:
     return found
 
 
-def forward(c: Call, out: Any = None) -> Past:
-    """The output of a checked call, and what its gradients need."""
+class Ready(NamedTuple):
+    """All of a forward pass that depends on layouts and terms alone."""
+
+    attend: Any  # the launches
+    merge: Any | None  # of the parts that the keys of few queries are cut into
+    parts: int  # how many (head, part, query)s these are
+    kept: tuple[Any, ...]  # the arrays that the jobs point to
+
+
+def prepared(c: Call, output: GpuArray) -> Ready | None:
+    """Make a checked call ready, but for where its arrays lie; None if there is nothing to do."""
     from .kernels.cuda import blocks, dense
     from .plan import cuda_dense as plan
 
-    a, space, element = c.checked, c.space(), c.query.element
+    a, element, space = c.checked, c.query.element, c.space()
     heads, (Lq, D), (Lk, Dv) = math.prod(a.query.shape[:-2]), a.query.shape[-2:], a.value.shape[-2:]
-    if not isinstance(out, GpuArray):
-        out = room(space, a.output_shape, element) if out is None else _out(out, c)
-    output: GpuArray = out
-    lse = space.empty(a.query.shape[:-1], "float32")
-    if not gpu.size(a.query.shape[:-1]):
-        return Past(c, output, lse.native, None)
-    if not Lk:
-        zero(space, output, 0.0)
-        zero(space, lse, -math.inf)
-        return Past(c, output, lse.native, None)
+    if not heads * Lq * Lk:
+        return None
     cutting = plan.split(Lq, Lk, a.group)
     channels = plan.width(max(D, Dv, 1))
     assert channels is not None
-    v = plan.variant("forward", element, channels, _terms(c))
-    kept = space.empty((2, heads * Lq), "float32")
-    top, total = (space.pointer(gpu.part(kept, n * heads * Lq, heads * Lq)) for n in range(2))
-    tops, totals, parts = top, total, space.pointer(None)
+    v = plan.variant("forward", element, channels, terms_of(c))
     if cutting.splits > 1:
         v = plan.packed(v, Lq * cutting.heads)
-        tops, totals = (space.scratch(heads * cutting.splits * Lq) for _ in range(2))
-        parts = space.scratch(heads * cutting.splits * Lq * output.shape[-1])
-    terms, sight = _score_terms(c, space)
     job = blocks.AttentionJob(
-        _matrices(space, c.query), _matrices(space, c.key, a.group), _matrices(space, c.value, a.group),
-        _matrices(space, output), tops, totals, space.pointer(lse), parts, top, total,
-        terms, sight, a.eps, Lq, Lk, whole(D, element), output.shape[-1], a.heads, cutting.heads, cutting.splits,
-        cutting.split_keys,
+        named(space, "query", c.query), named(space, "key", c.key, a.group), named(space, "value", c.value, a.group),
+        named(space, "output", output), "top", "total", "lse", "parts", "merged_top", "merged_total",
+        *score_terms(c, space), a.eps, Lq, Lk, whole(D, element), output.shape[-1], a.heads, cutting.heads,
+        cutting.splits, cutting.split_keys,
     )  # fmt: skip
-    grid = (-(-Lq * cutting.heads // v.rows), heads // cutting.heads, cutting.splits)
-    dense.forward(v, job, grid, space.stream)
-    if cutting.splits > 1:
-        warps = blocks.Variant(element, channels, v.keys, 1, 32 if v.threads == 32 else 128)
-        dense.merge(warps, job, (-(-Lq // (warps.threads // 32)), heads, 1), space.stream)
+    attend = dense.forward.prepare(v, job, (-(-Lq * cutting.heads // v.rows), heads // cutting.heads, cutting.splits))
+    if cutting.splits == 1:
+        return Ready(attend, None, 0, space.kept)
+    warps = blocks.Variant(element, channels, v.keys, 1, 32 if v.threads == 32 else 128)
+    merge = dense.merge.prepare(warps, job, (-(-Lq // (warps.threads // 32)), heads, 1))
+    return Ready(attend, merge, heads * cutting.splits * Lq, space.kept)
+
+
+def forward(c: Call, out: Any = None, ready: Ready | None = None) -> Past:
+    """The output of a checked call, and what its gradients need."""
+    a, space, n = c.checked, c.space(), gpu.size(c.checked.query.shape[:-1])
+    if not isinstance(out, GpuArray):
+        out = room(space, a.output_shape, c.query.element) if out is None else _out(out, c)
+    output: GpuArray = out
+    lse = space.empty(a.query.shape[:-1], "float32")
+    ready = prepared(c, output) if ready is None else ready
+    if ready is None:
+        if n:
+            zero(space, output, 0.0)
+            zero(space, lse, -math.inf)
+        return Past(c, output, lse.native, None)
+    kept = space.empty((2, n), "float32")
+    arrays = dict(query=c.query, key=c.key, value=c.value)
+    at = {name: space.pointer(aligned(space, x)) for name, x in arrays.items()}
+    at["output"], at["lse"], at["parts"] = space.pointer(output), space.pointer(lse), space.pointer(None)
+    at["top"] = at["merged_top"] = space.pointer(gpu.part(kept, 0, n))
+    at["total"] = at["merged_total"] = space.pointer(gpu.part(kept, n, n))
+    if ready.merge is not None:
+        m = whole(ready.parts, "float32")
+        made = space.keep(space.empty(((2 + output.shape[-1]) * m,), "float32"))
+        starts_of = (("top", 0), ("total", m), ("parts", 2 * m))
+        at.update({name: space.pointer(gpu.part(made, start, m)) for name, start in starts_of})
+    ready.attend(space.stream, **at)
+    if ready.merge is not None:
+        ready.merge(space.stream, **at)
     return Past(c, output, lse.native, kept)
-
-
-def whole(n: int, element: str) -> int:
-    """n channels as rows hold them: whole pieces of 16 bytes."""
-    piece = 16 // (4 if element == "float32" else 2)
-    return max(piece, -(-n // piece) * piece)
-
-
-def zero(space: Space, x: GpuArray, value: float) -> None:
-    """Fill an array, which is contiguous, with 0 or, of float32, any number."""
-    from .kernels.cuda import copying
-
-    v = copying.Variant(x.element, 32 if isinstance(x.data, np.ndarray) else 256)
-    n = gpu.size(x.shape)
-    if n:
-        copying.fill(
-            v, copying.FillJob(space.pointer(x), n, value), (min(1024, -(-n // v.threads)), 1, 1), space.stream
-        )
-
-
-# --- backward ----------------------------------------------------------------------------------------------------
-def _gradient_job(
-    past: Past, space: Space, grad_output: GpuArray, grad_lse: GpuArray | None, made: tuple[GpuArray, ...]
-) -> Any:
-    from .kernels.cuda import blocks
-
-    c, a = past.call, past.call.checked
-    heads, (Lq, D), (Lk, _) = math.prod(a.query.shape[:-2]), a.query.shape[-2:], a.value.shape[-2:]
-    dq, dk, dv = made
-    assert past.kept is not None
-    n = heads * Lq
-    kept = [space.pointer(gpu.part(past.kept, i * n, n)) for i in range(2)]
-    both = space.keep(space.empty((2, n), "float32"))
-    made_first = [space.pointer(gpu.part(both, i * n, n)) for i in range(2)]
-    terms, sight = _score_terms(c, space)
-    if grad_lse is None:
-        lse = space.scratch(heads * Lq)
-        zero(space, GpuArray(lse, 0, (heads * Lq,), (1,), "float32", None), 0.0)
-    else:
-        lse = space.pointer(compact(space, grad_lse))
-    return blocks.GradientJob(
-        _matrices(space, c.query), _matrices(space, c.key, a.group), _matrices(space, c.value, a.group),
-        _matrices(space, past.output), _matrices(space, grad_output), _matrices(space, dq), _matrices(space, dk),
-        _matrices(space, dv), *kept, lse, *made_first, terms, sight, a.scale, Lq, Lk, whole(D, c.query.element),
-        past.output.shape[-1], a.heads, 1, a.group,
-    )  # fmt: skip
-
-
-def compact(space: Space, x: GpuArray, inverted: bool = False) -> GpuArray:
-    """The array, copied if its elements do not lie one behind the other, or to have its bools inverted."""
-    if x.strides == gpu.contiguous_strides(x.shape) and not inverted:
-        return x
-    from .kernels.cuda import copying
-
-    made = space.keep(space.empty(x.shape, x.element))
-    rows = x._replace(shape=(*x.shape, 1), strides=(*x.strides, 1))
-    job = copying.CopyJob(
-        space.pointer(x), starts(space, rows.shape[:-2], rows.strides[:-2]), rows.strides[-2], 1,
-        space.pointer(made), rows.shape[-2], 1, 1,
-    )  # fmt: skip
-    v = copying.Variant(x.element, 32 if isinstance(x.data, np.ndarray) else 256, inverted=inverted)
-    if gpu.size(x.shape):
-        copying.pack(v, job, (-(-rows.shape[-2] // v.threads), math.prod(rows.shape[:-2]), 1), space.stream)
-    return made
-
-
-def inverted(space: Space, x: GpuArray) -> GpuArray:
-    """True where the array of bools is False."""
-    return compact(space, x, inverted=True)
-
-
-def _prepared(past: Past, space: Space, job: Any) -> int:
-    """shift and delta of each query."""
-    from .kernels.cuda import blocks, dense_backward
-    from .plan import cuda_dense as plan
-
-    c, heads = past.call, math.prod(past.call.checked.query.shape[:-2])
-    channels = plan.width(max(job.D, job.Dv))
-    assert channels is not None
-    v = blocks.Variant(c.query.element, channels, 16, 1, 32 if isinstance(c.query.data, np.ndarray) else 128)
-    rows = v.threads // 32 * dense_backward.ROWS_OF_A_WARP
-    dense_backward.prepare(v, job, (-(-job.Lq // rows), heads, 1), space.stream)
-    return channels
-
-
-def _backward(past: Past, grad_output: GpuArray, grad_lse: GpuArray | None, wants_bias: bool) -> InputGradients:
-    from .kernels.cuda import dense_backward
-    from .plan import cuda_dense as plan
-
-    c, a, space, element = past.call, past.call.checked, past.call.space(), past.call.query.element
-    dq, dk, dv = (room(space, x.shape, element) for x in (c.query, c.key, c.value))
-    bias = space.empty(c.bias.shape, "float32") if wants_bias and c.bias is not None else None
-    if past.kept is None:
-        for x in (dq, dk, dv, *(() if bias is None else (bias,))):
-            zero(space, x, 0.0)
-    else:
-        job = _gradient_job(past, space, grad_output, grad_lse, (dq, dk, dv))
-        channels = _prepared(past, space, job)
-        heads = math.prod(a.query.shape[:-2])
-        v = plan.variant("to_query", element, channels, _terms(c))
-        dense_backward.to_query(v, job, (-(-job.Lq // v.rows), heads, 1), space.stream)
-        for part in plan.makes(channels):
-            v = plan.variant("to_key", element, channels, _terms(c))._replace(makes=part)
-            dense_backward.to_key(v, job, (-(-job.Lk // v.rows), heads // a.group, 1), space.stream)
-        if bias is not None:
-            _bias_gradient(c, space, job, bias)
-    query, key, value = (past.given(cut(x, y.shape[-1])) for x, y in ((dq, c.query), (dk, c.key), (dv, c.value)))
-    return InputGradients(query, key, value, None if bias is None else past.given(bias.native))
-
-
-def _bias_gradient(c: Call, space: Space, job: Any, bias: GpuArray) -> None:
-    """The gradient of the float mask, in float32, each distinct matrix of it in one place."""
-    from .kernels.cuda import blocks, pairs
-
-    a = c.checked
-    shape = (1,) * (len(a.batch) + 3 - len(bias.shape)) + bias.shape
-    matrices = math.prod(shape[:-2])
-    owner = np.broadcast_to(np.arange(matrices).reshape(shape[:-2]), (*a.batch, a.heads)).reshape(-1)
-    members = np.argsort(owner, kind="stable").astype(np.int64)
-    begins = np.searchsorted(owner[members], np.arange(matrices + 1)).astype(np.int64)
-    v = blocks.Variant(
-        c.query.element, 64, 16, 1, 32 if isinstance(c.query.data, np.ndarray) else 128, 1, 2, *_terms(c)
-    )
-    more = pairs.PairJob(
-        job, space.pointer(bias), space.pointer(None), 0, 1, space.upload(begins), space.upload(members), *shape[-2:]
-    )
-    pairs.bias_gradient(v, more, (-(-shape[-2] * shape[-1] // (v.threads // 32)), matrices, 1), space.stream)
-
-
-def _weights(past: Past, space: Space, chosen: Any, out: GpuArray, averaged: int) -> None:
-    from .kernels.cuda import blocks, pairs
-
-    c, a = past.call, past.call.checked
-    if past.kept is None:
-        return zero(space, out, 0.0)
-    job = _gradient_job(past, space, past.output._replace(shape=a.output_shape), None, (c.query, c.key, c.value))
-    _prepared(past, space, job)
-    threads = 32 if isinstance(c.query.data, np.ndarray) else 128
-    v = blocks.Variant(c.query.element, 64, 16, 1, threads, 1, 2, *_terms(c))
-    nothing = space.pointer(None)
-    more = pairs.PairJob(
-        job, space.pointer(out), space.upload(chosen.astype(np.int64)), len(chosen), averaged, nothing, nothing, 0, 0
-    )
-    grid = (-(-job.Lk // threads), len(chosen), math.prod(a.query.shape[:-2]) // averaged)
-    pairs.weights(v, more, grid, space.stream)

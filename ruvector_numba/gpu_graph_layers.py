@@ -12,9 +12,10 @@ import numpy as np
 from . import checks, gpu
 from .errors import GraphStructureError, InvalidConfigError
 from .gpu import GpuArray, Space
-from .gpu_dense import compact, gradient, zero
+from .gpu_dense import gradient
 from .gpu_gate import Gated, gated, gated_back
 from .gpu_graph_kinds import KINDS
+from .gpu_layouts import compact, zero
 from .gpu_loops import loops_taken_out
 from .gpu_neighbors import Past, one_element
 from .gpu_projection import linear, matrix, product, turned

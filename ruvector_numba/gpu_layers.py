@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import gpu, gpu_dense, layers, masks
+from . import gpu, gpu_dense, gpu_layouts, layers, masks
 from .config import AttentionConfig
 from .errors import InvalidInputError, InvalidMaskError
 from .gpu import GpuArray, Space
@@ -51,7 +51,7 @@ def hidden(
             hint = "give bools there, True where a key is hidden"
             raise InvalidMaskError(f"mask has dtype {seen.element} on the GPU", hint=hint)
         layers.check_hidden(seen.shape, np.dtype(bool), scores, per_head)
-        mask = gpu_dense.inverted(space, seen)
+        mask = gpu_layouts.inverted(space, seen)
         mask = _expanded(mask, 1) if len(seen.shape) == 3 else mask
     if padded is None or mask is None:
         if not isinstance(padded, np.ndarray):
@@ -238,7 +238,7 @@ def multi_head(
         w, b = _heads(there[f"w_{name}"], H), there.get(f"b_{name}")
         product(space, _expanded(x, 2), w, _swapped(heads[-1]), b)
     c = gpu_dense.call(*heads, seen, dropout, config.causal, config.get_scale(), False, None, None, seed)
-    joined = gpu_dense.room(space, (B, Lq, H, d_k), element)
+    joined = gpu_layouts.room(space, (B, Lq, H, d_k), element)
     past = gpu_dense.forward(c._replace(checked=c.checked._replace(eps=config.eps)), _swapped(joined))
     joined = joined._replace(shape=(B, Lq, H, d_k))
     output, w = space.empty((B, Lq, d), element), there["w_o"]

@@ -13,7 +13,8 @@ from . import gpu, neighbors
 from .checks import Array
 from .errors import GraphStructureError, InvalidInputError
 from .gpu import GpuArray, Space
-from .gpu_dense import compact, gradient, zero
+from .gpu_dense import gradient
+from .gpu_layouts import compact, zero
 from .graph import CSRGraph
 from .neighbors import NeighborGradients
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from . import gpu
 from .gpu import GpuArray, Space
-from .gpu_dense import zero
+from .gpu_layouts import zero
 
 if TYPE_CHECKING:
     from .plan.cuda_projection import Layout

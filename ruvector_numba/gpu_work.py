@@ -13,7 +13,7 @@ import numpy as np
 from . import gpu
 from .checks import Array, Shape
 from .gpu import GpuArray, Space
-from .gpu_dense import compact, zero
+from .gpu_layouts import compact, zero
 from .gpu_loops import loops_put_in
 from .gpu_projection import linear, linear_backward
 from .graph import CSRGraph

@@ -38,6 +38,7 @@ _POINTEES = {
     Ints: types.int32,
     Bytes: types.uint8,
 }
+_POINTER = struct.Struct("<q")
 _log = logging.getLogger("ruvector_numba")
 _KERNELS: dict[str, "Kernel"] = {}
 _COMPILING = threading.RLock()
@@ -88,7 +89,7 @@ def _flat(job):
     return found
 
 
-class _Launch:
+class _Loaded:
     """A compiled kernel, started through the driver: 10 us, where Numba needs 180 to prepare fifty numbers."""
 
     def __init__(self, compiled, job_class):
@@ -99,14 +100,43 @@ class _Launch:
         self._offsets = np.arange(self._packed.size // 8, dtype=np.uint64) * 8
         self._compiled = compiled  # keeps the code loaded
 
-    def __call__(self, job, grid, threads, stream):
-        numbers = ctypes.create_string_buffer(self._packed.pack(*_flat(job)), self._packed.size)
+    def pack(self, flat):
+        """The bytes of a job's numbers and pointers."""
+        return self._packed.pack(*flat)
+
+    def start(self, packed, grid, threads, stream, slots=(), values=None):
+        """Start it on a packed job, at whose `slots`, pairs of a name and a place, are the values of these names."""
+        numbers = ctypes.create_string_buffer(packed, len(packed))
+        for name, place in slots:
+            _POINTER.pack_into(numbers, place, values[name])
         pointers = self._offsets + np.uint64(ctypes.addressof(numbers))
         (error,) = self._driver.cuLaunchKernel(
             self._handle, *grid, threads, 1, 1, 0, int(stream), pointers.ctypes.data, 0
         )
         if int(error):
             raise RuntimeError(f"the GPU refused to start a kernel: {error!r}")
+
+
+class Launch:
+    """A job made ready once: call it with the stream, and with what its fields that hold a name stand for."""
+
+    def __init__(self, compiled, job, grid, threads):
+        self._compiled, self._job, self._grid, self._threads = compiled, job, grid, threads
+        if not SIMULATED:
+            flat = _flat(job)
+            self._slots = [(x, 8 * n) for n, x in enumerate(flat) if type(x) is str]
+            self._packed = compiled.pack([0 if type(x) is str else x for x in flat])
+
+    def __call__(self, stream, **values):
+        if SIMULATED:
+            self._compiled[self._grid, self._threads](_filled(self._job, values))
+        else:
+            self._compiled.start(self._packed, self._grid, self._threads, stream, self._slots, values)
+
+
+def _filled(job, values):
+    parts = (_filled(x, values) if hasattr(x, "_fields") else values[x] if type(x) is str else x for x in job)
+    return type(job)(*parts)
 
 
 class Kernel:
@@ -149,9 +179,9 @@ class Kernel:
         signature = self.signature(variant)
         dispatcher = cuda.jit(launch_bounds=(variant.threads, variant.resident), fastmath=FAST)(function)
         with _row_stack():
-            launch = _Launch(dispatcher.compile(signature.args), self.job_class)
+            loaded = _Loaded(dispatcher.compile(signature.args), self.job_class)
         _log.info("%s took %.1f s to compile", self.name, time.perf_counter() - start)
-        return launch
+        return loaded
 
     def ptx(self, variant, compute_capability):
         """The assembly for a compute capability such as (9, 0); needs a toolkit, no GPU. One capability a process."""
@@ -168,7 +198,11 @@ class Kernel:
         if SIMULATED:
             compiled[grid, variant.threads](job)
         else:
-            compiled(job, grid, variant.threads, stream)
+            compiled.start(compiled.pack(_flat(job)), grid, variant.threads, stream)
+
+    def prepare(self, variant, job, grid):
+        """A job of which some pointers are only named, for many launches."""
+        return Launch(self.compiled(variant), job, grid, variant.threads)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,126 @@
+"""How arrays lie on a GPU, as kernels want them: rows that begin on 16 bytes, matrices by where they start, copies."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from . import gpu
+from .checks import Shape
+from .gpu import GpuArray, Space
+
+__all__ = [
+    "aligned", "broadcast", "compact", "cut", "inverted", "matrices", "named", "padded", "room", "starts", "whole",
+    "zero",
+]  # fmt: skip
+
+
+def matrices(space: Space, x: GpuArray, repeat: int = 1) -> Any:
+    """`Matrices` of rows that begin on 16 bytes, copied there first if they do not; each `repeat` times."""
+    from .kernels.cuda.blocks import Matrices
+
+    x = aligned(space, x)
+    return Matrices(space.pointer(x), starts(space, x.shape[:-2], x.strides[:-2], repeat), x.strides[-2])
+
+
+def named(space: Space, name: str, x: GpuArray, repeat: int = 1) -> Any:
+    """The same of an array that is to come, or a copy of it, under a name."""
+    from .kernels.cuda.blocks import Matrices
+
+    if not x.aligned:
+        x = padded(x.shape, x.element)
+    return Matrices(name, starts(space, x.shape[:-2], x.strides[:-2], repeat), x.strides[-2])
+
+
+def starts(space: Space, shape: Shape, strides: tuple[int, ...], repeat: int = 1) -> Any:
+    """The address of where each matrix of a stack begins, the last axis `repeat` times."""
+    return space.constant((shape, strides, repeat), lambda: _starts(shape, strides, repeat))
+
+
+def _starts(shape: Shape, strides: tuple[int, ...], repeat: int = 1) -> Any:
+    at = np.zeros((), np.int64)
+    for axis, (n, stride) in enumerate(zip(shape, strides, strict=True)):
+        steps = np.arange(n, dtype=np.int64) * stride
+        at = at[..., None] + (np.repeat(steps, repeat) if axis == len(shape) - 1 else steps)
+    return np.ascontiguousarray(at.reshape(-1))
+
+
+def broadcast(x: GpuArray, shape: Shape) -> GpuArray:
+    missing = len(shape) - len(x.shape)
+    strides = (0,) * missing + tuple(0 if n == 1 else s for n, s in zip(x.shape, x.strides, strict=True))
+    return x._replace(shape=shape, strides=strides)
+
+
+def aligned(space: Space, x: GpuArray) -> GpuArray:
+    """The array, or a copy with zeros behind each row's last element up to whole pieces of 16 bytes."""
+    if x.aligned:
+        return x
+    from .kernels.cuda import copying
+
+    made = space.keep(room(space, x.shape, x.element))
+    heads, (rows, columns) = math.prod(x.shape[:-2]), x.shape[-2:]
+    job = copying.CopyJob(
+        space.pointer(x), starts(space, x.shape[:-2], x.strides[:-2]), x.strides[-2], x.strides[-1],
+        space.pointer(made), rows, columns, made.shape[-1],
+    )  # fmt: skip
+    v = copying.Variant(x.element, 32 if isinstance(x.data, np.ndarray) else 256)
+    copying.pack(v, job, (min(64, -(-rows * made.shape[-1] // v.threads)), heads, 1), space.stream)
+    return made
+
+
+def room(space: Space, shape: Shape, element: str) -> GpuArray:
+    """An array with rows of whole pieces of 16 bytes."""
+    return space.empty(padded(shape, element).shape, element)
+
+
+def padded(shape: Shape, element: str) -> GpuArray:
+    shape = (*shape[:-1], whole(shape[-1], element))
+    return GpuArray(0, 0, shape, gpu.contiguous_strides(shape), element, None)
+
+
+def cut(x: GpuArray, n: int) -> Any:
+    """The caller's array of the first n channels."""
+    return x.native if x.shape[-1] == n else x.native[..., :n]
+
+
+def whole(n: int, element: str) -> int:
+    """n channels as rows hold them: whole pieces of 16 bytes."""
+    piece = 16 // (4 if element == "float32" else 2)
+    return max(piece, -(-n // piece) * piece)
+
+
+def zero(space: Space, x: GpuArray, value: float) -> None:
+    """Fill an array, which is contiguous, with 0 or, of float32, any number."""
+    from .kernels.cuda import copying
+
+    v = copying.Variant(x.element, 32 if isinstance(x.data, np.ndarray) else 256)
+    n = gpu.size(x.shape)
+    if n:
+        copying.fill(
+            v, copying.FillJob(space.pointer(x), n, value), (min(1024, -(-n // v.threads)), 1, 1), space.stream
+        )
+
+
+def compact(space: Space, x: GpuArray, inverted: bool = False) -> GpuArray:
+    """The array, copied if its elements do not lie one behind the other, or to have its bools inverted."""
+    if x.strides == gpu.contiguous_strides(x.shape) and not inverted:
+        return x
+    from .kernels.cuda import copying
+
+    made = space.keep(space.empty(x.shape, x.element))
+    rows = x._replace(shape=(*x.shape, 1), strides=(*x.strides, 1))
+    job = copying.CopyJob(
+        space.pointer(x), starts(space, rows.shape[:-2], rows.strides[:-2]), rows.strides[-2], 1,
+        space.pointer(made), rows.shape[-2], 1, 1,
+    )  # fmt: skip
+    v = copying.Variant(x.element, 32 if isinstance(x.data, np.ndarray) else 256, inverted=inverted)
+    if gpu.size(x.shape):
+        copying.pack(v, job, (-(-rows.shape[-2] // v.threads), math.prod(rows.shape[:-2]), 1), space.stream)
+    return made
+
+
+def inverted(space: Space, x: GpuArray) -> GpuArray:
+    """True where the array of bools is False."""
+    return compact(space, x, inverted=True)
