@@ -26,7 +26,7 @@ from .gather import (
     rounds,
     take_row,
 )
-from .jit import apart, kernel
+from .jit import apart, inline, kernel
 from .simd import fma, lanes_of, load, period_sum, splat, store, store_live, where
 from .walk import (
     AHEAD,
@@ -173,18 +173,22 @@ def score_gradients(job, desk, first, n, i, sums):
 
 @apart
 def put_pairs(job, desk, first, n):
-    """Each edge's ds and w, one behind the other. Vectors run into what comes after them, which is stored later."""
-    W, lanes = job.W, lanes_of(desk.weights)
+    """Each edge's ds and w, one behind the other."""
+    W, end = job.W, (first + n) * 2 * job.W
     for e in range(n):
-        at = (first + e) * 2 * W
-        for g in range(0, W, lanes):
-            store(load(desk.changes, e * W + g), job.pairs, at + g)
-        for g in range(0, W, lanes):
-            w = load(desk.weights, e * W + g)
-            if e + 1 < n or W >= lanes:
-                store(w, job.pairs, at + W + g)
-            else:
-                store_live(w, job.pairs, at + W, W)  # what comes next is another target's
+        for g in range(0, W, lanes_of(desk.weights)):
+            put_numbers(job, load(desk.changes, e * W + g), (first + e) * 2 * W + g, end)
+        for g in range(0, W, lanes_of(desk.weights)):
+            put_numbers(job, load(desk.weights, e * W + g), ((first + e) * 2 + 1) * W + g, end)
+
+
+@inline
+def put_numbers(job, x, at, end):
+    """W numbers, or a vector of them. It may run into what is stored later, but not past the end: that is others'."""
+    if at + lanes_of(x) <= end:
+        store(x, job.pairs, at)
+    else:
+        store_live(x, job.pairs, at, job.W)
 
 
 @apart

@@ -89,10 +89,10 @@ def require() -> None:
 # --- knowing an array --------------------------------------------------------------------------------------------
 def is_on_gpu(x: object) -> bool:
     """Is it an array on a GPU? Looks at nothing but what the array says of itself."""
-    kind = type(x)
+    kind: Any = type(x)
     if kind is np.ndarray:
         return False
-    if kind.__module__.split(".")[0] == "torch":
+    if _package(kind) == "torch":
         return bool(getattr(x, "is_cuda", False))
     if hasattr(kind, "__cuda_array_interface__") or (kind.__name__ == "FakeCUDAArray"):
         return True
@@ -133,6 +133,7 @@ class GpuArray(NamedTuple):
         return True
 
 
+@functools.lru_cache(1024)
 def contiguous_strides(shape: Shape) -> tuple[int, ...]:
     steps = [1]
     for n in shape[:0:-1]:
@@ -147,7 +148,8 @@ def part(x: GpuArray, start: int, n: int) -> GpuArray:
     return x._replace(data=x.data + start * _ITEMSIZE[x.element], shape=(n,), strides=(1,))
 
 
-def _name(dtype: object) -> str:
+@functools.lru_cache(1024)
+def _name(dtype: Any) -> str:
     return str(getattr(dtype, "name", dtype)).replace("torch.", "")
 
 
@@ -297,12 +299,18 @@ _own, _local = Library(), threading.local()
 
 def library(x: object) -> Library:
     """The library that an array on a GPU belongs to."""
-    package = type(x).__module__.split(".")[0]
+    kind: Any = type(x)
+    package = _package(kind)
     if package == "torch":
         return _Torch(x.device)  # type: ignore[attr-defined]
     if package == "cupy":
         return _Cupy()
     return default()
+
+
+@functools.lru_cache(1024)
+def _package(kind: Any) -> str:
+    return str(kind.__module__).split(".")[0]
 
 
 def default() -> Library:
@@ -359,11 +367,14 @@ class Space:
     def empty(self, shape: Shape, element: str) -> GpuArray:
         return self.library.fresh(shape, element)
 
-    def pointer(self, x: GpuArray | None) -> Any:
-        """What a kernel is given for an array whose first element is where its offsets begin."""
+    def pointer(self, x: GpuArray | None, start: int = 0) -> Any:
+        """What a kernel is given for an array whose first element, or that `start` elements on, is where its offsets
+        begin."""
         if x is None:
             return self.nothing
-        return x.data[x.start :] if isinstance(x.data, np.ndarray) else x.data
+        if isinstance(x.data, np.ndarray):
+            return x.data[x.start + start :]
+        return x.data + start * _ITEMSIZE[x.element] if start else x.data
 
     def scratch(self, n: int, element: str = "float32") -> Any:
         """The address of room for n elements, which stays as long as this does."""

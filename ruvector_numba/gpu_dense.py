@@ -228,6 +228,7 @@ class Ready(NamedTuple):
     merge: Any | None  # of the parts that the keys of few queries are cut into
     parts: int  # how many (head, part, query)s these are
     kept: tuple[Any, ...]  # the arrays that the jobs point to
+    all_aligned: bool  # no array has to be copied first
 
 
 def prepared(c: Call, output: GpuArray) -> Ready | None:
@@ -239,6 +240,7 @@ def prepared(c: Call, output: GpuArray) -> Ready | None:
     heads, (Lq, D), (Lk, Dv) = math.prod(a.query.shape[:-2]), a.query.shape[-2:], a.value.shape[-2:]
     if not heads * Lq * Lk:
         return None
+    all_aligned = c.query.aligned and c.key.aligned and c.value.aligned
     cutting = plan.split(Lq, Lk, a.group)
     channels = plan.width(max(D, Dv, 1))
     assert channels is not None
@@ -253,10 +255,10 @@ def prepared(c: Call, output: GpuArray) -> Ready | None:
     )  # fmt: skip
     attend = dense.forward.prepare(v, job, (-(-Lq * cutting.heads // v.rows), heads // cutting.heads, cutting.splits))
     if cutting.splits == 1:
-        return Ready(attend, None, 0, space.kept)
+        return Ready(attend, None, 0, space.kept, all_aligned)
     warps = blocks.Variant(element, channels, v.keys, 1, 32 if v.threads == 32 else 128)
     merge = dense.merge.prepare(warps, job, (-(-Lq // (warps.threads // 32)), heads, 1))
-    return Ready(attend, merge, heads * cutting.splits * Lq, space.kept)
+    return Ready(attend, merge, heads * cutting.splits * Lq, space.kept, all_aligned)
 
 
 def forward(c: Call, out: Any = None, ready: Ready | None = None) -> Past:
@@ -273,16 +275,15 @@ def forward(c: Call, out: Any = None, ready: Ready | None = None) -> Past:
             zero(space, lse, -math.inf)
         return Past(c, output, lse.native, None)
     kept = space.empty((2, n), "float32")
-    arrays = dict(query=c.query, key=c.key, value=c.value)
-    at = {name: space.pointer(aligned(space, x)) for name, x in arrays.items()}
+    q, k, v = (c.query, c.key, c.value) if ready.all_aligned else (aligned(space, x) for x in (c.query, c.key, c.value))
+    at = dict(query=space.pointer(q), key=space.pointer(k), value=space.pointer(v))
     at["output"], at["lse"], at["parts"] = space.pointer(output), space.pointer(lse), space.pointer(None)
-    at["top"] = at["merged_top"] = space.pointer(gpu.part(kept, 0, n))
-    at["total"] = at["merged_total"] = space.pointer(gpu.part(kept, n, n))
+    at["top"] = at["merged_top"] = space.pointer(kept)
+    at["total"] = at["merged_total"] = space.pointer(kept, n)
     if ready.merge is not None:
         m = whole(ready.parts, "float32")
         made = space.keep(space.empty(((2 + output.shape[-1]) * m,), "float32"))
-        starts_of = (("top", 0), ("total", m), ("parts", 2 * m))
-        at.update({name: space.pointer(gpu.part(made, start, m)) for name, start in starts_of})
+        at["top"], at["total"], at["parts"] = (space.pointer(made, n * m) for n in range(3))
     ready.attend(space.stream, **at)
     if ready.merge is not None:
         ready.merge(space.stream, **at)

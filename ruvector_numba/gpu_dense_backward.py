@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from . import gpu
 from .gpu import GpuArray, Space
 from .gpu_dense import Call, Past, score_terms, terms_of
 from .gpu_layouts import compact, cut, matrices, room, whole, zero
@@ -26,9 +25,9 @@ def _gradient_job(
     dq, dk, dv = made
     assert past.kept is not None
     n = heads * Lq
-    kept = [space.pointer(gpu.part(past.kept, i * n, n)) for i in range(2)]
+    kept = [space.pointer(past.kept, i * n) for i in range(2)]
     both = space.keep(space.empty((2, n), "float32"))
-    made_first = [space.pointer(gpu.part(both, i * n, n)) for i in range(2)]
+    made_first = [space.pointer(both, i * n) for i in range(2)]
     terms, sight = score_terms(c, space)
     if grad_lse is None:
         lse = space.scratch(heads * Lq)

@@ -97,7 +97,7 @@ def test_the_limit_is_set_by_the_environment(kept):
 def test_arrays_that_live_at_the_end_of_the_process_are_no_error():
     code = (
         "import numpy as np; from ruvector_numba.plan import memory as m;"
-        "x = m.empty((1000, 1000), np.dtype(np.float32)); y = [x]; y.append(y)"
+        "x = m.empty((1000, 1000), np.dtype(np.float32)); y = [x]; y.append(y); m.scratch(1 << 20, x.dtype)"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stderr == ""

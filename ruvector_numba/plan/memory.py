@@ -37,6 +37,8 @@ class _Block:
         self.__array_interface__ = {"version": 3, "data": (start, False), "shape": (size,), "typestr": "|u1"}
 
     def __del__(self) -> None:
+        if _idle is None:  # the interpreter is ending
+            return
         _idle[id(self.memory)] = self.memory
         while idle() > KEPT:
             _idle.pop(next(iter(tuple(_idle)), 0), None)
