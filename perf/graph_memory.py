@@ -16,9 +16,12 @@ import multiprocessing
 import pathlib
 import re
 import statistics
+import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))  # processes of their own begin without it
 
 from run import HERE, machine, slug
 
