@@ -181,7 +181,8 @@ def run(
         if out is not None:
             raise InvalidInputError("out is given, and device='cuda'", hint="results come back as new arrays")
         return forward(c._replace(is_moved=not gpu.is_on_gpu(query)))
-    if attn_mask is not None or out is not None or terms[0] or terms[5] is not None:
+    drops, slopes = type(terms[0]) is not float or terms[0] != 0, terms[5] is not None
+    if attn_mask is not None or out is not None or drops or slopes:
         return forward(call(query, key, value, attn_mask, *terms, dtype=dtype), out)
     return _again(query, key, value, terms, dtype)
 

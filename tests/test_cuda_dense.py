@@ -77,6 +77,21 @@ def test_plain_and_causal(element):
     compare(element, is_causal=True, B=2, Hk=2)
 
 
+@pytest.mark.parametrize(
+    "L, S, D", [(9, 12, 16), (1, 80, 16), (5, 9, 7)]
+)  # one block; keys in parts; rows to be copied
+def test_a_call_that_is_ready_takes_the_arrays_it_is_given(L, S, D):
+    gpu_dense._ready.clear()
+    for seed in range(2):
+        rng = np.random.default_rng(seed)
+        arrays = draw(rng, "float32", 1, 2, L, D), draw(rng, "float32", 1, 2, S, D), draw(rng, "float32", 1, 2, S, D)
+        got = rv.scaled_dot_product_attention(*map(cuda.to_device, arrays))
+        assert_close(got, reference.attention(*(x.astype(np.float64) for x in arrays))[0], TOLERANCE["float32"])
+    assert len(gpu_dense._ready) == 1
+    with pytest.raises(InvalidInputError, match="dropout_p"):
+        rv.scaled_dot_product_attention(*map(cuda.to_device, arrays), dropout_p=np.array([0.0, 0.5]))
+
+
 @pytest.mark.parametrize("element", TOLERANCE)
 def test_what_is_hidden_does_not_leak(element):
     compare(element, is_causal=True, poison=True)

@@ -72,7 +72,7 @@ def test_only_memory_that_fits_is_taken():
 
 
 def test_no_more_is_kept_than_the_limit(monkeypatch):
-    monkeypatch.setattr(memory, "KEPT", 3 << 20)
+    monkeypatch.setattr(memory, "limit", lambda: 3 << 20)
     arrays = [memory.empty(MANY, F32) for _ in range(5)]
     last = {address(x) for x in arrays[-2:]}
     while arrays:
@@ -86,12 +86,22 @@ def test_no_more_is_kept_than_the_limit(monkeypatch):
 def test_the_limit_is_set_by_the_environment(kept):
     code = (
         "import numpy as np; from ruvector_numba.plan import memory as m;"
-        "x = m.empty((100000, 16), np.dtype(np.float32)); del x; print(m.KEPT, m.idle())"
+        "x = m.empty((100000, 16), np.dtype(np.float32)); del x; print(m.limit(), m.idle())"
     )
     run = subprocess.run(
         [sys.executable, "-c", code], env={"RUVECTOR_NUMBA_KEEP": kept}, capture_output=True, text=True, check=True
     )
     assert run.stdout.split() == [str(int(kept) << 20), "0"]  # 6.4 MB are more than either
+
+
+def test_a_limit_that_is_no_number_is_named():
+    code = (
+        "import numpy as np; from ruvector_numba.plan import memory as m; m.empty((1000, 1000), np.dtype(np.float32))"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code], env={"RUVECTOR_NUMBA_KEEP": "lots"}, capture_output=True, text=True
+    )
+    assert "RUVECTOR_NUMBA_KEEP is 'lots', and must be a whole number of MB" in run.stderr
 
 
 def test_arrays_that_live_at_the_end_of_the_process_are_no_error():

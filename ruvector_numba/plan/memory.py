@@ -1,11 +1,12 @@
 """Memory for what kernels write: on a cache line, and taken again from call to call.
 
 A new array costs what the system takes to clear its pages: 16 % of GraphTransformer's forward pass over 100,000 nodes.
-So the memory of large arrays that are gone is kept for those to come, KEPT bytes at most, the oldest given back first.
+So the memory of large arrays that are gone is kept for those to come, up to a limit, the oldest given back first.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import threading
@@ -19,7 +20,6 @@ __all__ = ["empty", "idle", "scratch"]
 
 LINE = 64
 LARGE, STEP = 1 << 20, 1 << 18  # what is smaller is NumPy's business; sizes of the others are whole steps
-KEPT = int(os.environ.get("RUVECTOR_NUMBA_KEEP") or 512) << 20
 
 # By id, the oldest first. A lock could be waited for by what holds it, as Python may collect garbage anywhere; so each
 # step below is one of the interpreter's.
@@ -40,8 +40,17 @@ class _Block:
         if _idle is None:  # the interpreter is ending
             return
         _idle[id(self.memory)] = self.memory
-        while idle() > KEPT:
+        while idle() > limit():
             _idle.pop(next(iter(tuple(_idle)), 0), None)
+
+
+@functools.cache
+def limit() -> int:
+    """The most bytes that are kept: RUVECTOR_NUMBA_KEEP says how many MB."""
+    text = os.environ.get("RUVECTOR_NUMBA_KEEP", "").strip() or "512"
+    if not text.isdecimal():
+        raise ValueError(f"RUVECTOR_NUMBA_KEEP is {text!r}, and must be a whole number of MB")
+    return int(text) << 20
 
 
 def idle() -> int:
@@ -62,6 +71,7 @@ def empty(shape: Shape, dtype: np.dtype[Any]) -> Array:
     bytes behind one, it is two. Attention over neighbours, which takes rows from anywhere, gained 10 to 18 %."""
     size = math.prod(shape) * dtype.itemsize
     if size >= LARGE:
+        limit()  # its error would be lost where the memory is given back
         whole = -(-(size + LINE) // STEP) * STEP
         return np.asarray(_Block(_taken(whole), size)).view(dtype).reshape(shape)
     memory = np.empty(size + LINE, np.uint8)
