@@ -14,11 +14,27 @@ from typing import NamedTuple
 
 from .blocks import COLS, ROWS
 from .jit import Elements, apart, inline, kernel
-from .simd import lanes_of, load, store, tile_map, tile_row, tile_store, tile_zeros, transpose_square, width_of
+from .simd import (
+    lanes_of,
+    line_of,
+    load,
+    prefetch,
+    store,
+    tile_lanes,
+    tile_load,
+    tile_map,
+    tile_row,
+    tile_store,
+    tile_zeros,
+    transpose_square,
+    width_of,
+)
 from .softmax import plus
-from .tiles import add_to, multiply_add
+from .tiles import multiply_add
 
-SUMMED = 256  # of K at a time: a longer chain would lose digits, and 256 x 64 float32 of `right` stay near the core
+SUMMED = 256  # of K at a time: a longer chain would lose digits, and what a tile is made of stays next to the core
+PANELS = 3  # of right, made at once, and each from so many rows at a time: copied one by one, loads wait for stores to
+AT_ONCE = 8  # the same address but for a multiple of 4096; all of them leave no room near the core for left
 
 
 class Pairs(NamedTuple):
@@ -41,7 +57,10 @@ class ProjectionJob(NamedTuple):
     sums: Elements  # (parts, J): the sums of the columns of `right`, which for dW = x^T dy are db
     left_transposed: int
     right_transposed: int
-    right_in_place: int  # read it where it lies: for so few rows that copying it would cost more than it gains
+    left_in_place: int  # read it where it lies: rows so short that a task's lie near the core anyway
+    right_in_place: int  # likewise: for so few rows that copying it would cost more than it gains
+    out_in_place: int  # tiles are written where they belong; else to a block that is moved there
+    run: int  # columns that no tile goes beyond: with out_in_place those of a head, else all
     wants_bias: int
     wants_sums: int
     I: int
@@ -55,9 +74,54 @@ class ProjectionJob(NamedTuple):
     scratch_step: int
 
 
+class Desk(NamedTuple):
+    """What a task works on: its rows, columns and part of the sums, and its scratch."""
+
+    i0: int
+    ni: int
+    j0: int
+    nj: int
+    number: int  # of the part
+    first: int  # of its k
+    last: int
+    left: Elements  # a chunk of left: rows SUMMED apart, or where columns are contiguous [rows / group][k][group]
+    right: Elements  # a chunk of right, panel after panel, each as wide as a tile
+    start: Elements  # one row: what out begins with
+    block: Elements  # out, if it is not written in place
+    ones: Elements  # a vector
+    row: Elements  # one row of a tile
+
+
 def scratch_elements(task_rows: int, task_cols: int, width: int, lanes: int) -> int:
-    """What one slot needs: chunks of left and right, the block of out, a vector of ones, a row."""
-    return task_rows * SUMMED + SUMMED * width + task_rows * task_cols + lanes + width
+    """What `carve` lays out, in elements."""
+    group = max(lanes, ROWS)
+    lines = -(-task_rows // group) * group + (PANELS + 1) * width
+    return lines * SUMMED + (task_rows + 1) * task_cols + lanes + width
+
+
+@inline
+def group_of(like):
+    """Rows of left that lie side by side where its columns are contiguous: whole vectors, and whole tiles."""
+    return max(lanes_of(like), ROWS)
+
+
+@apart
+def carve(job, slot, task):
+    row_tasks = (job.I + job.task_rows - 1) // job.task_rows
+    tasks = row_tasks * ((job.J + job.task_cols - 1) // job.task_cols)
+    number, task = task // tasks, task % tasks
+    i0, j0 = task % row_tasks * job.task_rows, task // row_tasks * job.task_cols
+    left = job.scratch + slot * job.scratch_step
+    group = group_of(left)
+    right = left + (job.task_rows + group - 1) // group * group * SUMMED
+    start = right + SUMMED * (PANELS + 1) * width_of(left)
+    block = start + job.task_cols
+    ones = block + job.task_rows * job.task_cols
+    return Desk(
+        i0, min(job.task_rows, job.I - i0), j0, min(job.task_cols, job.J - j0),
+        number, number * job.part, min(job.K, (number + 1) * job.part),
+        left, right, start, block, ones, ones + lanes_of(left),
+    )  # fmt: skip
 
 
 @inline
@@ -73,34 +137,40 @@ def column_at(m, j):
 @apart
 def move_lines(block, step, m, i0, n, j0, length, back):
     """block[i * step + j] = m[i0 + i, j0 + j], or `back`"""
+    i, outer, inner = 0, i0 // m.rows, i0 % m.rows
+    while i < n:
+        some = min(n - i, m.rows - inner)
+        move_rows(block + i * step, step, m, outer * m.outer_row + inner * m.row, some, j0, length, back)
+        i, outer, inner = i + some, outer + 1, 0
+
+
+@apart
+def move_rows(block, step, m, row, n, j0, length, back):
+    """`move_lines` for rows of one pair, of which the first begins at `row`"""
     o, head, channel = 0, j0 // m.cols, j0 % m.cols
     while o < length:
         run = min(length - o, m.cols - channel)
-        move_run(block + o, step, m, i0, n, head * m.outer_col + channel * m.col, run, back)
+        move_run(block + o, step, m, row + (head * m.outer_col + channel * m.col), n, run, back)
         o, head, channel = o + run, head + 1, 0
 
 
 @apart
-def move_run(block, step, m, i0, n, column, length, back):
-    """`move_lines` for columns of one head, of which the first lies at `column`. Pairs are counted up: dividing cost
-    5 % of a product."""
-    lanes, outer, inner = lanes_of(block), i0 // m.rows, i0 % m.rows
+def move_run(block, step, m, x, n, length, back):
+    """`move_rows` for columns of one head, of which the first lies at x"""
+    lanes = lanes_of(block)
     whole = length // lanes * lanes if m.col == 1 else 0
     for i in range(n):
-        x, o = outer * m.outer_row + inner * m.row + column, i * step
+        here, o = x + i * m.row, i * step
         for t in range(0, whole, lanes):
             if back:
-                store(load(block, o + t), m.data, x + t)
+                store(load(block, o + t), m.data, here + t)
             else:
-                store(load(m.data, x + t), block, o + t)
+                store(load(m.data, here + t), block, o + t)
         for t in range(whole, length):
             if back:
-                m.data[x + t * m.col] = block[o + t]
+                m.data[here + t * m.col] = block[o + t]
             else:
-                block[o + t] = m.data[x + t * m.col]
-        inner += 1
-        if inner == m.rows:
-            outer, inner = outer + 1, 0
+                block[o + t] = m.data[here + t * m.col]
 
 
 @apart
@@ -142,57 +212,172 @@ def add_sums(tile, sums, panel, step, n, live, row):
         sums[j] += row[j]
 
 
+@apart
+def take_left(job, desk, k0, nk):
+    """A chunk of left: where it lies, or copied. Returns also the steps to the next k, row and group of rows."""
+    left, m = desk.left, job.left
+    if job.left_in_place:
+        return m.data + (desk.i0 * m.row + k0 * m.col), m.col, m.row, group_of(left) * m.row
+    if not job.left_transposed:
+        move_lines(left, SUMMED, m, desk.i0, desk.ni, k0, nk, False)
+        return left, 1, SUMMED, group_of(left) * SUMMED
+    group = group_of(left)
+    for i in range(0, desk.ni, group):
+        move_lines(left + i * SUMMED, group, m, k0, nk, desk.i0 + i, min(group, desk.ni - i), False)
+    return left, group, 1, group * SUMMED
+
+
+@inline
+def panel_width(vectors):
+    """Vectors of the tile that does so many, or the first of them: 4 are two times 2, not 3 and 1."""
+    return COLS if vectors > 2 and vectors != COLS + 1 else 2
+
+
+@inline
+def panel_at(job, desk, j):
+    """Which columns the panel at column j has: how many, and how many it has room for."""
+    lanes = lanes_of(desk.left)
+    live = min(desk.nj - j, job.run - (desk.j0 + j) % job.run)
+    width = panel_width((live + lanes - 1) // lanes) * lanes
+    return min(live, width), width
+
+
+@apart
+def take_right(job, desk, begin, end, k0, nk):
+    """Panels of a chunk of right: those that begin at the columns begin .. end - 1, one after the other, each SUMMED
+    rows high. What is read in place is left out."""
+    m, j, (live, width) = job.right, begin, panel_at(job, desk, begin)
+    while job.right_in_place and j < end and live == width:
+        j += live
+        live, width = panel_at(job, desk, j)
+    if job.right_transposed:
+        while j < end:
+            live, width = panel_at(job, desk, j)
+            panel = desk.right + (j - begin) * SUMMED
+            copy_transposed(panel, width, m, desk.j0 + j, live, k0, nk, desk.ones)
+            if live < width:
+                pad(panel, width, nk, live)
+            j += live
+        return
+    k, outer, inner = 0, k0 // m.rows, k0 % m.rows
+    while k < nk and j < end:
+        n = min(min(nk - k, m.rows - inner), AT_ONCE)
+        deal_rows(job, desk, outer * m.outer_row + inner * m.row, begin, j, end, k, n)
+        k, inner = k + n, inner + n
+        if inner == m.rows:
+            outer, inner = outer + 1, 0
+
+
+@apart
+def deal_rows(job, desk, row, begin, j, end, k, n):
+    """Rows k .. k + n - 1 of the panels from column j on; the first begins at `row`."""
+    while j < end:
+        live, width = panel_at(job, desk, j)
+        panel = desk.right + ((j - begin) * SUMMED + k * width)
+        move_rows(panel, width, job.right, row, n, desk.j0 + j, live, False)
+        if live < width:
+            pad(panel, width, n, live)
+        j += live
+
+
+@inline
+def fetch(rows, step, n, width):
+    """Ask for n rows of a tile."""
+    for r in range(n):
+        prefetch(rows, r * step)
+        prefetch(rows, r * step + width - 1)
+
+
+@apart
+def fetch_left(job, desk, i, n, k0, nk):
+    """Ask for n rows of the chunk of left that comes next: of this task, or of the one that does the rows after."""
+    k, i, m = k0 + nk, desk.i0 + i, job.left
+    if k >= desk.last:
+        k, i = desk.first, i + desk.ni
+    for r in range(n):
+        at = row_at(m, i + r) + column_at(m, k)
+        for c in range(0, min(nk, desk.last - k), line_of(m.data)):
+            prefetch(m.data, at + c)
+
+
+@apart
+def fetch_next(job, desk, j, live, k):
+    """Ask for what row k of right will bring to these columns, and of left if that is copied by rows too: it comes
+    while others are multiplied."""
+    if job.left_transposed and j == 0:
+        for i in range(0, desk.ni, lanes_of(desk.left)):
+            prefetch(job.left.data, k * job.left.row + desk.i0 + i)
+    at = k * job.right.row + desk.j0 + j
+    prefetch(job.right.data, at)
+    prefetch(job.right.data, at + live - 1)
+
+
+@apart
+def multiply_panel(tile, job, desk, left, panel, j, live, k0, nk):
+    """Columns j .. of out, as many as the tile has: += the chunk of left times that of right"""
+    x, x_next, x_row, x_group = left
+    y, y_next = panel, tile_lanes(tile)
+    if job.right_in_place and live == y_next:
+        y, y_next = job.right.data + (k0 * job.right.row + desk.j0 + j), job.right.row
+    if job.wants_sums and desk.i0 == 0:
+        add_sums(tile, job.sums + (desk.number * job.J + desk.j0 + j), y, y_next, nk, live, desk.row)
+    group, is_first, step, t = group_of(desk.left), k0 == desk.first, job.task_cols, 0
+    out, rows, outer, inner = desk.block + j, desk.ni, 0, 0
+    fetches = not (job.right_in_place or job.right_transposed)
+    if job.out_in_place:
+        step, rows, outer, inner = job.out.row, job.out.rows, desk.i0 // job.out.rows, desk.i0 % job.out.rows
+        out = job.out.data + (desk.number * job.out_step + column_at(job.out, desk.j0 + j))
+    for i in range(0, desk.ni, ROWS):
+        at, n = outer * job.out.outer_row + inner * step, min(ROWS, desk.ni - i)
+        if job.out_in_place:
+            fetch(out + at, step, n, tile_lanes(tile))
+        if j == 0 and not (job.left_transposed or job.left_in_place):
+            fetch_left(job, desk, i, n, k0, nk)
+        while fetches and t * desk.ni < i * nk:
+            fetch_next(job, desk, j, live, k0 + nk + t)
+            t += 1
+        begin = x + (i // group * x_group + i % group * x_row)
+        sum = multiply_add(tile, begin, x_next, x_row, n, y, y_next, nk)
+        if is_first:
+            before = tile_load(tile, desk.start, j, 0, n)
+        else:
+            before = tile_load(tile, out, at, step, n)
+        tile_store(tile_map(plus, sum, (before,)), out, at, step, n)
+        inner += ROWS
+        if inner >= rows:
+            outer, inner = outer + 1, 0
+
+
 @kernel
 def project(job: ProjectionJob, slot, task):
     # task -> some rows by some columns of out, of one part of K
-    row_tasks = (job.I + job.task_rows - 1) // job.task_rows
-    tasks = row_tasks * ((job.J + job.task_cols - 1) // job.task_cols)
-    number, task = task // tasks, task % tasks
-    i0, j0 = task % row_tasks * job.task_rows, task // row_tasks * job.task_cols
-    ni, nj = min(job.task_rows, job.I - i0), min(job.task_cols, job.J - j0)
-    left = job.scratch + slot * job.scratch_step
-    width, lanes, step = width_of(left), lanes_of(left), job.task_cols
-    panel = left + job.task_rows * SUMMED
-    block = panel + SUMMED * width
-    ones = block + job.task_rows * step
-    row = ones + lanes
-    tile = tile_zeros(left, ROWS, COLS)
-    for i in range(lanes):
-        ones[i] = 1
+    desk = carve(job, slot, task)
+    lanes = lanes_of(desk.left)
+    tile, narrow = tile_zeros(desk.left, ROWS, COLS), tile_zeros(desk.left, ROWS, 2)
+    at_once = (1 if job.right_transposed else PANELS) * COLS * lanes
+    for j in range(lanes):
+        desk.ones[j] = 1
     # 1. out begins as the bias
-    for j in range(step):
-        block[j] = job.bias[j0 + j] if job.wants_bias and number == 0 and j < nj else 0
-    for i in range(1, ni):  # by vectors: one by one this is 6 % of a task
-        for j in range(0, step, lanes):
-            store(load(block, j), block, i * step + j)
-    last = min(job.K, (number + 1) * job.part)
-    for k0 in range(number * job.part, last, SUMMED):
-        nk = min(SUMMED, last - k0)
-        # 2. a chunk of left, as it lies: by rows, or by columns
-        if job.left_transposed:
-            move_lines(left, job.task_rows, job.left, k0, nk, i0, ni, False)
-        else:
-            move_lines(left, SUMMED, job.left, i0, ni, k0, nk, False)
-        left_k, left_i = (job.task_rows, 1) if job.left_transposed else (1, SUMMED)
-        for j in range(0, nj, width):
-            # 3. a chunk of right, as wide as a tile
-            live, y, y_next = min(width, nj - j), panel, width
-            if job.right_in_place and live == width:
-                y, y_next = job.right.data + (k0 * job.right.row + j0 + j), job.right.row
-            elif job.right_transposed:
-                copy_transposed(panel, width, job.right, j0 + j, live, k0, nk, ones)
-            else:
-                move_lines(panel, width, job.right, k0, nk, j0 + j, live, False)
-            if live < width:
-                pad(panel, width, nk, live)
-            if job.wants_sums and i0 == 0:
-                add_sums(tile, job.sums + (number * job.J + j0 + j), y, y_next, nk, live, row)
-            # 4. out[i, j] += sum over k of left[i, k] * right[k, j]
-            for i in range(0, ni, ROWS):
-                rows = min(ROWS, ni - i)
-                done = multiply_add(tile, left + i * left_i, left_k, left_i, rows, y, y_next, nk)
-                add_to(done, block, i * step + j, step, rows)
-    # 5. to where it belongs
-    o = job.out
-    out = Pairs(o.data + number * job.out_step, o.outer_row, o.row, o.outer_col, o.col, o.rows, o.cols)
-    move_lines(block, step, out, i0, ni, j0, nj, True)
+    for j in range(job.task_cols):
+        desk.start[j] = job.bias[desk.j0 + j] if job.wants_bias and desk.number == 0 and j < desk.nj else 0
+    for k0 in range(desk.first, desk.last, SUMMED):
+        nk = min(SUMMED, desk.last - k0)
+        # 2. a chunk of left; panels of right, some at once, and their products with it
+        left, begin = take_left(job, desk, k0, nk), 0
+        while begin < desk.nj:
+            j, end = begin, min(desk.nj, begin + at_once)
+            take_right(job, desk, begin, end, k0, nk)
+            while j < end:
+                live, width = panel_at(job, desk, j)
+                panel = desk.right + (j - begin) * SUMMED
+                if width == COLS * lanes:
+                    multiply_panel(tile, job, desk, left, panel, j, live, k0, nk)
+                else:
+                    multiply_panel(narrow, job, desk, left, panel, j, live, k0, nk)
+                j += live
+            begin = j
+    # 3. to where it belongs
+    if not job.out_in_place:
+        o = job.out
+        out = Pairs(o.data + desk.number * job.out_step, o.outer_row, o.row, o.outer_col, o.col, o.rows, o.cols)
+        move_lines(desk.block, job.task_cols, out, desk.i0, desk.ni, desk.j0, desk.nj, True)

@@ -26,6 +26,11 @@ def product(left: Array, right: Array, out: Array, bias: Array | None = None, su
         if sums is not None:
             sums[...] = 0
         return
+    if left.shape[2] * left.shape[3] == 0:
+        out[...] = 0 if bias is None else bias.reshape(out.shape[2:])
+        if sums is not None:
+            sums[...] = 0
+        return
     from .plan import projection as plan  # at the first call, as it loads the kernels
 
     parts = plan.parts(left, out)

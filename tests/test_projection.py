@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from cases import close
+from ruvector_numba.kernels.simd import target
 
 import ruvector_numba as rv
 from ruvector_numba.plan import projection as plan
@@ -60,6 +61,34 @@ class TestProducts:
 
 
 @pytest.mark.core
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_any_number_of_columns_and_rows_and_nothing_beside_them(dtype):
+    """Tiles are two widths of whole vectors, and of rows four: what is left over, in out itself, lies in a frame."""
+    rng = np.random.default_rng(0)
+    lanes = target().lanes(np.dtype(dtype).itemsize)
+    for J in [*range(1, 4 * lanes, 5), *(n * lanes for n in (1, 2, 3, 4, 5, 7, 13, 19, 31, 37, 49))]:
+        for I, K in ((1, 40), (23, 130), (389, 64)):
+            x, w, b = (rng.standard_normal(shape).astype(dtype) for shape in ((I, K), (K, J), (J,)))
+            frame = np.full((I + 2, J + 2 * lanes), 7, dtype)
+            out = frame[1:-1, lanes:-lanes]
+            product(x[None, :, None], w[None, :, None], out[None, :, None], b)
+            agree(out, x, w, b)
+            out[...] = 7
+            assert (frame == 7).all()
+
+
+@pytest.mark.parametrize("C", [1, 2, 3, 5])
+def test_heads_of_whole_vectors_and_batches_of_whole_tiles_or_not(C):
+    C *= target().lanes(4)
+    rng = np.random.default_rng(C)
+    for B, L, H in ((3, 8, 5), (2, 9, 3), (5, 64, 7)):
+        x, w = (rng.standard_normal(shape, dtype=np.float32) for shape in ((B, L, 48), (48, H * C)))
+        out = np.full((B, H, L, C), np.nan, np.float32)
+        product(x[:, :, None], w.reshape(1, 48, H, C), out.swapaxes(1, 2))
+        agree(out, x[:, None], w.reshape(48, H, C).swapaxes(0, 1))
+
+
+@pytest.mark.core
 def test_rows_of_any_strides():
     x = np.random.default_rng(0).standard_normal((4, 60, 40))
     w = np.random.default_rng(1).standard_normal((20, 48))
@@ -94,6 +123,9 @@ def test_nothing_to_do():
     db, dw = np.full(3, np.nan), np.full((1, 5, 1, 3), np.nan)
     product(np.ones((0, 4, 1, 5)).transpose(2, 3, 0, 1), np.ones((0, 4, 1, 3)), dw, sums=db)
     assert not dw.any() and not db.any()
+    out = np.full((1, 4, 2, 3), np.nan)
+    product(np.ones((1, 4, 1, 0)), np.ones((1, 0, 2, 3)), out, np.arange(6.0))
+    assert (out == np.arange(6.0).reshape(2, 3)).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -21,6 +21,7 @@ TASKS = ((192, 384), (96, 128), (48, 64))
 # Sums as long as LONG are cut into parts that tasks do side by side: dW = x^T dy of a graph's 100,000 nodes is one
 # small matrix, and was one task. Only as many as have room in so many elements: a large matrix has tasks enough.
 LONG, PART, ROOM = 1 << 14, 1 << 12, 1 << 20
+NEAR = 128  # rows of `left` so short are read where they lie
 FEW_ROWS = 16  # up to so many, `right` is read where it lies
 
 
@@ -64,23 +65,41 @@ def _plan(p: Problem) -> Ready:
     itemsize = p.dtype.itemsize
     I, J, K = (a * b for a, b in (p.out.shape[:2], p.out.shape[2:], p.left.shape[2:]))
     width, lanes = target().width(itemsize), target().lanes(itemsize)
+    out = _pairs("out", p.out, itemsize)
+    run = _run(out, I, J, lanes) if K <= kernels.SUMMED or p.parts > 1 else 0
     for most in TASKS:
-        rows, cols = _evenly(I, most[0], target().rows), _evenly(J, most[1], width)
+        rows, cols = _evenly(I, most[0], target().rows), _evenly(J, most[1], width if run in (0, J) else run)
         tasks = -(-I // rows) * -(-J // cols) * p.parts
         if tasks >= 4 * p.threads:
             break
     left, left_transposed = _lines("left", p.left, itemsize)
     right, right_transposed = _lines("right", p.right, itemsize)
     scratch = kernels.scratch_elements(rows, cols, width, lanes)
-    in_place = I <= FEW_ROWS and not right_transposed and right.col == 1 and (right.rows, right.cols) == (K, J)
+    if run and (J - 1) % cols < lanes:  # too little for the last task's tiles
+        run = 0
+    left_in_place = not left_transposed and left.col == 1 and (left.rows, left.cols) == (I, K) and K <= NEAR
+    right_in_place = I <= FEW_ROWS and not right_transposed and right.col == 1 and (right.rows, right.cols) == (K, J)
     job = kernels.ProjectionJob(
-        left=left, right=right, out=_pairs("out", p.out, itemsize), bias="bias", sums="sums",
-        left_transposed=left_transposed, right_transposed=right_transposed, right_in_place=int(in_place),
+        left=left, right=right, out=out, bias="bias", sums="sums",
+        left_transposed=left_transposed, right_transposed=right_transposed, left_in_place=int(left_in_place),
+        right_in_place=int(right_in_place), out_in_place=int(run > 0), run=run or J,
         wants_bias=int(p.wants_bias), wants_sums=int(p.wants_sums), I=I, J=J, K=K,
         part=_evenly(max(K, 1), -(-max(K, 1) // p.parts), kernels.SUMMED), out_step=I * J,
         task_rows=rows, task_cols=cols, scratch="scratch", scratch_step=scratch,
     )  # fmt: skip
     return Ready(kernels.project.prepare(job, tasks, p.dtype, I * J * K), scratch, p.dtype)
+
+
+def _run(out: Pairs, I: int, J: int, lanes: int) -> int:
+    """How many columns of out lie side by side, if tiles can be written there: whole vectors, two at least, and rows
+    evenly apart. Else 0.
+
+    A graph's 100,000 rows of 64 or 128 are multiplied 1.2 to 1.3 times as fast so: they are written while others are
+    computed. Of sums of several chunks, to which the next one comes back, a block near the core is as fast or faster.
+    """
+    run = min(out.cols, J)
+    fits = out.col == 1 and run % lanes == 0 and run >= 2 * lanes
+    return run if fits and (out.rows >= I or out.rows % target().rows == 0) else 0
 
 
 def _evenly(n: int, most: int, unit: int) -> int:
