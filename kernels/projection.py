@@ -1,4 +1,4 @@
-"""Linear projections of many rows, with heads split or joined on the way: out = left right + bias.
+"""Linear projections of many rows, with heads split or joined on the way: out = left right + bias, or +=.
 
     left (I, K)   right (K, J)   out (I, J)   bias (J)       of any strides
 
@@ -63,6 +63,7 @@ class ProjectionJob(NamedTuple):
     run: int  # columns that no tile goes beyond: with out_in_place those of a head, else all
     wants_bias: int
     wants_sums: int
+    adds: int  # to what out is
     I: int
     J: int
     K: int
@@ -321,7 +322,7 @@ def multiply_panel(tile, job, desk, left, panel, j, live, k0, nk):
         y, y_next = job.right.data + (k0 * job.right.row + desk.j0 + j), job.right.row
     if job.wants_sums and desk.i0 == 0:
         add_sums(tile, job.sums + (desk.number * job.J + desk.j0 + j), y, y_next, nk, live, desk.row)
-    group, is_first, step, t = group_of(desk.left), k0 == desk.first, job.task_cols, 0
+    group, is_first, step, t = group_of(desk.left), k0 == desk.first and not job.adds, job.task_cols, 0
     out, rows, outer, inner = desk.block + j, desk.ni, 0, 0
     fetches = not (job.right_in_place or job.right_transposed)
     if job.out_in_place:
@@ -357,9 +358,11 @@ def project(job: ProjectionJob, slot, task):
     at_once = (1 if job.right_transposed else PANELS) * COLS * lanes
     for j in range(lanes):
         desk.ones[j] = 1
-    # 1. out begins as the bias
+    # 1. out begins as the bias, or as what it is
     for j in range(job.task_cols):
         desk.start[j] = job.bias[desk.j0 + j] if job.wants_bias and desk.number == 0 and j < desk.nj else 0
+    if job.adds and not job.out_in_place:
+        move_lines(desk.block, job.task_cols, job.out, desk.i0, desk.ni, desk.j0, desk.nj, False)
     for k0 in range(desk.first, desk.last, SUMMED):
         nk = min(SUMMED, desk.last - k0)
         # 2. a chunk of left; panels of right, some at once, and their products with it

@@ -172,7 +172,7 @@ class GAT(_Convolution):
         return Past(inputs.graph, made, keeps), (h_target, by_edge)
 
     def _attend_back(
-        self, made: Any, record: Record, found: dict[str, Array]
+        self, made: Any, record: Record, found: dict[str, Array], so_far: Array | None
     ) -> tuple[Array, Array | None, Array | None]:
         inputs, p = record.inputs, record.parameters
         source_name, target_name = self._names()
@@ -180,12 +180,13 @@ class GAT(_Convolution):
         found["att_src"] = made.att[:1]
         found["att_dst"] = made.att[1:] if len(made.att) > 1 else np.zeros_like(made.att)
         dh = flattened(made.value)
-        dsource, found[source_name], _ = linear_backward(dh, inputs.source, p[source_name])
-        dtarget = None
+        both = None if inputs.is_pair else so_far
+        dsource, found[source_name], _ = linear_backward(dh, inputs.source, p[source_name], both)
+        dtarget = so_far if inputs.is_pair else dsource
         if h_target is not None:
             found["att_dst"] = np.einsum("nh,nhc->hc", made.query[..., 0], h_target)[None]
             dh = flattened(made.query * p["att_dst"])
-            dtarget, dweight, _ = linear_backward(dh, np.asarray(inputs.target), p[target_name])
+            dtarget, dweight, _ = linear_backward(dh, np.asarray(inputs.target), p[target_name], dtarget)
             found[target_name] = dweight + found[target_name] if target_name in found else dweight
         elif target_name not in found:
             found[target_name] = np.zeros_like(p[target_name])
@@ -266,19 +267,19 @@ class GATv2(_Convolution):
         return () if inputs.is_pair or self.share_weights else ("value", "query")
 
     def _attend_back(
-        self, made: Any, record: Record, found: dict[str, Array]
+        self, made: Any, record: Record, found: dict[str, Array], so_far: Array | None
     ) -> tuple[Array, Array | None, Array | None]:
         inputs, p = record.inputs, record.parameters
         found["att"] = made.att[None]
         right = "lin_l" if self.share_weights else "lin_r"
         if not inputs.is_pair and self.share_weights:
             made.value[...] += made.query
-            dsource, dtarget = linears_backward(made.value, inputs.source, p, ("lin_l",), found), None
+            dsource = dtarget = linears_backward(made.value, inputs.source, p, ("lin_l",), found, so_far)
         elif not inputs.is_pair:
-            dsource, dtarget = linears_backward(made.joined, inputs.source, p, ("lin_l", "lin_r"), found), None
+            dsource = dtarget = linears_backward(made.joined, inputs.source, p, ("lin_l", "lin_r"), found, so_far)
         else:
             dsource = linears_backward(made.value, inputs.source, p, ("lin_l",), found)
-            dtarget = linears_backward(made.query, np.asarray(inputs.target), p, (right,), found)
+            dtarget = linears_backward(made.query, np.asarray(inputs.target), p, (right,), found, so_far)
         dattr = None
         if inputs.edge_attr is not None:
             dedge = flattened(made.edge)

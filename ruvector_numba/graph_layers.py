@@ -307,16 +307,10 @@ class GraphLayer(Trainable, GraphAttention):
         )
         if self.bias and self.concat and "bias" in record.parameters:
             found["bias"] = made.offset.reshape(-1)
-        dsource, more, dattr = self._attend_back(made, record, found)
-        if more is not None:
-            dtarget = more if dtarget is None else dtarget + more
-        nodes: Any = dsource
-        if inputs.is_pair:
-            if dtarget is None and inputs.target is not None:
-                dtarget = np.zeros_like(inputs.target)
-            nodes = dsource, dtarget
-        elif dtarget is not None:
-            nodes += dtarget
+        dsource, dtarget, dattr = self._attend_back(made, record, found, dtarget)
+        if dtarget is None and inputs.target is not None:
+            dtarget = np.zeros_like(inputs.target)
+        nodes: Any = (dsource, dtarget) if inputs.is_pair else dsource
         named = {name: found[name] for name in record.parameters}
         of_edges = edge_gradients(inputs, dattr, made.edge_weight, self.add_self_loops, self.fill_value)
         return GraphGradients(named, nodes, *of_edges)
@@ -342,9 +336,10 @@ class GraphLayer(Trainable, GraphAttention):
         return ()
 
     def _attend_back(
-        self, made: Any, record: Record, found: dict[str, Array]
+        self, made: Any, record: Record, found: dict[str, Array], so_far: Array | None
     ) -> tuple[Array, Array | None, Array | None]:
-        """The gradients of sources, of targets if they are not in the first, and of edge attributes."""
+        """The gradients of sources, of targets and of edge attributes. That of targets, or of nodes that are both, is
+        added to what it is so far."""
         raise NotImplementedError
 
     # --- the plan's ---------------------------------------------------------------------------------------------------

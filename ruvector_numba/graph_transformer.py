@@ -155,15 +155,15 @@ class GraphTransformer(GraphLayer):
         return ("key", "value", "query") if not inputs.is_pair else ("key", "value")
 
     def _attend_back(
-        self, made: Any, record: Record, found: dict[str, Array]
+        self, made: Any, record: Record, found: dict[str, Array], so_far: Array | None
     ) -> tuple[Array, Array | None, Array | None]:
         inputs, p = record.inputs, record.parameters
         if not inputs.is_pair:
             names: tuple[str, ...] = ("lin_key", "lin_value", "lin_query")
-            dsource, dtarget = linears_backward(made.joined, inputs.source, p, names, found), None
+            dsource = dtarget = linears_backward(made.joined, inputs.source, p, names, found, so_far)
         else:
             dsource = linears_backward(made.joined, inputs.source, p, ("lin_key", "lin_value"), found)
-            dtarget = linears_backward(made.query, np.asarray(inputs.target), p, ("lin_query",), found)
+            dtarget = linears_backward(made.query, np.asarray(inputs.target), p, ("lin_query",), found, so_far)
         dattr = None
         if inputs.edge_attr is not None:
             dedge = flattened(made.edge + made.edge_value)

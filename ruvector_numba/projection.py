@@ -17,17 +17,25 @@ from .plan import memory
 __all__ = ["flattened", "linear", "linear_backward", "linears", "linears_backward", "product"]
 
 
-def product(left: Array, right: Array, out: Array, bias: Array | None = None, sums: Array | None = None) -> None:
+def product(
+    left: Array,
+    right: Array,
+    out: Array,
+    bias: Array | None = None,
+    sums: Array | None = None,
+    adds: bool = False,
+) -> None:
     """out[i, j] = sum over k of left[i, k] * right[k, j] + bias[j], where each index is a pair.
 
-    `sums`, if given, gets the sum of each column of `right`.
+    `sums`, if given, gets the sum of each column of `right`. `adds`, without a bias, is for +=.
     """
     if out.size == 0:
         if sums is not None:
             sums[...] = 0
         return
     if left.shape[2] * left.shape[3] == 0:
-        out[...] = 0 if bias is None else bias.reshape(out.shape[2:])
+        if not adds:
+            out[...] = 0 if bias is None else bias.reshape(out.shape[2:])
         if sums is not None:
             sums[...] = 0
         return
@@ -36,10 +44,10 @@ def product(left: Array, right: Array, out: Array, bias: Array | None = None, su
     parts = plan.parts(left, out)
     made = out if parts == 1 else np.empty((parts, *out.shape), out.dtype)
     made_sums = None if sums is None else np.zeros((parts, sums.size), sums.dtype)
-    ready = plan.product(left, right, made, bias is not None, sums is not None)
+    ready = plan.product(left, right, made, bias is not None, sums is not None, adds and parts == 1)
     ready(left=left, right=right, out=made, bias=bias, sums=made_sums)
     if parts > 1:
-        np.sum(made, axis=0, out=out)
+        np.add(np.sum(made, axis=0), out if adds else 0, out=out)
     if sums is not None:
         sums[...] = np.asarray(made_sums).sum(axis=0).reshape(sums.shape)
 
@@ -51,10 +59,11 @@ def linear(x: Array, weight: Array, bias: Array | None = None) -> Array:
     return out
 
 
-def linear_backward(grad: Array, x: Array, weight: Array) -> tuple[Array, Array, Array]:
-    """The gradients of x, weight and bias, given that of `linear`'s result (N, d_out)."""
-    dx, dweight, dbias = memory.empty(x.shape, x.dtype), np.empty_like(weight), np.empty(len(weight), x.dtype)
-    product(_matrix(grad), _matrix(weight), _matrix(dx))
+def linear_backward(grad: Array, x: Array, weight: Array, so_far: Array | None = None) -> tuple[Array, Array, Array]:
+    """The gradients of x, added to `so_far`, of weight and of bias, given that of `linear`'s result (N, d_out)."""
+    dx = memory.empty(x.shape, x.dtype) if so_far is None else so_far
+    dweight, dbias = np.empty_like(weight), np.empty(len(weight), x.dtype)
+    product(_matrix(grad), _matrix(weight), _matrix(dx), adds=so_far is not None)
     product(_matrix(x.T), _matrix(grad), _matrix(dweight.T), sums=dbias)
     return dx, dweight, dbias
 
@@ -68,11 +77,16 @@ def linears(x: Array, parameters: Mapping[str, Array], names: tuple[str, ...], h
 
 
 def linears_backward(
-    grad: Array, x: Array, parameters: Mapping[str, Array], names: tuple[str, ...], found: dict[str, Array]
+    grad: Array,
+    x: Array,
+    parameters: Mapping[str, Array],
+    names: tuple[str, ...],
+    found: dict[str, Array],
+    so_far: Array | None = None,
 ) -> Array:
-    """The gradient of x; those of the parameters are put into `found`, or added to what is there."""
+    """The gradient of x, added to `so_far`; those of the parameters are put into `found`, or added to what is there."""
     weight = np.concatenate([parameters[f"{name}.weight"] for name in names])
-    dx, dweight, dbias = linear_backward(flattened(grad), x, weight)
+    dx, dweight, dbias = linear_backward(flattened(grad), x, weight, so_far)
     made = {"weight": dweight, "bias": dbias} if f"{names[0]}.bias" in parameters else {"weight": dweight}
     for kind, whole in made.items():
         for name, part in zip(names, np.split(whole, len(names)), strict=True):

@@ -117,6 +117,17 @@ def test_a_row_has_the_same_bits_alone_in_company_and_on_any_number_of_threads(d
         assert part.tobytes() == whole[b0 : b0 + 1, l0:l1].tobytes()
 
 
+@pytest.mark.core
+@pytest.mark.parametrize("J", [5, 3 * target().lanes(4), 11 * target().lanes(4)])
+def test_it_adds_to_what_is_there(J):
+    rng = np.random.default_rng(J)
+    for I, K in ((1, 0), (9, 33), (300, 700), (6, 20_000)):
+        x, w, out = (rng.standard_normal(shape, dtype=np.float32) for shape in ((I, K), (K, J), (I, J)))
+        before = out.copy()
+        product(x[None, :, None], w[None, :, None], out[None, :, None], adds=True)
+        agree(out, x, w, before)
+
+
 def test_nothing_to_do():
     w = np.ones((1, 5, 1, 3))
     product(np.ones((0, 4, 1, 5)), w, np.empty((0, 4, 1, 3)))

@@ -39,25 +39,15 @@ class Problem(NamedTuple):
     parts: int
     wants_bias: bool
     wants_sums: bool
+    adds: bool
     threads: int  # the sizes of tasks change no bit
 
 
-def product(left: Array, right: Array, out: Array, wants_bias: bool, wants_sums: bool) -> Ready:
-    """out = left right, of pairs for rows and pairs for columns; or each part of the sums a matrix of out."""
+def product(left: Array, right: Array, out: Array, wants_bias: bool, wants_sums: bool, adds: bool) -> Ready:
+    """out = left right, or +=, of pairs for rows and pairs for columns; or each part of the sums a matrix of out."""
     several = out.ndim == 5
-    of_out = layout(out[0] if several else out)
-    return _plan(
-        Problem(
-            out.dtype,
-            layout(left),
-            layout(right),
-            of_out,
-            len(out) if several else 1,
-            wants_bias,
-            wants_sums,
-            jit.threads(),
-        )
-    )
+    layouts, parts = (layout(left), layout(right), layout(out[0] if several else out)), len(out) if several else 1
+    return _plan(Problem(out.dtype, *layouts, parts, wants_bias, wants_sums, adds, jit.threads()))
 
 
 @functools.lru_cache(512)
@@ -83,7 +73,7 @@ def _plan(p: Problem) -> Ready:
         left=left, right=right, out=out, bias="bias", sums="sums",
         left_transposed=left_transposed, right_transposed=right_transposed, left_in_place=int(left_in_place),
         right_in_place=int(right_in_place), out_in_place=int(run > 0), run=run or J,
-        wants_bias=int(p.wants_bias), wants_sums=int(p.wants_sums), I=I, J=J, K=K,
+        wants_bias=int(p.wants_bias), wants_sums=int(p.wants_sums), adds=int(p.adds), I=I, J=J, K=K,
         part=_evenly(max(K, 1), -(-max(K, 1) // p.parts), kernels.SUMMED), out_step=I * J,
         task_rows=rows, task_cols=cols, scratch="scratch", scratch_step=scratch,
     )  # fmt: skip
