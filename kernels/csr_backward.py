@@ -4,7 +4,9 @@
     ds = p * (dp - delta)                                        and through the rule to key, query and a
     dvalue[j, h, c] = sum over the edges from j of w[e, h] * do[i, h, c]
 
-Between the two, of each edge only the pair (ds, w) is kept.
+Between the two, of each edge only the pair (ds, w) is kept. By source first, with delta from a kept output, there is a
+gather less, of values or keys; but a pass more over all edges, and pairs that are written where they are read, far
+apart. It was as fast (GAT 1.02, GATv2 0.96, GraphTransformer 1.01 times; Zen 3, by turns), and kept more.
 """
 
 from .csr import find_weights, kept_scores, take_query
