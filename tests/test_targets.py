@@ -66,6 +66,8 @@ def can_compile_for_arm() -> bool:
 def test_products_do_not_spill(target):
     if target == "this CPU" and not simd.target().fma:
         pytest.skip("no fused multiply-add to look for")
+    if target == "AVX2" and simd.target().fma and simd.target().vector_bytes == 32:
+        pytest.skip("as this CPU")
     if target == "NEON" and not can_compile_for_arm():
         pytest.skip("this llvmlite knows no ARM")
     environment = {**os.environ, **TARGETS[target], "RUVECTOR_NUMBA_CACHE": "0"}
