@@ -27,13 +27,10 @@ def product(
 ) -> None:
     """out[i, j] = sum over k of left[i, k] * right[k, j] + bias[j], where each index is a pair.
 
-    `sums`, if given, gets the sum of each column of `right`. `adds`, without a bias, is for +=.
+    `sums`, if given, gets the sum of each column of `right`. If it `adds`, the products, without a bias, are added to
+    what is there.
     """
-    if out.size == 0:
-        if sums is not None:
-            sums[...] = 0
-        return
-    if left.shape[2] * left.shape[3] == 0:
+    if out.size * left.size == 0:
         if not adds:
             out[...] = 0 if bias is None else bias.reshape(out.shape[2:])
         if sums is not None:
@@ -46,8 +43,10 @@ def product(
     made_sums = None if sums is None else np.zeros((parts, sums.size), sums.dtype)
     ready = plan.product(left, right, made, bias is not None, sums is not None, adds and parts == 1)
     ready(left=left, right=right, out=made, bias=bias, sums=made_sums)
-    if parts > 1:
-        np.add(np.sum(made, axis=0), out if adds else 0, out=out)
+    if parts > 1 and adds:
+        out += made.sum(axis=0)
+    elif parts > 1:
+        np.sum(made, axis=0, out=out)
     if sums is not None:
         sums[...] = np.asarray(made_sums).sum(axis=0).reshape(sums.shape)
 
@@ -60,7 +59,7 @@ def linear(x: Array, weight: Array, bias: Array | None = None) -> Array:
 
 
 def linear_backward(grad: Array, x: Array, weight: Array, so_far: Array | None = None) -> tuple[Array, Array, Array]:
-    """The gradients of x, added to `so_far`, of weight and of bias, given that of `linear`'s result (N, d_out)."""
+    """The gradients of x, weight and bias, given that of `linear`'s result (N, d_out); of x, added to `so_far`."""
     dx = memory.empty(x.shape, x.dtype) if so_far is None else so_far
     dweight, dbias = np.empty_like(weight), np.empty(len(weight), x.dtype)
     product(_matrix(grad), _matrix(weight), _matrix(dx), adds=so_far is not None)

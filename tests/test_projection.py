@@ -1,5 +1,9 @@
 """The projections beneath the layers: one kernel for x W + b with heads split or joined, and for its gradients."""
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from cases import close
@@ -75,6 +79,28 @@ def test_any_number_of_columns_and_rows_and_nothing_beside_them(dtype):
             agree(out, x, w, b)
             out[...] = 7
             assert (frame == 7).all()
+
+
+WITH_TILES = """
+import dataclasses, sys
+import pytest
+import ruvector_numba.kernels.simd
+
+chosen = dataclasses.replace(ruvector_numba.kernels.simd.target(), cols=int(sys.argv[1]))
+for name in ("", ".target", ".kinds", ".emit", ".values"):
+    sys.modules["ruvector_numba.kernels.simd" + name].target = lambda: chosen
+wanted = "(any_number or heads_of_whole or adds_to) and not float64"
+sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-k", wanted, sys.argv[2]]))
+"""
+
+
+@pytest.mark.parametrize("cols", sorted({2, 3, 4} - {target().cols}))
+def test_tiles_of_other_cpus(cols):
+    """As wide as those of AVX-512 and of NEON, or of SSE: which columns fill them differs."""
+    command = [sys.executable, "-c", WITH_TILES, str(cols), __file__]
+    environment = {**os.environ, "RUVECTOR_NUMBA_CACHE": "0"}  # its key is the CPU
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("C", [1, 2, 3, 5])

@@ -65,7 +65,7 @@ def _plan(p: Problem) -> Ready:
     left, left_transposed = _lines("left", p.left, itemsize)
     right, right_transposed = _lines("right", p.right, itemsize)
     scratch = kernels.scratch_elements(rows, cols, width, lanes)
-    if run and (J - 1) % cols < lanes:  # too little for the last task's tiles
+    if run and not kernels.fill_tiles(((J - 1) % cols + 1) // lanes):  # what is left for the last task
         run = 0
     left_in_place = not left_transposed and left.col == 1 and (left.rows, left.cols) == (I, K) and K <= NEAR
     right_in_place = I <= FEW_ROWS and not right_transposed and right.col == 1 and (right.rows, right.cols) == (K, J)
@@ -81,14 +81,14 @@ def _plan(p: Problem) -> Ready:
 
 
 def _run(out: Pairs, I: int, J: int, lanes: int) -> int:
-    """How many columns of out lie side by side, if tiles can be written there: whole vectors, two at least, and rows
+    """How many columns of out lie side by side, if tiles can be written there: they fill these, and a tile's rows are
     evenly apart. Else 0.
 
     A graph's 100,000 rows of 64 or 128 are multiplied 1.2 to 1.3 times as fast so: they are written while others are
     computed. Of sums of several chunks, to which the next one comes back, a block near the core is as fast or faster.
     """
     run = min(out.cols, J)
-    fits = out.col == 1 and run % lanes == 0 and run >= 2 * lanes
+    fits = out.col == 1 and run % lanes == 0 and kernels.fill_tiles(run // lanes)
     return run if fits and (out.rows >= I or out.rows % target().rows == 0) else 0
 
 
