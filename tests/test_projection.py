@@ -77,6 +77,11 @@ def test_any_number_of_columns_and_rows_and_nothing_beside_them(dtype):
             out = frame[1:-1, lanes:-lanes]
             product(x[None, :, None], w[None, :, None], out[None, :, None], b)
             agree(out, x, w, b)
+            found = out.copy()
+            x[0] = np.nan
+            with rv.threads(1):
+                product(x[None, :, None], w[None, :, None], out[None, :, None], b)
+            assert np.isnan(out[0]).all() and (out[1:] == found[1:]).all()
             out[...] = 7
             assert (frame == 7).all()
 
