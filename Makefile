@@ -7,10 +7,11 @@ CACHES := $(CURDIR)/build/numba-cache
 dev:  ## install in place, with everything a developer needs
 	$(PYTHON) -m pip install -e ".[dev,demo,perf]"
 
-check:  ## lint and types
+check:  ## lint and types, and tables as measured
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
+	$(PYTHON) perf/report.py --check
 
 format:  ## put sources into the one format
 	$(PYTHON) -m ruff check --fix .
@@ -29,7 +30,7 @@ test-cuda:  ## the GPU's kernels on Numba's simulator, and through NVIDIA's asse
 	NUMBA_ENABLE_CUDASIM=1 pytest tests/test_cuda_*.py
 	pytest tests/test_gpu_*.py
 
-bench:  ## measure against the peers that are installed, and write the README's tables: some 45 minutes
+bench:  ## measure against the peers that are installed, and write perf/RESULTS.md and the README's summary: some 45 minutes
 	$(PYTHON) perf/run.py
 	$(PYTHON) perf/graph_memory.py
 	$(PYTHON) perf/onnx_encoder.py

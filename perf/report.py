@@ -1,7 +1,7 @@
-"""From perf/results-*.json, perf/graph-*.json and perf/cuda-*.json to the README's tables, between its markers.
+"""From perf/results-*.json, perf/graph-*.json and perf/cuda-*.json to perf/RESULTS.md, and its summary in the README.
 
-python perf/report.py            rewrite what stands between <!-- perf:begin --> and <!-- perf:end -->
-python perf/report.py --check    only say whether the README is up to date; 1 when it is not
+python perf/report.py            write RESULTS.md, and the README between <!-- perf:begin --> and <!-- perf:end -->
+python perf/report.py --check    only say whether both are up to date; 1 when they are not
 """
 
 import argparse
@@ -14,6 +14,24 @@ HERE = pathlib.Path(__file__).resolve().parent
 BEGIN, END = "<!-- perf:begin -->", "<!-- perf:end -->"
 OURS, LIMITS = "ruvector-numba", ("peak", "bandwidth")
 GRAPHS = "M edges/s"  # the unit of layers on graphs, which have tables of their own
+KINDS = {  # groups of cells.py, as the summary calls them
+    "forward": "forward",
+    "causal": "forward, causal",
+    "training": "forward + backward",
+    "causal-training": "forward + backward, causal",
+    "odd": "forward, sizes that no block divides",
+    "spiky": "forward, scores that jump",
+    "window": "forward, a window of 256 keys",
+    "layer": "`MultiHeadAttention`, forward",
+    "layer-training": "`MultiHeadAttention`, forward + backward",
+    "decode": "one query over 65,536 keys",
+    "bfloat16": "forward, bfloat16",
+    "bfloat16-training": "forward + backward, bfloat16",
+    "bfloat16-decode": "one query over 65,536 keys, bfloat16",
+    "float16": "forward, float16",
+    "graph": "`GAT`, `GATv2`, `GraphTransformer`, forward",
+    "graph-training": "`GAT`, `GATv2`, `GraphTransformer`, forward + backward",
+}
 
 
 def _number(value: float | None) -> str:
@@ -162,9 +180,59 @@ def _gpu_layers(cells: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _of_machine(path: pathlib.Path) -> str:
-    graphs = path.with_name(path.name.replace("results-", "graph-", 1))
-    return markdown(json.loads(path.read_text()), json.loads(graphs.read_text()) if graphs.exists() else None)
+def _span(values: list[float], digits: int = 2) -> str:
+    low, high = (f"{value:.{digits}f}" for value in (min(values), max(values)))
+    return low if low == high else f"{low} to {high}"
+
+
+def _told(results: list[dict[str, Any]]) -> str:
+    """How many times as fast as the best peer the cells of one kind are, in bold where all are what they must be."""
+    ratios = [r["ratio"] for r in results if r["ratio"] is not None]
+    if not ratios:
+        return ""
+    span = _span(ratios, 1 if min(ratios) >= 3 else 2)
+    return f"**{span}**" if all(r["ratio"] >= r["must_ratio"] for r in results) else span
+
+
+def summary(documents: list[dict[str, Any]], gpus: list[dict[str, Any]]) -> str:
+    """One row for each kind of cell, and one column for each machine and number of threads."""
+    columns = [(d, threads) for d in documents for threads in sorted({r["threads"] for r in d["results"]})]
+    heads = [f"{d['machine']['target']}, {n} thread{'s' if n > 1 else ''}" for d, n in columns]
+    lines = [
+        "How many times as fast as the fastest of its peers, from the worst cell of a kind to the best; in bold where "
+        "every cell reaches what this project asks of itself:\n",
+        "| | beside | asked | " + " | ".join(heads) + " |",
+        "| --- | --- | ---: |" + " ---: |" * len(heads),
+    ]
+    for group, kind in KINDS.items():
+        rows = [[r for r in d["results"] if (r["group"], r["threads"]) == (group, n)] for d, n in columns]
+        every = [r for row in rows for r in row]
+        if every:
+            peers = dict.fromkeys(s["name"] for r in every for s in r["scores"] if s.get("rate") is not None)
+            beside = ", ".join(name for name in peers if name != OURS and name not in LIMITS)
+            cells = [kind, beside, f"{every[0]['must_ratio']:g}", *(_told(row) for row in rows)]
+            lines.append("| " + " | ".join(cells) + " |")
+    lines.append("")
+    for gpu in gpus:
+        said = [f"{gpu['machine']['gpu']}, bfloat16: {{}} of the time of torch's FlashAttention"]
+        said.append("with gradients {}".format(_span([row["training_to_flash"] for row in gpu["dense"]])))
+        said[0] = said[0].format(_span([row["forward_to_flash"] for row in gpu["dense"]]))
+        for name, kind in (("layers on graphs", "forward"), ("with gradients", "training")):
+            if "graph" in gpu:
+                times = _span([cell["timings"][f"{kind}_ratio"] for cell in gpu["graph"].values()], 1)
+                said.append(f"{name} {times} times as fast as torch_geometric")
+        lines.append("- " + ", ".join(said) + ".")
+    return "\n".join(lines) + "\n"
+
+
+def results(documents: list[dict[str, Any]], graphs: list[dict[str, Any] | None], gpus: list[dict[str, Any]]) -> str:
+    """All of RESULTS.md."""
+    parts = ["# What was measured\n", "`perf/run.py` and its neighbours measure, `perf/report.py` writes this file.\n"]
+    for document, of_graphs in zip(documents, graphs, strict=True):
+        parts += [f"## {document['machine']['cpu']} ({document['machine']['target']})\n", markdown(document, of_graphs)]
+    for gpu in gpus:
+        parts += [f"## {gpu['machine']['gpu']}\n", of_gpu(gpu)]
+    return "\n".join(parts)
 
 
 def insert(readme: str, text: str) -> str:
@@ -177,22 +245,29 @@ def insert(readme: str, text: str) -> str:
 
 
 def main() -> int:
-    """Write the README, or check it."""
+    """Write both files, or check them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="change nothing; 1 when the README is out of date")
+    parser.add_argument("--check", action="store_true", help="change nothing; 1 when a file is out of date")
     parser.add_argument("--readme", type=pathlib.Path, default=HERE.parent / "README.md")
     parser.add_argument("--results", type=pathlib.Path, default=HERE, metavar="FOLDER")
     options = parser.parse_args()
     paths = sorted(options.results.glob("results-*.json"))
     if not paths:
         raise SystemExit(f"no results-*.json in {options.results}: run perf/run.py first")
-    before = options.readme.read_text()
-    gpus = [of_gpu(json.loads(path.read_text())) for path in sorted(options.results.glob("cuda-*.json"))]
-    after = insert(before, "\n".join([*(_of_machine(path) for path in paths), *gpus]))
+    documents = [json.loads(path.read_text()) for path in paths]
+    graph_paths = [path.with_name(path.name.replace("results-", "graph-", 1)) for path in paths]
+    graphs = [json.loads(path.read_text()) if path.exists() else None for path in graph_paths]
+    gpus = [json.loads(path.read_text()) for path in sorted(options.results.glob("cuda-*.json"))]
+    wanted = {
+        options.readme: insert(options.readme.read_text(), summary(documents, gpus)),
+        options.results / "RESULTS.md": results(documents, graphs, gpus),
+    }
+    old = [path for path, text in wanted.items() if not path.exists() or path.read_text() != text]
     if options.check:
-        print("up to date" if before == after else "out of date: run perf/report.py")
-        return int(before != after)
-    options.readme.write_text(after)
+        print(f"out of date: {', '.join(map(str, old))}; run perf/report.py" if old else "up to date")
+        return int(bool(old))
+    for path in old:
+        path.write_text(wanted[path])
     return 0
 
 
