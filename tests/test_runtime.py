@@ -1,5 +1,6 @@
 """Threads, what info() tells, and compiling ahead."""
 
+import gc
 import json
 import os
 import platform
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 
 import numba
 import numpy as np
@@ -14,6 +16,7 @@ import pytest
 
 import ruvector_numba as rv
 from ruvector_numba import runtime
+from ruvector_numba.kernels import jit
 
 MOST = numba.config.NUMBA_NUM_THREADS
 two_threads = pytest.mark.skipif(MOST < 2, reason="one processor, and NUMBA_NUM_THREADS is not set")
@@ -269,3 +272,28 @@ def test_warmup_refuses_what_is_no_dtype_before_any_work(given):
     with pytest.raises(rv.InvalidInputError, match="dtypes is"):
         rv.warmup(given, lambda *step: told.append(step))
     assert told == []
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_compiling_leaves_garbage_collection_as_it_was(enabled, monkeypatch):
+    """Also when it fails: a process that never collects again would grow without end."""
+    seen = []
+
+    class Uncompilable:
+        def __init__(self, *args, **options):
+            self._sig = None
+
+        def compile(self):
+            seen.append(gc.isenabled())
+            raise RuntimeError("no")
+
+    monkeypatch.setattr(jit.ccallback, "CFunc", Uncompilable)
+    monkeypatch.setattr(jit, "PackageCache", lambda function: types.SimpleNamespace(holds=lambda signature: True))
+    was = gc.isenabled()
+    try:
+        (gc.enable if enabled else gc.disable)()
+        with pytest.raises(RuntimeError, match="no"):
+            jit._c_function(None, numba.void(numba.int64))
+        assert gc.isenabled() == enabled and seen == [False]
+    finally:
+        (gc.enable if was else gc.disable)()
