@@ -2,7 +2,7 @@
 
 The lanes of a vector are queries. Scores are kept transposed, s[key, query], in blocks as wide as COLS vectors, so the
 softmax never reduces across lanes, and the left operand of every product is read scalar by scalar from memory as it
-lies: keys and values are never packed or copied, whatever their strides. Remainders repeat the last row (simd.py).
+lies: keys and values are not packed, whatever their strides. Remainders repeat the last row (simd.py).
 """
 
 from typing import NamedTuple

@@ -371,8 +371,8 @@ def _forward(c: Call, out: Array | None, wants_sums: bool, by_tiles: bool = Fals
         out[...] = wide.output[..., : shape[-1]]
         exact = None if wide.exact is None else np.ascontiguousarray(wide.exact[..., : shape[-1]])
         return wide._replace(call=c, output=out, exact=exact)
-    ready = plan.forward(plan.problem(c, out), wants_sums, by_tiles)
-    more = plan.widened(c) if ready.widens else {}
+    ready = plan.forward(problem := plan.problem(c, out), wants_sums, by_tiles)
+    more = plan.staged(c, problem, ready)
     if ready.splits == 1:
         exact = np.empty(shape, c.arithmetic) if c.rounds and wants_sums else out
         ready(c, output=halves.stored(out), exact=exact, sums=sums, top=top, **more)
@@ -436,7 +436,7 @@ def _backward(past: Past, grad_output: Array, grad_lse: Array, wants_bias: bool)
     ready, *others = plan.backward(problem, layout, plan.threads())
     given = dict(
         output=output, exact=output, sums=again.sums, top=again.top, grad_output=grad_output, grad_lse=grad_lse,
-        **(plan.widened(c) if ready.widens else {}),
+        **plan.staged(c, problem, ready),
     )  # fmt: skip
     made = _room_for_gradients(c)
     for each in (ready, *others):
@@ -495,6 +495,6 @@ def _weights(c: Call, sums: Array, result: Array) -> None:
 
     c = _with_channels(c)
     result = halves.stored(result)
-    ready = plan.weights(plan.problem(c, result))
-    more = plan.widened(c) if ready.widens else {}
+    ready = plan.weights(problem := plan.problem(c, result))
+    more = plan.staged(c, problem, ready)
     ready(c, sums=np.ascontiguousarray(sums), output=result, exact=result, **more)

@@ -10,6 +10,7 @@ from cases import conforms, draw, make
 
 import ruvector_numba as rv
 from ruvector_numba import masks
+from ruvector_numba.plan import dense as plan
 
 FEW, MANY = (5, 30, 6, 7), (20, 30, 6, 7)
 sizes = pytest.mark.parametrize("size", [FEW, MANY], ids=["few", "many"])
@@ -98,6 +99,41 @@ def test_any_strides(which, arrange, size):
     for name in ("query", "key", "value"):
         x = getattr(g, name)
         assert x.flags.c_contiguous and x.flags.writeable and x.shape == getattr(case, name).shape
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_rows_that_crowd_the_cache_give_the_same_bits(dtype, monkeypatch):
+    """Keys and values whose rows are 1024 bytes apart are copied first; those that just touch a limit are not."""
+    plain = [
+        np.random.default_rng(n).standard_normal((2, 16, L, 16)).astype(dtype) for n, L in enumerate((530, 90, 90))
+    ]
+    inside = [heads_inside(x) for x in plain]
+    assert inside[1].strides[-2] % 1024 == 0
+    kept = [x.copy() for x in inside]
+    copies = []
+    monkeypatch.setattr(
+        plan.halves, "widened", lambda x, name, f=plan.halves.widened: copies.append(name) or f(x, name)
+    )
+    mask = masks.Window(60, 20) & masks.Lengths(keys=[90, 77])
+
+    def everything(q, k, v):
+        cache = rv.attention_forward(q, k, v, mask)
+        g = rv.attention_backward(plain[0], cache)
+        return cache.output, cache.lse, cache.weights(rows=[3, 40]), g.query, g.key, g.value
+
+    wanted = everything(*plain)
+    assert not copies
+    for x, y in zip(everything(*inside), wanted, strict=True):
+        assert x.tobytes() == y.tobytes()
+    assert copies[:2] == ["key", "value"] and len(copies) == 4  # forward and backward; two rows of weights are few
+    assert [x.tobytes() for x in inside] == [x.tobytes() for x in kept]
+    one_less = [inside[0][..., :250, :], *inside[1:]]
+    rv.attention_forward(*one_less)
+    rv.attention_forward(plain[0], inside[1], plain[2])  # one of the two alone
+    assert len(copies) == 5
+    shared = np.broadcast_to(inside[1][:, :1], inside[1].shape)
+    rv.attention_forward(plain[0], shared, plain[2])  # a copy would be sixteen times as large
+    assert len(copies) == 5
 
 
 @sizes
