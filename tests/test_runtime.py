@@ -13,10 +13,10 @@ import types
 import numba
 import numpy as np
 import pytest
+from ruvector_numba.kernels import jit
 
 import ruvector_numba as rv
 from ruvector_numba import runtime
-from ruvector_numba.kernels import jit
 
 MOST = numba.config.NUMBA_NUM_THREADS
 two_threads = pytest.mark.skipif(MOST < 2, reason="one processor, and NUMBA_NUM_THREADS is not set")
