@@ -60,7 +60,7 @@ def test_large_scores(size, factor):
     The contract without slack, over many draws: few weights are not 0 or 1, and in one draw either may be lucky.
     """
     errors = np.zeros((2, 2))  # ours and the plain formula's, of weights and of the values' gradient
-    for seed in range(60 if size[1] < 1000 else 15):
+    for seed in range(60):
         case = make([], size, np.float32, seed=seed)
         q = case.query * np.float32(factor)
         cache = rv.attention_forward(q, case.key, case.value, **case.call)
