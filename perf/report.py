@@ -214,9 +214,11 @@ def summary(documents: list[dict[str, Any]], gpus: list[dict[str, Any]]) -> str:
             lines.append("| " + " | ".join(cells) + " |")
     lines.append("")
     for gpu in gpus:
-        said = [f"{gpu['machine']['gpu']}, bfloat16: {{}} of the time of torch's FlashAttention"]
-        said.append("with gradients {}".format(_span([row["training_to_flash"] for row in gpu["dense"]])))
-        said[0] = said[0].format(_span([row["forward_to_flash"] for row in gpu["dense"]]))
+        forward, training = (
+            _span([row[f"{kind}_to_flash"] for row in gpu["dense"]]) for kind in ("forward", "training")
+        )
+        said = [f"{gpu['machine']['gpu']}, bfloat16: {forward} of the time of torch's FlashAttention"]
+        said.append(f"with gradients {training}")
         for name, kind in (("layers on graphs", "forward"), ("with gradients", "training")):
             if "graph" in gpu:
                 times = _span([cell["timings"][f"{kind}_ratio"] for cell in gpu["graph"].values()], 1)
