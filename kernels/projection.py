@@ -258,10 +258,12 @@ def fetch(rows, step, n, width):
 
 
 @apart
-def fetch_next(job, desk, j, live, k):
-    """Ask for what row k of right will bring to these columns, and of left if that is copied by rows too: it comes
-    while others are multiplied, and dW of 100,000 rows is made 4 to 15 % faster."""
-    if job.left_transposed and j == 0:
+def fetch_next(job, desk, j, live, k0, nk, t):
+    """Ask for row t of what comes next while others are multiplied: of right the panel beside this one, or the first one
+    of the next chunk, and of left that chunk. dW of 100,000 rows is made 4 to 15 % faster."""
+    k, j = k0 + t, j + live
+    if j >= desk.nj:
+        k, j = k + nk, 0
         for i in range(0, desk.ni, lanes_of(desk.left)):
             prefetch(job.left.data, k * job.left.row + desk.i0 + i)
     at = k * job.right.row + desk.j0 + j
@@ -278,23 +280,21 @@ def multiply_panel(tile, job, desk, left, j, live, k0, nk):
         add_sums(tile, job.sums + (desk.number * job.J + desk.j0 + j), y, y_next, nk, live, desk.row)
     group, is_first, step, t = group_of(desk.left), k0 == desk.first and not job.adds, job.task_cols, 0
     out, rows, outer, inner = desk.block + j, desk.ni, 0, 0
-    fetches = not (job.right_in_place or job.right_transposed)
+    fetches = job.left_transposed and not (job.right_in_place or job.right_transposed)
     if job.out_in_place:
         step, rows, outer, inner = job.out.row, job.out.rows, desk.i0 // job.out.rows, desk.i0 % job.out.rows
         out = job.out.data + (desk.number * job.out_step + column_at(job.out, desk.j0 + j))
+    source, again = (desk.start + j, 0) if is_first else (out, 1)
     for i in range(0, desk.ni, ROWS):
         at, n = outer * job.out.outer_row + inner * step, min(ROWS, desk.ni - i)
         if job.out_in_place:
             fetch(out + at, step, n, tile_lanes(tile))
         while fetches and t * desk.ni < i * nk:
-            fetch_next(job, desk, j, live, k0 + nk + t)
+            fetch_next(job, desk, j, live, k0, nk, t)
             t += 1
         begin = x + (i // group * x_group + i % group * x_row)
         sum = multiply_add(tile, begin, x_next, x_row, n, y, y_next, nk)
-        if is_first:
-            before = tile_load(tile, desk.start, j, 0, n)
-        else:
-            before = tile_load(tile, out, at, step, n)
+        before = tile_load(tile, source, at * again, step * again, n)
         tile_store(tile_map(plus, sum, (before,)), out, at, step, n)
         inner += ROWS
         if inner >= rows:
