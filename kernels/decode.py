@@ -28,12 +28,13 @@ from .simd import (
     tile_column,
     tile_lanes,
     tile_load,
+    tile_multiply_add,
     tile_rows,
     tile_zeros,
     where,
 )
 from .softmax import probability
-from .tiles import add_to, all_finite, matrix, multiply_add, padded_rows, rows_from, whole_vectors
+from .tiles import add_to, all_finite, matrix, padded_rows, rows_from, whole_vectors
 
 SINGLE = 64 // target().lanes(4)  # vectors of the tile for one row: as many chains hide the latency of one
 SUMMED_KEYS = 128  # a sum over more would lose digits: see tiles.add_columns_times_block
@@ -155,7 +156,7 @@ def add_whole_vectors(like, out, v_step, p, KB, rows, value, n, first, last):
     for row in range(0, rows, tile_rows(like)):
         live = min(tile_rows(like), rows - row)
         for d in range(first, last, tile_lanes(like)):
-            tile = multiply_add(like, p + row * KB, 1, KB, live, value.data + d, value.row, n)
+            tile = tile_multiply_add(like, p + row * KB, 1, KB, live, value.data + d, value.row, n)
             add_to(tile, out + row * v_step, d, v_step, live)
 
 

@@ -18,6 +18,7 @@ from .blocks import (
     chunk,
     find_keys,
     interior,
+    is_narrow,
     place_chunk,
     sees,
     stage_additive,
@@ -38,6 +39,7 @@ from .simd import (
     tile_lanes,
     tile_load,
     tile_map,
+    tile_multiply_add,
     tile_row,
     tile_rows,
     tile_steps,
@@ -52,7 +54,6 @@ from .tiles import (
     add_columns_times_block,
     all_finite,
     matrix,
-    multiply_add,
     rows_from,
     transposed,
     transposed_back,
@@ -75,7 +76,7 @@ def scores(like, b, column, key, D, j, live, scale, softcap, slope, additive, ed
     """
     # s[r, query] = sum_d key[j + r, d] * query[query, d]
     width, at, D = width_of(b.query), j * width_of(b.query) + column, D // per_lane(b.query)
-    s = multiply_add(like, key.data + j * key.row, key.col, key.row, live, b.query + column, width, D)
+    s = tile_multiply_add(like, key.data + j * key.row, key.col, key.row, live, b.query + column, width, D)
     if scale is not None:
         s = tile_map(scaled, s, (scale,))
     if softcap is not None:
@@ -184,7 +185,7 @@ def stream(wide, tall, b, room, job, head, q0, nq, keys, slope, careful):
     """The block past all its keys; True if some query did not see some key of a chunk."""
     lowest, near, far, highest = keys
     lanes, k0, some_hidden = lanes_of(b.query), lowest, False
-    near, far = interior(lowest, near, far, highest, nq <= width_of(b.query) - lanes)
+    near, far = interior(lowest, near, far, highest, is_narrow(b, nq))
     for i in range(width_of(b.query)):
         b.bound[i], b.shift[i], b.total[i], b.top[i] = -INF, 0, 0, -INF
     for i in range(job.Dv * width_of(b.query)):

@@ -16,6 +16,7 @@ from .blocks import (
     carve,
     carve_gradients,
     find_keys,
+    is_narrow,
     place_chunk,
     queries_of,
     sees,
@@ -37,6 +38,7 @@ from .simd import (
     store,
     tile_load,
     tile_map,
+    tile_multiply_add,
     tile_row,
     tile_rows,
     tile_steps,
@@ -56,7 +58,6 @@ from .tiles import (
     copy_rows,
     dot,
     matrix,
-    multiply_add,
     padded_rows,
     rows_from,
     transposed,
@@ -88,7 +89,9 @@ def differentiate(like, b, g, column, key, value, first, last, k0, job, slope, a
         p = tile_map(probability, s, (tile_row(like, b.shift, column), job.natural))
         tile_store(p, b.scores, at, width, live)
         # 2. dp = v . do, of the weights that dropout kept;  ds = p (dp - delta)
-        dp = multiply_add(like, value.data + j * value.row, value.col, value.row, live, g.output + column, width, Dv)
+        dp = tile_multiply_add(
+            like, value.data + j * value.row, value.col, value.row, live, g.output + column, width, Dv
+        )
         dp = thin(like, dp, b, column, k0 + j, job.dropout)
         p = tile_load(like, b.scores, at, width, live)
         ds = through_softmax(like, p, dp, b, g, column, job.epsilon)
@@ -148,11 +151,12 @@ def add_key_value_gradients(wide, tall, b, g, room, job, head, k0, n, nq, additi
     p, ds = given_words(job.packed, b.scores), given_words(job.packed, g.scores)
     query = either(given(job.packed, room.query_rows), g.query_rows)
     do = either(given(job.packed, room.output_rows), g.output_rows)
+    pair = tile_zeros(b.output, ROWS, 2)
     for j in range(0, n, TALL):
         rows, at = min(TALL, n - j), j * (width_of(p) // per_lane(p))
         first, last = queries_of(b, j, rows, nq)
-        add_block_times_rows(wide, tall, dv.data + j * dv.row, dv.row, p + at, rows, do, v_step, first, last)
-        add_block_times_rows(wide, tall, dk.data + j * dk.row, dk.row, ds + at, rows, query, k_step, first, last)
+        add_block_times_rows(wide, pair, tall, dv.data + j * dv.row, dv.row, p + at, rows, do, v_step, first, last)
+        add_block_times_rows(wide, pair, tall, dk.data + j * dk.row, dk.row, ds + at, rows, query, k_step, first, last)
 
 
 @apart
@@ -255,7 +259,7 @@ def stand_gradients(b, g, room, job, head, q0, nq):
 @apart
 def gradients_of_block(job, b, g, room, head, block, first_tile, last_tile):
     """One block of queries and tiles first .. last of keys: dq of the block, and its share of dk and dv."""
-    width, lanes, KB = width_of(b.query), lanes_of(b.query), job.keys_per_block
+    width, KB = width_of(b.query), job.keys_per_block
     q0 = block * width
     nq = min(width, job.Lq - q0)
     wide, tall = tile_zeros(b.output, ROWS, COLS), tile_zeros(b.output, TALL, 1)
@@ -271,7 +275,7 @@ def gradients_of_block(job, b, g, room, head, block, first_tile, last_tile):
     for tile in range(first_tile, last_tile):
         k0 = tile * KB
         n = min(KB, job.Lk - k0)
-        whole = near <= k0 and k0 + n <= far and nq > width - lanes
+        whole = near <= k0 and k0 + n <= far and not is_narrow(b, nq)
         take_tile(wide, tall, b, g, job, head, q0, nq, k0, n, whole, slope)
         key, careful = keys_of(job, head, k0), False
         if not whole or additive is not None:  # what is not finite, times a p or ds of 0, would reach what it must not

@@ -21,9 +21,9 @@ from typing import NamedTuple
 from .blocks import COLS, INF, ROWS
 from .jit import Elements, Indices, apart, inline, kernel
 from .scoring import ByteMatrices
-from .simd import lane_sum, lanes_of, load, load_live, splat, store, tile_zeros, where, width_of
+from .simd import lane_sum, lanes_of, load, load_live, splat, store, tile_multiply_add, tile_zeros, where, width_of
 from .softmax import LOG2E, probability
-from .tiles import Matrices, Matrix, add_to, all_finite, clear, multiply_add, padded_rows, transposed, whole_vectors
+from .tiles import Matrices, Matrix, add_to, all_finite, clear, padded_rows, transposed, whole_vectors
 
 TASK_ROWS = 128  # of one task of a product, whose sums are then 32 KiB
 TERMS = 128  # summed before they are added: one sum over all would lose digits, see tiles.add_columns_times_block
@@ -70,7 +70,9 @@ def product(job: ProductJob, slot, task):
         else:
             for i in range(0, rows, ROWS):
                 x, live = left.data + i * left.row, min(ROWS, rows - i)
-                add_to(multiply_add(tile, x, left.col, left.row, live, panel, width, n), sums, i * width, width, live)
+                add_to(
+                    tile_multiply_add(tile, x, left.col, left.row, live, panel, width, n), sums, i * width, width, live
+                )
     out = part_of(job.out, m, i0, j0)
     for i in range(rows):
         for j in range(columns):

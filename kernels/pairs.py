@@ -1,6 +1,18 @@
 """What is made for pairs of a query and a key, by those who ask for it: the weights, and the gradient of a bias."""
 
-from .blocks import COLS, ROWS, TALL, AttentionJob, carve, carve_gradients, find_keys, place_chunk, sees, stage_additive
+from .blocks import (
+    COLS,
+    ROWS,
+    TALL,
+    AttentionJob,
+    carve,
+    carve_gradients,
+    find_keys,
+    is_narrow,
+    place_chunk,
+    sees,
+    stage_additive,
+)
 from .dense import keys_of, scores, stand
 from .dense_backward import normalise, stand_gradients, take_tile
 from .jit import apart, kernel
@@ -16,7 +28,7 @@ def bias_backward(job: AttentionJob, slot, task):
     # task -> one distinct bias matrix and one block of queries, for all the heads that the matrix was broadcast to
     b, g, grad, KB = carve(job, slot), carve_gradients(job, slot), job.bias_gradient, job.keys_per_block
     room = carve_packed(job, b, slot)
-    width, lanes = width_of(b.query), lanes_of(b.query)
+    width = width_of(b.query)
     m, block = task // job.blocks, task % job.blocks
     q0 = block * width
     nq = min(width, job.Lq - q0)
@@ -31,7 +43,7 @@ def bias_backward(job: AttentionJob, slot, task):
         for tile in range(lowest // KB, (highest + KB - 1) // KB):
             k0 = tile * KB
             n = min(KB, job.Lk - k0)
-            whole = near <= k0 and k0 + n <= far and nq > width - lanes
+            whole = near <= k0 and k0 + n <= far and not is_narrow(b, nq)
             take_tile(wide, tall, b, g, job, head, q0, nq, k0, n, whole, slope)
             row = q0 if grad.by_query else block
             add_bias_gradient(matrix(grad.out, m, row), grad, g.scores, width, nq, n, k0 if grad.by_key else tile)

@@ -1,7 +1,7 @@
 """The most that one thread can do: multiply-adds on values that stay in registers.
 
-The innermost loop is that of every product in this package, `tile_rank1`, on the same few elements over and over: no
-other kernel can be faster than this one.
+The innermost loop is that of every product in this package, `tile_multiply_add`, on the same few elements over and
+over: no other kernel can be faster than this one.
 """
 
 import math
@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .jit import Elements, Launch, kernel
-from .simd import target, tile_load, tile_rank1, tile_store, tile_zeros, width_of
+from .simd import target, tile_load, tile_multiply_add, tile_store, tile_zeros, width_of
 
 ROWS, COLS = target().rows, target().cols
 _STEPS = 1 << 20  # take some 10 ms
@@ -28,8 +28,7 @@ class PeakJob(NamedTuple):
 def peak(job: PeakJob, slot, task):
     # Every row gets the same, but begins with what LLVM cannot know: else one row would do for all.
     tile = tile_load(tile_zeros(job.tile, ROWS, COLS), job.tile, 0, width_of(job.tile), ROWS)
-    for _ in range(job.steps):
-        tile = tile_rank1(tile, job.half, 0, 0, ROWS, job.ones, 0)
+    tile = tile_multiply_add(tile, job.half, 0, 0, ROWS, job.ones, 0, job.steps)
     tile_store(tile, job.tile, 0, width_of(job.tile), ROWS)
 
 

@@ -17,9 +17,10 @@ from .simd import (
     per_lane,
     splat,
     store,
+    tile_lanes,
     tile_load,
     tile_map,
-    tile_rank1,
+    tile_multiply_add,
     tile_rows,
     tile_store,
     transpose_square,
@@ -71,14 +72,6 @@ def whole_vectors(like, n):
     return (n + lanes - 1) // lanes * lanes
 
 
-@inline
-def multiply_add(tile, x, x_next, x_row, live, y, y_next, n):
-    """tile[r, :] += sum over t < n of x[t * x_next + r * x_row] * y[t * y_next :]"""
-    for t in range(n):
-        tile = tile_rank1(tile, x, t * x_next, x_row, live, y, t * y_next)
-    return tile
-
-
 @apart
 def add_columns_times_block(like, out, m, D, block, n):
     """out[d, query] += sum over key < n of m[key, d] * block[key, query]: P . V, or dS . K
@@ -90,33 +83,41 @@ def add_columns_times_block(like, out, m, D, block, n):
     n = (n + per_lane(block) - 1) // per_lane(block)
     for d in range(0, D, rows):
         live = min(rows, D - d)
-        tile = multiply_add(like, m.data + d * m.col, m.row, m.col, live, block, width, n)
+        tile = tile_multiply_add(like, m.data + d * m.col, m.row, m.col, live, block, width, n)
         add_to(tile, out, d * width, width, live)
 
 
 @apart
-def add_block_times_rows(like, narrow, out, out_row, block, n, rows, step, first, last):
+def add_block_times_rows(wide, pair, narrow, out, out_row, block, n, rows, step, first, last):
     """out[key, d] += sum over first <= query < last of block[key, query] * rows[query, d]: P^T . dO, or dS^T . Q
 
-    Here the lanes are d, as many as `step`: rows and out are padded to whole vectors. `narrow`, a tile one vector wide,
-    does what wide ones leave. If elements are words, of two queries each, `first` is even.
+    Here the lanes are d, as many as `step`: rows and out are padded to whole vectors. What tiles as wide as a block
+    leave is done by tiles of two vectors and of one: four vectors are two times 2, not 3 and 1, where three are wide.
+    If elements are words, of two queries each, `first` is even.
     """
-    width, lanes, per = width_of(block), lanes_of(block), per_lane(block)
-    wide, row, first, last = step // width * width, width // per, first // per, (last + per - 1) // per
+    lanes, per, d = lanes_of(block), per_lane(block), 0
+    first, last = first // per, (last + per - 1) // per
+    while d < step:
+        vectors, at = (step - d) // lanes, rows + (first * step + d)
+        if vectors * lanes >= tile_lanes(wide) and (vectors != 4 or tile_lanes(wide) != 3 * lanes):
+            add_strip(wide, out + d, out_row, block + first, n, at, step, last - first)
+            d += tile_lanes(wide)
+        elif vectors > 1:
+            add_strip(pair, out + d, out_row, block + first, n, at, step, last - first)
+            d += tile_lanes(pair)
+        else:
+            add_strip(narrow, out + d, out_row, block + first, n, at, step, last - first)
+            d += lanes
+
+
+@apart
+def add_strip(like, out, out_row, block, n, rows, step, queries):
+    """As many columns of out as the tile is wide. The rows of the block behind the n-th, in scratch, are read too, and
+    not kept: of a tile that is always whole LLVM knows the offsets."""
+    row = width_of(block) // per_lane(block)
     for key in range(0, n, tile_rows(like)):
-        live = min(tile_rows(like), n - key)
-        for d in range(0, wide, width):
-            tile = multiply_add(
-                like, block + (key * row + first), 1, row, live, rows + (first * step + d), step, last - first
-            )
-            add_to(tile, out, key * out_row + d, out_row, live)
-    for key in range(0, n if wide < step else 0, tile_rows(narrow)):
-        live = min(tile_rows(narrow), n - key)
-        for d in range(wide, step, lanes):
-            tile = multiply_add(
-                narrow, block + (key * row + first), 1, row, live, rows + (first * step + d), step, last - first
-            )
-            add_to(tile, out, key * out_row + d, out_row, live)
+        tile = tile_multiply_add(like, block + key * row, 1, row, tile_rows(like), rows, step, queries)
+        add_to(tile, out, key * out_row, out_row, min(tile_rows(like), n - key))
 
 
 @inline

@@ -37,10 +37,11 @@ for kernel, present in ((dense.forward, ()), (dense_backward.backward, ("gradien
     function, _ = kernel.variant(types.float32, tuple(name not in present for name in optional))
     for block in re.split(r"\\n(?=\\.LBB)", assembly(function._library)):
         label = block.split(":")[0]
-        products = len(re.findall(r"\\bvfmadd|\\bvfnmadd|\\bfmla\\b", block))
         jumps_back = re.search(rf"\\b(j[a-z]+|b\\.[a-z]+|cbn?z \\w+,)\\s+{re.escape(label)}\\b", block)
-        if products >= 8 and jumps_back and len(block.splitlines()) < 80:  # longer ones are loops over tiles
-            on_stack = re.findall(r"[xyz]mm.*\\(%rsp|\\(%rsp.*[xyz]mm|\\b(?:ldr|str|ldp|stp)\\s+q\\d+.*\\[sp", block)
+        loop = block[: jumps_back.end()] if jumps_back else ""  # what follows is behind it
+        products = len(re.findall(r"\\bvfmadd|\\bvfnmadd|\\bfmla\\b", loop))
+        if products >= 8 and len(loop.splitlines()) < 80:  # longer ones are loops over tiles
+            on_stack = re.findall(r"[xyz]mm.*\\(%rsp|\\(%rsp.*[xyz]mm|\\b(?:ldr|str|ldp|stp)\\s+q\\d+.*\\[sp", loop)
             loops.append([kernel.name, products, len(on_stack)])
 print(json.dumps(loops))
 """

@@ -206,31 +206,62 @@ def _places(b, tile, places, p):
     return [emit.load_one(b, places, b.add(p, emit.count(r))) for r in range(tile.rows)]
 
 
-def _rank1(b, tile, value, column, places, rows, multiply_add):
-    for r, place in enumerate(places):
-        scalar = emit.splat(b, emit.load_one(b, column, place), tile.vector.lanes)
-        for c in range(tile.cols):
-            k = r * tile.cols + c
-            value = b.insert_value(value, multiply_add(b, scalar, rows[c], b.extract_value(value, k)), k)
-    return value
+def _loop(b, n, values, step, unroll):
+    """values = step(values) n times, in registers; unrolled so many times and no more."""
+    before, body, after = b.block, b.append_basic_block(), b.append_basic_block()
+    b.cbranch(b.icmp_signed(">", n, emit.count(0)), body, after)
+    b.position_at_end(body)
+    phis = [b.phi(value.type) for value in (n, *values)]
+    made = [b.sub(phis[0], emit.count(1)), *step(phis[1:])]
+    for phi, first, later in zip(phis, (n, *values), made, strict=True):
+        phi.add_incoming(first, before)
+        phi.add_incoming(later, body)
+    times = b.module.add_metadata([ir.MetaDataString(b.module, "llvm.loop.unroll.count"), ir.Constant(I32, unroll)])
+    loop = ir.MDValue(b.module, [], str(len(b.module.metadata)))
+    loop.operands = (loop, times)  # LLVM wants a loop's name to begin with itself
+    b.cbranch(b.icmp_signed(">", made[0], emit.count(0)), body, after).set_metadata("llvm.loop", loop)
+    b.position_at_end(after)
+    results = [b.phi(value.type) for value in values]
+    for phi, first, later in zip(results, values, made[1:], strict=True):
+        phi.add_incoming(first, before)
+        phi.add_incoming(later, body)
+    return results
 
 
 @intrinsic
-def tile_rank1(context, tile, column, i, step, live, row, j):
-    """tile[r, :] += column[i + r * step] * row[j :]  for every row r; rows from `live` on repeat the last.
+def tile_multiply_add(context, tile, x, x_next, x_row, live, y, y_next, n):
+    """tile[r, :] += sum over t < n of x[t * x_next + r * x_row] * y[t * y_next :]  for every row r; rows from `live` on
+    repeat the last. The loop that all products spend their time in.
 
     Of words, each of which is two bfloat16 numbers, both are multiplied and added: two such updates at once.
+
+    All rows are read from one address, which moves, at offsets that do not. Left to itself LLVM kept an address for
+    each row and each of two steps, more than there are registers: without, gradients are made 1.01 to 1.13 times as
+    fast (Zen 3). It gains most where tiles are one vector wide, which are best not unrolled. Wide ones are 2 % faster
+    by two steps; by four they spill, and projections lose a fifth.
     """
-    multiply_add = emit.dot if row.element == types.uint32 else emit.fma
-    kind = vector_of(row.element)
+    multiply_add, kind = emit.dot if y.element == types.uint32 else emit.fma, vector_of(y.element)
 
     def build(cx, b, sig, args):
-        value, column, i, step, live, row, j = args
-        vectors = [emit.load(b, row, b.add(j, emit.count(c * kind.lanes)), kind) for c in range(tile.cols)]
-        return _rank1(b, tile, value, column, _row_offsets(b, tile, i, step, live), vectors, multiply_add)
+        value, x, x_next, x_row, live, y, y_next, n = args
+        rows = _row_offsets(b, tile, emit.count(0), x_row, live)
 
-    n = types.intp
-    return tile(tile, column, n, n, n, row, n), build
+        def step(state):
+            at, from_y, *sums = state
+            vectors = [emit.load(b, y, b.add(from_y, emit.count(c * kind.lanes)), kind) for c in range(tile.cols)]
+            for r, row in enumerate(rows):
+                scalar = emit.splat(b, emit.load_one(b, x, b.add(row, at)), tile.vector.lanes)
+                for c, vector in enumerate(vectors):
+                    k = r * tile.cols + c
+                    sums[k] = multiply_add(b, scalar, vector, sums[k])
+            return [b.add(at, x_next), b.add(from_y, y_next), *sums]
+
+        sums = [b.extract_value(value, k) for k in range(tile.rows * tile.cols)]
+        state = [emit.count(0), emit.count(0), *sums]
+        return _collect(b, tile, _loop(b, n, state, step, 2 if tile.cols > 1 else 1)[2:])
+
+    i = types.intp
+    return tile(tile, x, i, i, i, y, i, i), build
 
 
 @intrinsic

@@ -15,15 +15,15 @@ from ..kernels.simd import target
 from .layouts import Layout, Ready, layout
 
 # Of out, what one task makes: each reads its rows of `left` and columns of `right` once, so large tasks read less. With
-# 384 x 384 for 192 x 384, and `left` where it lies, layers of 512 and 768 are multiplied 1.03 to 1.07 times as fast (Zen
-# 3; 576 x 384 and 384 x 768 gain nothing more, and dW loses a fifth). Small ones where large ones would not fill the
-# threads.
+# 384 x 384 for 192 x 384, and `left` where it lies, layers of 512 and 768 are multiplied 1.03 to 1.07 times as fast
+# (Zen 3; 576 x 384 and 384 x 768 gain nothing more, and dW loses a fifth). Small ones where large ones would not fill
+# the threads.
 TASKS = ((384, 384), (192, 384), (192, 192), (96, 128), (48, 64))
 # Sums as long as LONG are cut into parts that tasks do side by side: dW = x^T dy of a graph's 100,000 nodes is one
 # small matrix, and was one task. Only as many as have room in so many elements: a large matrix has tasks enough.
 LONG, PART, ROOM = 1 << 14, 1 << 12, 1 << 20
-# `left` is read where it lies if its rows are as short as SHORT, or columns to multiply them to as many as WIDE. Else it
-# is copied: few columns wait for memory at each new row (100,000 rows, 64 columns: 5 %).
+# `left` is read where it lies if its rows are as short as SHORT, or columns to multiply them to as many as WIDE. Else
+# it is copied: few columns wait for memory at each new row (100,000 rows, 64 columns: 5 %).
 SHORT, WIDE = 128, 128
 FEW_ROWS = 16  # up to so many, `right` is read where it lies
 
