@@ -257,8 +257,7 @@ def prepared(c: Call, output: GpuArray) -> Ready | None:
     attend = dense.forward.prepare(v, job, (-(-Lq * cutting.heads // v.rows), heads // cutting.heads, cutting.splits))
     if cutting.splits == 1:
         return Ready(attend, None, 0, space.kept, all_aligned)
-    warps = blocks.Variant(element, channels, v.keys, 1, 32 if v.threads == 32 else 128)
-    merge = dense.merge.prepare(warps, job, (-(-Lq // (warps.threads // 32)), heads, 1))
+    merge = dense.merge.prepare(plan.merging(element, channels), job, (Lq, heads, 1))
     return Ready(attend, merge, heads * cutting.splits * Lq, space.kept, all_aligned)
 
 
@@ -275,16 +274,18 @@ def forward(c: Call, out: Any = None, ready: Ready | None = None) -> Past:
             zero(space, output, 0.0)
             zero(space, lse, -math.inf)
         return Past(c, output, lse.native, None)
-    kept = space.empty((2, n), "float32")
     q, k, v = (c.query, c.key, c.value) if ready.all_aligned else (aligned(space, x) for x in (c.query, c.key, c.value))
     at = dict(query=space.pointer(q), key=space.pointer(k), value=space.pointer(v))
-    at["output"], at["lse"], at["parts"] = space.pointer(output), space.pointer(lse), space.pointer(None)
-    at["top"] = at["merged_top"] = space.pointer(kept)
-    at["total"] = at["merged_total"] = space.pointer(kept, n)
-    if ready.merge is not None:
-        m = whole(ready.parts, "float32")
-        made = space.keep(space.empty(((2 + output.shape[-1]) * m,), "float32"))
-        at["top"], at["total"], at["parts"] = (space.pointer(made, n * m) for n in range(3))
+    at["output"], at["lse"] = space.pointer(output), space.pointer(lse)
+    # What is kept, and behind it what parts of the keys leave: to ask for memory takes as long as to start a kernel.
+    m = whole(ready.parts, "float32") if ready.merge is not None else 0
+    first = whole(2 * n, "float32")
+    made = space.empty((first + (2 + output.shape[-1]) * m,), "float32")
+    kept = gpu.part(made, 0, 2 * n)
+    at["top"], at["total"], at["parts"] = (space.pointer(made, first + part * m) for part in range(3))
+    at["merged_top"], at["merged_total"] = space.pointer(made), space.pointer(made, n)
+    if ready.merge is None:
+        at["top"], at["total"] = at["merged_top"], at["merged_total"]
     ready.attend(space.stream, **at)
     if ready.merge is not None:
         ready.merge(space.stream, **at)

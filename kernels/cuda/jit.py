@@ -104,17 +104,23 @@ class _Loaded:
         """The bytes of a job's numbers and pointers."""
         return self._packed.pack(*flat)
 
-    def start(self, packed, grid, threads, stream, slots=(), values=None):
-        """Start it on a packed job, at whose `slots`, pairs of a name and a place, are the values of these names."""
-        numbers = ctypes.create_string_buffer(packed, len(packed))
-        for name, place in slots:
-            _POINTER.pack_into(numbers, place, values[name])
-        pointers = self._offsets + np.uint64(ctypes.addressof(numbers))
-        (error,) = self._driver.cuLaunchKernel(
-            self._handle, *grid, threads, 1, 1, 0, int(stream), pointers.ctypes.data, 0
-        )
+    def numbers(self, packed):
+        """Memory that holds a packed job, as `start` wants it."""
+        memory = ctypes.create_string_buffer(packed, len(packed))
+        addresses = self._offsets + np.uint64(ctypes.addressof(memory))
+        return _Numbers(memory, addresses, addresses.ctypes.data)
+
+    def start(self, numbers, grid, threads, stream):
+        """Start it on a packed job."""
+        (error,) = self._driver.cuLaunchKernel(self._handle, *grid, threads, 1, 1, 0, int(stream), numbers.begin, 0)
         if int(error):
             raise RuntimeError(f"the GPU refused to start a kernel: {error!r}")
+
+
+class _Numbers(typing.NamedTuple):
+    memory: typing.Any
+    addresses: np.ndarray  # of each number in it
+    begin: int  # the address of these
 
 
 class Launch:
@@ -125,13 +131,17 @@ class Launch:
         if not SIMULATED:
             flat = _flat(job)
             self._slots = [(x, 8 * n) for n, x in enumerate(flat) if type(x) is str]
-            self._packed = compiled.pack([0 if type(x) is str else x for x in flat])
+            self._numbers = compiled.numbers(compiled.pack([0 if type(x) is str else x for x in flat]))
+            self._lock = threading.Lock()  # the driver reads the numbers while it is asked, and then no more
 
     def __call__(self, stream, **values):
         if SIMULATED:
             self._compiled[self._grid, self._threads](_filled(self._job, values))
         else:
-            self._compiled.start(self._packed, self._grid, self._threads, stream, self._slots, values)
+            with self._lock:
+                for name, place in self._slots:
+                    _POINTER.pack_into(self._numbers.memory, place, values[name])
+                self._compiled.start(self._numbers, self._grid, self._threads, stream)
 
 
 def _filled(job, values):
@@ -198,7 +208,7 @@ class Kernel:
         if SIMULATED:
             compiled[grid, variant.threads](job)
         else:
-            compiled.start(compiled.pack(_flat(job)), grid, variant.threads, stream)
+            compiled.start(compiled.numbers(compiled.pack(_flat(job))), grid, variant.threads, stream)
 
     def prepare(self, variant, job, grid):
         """A job of which some pointers are only named, for many launches."""

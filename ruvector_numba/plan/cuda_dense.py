@@ -87,9 +87,14 @@ def packed(v: Variant, rows: int) -> Variant:
     return v._replace(packed=2, tall=1, threads=32 * -(-rows // 16), resident=1)
 
 
+def merging(element: str, channels: int) -> Variant:
+    """The kernel that joins the parts; two warps on the simulator, for they do not share their work as lanes do."""
+    return Variant(element, channels, 0, 1, 64 if SIMULATED else 128)
+
+
 def makes(channels: int) -> tuple[str, ...]:
     """The passes of `to_key`: two where the registers do not hold both gradients."""
     return ("both",) if channels < 256 else ("key", "value")
 
 
-__all__ = ["Split", "Terms", "makes", "packed", "simulated", "split", "variant", "width"]
+__all__ = ["Split", "Terms", "makes", "merging", "packed", "simulated", "split", "variant", "width"]
