@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike
 from . import checks, gpu, halves, masks
 from .checks import Array, Call
 from .errors import DimensionMismatchError, InvalidInputError
+from .plan import memory
 from .results import AttentionCache, InputGradients
 
 __all__ = [
@@ -358,7 +359,7 @@ def _forward(c: Call, out: Array | None, wants_sums: bool, by_tiles: bool = Fals
     from .plan import dense as plan  # at the first call, as it loads the kernels: 60 ms
 
     shape = c.output_shape
-    out = np.empty(shape, c.given) if out is None else out
+    out = memory.result(shape, c.given) if out is None else out
     sums = np.empty((*shape[:-1], 2)) if wants_sums else None
     top = np.empty(shape[:-1], c.arithmetic) if c.eps else None
     if 0 in c.query.shape[:-1] or 0 in c.key.shape[:-1]:
@@ -374,7 +375,7 @@ def _forward(c: Call, out: Array | None, wants_sums: bool, by_tiles: bool = Fals
     ready = plan.forward(problem := plan.problem(c, out), wants_sums, by_tiles)
     more = plan.staged(c, problem, ready)
     if ready.splits == 1:
-        exact = np.empty(shape, c.arithmetic) if c.rounds and wants_sums else out
+        exact = memory.result(shape, c.arithmetic) if c.rounds and wants_sums else out
         ready(c, output=halves.stored(out), exact=exact, sums=sums, top=top, **more)
         return Past(c, out, sums, top, exact, ready.unit)
     heads = math.prod(shape[:-2])
@@ -460,9 +461,9 @@ def _room_for_gradients(c: Call) -> dict[str, Array]:
     kind, named = c.arithmetic, {"key": c.key, "value": c.value}
     shapes = {f"grad_{name}": plan.padded(x.shape, kind.itemsize) for name, x in named.items()}
     if not c.rounds:
-        return {name: np.empty(shape, kind) for name, shape in ({"grad_query": c.query.shape} | shapes).items()}
+        return {name: memory.result(shape, kind) for name, shape in ({"grad_query": c.query.shape} | shapes).items()}
     made: dict[str, Array] = {name: plan.room(shape, name) for name, shape in shapes.items()}
-    made |= {f"rounded_{name}": np.empty(x.shape, x.dtype) for name, x in (("query", c.query), *named.items())}
+    made |= {f"rounded_{name}": memory.result(x.shape, x.dtype) for name, x in (("query", c.query), *named.items())}
     return {"grad_query": np.empty(0, kind), **made}  # each element of it is made at once, and rounded
 
 

@@ -46,6 +46,7 @@ from numpy.typing import ArrayLike, NDArray
 from . import checks, masks, visibility
 from .checks import Array, Shape
 from .errors import DimensionMismatchError, InvalidInputError
+from .plan import memory
 
 __all__ = [
     "apply_mask",
@@ -223,7 +224,7 @@ def softmax(scores: ArrayLike, eps: float = 0.0) -> Array:
     from .plan import functional as plan
 
     scores, eps = _array("scores", scores, "(..., Lq, Lk)"), _eps(eps)
-    weights = np.empty(scores.shape, scores.dtype)
+    weights = memory.result(scores.shape, scores.dtype)
     if weights.size:
         plan.softmax(scores.dtype, plan.layout(scores), eps)(given=scores, weights=weights)
     return weights
@@ -260,7 +261,7 @@ def softmax_backward(grad_weights: ArrayLike, weights: ArrayLike, eps: float = 0
 
     weights, eps = _array("weights", weights, "(..., Lq, Lk)"), _eps(eps)
     grad = checks.gradient("grad_weights", grad_weights, weights.shape, weights.dtype)
-    grad_scores = np.empty(weights.shape, weights.dtype)
+    grad_scores = memory.result(weights.shape, weights.dtype)
     if weights.size:
         ready = plan.softmax_backward(weights.dtype, plan.layout(grad), plan.layout(weights), eps)
         ready(given=grad, weights=weights, grad_scores=grad_scores)
@@ -336,7 +337,7 @@ def _product(left: Array, right: Array, scale: float = 1.0, selects: bool = Fals
     """left right * scale; `selects` where 0 in left adds nothing."""
     from .plan import functional as plan  # at the first call, as it loads the kernels
 
-    out = np.empty((*left.shape[:-1], right.shape[-1]), left.dtype)
+    out = memory.result((*left.shape[:-1], right.shape[-1]), left.dtype)
     if out.size:
         plan.product(left.dtype, plan.layout(left), plan.layout(right), scale, selects)(left=left, right=right, out=out)
     return out
@@ -346,7 +347,7 @@ def _masked(x: Array, seen: visibility.Visibility, adds: bool) -> Array:
     """Where seen x, plus the bias if it `adds`; elsewhere -inf, or else 0."""
     from .plan import functional as plan
 
-    out = np.empty(x.shape, x.dtype)
+    out = memory.result(x.shape, x.dtype)
     if out.size == 0:
         return out
     allowed = np.ones((1, 1), np.bool_) if seen.allowed is None else seen.allowed

@@ -13,6 +13,7 @@ from .config import AttentionConfig
 from .errors import InvalidConfigError, InvalidInputError
 from .kv_cache import KeyValueCache
 from .parameters import ParameterSet, Trainable
+from .plan import memory
 from .projection import product
 from .protocols import TrainableAttention
 from .results import AttentionCache, AttentionGradients
@@ -392,7 +393,7 @@ class _Record(NamedTuple):
         H, d_k = self.joined.shape[2:]
         # output = joined w_o + b_o
         w_o = self.parameters["w_o"].reshape(H, d_k, 1, d)
-        grad_joined = np.empty((B, H, Lq, d_k), grad.dtype)
+        grad_joined = memory.result((B, H, Lq, d_k), grad.dtype)
         product(grad[:, :, None], _transposed(w_o), grad_joined.transpose(0, 2, 1, 3))
         made = {"o": _weight_gradients(self.joined.reshape(B, Lq, 1, d), grad[:, :, None])}
         # joined = attention of the heads
@@ -401,7 +402,7 @@ class _Record(NamedTuple):
         dx = []
         for x, name, dy in zip(self.inputs, "qkv", (g.query, g.key, g.value), strict=True):
             w = self.parameters[f"w_{name}"].reshape(1, x.shape[2], H, d_k)
-            dx.append(np.empty_like(x, order="C"))
+            dx.append(memory.result(x.shape, x.dtype))
             product(dy.transpose(0, 2, 1, 3), _transposed(w), dx[-1][:, :, None])
             made[name] = _weight_gradients(x[:, :, None], dy.transpose(0, 2, 1, 3))
         parts: dict[str, Array] = {}
@@ -417,7 +418,7 @@ def _heads(x: Array, parameters: ParameterSet, name: str, H: int, out: Array | N
     """x w + b of one of q, k, v: (B, heads, L, d_k)."""
     w, b = parameters[f"w_{name}"], parameters.get(f"b_{name}")
     (B, L, n), d = x.shape, w.shape[1]
-    out = np.empty((B, H, L, d // H), x.dtype) if out is None else out
+    out = memory.result((B, H, L, d // H), x.dtype) if out is None else out
     product(x[:, :, None], w.reshape(1, n, H, d // H), out.transpose(0, 2, 1, 3), b)
     return out
 
@@ -426,9 +427,9 @@ def _output(c: checks.Call, inputs: tuple[Array, Array, Array], parameters: Para
     """Attention of the heads, written joined, and the last projection."""
     B, H, Lq, d_k = c.query.shape
     d = H * d_k
-    joined = np.empty((B, Lq, H, d_k), c.given)
+    joined = memory.result((B, Lq, H, d_k), c.given)
     past = dense.forward(c, joined.transpose(0, 2, 1, 3))
-    output = np.empty((B, Lq, d), joined.dtype)
+    output = memory.result((B, Lq, d), joined.dtype)
     product(
         joined.reshape(B, Lq, 1, d), parameters["w_o"].reshape(1, d, 1, d), output[:, :, None], parameters.get("b_o")
     )
@@ -443,7 +444,7 @@ def _transposed(x: Array) -> Array:
 def _weight_gradients(x: Array, dy: Array) -> tuple[Array, Array]:
     """dw = x^T dy and db = sum dy, for (B, L, H, C) arrays."""
     n, m = x.shape[2] * x.shape[3], dy.shape[2] * dy.shape[3]
-    dw, db = np.empty((n, m), x.dtype), np.empty(m, x.dtype)
+    dw, db = memory.result((n, m), x.dtype), np.empty(m, x.dtype)
     product(_transposed(x), dy, dw.reshape(*x.shape[2:], *dy.shape[2:]), sums=db)
     with np.errstate(all="ignore"):
         finite = np.isfinite(dw.sum())
