@@ -237,6 +237,12 @@ def is_narrow(b, nq):
 
 
 @inline
+def is_whole(b, nq, k0, n, near, far):
+    """Do wide tiles, with nothing to hide, take the queries past the keys k0 .. k0 + n?"""
+    return near <= k0 and k0 + n <= far and not is_narrow(b, nq)
+
+
+@inline
 def interior(lowest, near, far, highest, narrow):
     """near and far, moved inwards to where tiles can begin and end; an empty interval if too little is left."""
     if near > lowest:

@@ -16,7 +16,7 @@ from .blocks import (
     carve,
     carve_gradients,
     find_keys,
-    is_narrow,
+    is_whole,
     place_chunk,
     queries_of,
     sees,
@@ -275,7 +275,7 @@ def gradients_of_block(job, b, g, room, head, block, first_tile, last_tile):
     for tile in range(first_tile, last_tile):
         k0 = tile * KB
         n = min(KB, job.Lk - k0)
-        whole = near <= k0 and k0 + n <= far and not is_narrow(b, nq)
+        whole = is_whole(b, nq, k0, n, near, far)
         take_tile(wide, tall, b, g, job, head, q0, nq, k0, n, whole, slope)
         key, careful = keys_of(job, head, k0), False
         if not whole or additive is not None:  # what is not finite, times a p or ds of 0, would reach what it must not

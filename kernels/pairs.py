@@ -8,7 +8,7 @@ from .blocks import (
     carve,
     carve_gradients,
     find_keys,
-    is_narrow,
+    is_whole,
     place_chunk,
     sees,
     stage_additive,
@@ -43,7 +43,7 @@ def bias_backward(job: AttentionJob, slot, task):
         for tile in range(lowest // KB, (highest + KB - 1) // KB):
             k0 = tile * KB
             n = min(KB, job.Lk - k0)
-            whole = near <= k0 and k0 + n <= far and not is_narrow(b, nq)
+            whole = is_whole(b, nq, k0, n, near, far)
             take_tile(wide, tall, b, g, job, head, q0, nq, k0, n, whole, slope)
             row = q0 if grad.by_query else block
             add_bias_gradient(matrix(grad.out, m, row), grad, g.scores, width, nq, n, k0 if grad.by_key else tile)
