@@ -88,7 +88,7 @@ near_half = np.nextafter(near_half, rng.choice([-np.inf, np.inf], every.shape).a
 middle = (near_half + np.roll(every.view(np.float16).astype(np.float32), 1)) / 2
 for kind, bits in ((np.float16, np.float16), (ml_dtypes.bfloat16, np.uint16)):
     x = every.view(kind)
-    wide = halves.widened(x.view(bits), "every number")
+    wide = halves.copied(x.view(bits), "every number")
     np.testing.assert_array_equal(wide, x.astype(np.float32))
     np.testing.assert_array_equal(by_numpy.widened(x), wide)
     for given in (wide, near.view(np.float32), near_half, middle):

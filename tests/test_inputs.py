@@ -113,9 +113,7 @@ def test_rows_that_crowd_the_cache_give_the_same_bits(dtype, monkeypatch):
     assert inside[1].strides[-2] % 1024 == 0
     kept = [x.copy() for x in inside]
     copies = []
-    monkeypatch.setattr(
-        plan.halves, "widened", lambda x, name, f=plan.halves.widened: copies.append(name) or f(x, name)
-    )
+    monkeypatch.setattr(plan.halves, "copied", lambda x, name, f=plan.halves.copied: copies.append(name) or f(x, name))
     mask = masks.Window(60, 20) & masks.Lengths(keys=[90, 77])
 
     def everything(q, k, v):

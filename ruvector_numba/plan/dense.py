@@ -162,7 +162,7 @@ class Plan(NamedTuple):
     scratch: int  # elements that one thread needs
     splits: int
     unit: float  # what a score in the kernel's unit, such as `top`, is worth
-    widens: bool  # it reads keys and values as `widened` makes them
+    widens: bool  # it reads keys and values widened, as `staged` makes them
 
     def __call__(self, c: Call, **arrays: Any) -> None:
         seen = c.seen
@@ -179,8 +179,8 @@ def staged(c: Call, p: Problem, plan: Plan) -> dict[str, Array]:
     """Keys and values where a plan does not take the call's own: widened beside them or copied, until the next call."""
     arrays = {"key": c.key, "value": c.value}
     if plan.widens:
-        return {f"widened_{name}": halves.widened(x, name) for name, x in arrays.items()}
-    return {name: halves.widened(x, name) for name, x in arrays.items() if layout(x) != getattr(p, name)}
+        return {f"widened_{name}": halves.copied(x, name) for name, x in arrays.items()}
+    return {name: halves.copied(x, name) for name, x in arrays.items() if layout(x) != getattr(p, name)}
 
 
 rounded, room = halves.rounded, halves.room

@@ -17,7 +17,7 @@ from ..kernels.tiles import StoredMatrices
 from . import memory
 from .layouts import Layout, as_matrices, contiguous, layout, with_heads
 
-__all__ = ["KEPT", "room", "rounded", "widened"]
+__all__ = ["KEPT", "copied", "room", "rounded"]
 
 _PIECE = 1 << 14  # elements in a task: 96 KiB of both kinds
 KEPT = 1 << 23  # elements that are kept at most: 32 MiB of keys, and of values
@@ -48,7 +48,7 @@ def room(shape: Shape, purpose: str, dtype: np.dtype[Any] = _SINGLE) -> Array:
     return memory.scratch(size, dtype, purpose)[: dtype.itemsize * size].view(dtype).reshape(shape)
 
 
-def widened(x: Array, purpose: str) -> Array:
+def copied(x: Array, purpose: str) -> Array:
     """An array in the type that it is computed in, contiguous, in the `room` for this purpose."""
     made = room(x.shape, purpose, arithmetic(x.dtype))
     whole = with_heads(contiguous(x.shape, made.itemsize), 3)
