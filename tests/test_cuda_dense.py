@@ -145,7 +145,9 @@ def test_few_queries_go_past_parts_of_the_keys(element):
     compare(element, L=3, S=150, H=4, Hk=2)
     i, j = np.arange(3)[:, None], np.arange(150)
     compare(element, L=3, S=150, mask=rv.masks.Causal("bottom_right"), visible=j <= i + 147, poison=True)
-    compare(element, L=3, S=150, is_causal=True)  # whole parts of the keys are hidden
+    compare(element, L=3, S=150, is_causal=True, poison=True)  # whole parts of the keys are hidden, and what is in them
+    nobody = np.zeros((3, 150), bool)
+    compare(element, L=3, S=150, mask=rv.masks.Lengths(keys=0), visible=nobody, poison=True)
 
 
 @pytest.mark.parametrize("L, S", [(0, 5), (5, 0), (0, 0)])

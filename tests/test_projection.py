@@ -71,7 +71,7 @@ def test_any_number_of_columns_and_rows_and_nothing_beside_them(dtype):
     rng = np.random.default_rng(0)
     lanes = target().lanes(np.dtype(dtype).itemsize)
     for J in [*range(1, 4 * lanes, 5), *(n * lanes for n in (1, 2, 3, 4, 5, 7, 13, 19, 31, 37, 49))]:
-        for I, K in ((1, 40), (23, 130), (389, 64)):
+        for I, K in ((1, 40), (23, 130), (389, 64), (389, 300)):
             x, w, b = (rng.standard_normal(shape).astype(dtype) for shape in ((I, K), (K, J), (J,)))
             frame = np.full((I + 2, J + 2 * lanes), 7, dtype)
             out = frame[1:-1, lanes:-lanes]
