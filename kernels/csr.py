@@ -16,6 +16,7 @@ import math
 from typing import NamedTuple
 
 from .gather import (
+    AHEAD,
     EDGES,
     Rows,
     add_gathered,
@@ -34,7 +35,7 @@ from .gather import (
     scale_heads,
     take_row,
 )
-from .jit import Elements, apart, inline, kernel
+from .jit import Elements, apart, kernel
 from .simd import (
     fma,
     lane_sum,
@@ -57,8 +58,12 @@ from .walk import (
     PART,
     SUM,
     NeighborJob,
+    batch_end,
+    begin_of,
     carve,
+    edges_of,
     find_shares,
+    from_edge,
     number,
     take_edges,
     weigh_shares,
@@ -69,44 +74,60 @@ INF = math.inf
 
 # --- forward --------------------------------------------------------------------------------------------------------
 @apart
-def find_scores(job, desk, n):
-    """weights[e, h] = s, of SUM before its LeakyReLU: desk.y has the target's query"""
-    s, W, nodes, edges = desk.weights, job.W, desk.nodes, desk.edges
+def find_scores(job, desk, i, j, first, n):
+    """scores[e, h] = s, of the n edges from `first` on, which are of the targets i .. j - 1"""
+    s, W, edges, lanes = desk.scores, job.W, desk.edges, lanes_of(desk.scores)
+    for t in range(i, j):
+        begin, end = edges_of(job, t, first, first + n)
+        take_query(job, desk, t)
+        find_products(job, from_edge(desk, begin - first, W), end - begin)
     if job.rule == DOT:
-        dot_gathered(s, desk.y, job.key, nodes, job.edge, edges, job.has_edge, n, job.terms)
-        for f in range(0, n * W, lanes_of(s)):
+        for f in range(0, n * W, lanes):
             x = load(s, f)
             store(x * splat(x, job.scale), s, f)
-    elif job.rule == JOINT:
-        joint_scores(s, desk.y, job.att, job.slope, job.key, nodes, job.edge, edges, job.has_edge, n, job.terms)
-    elif job.rule == SUM:
-        find_sums(job, desk, s, n)
-    else:
-        fill(s, n * W, 0.0)
     for e in range(n if job.has_bias else 0):
         for h in range(job.H):
-            b = job.bias.data[edges.index[e] * job.bias.step + h]
+            b = job.bias.data[edges[e] * job.bias.step + h]
             s[e * W + h] = b if b == -INF else s[e * W + h] + b
+    if job.keeps:
+        copy(job.scores + first * W, s, n * W)
+    if job.rule == SUM:
+        for f in range(0, n * W, lanes):
+            store(leaky(load(s, f), job.slope), s, f)
 
 
 @apart
-def find_sums(job, desk, out, n):
-    """out[e, h] = key + query + a"""
-    lanes = lanes_of(out)
-    for e in range(n):
-        prefetch(job.key.data, desk.nodes.soon[e] * job.key.step)
-        for h in range(0, job.H, lanes):
-            live = min(lanes, job.H - h)
-            x = load(desk.y, h) + row_part(job.key, desk.nodes.index[e] * job.key.step + h, live, lanes)
+def find_products(job, desk, n):
+    """What of the scores belongs to both ends: desk.y has the target's query"""
+    s, nodes, edges, terms = desk.scores, desk.nodes, desk.edges, job.terms
+    if job.rule == DOT:
+        dot_gathered(s, desk.y, job.key, nodes, job.edge, edges, job.has_edge, n, terms)
+    elif job.rule == JOINT:
+        joint_scores(s, desk.y, job.att, job.slope, job.key, nodes, job.edge, edges, job.has_edge, n, terms)
+    elif job.rule == SUM:
+        find_sums(job, desk, n)
+    else:
+        fill(s, n * job.W, 0.0)
+
+
+@apart
+def find_sums(job, desk, n):
+    """scores[e, h] = key + query + a"""
+    out, lanes = desk.scores, lanes_of(desk.scores)
+    for h in range(0, job.H, lanes):
+        live, query = min(lanes, job.H - h), load(desk.y, h)
+        for e in range(n):
+            prefetch(job.key.data, desk.nodes[e + AHEAD] * job.key.step)
+            x = query + row_part(job.key, desk.nodes[e] * job.key.step + h, live, lanes)
             if job.has_edge:
-                x = x + row_part(job.edge, desk.edges.index[e] * job.edge.step + h, live, lanes)
+                x = x + row_part(job.edge, desk.edges[e] * job.edge.step + h, live, lanes)
             store(x, out, e * job.W + h)
 
 
 @apart
 def soften(desk, W, span, n):
-    """p = exp(s - bound), added to the total; factor is what the sums so far are worth under the new bound."""
-    s, lanes, count = desk.weights, lanes_of(desk.weights), n * W
+    """weights = p = exp(s - bound), and the total; factor is what the sums so far are worth under the new bound."""
+    s, lanes, count = desk.scores, lanes_of(desk.scores), n * W
     many = rounds(n, W, lanes)
     for g in range(0, W, lanes):
         # 1. the largest score of each head
@@ -124,54 +145,73 @@ def soften(desk, W, span, n):
         for k in range(many):
             f = g + k * span
             p = probability(first_lanes(load(s, f), count - f, -INF), shift, LOG2E)
-            store(p, s, f)
+            store(p, desk.weights, f)
             sum = sum + p
         store(fma(load(desk.total, g), factor, period_sum(sum, W)), desk.total, g)
         store(factor, desk.factor, g)
 
 
 @apart
-def attend(job, desk, i, first, last, best):
-    """Target i to its edges first .. last - 1: what is summed is left on the desk."""
-    W, values = job.W, job.channels
-    take_query(job, desk, i)
+def clear(job, desk, best):
+    """Nothing has been summed yet."""
     fill(desk.bound, job.span, -INF)
     fill(desk.total, job.span, 0.0)
     fill(desk.value, job.width, 0.0)
     if job.aggregation == MAX:
-        for c in range(job.H * values.C):
+        for c in range(job.H * job.channels.C):
             best[c] = -1
-    for p in range(first, last, EDGES):
-        n = min(EDGES, last - p)
-        take_edges(job, desk, p, n)
-        find_scores(job, desk, n)
-        if job.keeps:
-            copy(job.scores + p * W, desk.weights, n * W)
-        if job.rule == SUM:
-            for f in range(0, n * W, lanes_of(desk.weights)):
-                store(leaky(load(desk.weights, f), job.slope), desk.weights, f)
-        if job.normalizes:
-            soften(desk, W, job.span, n)
-            if p > first:
-                scale_heads(desk.value, desk.factor, values)
-        if job.has_shares:
-            find_shares(job, desk, i, n)
-            weigh_shares(job, desk, n)
-            multiply(desk.weights, desk.shares, n * W)
-        if job.aggregation == MAX:
-            keep_largest(
-                desk.value, best, desk.weights, job.value, job.edge_value, job.has_edge_value, desk.nodes, desk.edges,
-                job.bias, job.has_bias, p, n, values,
-            )  # fmt: skip
-        else:
-            fetches = job.rule != JOINT  # whose values are its keys
-            add_gathered(desk.value, desk.weights, W, job.value, desk.nodes, n, values, fetches, job.has_bias)
-            if job.has_edge_value:
-                add_gathered(desk.value, desk.weights, W, job.edge_value, desk.edges, n, values, True, job.has_bias)
 
 
 @apart
-def fetch_nodes(job, i):
+def add_values(job, desk, i, first, n, best):
+    """From scores to weights, and to what is summed, for n edges of target i, those from `first` on"""
+    W, values = job.W, job.channels
+    if job.normalizes:
+        soften(desk, W, job.span, n)
+        if first > begin_of(job, i):
+            scale_heads(desk.value, desk.factor, values)
+    else:
+        for f in range(0, n * W, lanes_of(desk.scores)):
+            store(load(desk.scores, f), desk.weights, f)
+    if job.has_shares:
+        find_shares(job, desk, i, n)
+        weigh_shares(job, desk, n)
+        multiply(desk.weights, desk.shares, n * W)
+    if job.aggregation == MAX:
+        keep_largest(
+            desk.value, best, desk.weights, job.value, job.edge_value, job.has_edge_value, desk.nodes, desk.edges,
+            job.bias, job.has_bias, first, n, values,
+        )  # fmt: skip
+    else:
+        fetches = job.rule != JOINT  # whose values are its keys
+        add_gathered(desk.value, desk.weights, W, job.value, desk.nodes, n, values, fetches, job.has_bias)
+        if job.has_edge_value:
+            add_gathered(desk.value, desk.weights, W, job.edge_value, desk.edges, n, values, True, job.has_bias)
+
+
+@apart
+def attend(job, desk, i, j, first, last, best, finishes):
+    """Targets i .. j - 1 to their edges first .. last - 1: a batch, or one target to more. Unless it finishes, what is
+    summed is left on the desk."""
+    channels = job.H * job.channels.C
+    for p in range(first, max(last, first + 1), EDGES):
+        n = min(EDGES, last - p)
+        if n:
+            take_edges(job, desk, p, n)
+            find_scores(job, desk, i, j, p, n)
+        for t in range(i, j):
+            begin, end = edges_of(job, t, p, p + n)
+            fetch_target(job, t + 8)
+            mine = best + (t - i) * channels
+            if p == first:
+                clear(job, desk, mine)
+            add_values(job, from_edge(desk, begin - p, job.W), t, begin, end - begin, mine)
+            if finishes and p + EDGES >= last:
+                finish(job, desk, t)
+
+
+@apart
+def fetch_target(job, i):
     """Ask for what belongs to target i: rows that lie far apart, which the CPU does not foresee"""
     if job.rule != SUM:
         fetch_row(job.query, i, 0, job.terms.H * job.terms.C)
@@ -243,17 +283,17 @@ def forward(job: NeighborJob, slot, task):
     desk = carve(job, slot)
     channels = job.H * job.channels.C
     if job.mode == NODES:
-        for i in range(job.starts[task], job.starts[task + 1]):
-            first = number(job.indptr, job.wide_indptr, i)
-            last = number(job.indptr, job.wide_indptr, i + 1)
-            fetch_nodes(job, i + 2)
+        i, end = job.starts[task], job.starts[task + 1]
+        while i < end:
+            j = batch_end(job, i, end)
+            first, last = begin_of(job, i), begin_of(job, j)
             if last - first <= job.most:
-                attend(job, desk, i, first, last, job.best + i * channels)
-                finish(job, desk, i)
+                attend(job, desk, i, j, first, last, job.best + i * channels, True)
+            i = j
     elif job.mode == PART:
         i, here = job.hubs[3 * job.parts[3 * task]], job.partial + task * job.partial_step
         best = job.partial_best + task * channels
-        attend(job, desk, i, job.parts[3 * task + 1], job.parts[3 * task + 2], best)
+        attend(job, desk, i, i + 1, job.parts[3 * task + 1], job.parts[3 * task + 2], best, False)
         copy(here, desk.value, job.width)
         copy(here + job.width, desk.bound, job.span)
         copy(here + (job.width + job.span), desk.total, job.span)
@@ -293,16 +333,9 @@ def fold(job: FoldJob, slot, task):
 
 
 # --- coefficients ----------------------------------------------------------------------------------------------------
-@inline
-def kept_scores(job, first, f, count):
-    """A vector of what forward kept of the edges from `first` on, of which there are `count` numbers"""
-    lanes, at = lanes_of(job.scores), first * job.W + f
-    return load(job.scores, at) if f + lanes <= count else load_live(job.scores, at, count - f)
-
-
 @apart
-def find_weights(job, desk, i, first, n):
-    """weights[e, h] = p, from what forward kept; 0 where the score is -inf, whatever else is NaN"""
+def find_weights(job, desk, i, n):
+    """weights[e, h] = p, from the scores that forward kept; 0 where one is -inf, whatever else is NaN"""
     W, lanes, count = job.W, lanes_of(desk.weights), n * job.W
     for g in range(0, W, lanes):
         bound, l = load(job.bounds, i * job.span + g), load(job.totals, i * job.span + g)
@@ -310,7 +343,7 @@ def find_weights(job, desk, i, first, n):
         shift, factor = where(l <= zero, zero, bound), where(l <= zero, zero, one / l)
         for k in range(rounds(n, W, lanes)):
             f = g + k * job.span
-            s = kept_scores(job, first, f, count)
+            s = load(desk.scores, f)
             s = first_lanes(leaky(s, job.slope) if job.rule == SUM else s, count - f, -INF)
             p = probability(s, shift, LOG2E) * factor if job.normalizes else s
             store(where(s <= splat(s, -INF), zero, p), desk.weights, f)
@@ -321,10 +354,11 @@ def coefficients(job: NeighborJob, slot, task):
     # task -> some targets, hubs or not; dbias[e, h] = p, in the caller's order
     desk = carve(job, slot)
     for i in range(job.starts[task], job.starts[task + 1]):
-        last = number(job.indptr, job.wide_indptr, i + 1)
-        for p in range(number(job.indptr, job.wide_indptr, i), last, EDGES):
+        last = begin_of(job, i + 1)
+        for p in range(begin_of(job, i), last, EDGES):
             n = min(EDGES, last - p)
-            find_weights(job, desk, i, p, n)
+            copy(desk.scores, job.scores + p * job.W, n * job.W)
+            find_weights(job, desk, i, n)
             for e in range(n):
                 at = number(job.edge_ids, job.wide_edge_ids, p + e) if job.has_ids else p + e
                 for h in range(job.H):

@@ -9,8 +9,9 @@ gather less, of values or keys; but a pass more over all edges, and pairs that a
 apart. It was as fast (GAT 1.02, GATv2 0.96, GraphTransformer 1.01 times; Zen 3, by turns), and kept more.
 """
 
-from .csr import find_weights, kept_scores, take_query
+from .csr import find_weights, take_query
 from .gather import (
+    AHEAD,
     EDGES,
     Rows,
     add,
@@ -31,7 +32,6 @@ from .gather import (
 from .jit import apart, inline, kernel
 from .simd import fma, lanes_of, load, period_sum, splat, store, store_live, where
 from .walk import (
-    AHEAD,
     DOT,
     HUB,
     JOINT,
@@ -40,10 +40,15 @@ from .walk import (
     PART,
     SUM,
     NeighborJob,
+    batch_end,
+    begin_of,
     carve,
+    edges_of,
     find_shares,
+    from_edge,
     number,
     take_edges,
+    take_numbers,
     weigh_shares,
 )
 
@@ -53,8 +58,7 @@ from .walk import (
 def weight_gradients(job, desk, i, first, n):
     """changes[e, h] = dp, desk.x has do; adds to delta"""
     H, W, dp, lanes = job.H, job.W, desk.changes, lanes_of(desk.changes)
-    take_edges(job, desk, first, n)
-    find_weights(job, desk, i, first, n)
+    find_weights(job, desk, i, n)
     if job.aggregation == MAX:
         gather_largest(job, desk, i, first, n)
     else:
@@ -63,7 +67,7 @@ def weight_gradients(job, desk, i, first, n):
         thin_gradients(job, desk, i, n)
     for e in range(n if job.has_grad_weights else 0):
         for h in range(H):
-            dp[e * W + h] += job.grad_weights[desk.edges.index[e] * H + h]
+            dp[e * W + h] += job.grad_weights[desk.edges[e] * H + h]
     for g in range(0, W if job.normalizes else 0, lanes):
         sum = splat(load(dp, g), 0.0)
         for k in range(rounds(n, W, lanes)):
@@ -82,9 +86,9 @@ def gather_largest(job, desk, i, first, n):
         for c in range(C):
             e = job.best[(i * job.H + h) * C + c] - first
             if 0 <= e and e < n:
-                value = job.value.data[desk.nodes.index[e] * job.value.step + h * C + c]
+                value = job.value.data[desk.nodes[e] * job.value.step + h * C + c]
                 if job.has_edge_value:
-                    value += job.edge_value.data[desk.edges.index[e] * job.edge_value.step + h * C + c]
+                    value += job.edge_value.data[desk.edges[e] * job.edge_value.step + h * C + c]
                 desk.changes[e * W + h] += desk.x[h * pad + c] * value
 
 
@@ -99,12 +103,19 @@ def thin_gradients(job, desk, i, n):
             at = e * W + h
             if desk.weights[at] != 0 and desk.shares[at] != 0:
                 total += desk.shares[at] * desk.weights[at] * desk.changes[at]
-        job.dweight[desk.edges.index[e]] = total
+        job.dweight[desk.edges[e]] = total
     weigh_shares(job, desk, n)
     for f in range(0, n * W, lanes_of(desk.shares)):
         d, share = load(desk.changes, f), load(desk.shares, f)
         nothing = where(share <= splat(d, 0.0), splat(d, 0.0), d * share)
         store(where(share < splat(d, 0.0), d * share, nothing), desk.changes, f)
+
+
+@apart
+def take_scores(job, desk, first, n):
+    """What forward kept of n edges"""
+    take_edges(job, desk, first, n)
+    copy(desk.scores, job.scores + first * job.W, n * job.W)
 
 
 @apart
@@ -118,11 +129,11 @@ def keep_gradients(job, desk, first, n):
 @apart
 def take_again(job, desk, i, first, n):
     """What `weight_gradients` had on the desk, where other edges came after."""
-    take_edges(job, desk, first, n)
+    take_scores(job, desk, first, n)
     for e in range(n):
         for h in range(job.W):
             desk.changes[e * job.W + h] = job.pairs[(first + e) * 2 * job.W + h]
-    find_weights(job, desk, i, first, n)
+    find_weights(job, desk, i, n)
     if job.has_shares:
         find_shares(job, desk, i, n)
         weigh_shares(job, desk, n)
@@ -130,8 +141,8 @@ def take_again(job, desk, i, first, n):
 
 @apart
 def score_gradients(job, desk, first, n, i, sums):
-    """ds = p * (dp - delta), of what is on the desk, through the rule: added up in desk.terms, by edge in dedge, and
-    kept in the pair with w"""
+    """changes = ds = p * (dp - delta), of what is on the desk, through the rule: added up in desk.terms, and by edge in
+    dedge. weights = w"""
     H, W, ds, lanes, nodes, edges = job.H, job.W, desk.changes, lanes_of(desk.changes), desk.nodes, desk.edges
     # 1. ds; of SUM, where query and key are numbers, it is their gradient too
     for g in range(0, W, lanes):
@@ -143,18 +154,17 @@ def score_gradients(job, desk, first, n, i, sums):
             if job.normalizes:
                 d = where(p > splat(p, 0.0), p * (d - delta), p)
             if job.rule == SUM:
-                d = d * leaky_slope(kept_scores(job, first, f, n * W), job.slope)
+                d = d * leaky_slope(load(desk.scores, f), job.slope)
             store(d, ds, f)
             sum = sum + first_lanes(d, n * W - f, 0.0)
         if job.rule == SUM:
             store(load(desk.terms, g) + period_sum(sum, W), desk.terms, g)
     for e in range(n if job.wants_dbias else 0):
         for h in range(H):
-            job.dbias[edges.index[e] * H + h] = ds[e * W + h]
+            job.dbias[edges[e] * H + h] = ds[e * W + h]
     # 2. w
     if job.has_shares:
         multiply(desk.weights, desk.shares, n * W)
-    put_pairs(job, desk, first, n)
     # 3. what the query gets, and what belongs to the edge
     if job.rule == JOINT:
         joint_gradients(
@@ -165,12 +175,12 @@ def score_gradients(job, desk, first, n, i, sums):
         add_gathered(desk.terms, ds, W, job.key, nodes, n, job.terms, True, job.has_bias)
         if job.has_edge:
             add_gathered(desk.terms, ds, W, job.edge, edges, n, job.terms, True, job.has_bias)
-            spread(job.dedge, edges.index, ds, desk.y, n, job.terms, job.scale)
+            spread(job.dedge, edges, ds, desk.y, n, job.terms, job.scale)
     if job.has_edge_value:
-        spread(job.dedge_value, edges.index, desk.weights, desk.x, n, job.channels, 1.0)
+        spread(job.dedge_value, edges, desk.weights, desk.x, n, job.channels, 1.0)
         if job.aggregation == MAX:
             width = H * job.channels.C
-            keep_chosen(job.dedge_value, edges.index, job.best + i * width, first, n, width)
+            keep_chosen(job.dedge_value, edges, job.best + i * width, first, n, width)
 
 
 @apart
@@ -234,6 +244,54 @@ def put_terms(job, rows, i, x):
         put_row(rows, i, x, job.terms, job.scale if job.rule == DOT else 1.0)
 
 
+@apart
+def few(job, desk, i, j, first, n, sums):
+    """Targets i .. j - 1, whose n edges are a batch"""
+    if n:
+        take_scores(job, desk, first, n)
+    for t in range(i, j):
+        begin, end = edges_of(job, t, first, first + n)
+        here = from_edge(desk, begin - first, job.W)
+        clear_target(job, desk, t)
+        weight_gradients(job, here, t, begin, end - begin)
+        score_gradients(job, here, begin, end - begin, t, sums)
+        put_target(job, desk, t, sums)
+    put_pairs(job, desk, first, n)
+
+
+@apart
+def many(job, desk, i, first, last, sums):
+    """Target i, whose edges are several batches: delta is needed whole before the second round."""
+    clear_target(job, desk, i)
+    find_delta(job, desk, i, first, last)
+    give_scores(job, desk, i, first, last, sums)
+    put_target(job, desk, i, sums)
+
+
+@apart
+def find_delta(job, desk, i, first, last):
+    for p in range(first, last, EDGES):
+        n = min(EDGES, last - p)
+        take_scores(job, desk, p, n)
+        weight_gradients(job, desk, i, p, n)
+        keep_gradients(job, desk, p, n)
+
+
+@apart
+def give_scores(job, desk, i, first, last, sums):
+    for p in range(first, last, EDGES):
+        n = min(EDGES, last - p)
+        take_again(job, desk, i, p, n)
+        score_gradients(job, desk, p, n, i, sums)
+        put_pairs(job, desk, p, n)
+
+
+@apart
+def put_target(job, desk, i, sums):
+    put_terms(job, job.dquery, i, desk.terms)
+    add(sums, desk.x, job.width)
+
+
 @kernel
 def backward_targets(job: NeighborJob, slot, task):
     # task -> as in forward, with two rounds over a hub's parts: delta is needed whole before the second
@@ -241,23 +299,15 @@ def backward_targets(job: NeighborJob, slot, task):
     width = job.width
     sums = job.sums + (job.sums_from + task) * 3 * width
     if job.mode == NODES:
-        for i in range(job.starts[task], job.starts[task + 1]):
-            first = number(job.indptr, job.wide_indptr, i)
-            last = number(job.indptr, job.wide_indptr, i + 1)
-            if job.rule != SUM:
-                fetch_row(job.query, i + 2, 0, job.terms.H * job.terms.C)
-            if last - first <= job.most:
-                clear_target(job, desk, i)
-                for p in range(first, last, EDGES):
-                    weight_gradients(job, desk, i, p, min(EDGES, last - p))
-                    if last - first > EDGES:
-                        keep_gradients(job, desk, p, min(EDGES, last - p))
-                for p in range(first, last, EDGES):
-                    if last - first > EDGES:
-                        take_again(job, desk, i, p, min(EDGES, last - p))
-                    score_gradients(job, desk, p, min(EDGES, last - p), i, sums)
-                put_terms(job, job.dquery, i, desk.terms)
-                add(sums, desk.x, width)
+        i, end = job.starts[task], job.starts[task + 1]
+        while i < end:
+            j = batch_end(job, i, end)
+            first, last = begin_of(job, i), begin_of(job, j)
+            if last - first <= EDGES:
+                few(job, desk, i, j, first, last - first, sums)
+            elif last - first <= job.most:
+                many(job, desk, i, first, last, sums)
+            i = j
         return
     hub = task if job.mode == HUB else job.parts[3 * task]
     i = job.hubs[3 * hub]
@@ -265,54 +315,63 @@ def backward_targets(job: NeighborJob, slot, task):
     if job.mode == HUB:
         for part in range(job.hubs[3 * hub + 1], job.hubs[3 * hub + 2]):
             add(desk.terms, job.partial + part * job.partial_step, width)
-        put_terms(job, job.dquery, i, desk.terms)
-        add(sums, desk.x, width)
+        put_target(job, desk, i, sums)
         return
     here, first, last = job.partial + task * job.partial_step, job.parts[3 * task + 1], job.parts[3 * task + 2]
     if job.mode == PART:
-        for p in range(first, last, EDGES):
-            weight_gradients(job, desk, i, p, min(EDGES, last - p))
-            keep_gradients(job, desk, p, min(EDGES, last - p))
+        find_delta(job, desk, i, first, last)
         copy(here + width, desk.delta, job.span)
         return
     for part in range(job.hubs[3 * hub + 1], job.hubs[3 * hub + 2]):
         add(desk.delta, job.partial + (part * job.partial_step + width), job.span)
-    for p in range(first, last, EDGES):
-        take_again(job, desk, i, p, min(EDGES, last - p))
-        score_gradients(job, desk, p, min(EDGES, last - p), i, sums)
+    give_scores(job, desk, i, first, last, sums)
     copy(here, desk.terms, width)
 
 
 # --- backward, by source ---------------------------------------------------------------------------------------------
 @apart
-def collect(job, desk, j, first, last):
-    """desk.value = dvalue and desk.terms = dkey of source j, from its edges first .. last - 1"""
+def collect(job, desk, i, j, first, last, finishes, sums):
+    """Sources i .. j - 1 from their edges first .. last - 1, a batch, or more for one source: desk.value = dvalue and
+    desk.terms = dkey. If it finishes, they are given to each."""
+    for p in range(first, max(last, first + 1), EDGES):
+        n = min(EDGES, last - p)
+        if n:
+            take_pairs(job, desk, p, n)
+        for t in range(i, j):
+            begin, end = edges_of(job, t, p, p + n)
+            if p == first:
+                if job.rule == JOINT:
+                    fetch_row(job.key, t + 2, 0, job.terms.H * job.terms.C)
+                    take_row(desk.y, job.key, t, job.terms)
+                fill(desk.value, job.width, 0.0)
+                fill(desk.terms, job.width, 0.0)
+            add_gradients(job, from_edge(desk, begin - p, job.W), end - begin)
+            if finishes and p + EDGES >= last:
+                give(job, desk, t, sums)
+
+
+@apart
+def add_gradients(job, desk, n):
+    """Of n edges of a source, to what is summed"""
     W, nodes = job.W, desk.nodes
     ds, weights = desk.pairs, desk.pairs + W  # ds first, so that it is read as it was stored, at once
-    if job.rule == JOINT:
-        take_row(desk.y, job.key, j, job.terms)
-    fill(desk.value, job.width, 0.0)
-    fill(desk.terms, job.width, 0.0)
-    for p in range(first, last, EDGES):
-        n = min(EDGES, last - p)
-        take_pairs(job, desk, p, n)
-        if job.aggregation == MAX:
-            add_largest(job, desk, n)
-        else:
-            add_gathered(desk.value, weights, 2 * W, job.grad, nodes, n, job.channels, True, job.has_bias)
-        if job.rule == SUM:
-            for g in range(0, W, lanes_of(ds)):
-                sum = load(desk.terms, g)
-                for e in range(n):
-                    sum = sum + load(ds, 2 * e * W + g)
-                store(sum, desk.terms, g)
-        elif job.rule == DOT:
-            add_gathered(desk.terms, ds, 2 * W, job.query, nodes, n, job.terms, True, job.has_bias)
-        elif job.rule == JOINT:
-            joint_gradients(
-                desk.terms, None, ds, 2 * W, desk.y, job.att, job.slope, job.query, job.edge, job.has_edge,
-                job.edge, 0, nodes, desk.edges, n, job.terms, True,
-            )  # fmt: skip
+    if job.aggregation == MAX:
+        add_largest(job, desk, n)
+    else:
+        add_gathered(desk.value, weights, 2 * W, job.grad, nodes, n, job.channels, True, job.has_bias)
+    if job.rule == SUM:
+        for g in range(0, W, lanes_of(ds)):
+            sum = load(desk.terms, g)
+            for e in range(n):
+                sum = sum + load(ds, 2 * e * W + g)
+            store(sum, desk.terms, g)
+    elif job.rule == DOT:
+        add_gathered(desk.terms, ds, 2 * W, job.query, nodes, n, job.terms, True, job.has_bias)
+    elif job.rule == JOINT:
+        joint_gradients(
+            desk.terms, None, ds, 2 * W, desk.y, job.att, job.slope, job.query, job.edge, job.has_edge,
+            job.edge, 0, nodes, desk.edges, n, job.terms, True,
+        )  # fmt: skip
 
 
 @apart
@@ -320,15 +379,13 @@ def take_pairs(job, desk, first, n):
     """The other end and the pair (ds, w) of the edges at n positions by source. Vectors run into what comes after
     them, which is stored later."""
     width, pairs = 2 * job.W, Rows(job.pairs, 2 * job.W)
+    take_numbers(desk.nodes, job.others, job.wide_others, first, n, job.E)
+    take_numbers(desk.positions, job.positions, job.wide_positions, first, n, job.E)
     for e in range(n):
-        p, soon = first + e, min(first + e + AHEAD, job.E - 1)
-        desk.nodes.index[e] = number(job.others, job.wide_others, p)
-        desk.nodes.soon[e] = number(job.others, job.wide_others, soon)
-        fetch_row(pairs, number(job.positions, job.wide_positions, soon), 0, width)
-        position = number(job.positions, job.wide_positions, p)
-        desk.positions[e] = position
+        fetch_row(pairs, desk.positions[e + AHEAD], 0, width)
+        position = desk.positions[e]
         if job.has_edge:  # else a look at random memory for nothing
-            desk.edges.index[e] = number(job.edge_ids, job.wide_edge_ids, position) if job.has_ids else position
+            desk.edges[e] = number(job.edge_ids, job.wide_edge_ids, position) if job.has_ids else position
         for g in range(0, width, lanes_of(desk.pairs)):
             store(load(job.pairs, position * width + g), desk.pairs, e * width + g)
 
@@ -338,7 +395,7 @@ def add_largest(job, desk, n):
     """dvalue in the channels where the edge's value was the largest"""
     H, C, pad, grad = job.H, job.channels.C, job.channels.pad, job.grad
     for e in range(n):
-        i = desk.nodes.index[e]
+        i = desk.nodes[e]
         for h in range(H):
             for c in range(C):
                 if job.best[(i * H + h) * C + c] == desk.positions[e]:
@@ -373,18 +430,17 @@ def backward_sources(job: NeighborJob, slot, task):
     width = job.width
     sums = job.sums + (job.sums_from + task) * 3 * width
     if job.mode == NODES:
-        for j in range(job.starts[task], job.starts[task + 1]):
-            first = number(job.indptr, job.wide_indptr, j)
-            last = number(job.indptr, job.wide_indptr, j + 1)
-            if job.rule == JOINT:
-                fetch_row(job.key, j + 2, 0, job.terms.H * job.terms.C)
+        i, end = job.starts[task], job.starts[task + 1]
+        while i < end:
+            j = batch_end(job, i, end)
+            first, last = begin_of(job, i), begin_of(job, j)
             if last - first <= job.most:
-                collect(job, desk, j, first, last)
-                give(job, desk, j, sums)
+                collect(job, desk, i, j, first, last, True, sums)
+            i = j
     elif job.mode == PART:
         here = job.partial + task * job.partial_step
         j = job.hubs[3 * job.parts[3 * task]]
-        collect(job, desk, j, job.parts[3 * task + 1], job.parts[3 * task + 2])
+        collect(job, desk, j, j + 1, job.parts[3 * task + 1], job.parts[3 * task + 2], False, sums)
         copy(here, desk.value, width)
         copy(here + width, desk.terms, width)
     else:

@@ -1,7 +1,7 @@
 """Products with rows that lie anywhere: what attention over neighbours is made of. Lanes are channels.
 
     rows (N, H, C)          of nodes or of edges; node n begins at n * step, and its heads and channels are contiguous
-    ends.index (n)          which rows, for the n <= EDGES edges that are worked on
+    index (n + AHEAD)       which rows, for the n <= EDGES edges that are worked on, and for those that come after
     weights (n, W)          a number for each edge and head
     x, out (H, C)           of one node, in scratch: each head padded to whole vectors, `pad` apart
 
@@ -43,6 +43,7 @@ from .softmax import plus, times
 
 INF = math.inf
 EDGES = 64  # of one node at a time: their rows stay in the first-level cache
+AHEAD = 24  # edges: their rows are on the way while others are worked on
 VECTORS = 4  # in a tile: of a row, or of so many heads; as many chains of multiply-adds as hide their latency
 
 
@@ -69,13 +70,6 @@ class Heads(NamedTuple):
     in_scratch: Indices
     row_of: Indices  # where the head of each lane of a vector of numbers begins in a row, and in scratch
     scratch_of: Indices
-
-
-class Ends(NamedTuple):
-    """Which rows belong to the edges that are worked on, and which to those some edges later."""
-
-    index: Indices
-    soon: Indices
 
 
 # --- rows and vectors -----------------------------------------------------------------------------------------------
@@ -182,17 +176,17 @@ def row_tile(like, rows, index, e, n, heads, g, c, live):
 
 
 @inline
-def gathered(like, rows, ends, edge_rows, edges, has_edge, e, n, heads, g, c, live):
-    """rows[index[e], h, c] (+ edge_rows[ids[e], h, c])"""
-    y = row_tile(like, rows, ends.index, e, n, heads, g, c, live)
+def gathered(like, rows, nodes, edge_rows, edges, has_edge, e, n, heads, g, c, live):
+    """rows[nodes[e], h, c] (+ edge_rows[edges[e], h, c])"""
+    y = row_tile(like, rows, nodes, e, n, heads, g, c, live)
     if has_edge:
-        y = tile_map(plus, y, (row_tile(like, edge_rows, edges.index, e, n, heads, g, c, live),))
+        y = tile_map(plus, y, (row_tile(like, edge_rows, edges, e, n, heads, g, c, live),))
     return y
 
 
 @apart
-def dot_gathered(out, x, rows, ends, edge_rows, edges, has_edge, n, heads):
-    """out[e, h] = sum over c of x[h, c] * (rows[index[e], h, c] + edge_rows[ids[e], h, c])
+def dot_gathered(out, x, rows, nodes, edge_rows, edges, has_edge, n, heads):
+    """out[e, h] = sum over c of x[h, c] * (rows[nodes[e], h, c] + edge_rows[edges[e], h, c])
 
     A few sums are made at once, and joined in one vector, which runs into what is stored next.
     """
@@ -203,21 +197,21 @@ def dot_gathered(out, x, rows, ends, edge_rows, edges, has_edge, n, heads):
         for g in range(0, heads.W, tile_rows(zeros)):
             tile = zeros
             for c in range(0, whole, lanes):
-                y = gathered(zeros, rows, ends, edge_rows, edges, has_edge, e, n, heads, g, c, None)
+                y = gathered(zeros, rows, nodes, edge_rows, edges, has_edge, e, n, heads, g, c, None)
                 tile = tile_map(multiply_add, tile, (tile_at(zeros, x, places, g, c, None), y))
             if rest:
-                y = gathered(zeros, rows, ends, edge_rows, edges, has_edge, e, n, heads, g, whole, rest)
+                y = gathered(zeros, rows, nodes, edge_rows, edges, has_edge, e, n, heads, g, whole, rest)
                 tile = tile_map(multiply_add, tile, (tile_at(zeros, x, places, g, whole, None), y))
             store(row_sums(tile), out, e * heads.W + g)
-        e = fetch_passed(rows, ends, e, n, heads, tile_rows(zeros))
+        e = fetch_passed(rows, nodes, e, n, heads, tile_rows(zeros))
 
 
 @inline
-def fetch_passed(rows, ends, e, n, heads, count):
+def fetch_passed(rows, nodes, e, n, heads, count):
     """The edge after those that `count` sums are of; for each of these, a row that will be needed soon is asked for."""
     after = min(e + (count >> heads.shift), n)
     while e < after:
-        fetch_row(rows, ends.soon[e], 0, heads.H * heads.C)
+        fetch_row(rows, nodes[e + AHEAD], 0, heads.H * heads.C)
         e += 1
     return after
 
@@ -229,7 +223,7 @@ def multiply_add_unless_zero(sum, x, w):
 
 
 @apart
-def add_block(out, weights, step, rows, ends, n, heads, v, live, fetches, selects):
+def add_block(out, weights, step, rows, index, n, heads, v, live, fetches, selects):
     """`add_gathered` for the vectors v, v + 1, ... of a row"""
     tile, lanes = tile_zeros(out, VECTORS, 1), lanes_of(out)
     head_of, in_row, in_scratch = heads.head_of, heads.in_row, heads.in_scratch
@@ -237,8 +231,8 @@ def add_block(out, weights, step, rows, ends, n, heads, v, live, fetches, select
     begin = in_row[v]
     for e in range(n):
         if fetches:
-            fetch_row(rows, ends.soon[e], begin, VECTORS * lanes)
-        x = tile_at(tile, data, in_row, v, ends.index[e] * row, live)
+            fetch_row(rows, index[e + AHEAD], begin, VECTORS * lanes)
+        x = tile_at(tile, data, in_row, v, index[e] * row, live)
         w = tile_splats(tile, weights, head_of, v, e * step)
         if selects:
             tile = tile_map(multiply_add_unless_zero, tile, (x, w))
@@ -254,16 +248,16 @@ def blocks(n):
 
 
 @apart
-def add_gathered(out, weights, step, rows, ends, n, heads, fetches, selects):
+def add_gathered(out, weights, step, rows, index, n, heads, fetches, selects):
     """out[h, c] += sum over e of weights[e, h] * rows[index[e], h, c]; if it selects, a weight of 0 adds nothing
 
     Weights are `step` from edge to edge. If it fetches, rows that will be needed soon are asked for.
     """
     for v in range(0, heads.whole, VECTORS):
-        add_block(out, weights, step, rows, ends, n, heads, v, None, fetches, selects)
+        add_block(out, weights, step, rows, index, n, heads, v, None, fetches, selects)
     whole = blocks(heads.whole)
     for v in range(whole, whole + heads.rests, VECTORS):
-        add_block(out, weights, step, rows, ends, n, heads, v, heads.rest, fetches, selects)
+        add_block(out, weights, step, rows, index, n, heads, v, heads.rest, fetches, selects)
 
 
 @apart
@@ -278,18 +272,18 @@ def scale_heads(x, factors, heads):
 
 @apart
 def keep_largest(out, best, weights, rows, edge_rows, has_edge, nodes, edges, bias, has_bias, first, n, heads):
-    """out[h, c] = the largest of weights[e, h] * (rows[index[e], h, c] + edge_rows[ids[e], h, c]), and
+    """out[h, c] = the largest of weights[e, h] * (rows[nodes[e], h, c] + edge_rows[edges[e], h, c]), and
     best[h, c] its position, -1 before any; the first of equal ones, NaN before all, and none that a bias hides"""
     C = heads.C
     for e in range(n):
-        fetch_row(rows, nodes.soon[e], 0, heads.H * C)
+        fetch_row(rows, nodes[e + AHEAD], 0, heads.H * C)
         for h in range(heads.H):
             w = weights[e * heads.W + h]
-            if not has_bias or bias.data[edges.index[e] * bias.step + h] != -INF:
+            if not has_bias or bias.data[edges[e] * bias.step + h] != -INF:
                 for c in range(C):
-                    value = rows.data[nodes.index[e] * rows.step + h * C + c]
+                    value = rows.data[nodes[e] * rows.step + h * C + c]
                     if has_edge:
-                        value += edge_rows.data[edges.index[e] * edge_rows.step + h * C + c]
+                        value += edge_rows.data[edges[e] * edge_rows.step + h * C + c]
                     value *= w
                     at = h * heads.pad + c
                     if best[h * C + c] < 0 or value > out[at] or value != value:
@@ -320,8 +314,8 @@ def leaky_share(z, d, slope):
 
 
 @apart
-def joint_scores(out, x, att, slope, rows, ends, edge_rows, edges, has_edge, n, heads):
-    """out[e, h] = sum over c of att[h, c] * leaky(x[h, c] + rows[index[e], h, c] + edge_rows[ids[e], h, c])"""
+def joint_scores(out, x, att, slope, rows, nodes, edge_rows, edges, has_edge, n, heads):
+    """out[e, h] = sum over c of att[h, c] * leaky(x[h, c] + rows[nodes[e], h, c] + edge_rows[edges[e], h, c])"""
     zeros, lanes = tile_narrow(out, VECTORS), lanes_of(out)
     whole, rest, places = heads.C // lanes * lanes, heads.C % lanes, heads.scratch_of
     e = 0
@@ -329,15 +323,15 @@ def joint_scores(out, x, att, slope, rows, ends, edge_rows, edges, has_edge, n, 
         for g in range(0, heads.W, tile_rows(zeros)):
             tile = zeros
             for c in range(0, whole, lanes):
-                y = gathered(zeros, rows, ends, edge_rows, edges, has_edge, e, n, heads, g, c, None)
+                y = gathered(zeros, rows, nodes, edge_rows, edges, has_edge, e, n, heads, g, c, None)
                 z = tile_map(plus, y, (tile_at(zeros, x, places, g, c, None),))
                 tile = tile_map(add_leaky, tile, (z, tile_at(zeros, att, places, g, c, None), slope))
             if rest:
-                y = gathered(zeros, rows, ends, edge_rows, edges, has_edge, e, n, heads, g, whole, rest)
+                y = gathered(zeros, rows, nodes, edge_rows, edges, has_edge, e, n, heads, g, whole, rest)
                 z = tile_map(plus, y, (tile_at(zeros, x, places, g, whole, None),))
                 tile = tile_map(add_leaky, tile, (z, tile_at(zeros, att, places, g, whole, None), slope))
             store(row_sums(tile), out, e * heads.W + g)
-        e = fetch_passed(rows, ends, e, n, heads, tile_rows(zeros))
+        e = fetch_passed(rows, nodes, e, n, heads, tile_rows(zeros))
 
 
 @apart
@@ -389,17 +383,17 @@ def joint_block(
     sum, att_sum, begin = zeros, zeros, in_row[v]  # att is the same for all edges, and multiplied at the end
     for e in range(n):
         if fetches:
-            fetch_row(rows, nodes.soon[e], begin, VECTORS * lanes)
-        z = tile_map(plus, mine, (tile_at(zeros, rows.data, in_row, v, nodes.index[e] * rows.step, live),))
+            fetch_row(rows, nodes[e + AHEAD], begin, VECTORS * lanes)
+        z = tile_map(plus, mine, (tile_at(zeros, rows.data, in_row, v, nodes[e] * rows.step, live),))
         if has_edge:
-            other = tile_at(zeros, edge_rows.data, in_row, v, edges.index[e] * edge_rows.step, live)
+            other = tile_at(zeros, edge_rows.data, in_row, v, edges[e] * edge_rows.step, live)
             z = tile_map(plus, z, (other,))
         d = tile_map(leaky_share, z, (tile_splats(zeros, ds, head_of, v, e * step), slope))
         sum = tile_map(plus, sum, (d,))
         if datt is not None:
             att_sum = tile_map(multiply_add, att_sum, (d, z))
         if wants_edge:
-            tile_store_at(tile_map(times, d, (a,)), dedge_rows.data, in_row, v, edges.index[e] * dedge_rows.step, live)
+            tile_store_at(tile_map(times, d, (a,)), dedge_rows.data, in_row, v, edges[e] * dedge_rows.step, live)
     so_far = tile_at(zeros, dx, in_scratch, v, 0, None)
     tile_store_at(tile_map(multiply_add, so_far, (sum, a)), dx, in_scratch, v, 0, None)
     if datt is not None:

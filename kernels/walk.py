@@ -1,15 +1,18 @@
 """Walking along the edges of a graph: what the kernels of attention over neighbours are told, and what they do it with.
 
-A task is some nodes with about as many edges as any other's. A hub, a node with more than a task should have, is cut
-into parts, each a task that leaves what it summed in `partial`, and then one task adds them up in their order. All
-this depends on the graph alone, so results do not depend on threads.
+A task is some nodes with about as many edges as any other's. It is done by batches: of as many of its nodes as have no
+more than EDGES edges together, or of the edges of one node, EDGES at a time. What is alike for all edges is done for a
+batch at once, in loops that are long enough to be worth beginning.
+
+A hub, a node with more than a task should have, is cut into parts, each a task that leaves what it summed in `partial`,
+and then one task adds them up in their order. All this depends on the graph alone, so results do not depend on threads.
 """
 
 from typing import NamedTuple
 
 import numpy as np
 
-from .gather import EDGES, Ends, Heads, Rows
+from .gather import AHEAD, EDGES, Heads, Rows
 from .jit import Elements, Indices, Ints, apart, inline
 from .scoring import Dropout, mixed
 from .simd import as_indices, lanes_of, line_of
@@ -17,7 +20,6 @@ from .simd import as_indices, lanes_of, line_of
 SUM, JOINT, DOT, GIVEN = 0, 1, 2, 3  # rules for scores, see csr.py
 ADD, MEAN, MAX = 0, 1, 2  # aggregations
 NODES, PART, SECOND_PART, HUB = 0, 1, 2, 3  # what a task is
-AHEAD = 24  # edges: their rows are on the way while others are worked on
 
 
 class NeighborJob(NamedTuple):
@@ -100,12 +102,13 @@ class NeighborJob(NamedTuple):
 
 
 class Desk(NamedTuple):
-    """Scratch of one task."""
+    """Scratch of one task. Numbers of edges may be written a vector too far, where those of later edges will be."""
 
-    nodes: Ends  # the other ends of EDGES edges
-    edges: Ends  # their numbers, the caller's
+    nodes: Indices  # the other ends of EDGES edges, and of AHEAD more: their rows will be needed soon
+    edges: Indices  # their numbers, the caller's
     positions: Indices  # by target, of edges by source
-    weights: Elements  # (EDGES, W)
+    scores: Elements  # (EDGES, W)
+    weights: Elements
     changes: Elements
     shares: Elements
     pairs: Elements  # (EDGES, 2, W)
@@ -119,12 +122,12 @@ class Desk(NamedTuple):
     y: Elements
 
 
-INDICES = 5 * EDGES  # that `carve` lays out
+INDICES = 3 * (EDGES + AHEAD)  # that `carve` lays out
 
 
 def scratch_elements(W: int, span: int, width: int, lanes: int, itemsize: int) -> int:
     """What `carve` lays out, in elements. Numbers of edges end in a vector that stores may run into."""
-    return INDICES * 8 // itemsize + 5 * EDGES * W + 4 * lanes + 4 * span + 4 * width
+    return INDICES * 8 // itemsize + 6 * EDGES * W + 5 * lanes + 4 * span + 4 * width
 
 
 def partial_elements(span: int, width: int) -> int:
@@ -134,16 +137,27 @@ def partial_elements(span: int, width: int) -> int:
 
 @inline
 def carve(job, slot):
-    here, n = job.scratch + slot * job.scratch_step, EDGES
+    here, n, soon = job.scratch + slot * job.scratch_step, EDGES, EDGES + AHEAD
     index = as_indices(here)
     numbers, step = here + INDICES * line_of(here) // 8, n * job.W + lanes_of(here)
-    bound = numbers + (4 * step + n * job.W)
+    bound = numbers + (5 * step + n * job.W)
     value = bound + 4 * job.span
     return Desk(
-        Ends(index, index + n), Ends(index + 2 * n, index + 3 * n), index + 4 * n,
-        numbers, numbers + step, numbers + 2 * step, numbers + 3 * step,
+        index, index + soon, index + 2 * soon,
+        numbers, numbers + step, numbers + 2 * step, numbers + 3 * step, numbers + 4 * step,
         bound, bound + job.span, bound + 2 * job.span, bound + 3 * job.span,
         value, value + job.width, value + 2 * job.width, value + 3 * job.width,
+    )  # fmt: skip
+
+
+@inline
+def from_edge(desk, e, W):
+    """The desk, but for the edges before e"""
+    f = e * W
+    return Desk(
+        desk.nodes + e, desk.edges + e, desk.positions + e,
+        desk.scores + f, desk.weights + f, desk.changes + f, desk.shares + f, desk.pairs + 2 * f,
+        desk.bound, desk.total, desk.delta, desk.factor, desk.value, desk.terms, desk.x, desk.y,
     )  # fmt: skip
 
 
@@ -154,21 +168,50 @@ def number(narrow, wide, p):
 
 
 @inline
+def begin_of(job, i):
+    """Where the edges of node i begin, and those of i - 1 end"""
+    return number(job.indptr, job.wide_indptr, i)
+
+
+@inline
+def edges_of(job, i, first, last):
+    """Where those of node i begin and end that are among the edges first .. last - 1"""
+    return max(begin_of(job, i), first), min(begin_of(job, i + 1), last)
+
+
+@inline
 def degree(job, i):
-    return number(job.indptr, job.wide_indptr, i + 1) - number(job.indptr, job.wide_indptr, i)
+    return begin_of(job, i + 1) - begin_of(job, i)
+
+
+@apart
+def batch_end(job, i, end):
+    """The node behind the last from i on whose edges, together, are no more than EDGES; but i is one of them."""
+    last, j = begin_of(job, i) + EDGES, i + 1
+    while j < end and begin_of(job, j + 1) <= last:
+        j += 1
+    return j
 
 
 @apart
 def take_edges(job, desk, first, n):
-    """Both ends' numbers of the edges at n positions, and of those that come AHEAD edges later."""
-    for e in range(n):
-        p, soon = first + e, min(first + e + AHEAD, job.E - 1)
-        desk.nodes.index[e] = number(job.others, job.wide_others, p)
-        desk.nodes.soon[e] = number(job.others, job.wide_others, soon)
-    for e in range(n if job.wants_ids else 0):
-        p, soon = first + e, min(first + e + AHEAD, job.E - 1)
-        desk.edges.index[e] = number(job.edge_ids, job.wide_edge_ids, p) if job.has_ids else p
-        desk.edges.soon[e] = number(job.edge_ids, job.wide_edge_ids, soon) if job.has_ids else soon
+    """Both numbers of the edges at n > 0 positions, and of the AHEAD that come after them."""
+    take_numbers(desk.nodes, job.others, job.wide_others, first, n, job.E)
+    if job.wants_ids and job.has_ids:
+        take_numbers(desk.edges, job.edge_ids, job.wide_edge_ids, first, n, job.E)
+    elif job.wants_ids:
+        for e in range(n + AHEAD):
+            desk.edges[e] = min(first + e, job.E - 1)
+
+
+@apart
+def take_numbers(out, narrow, wide, first, n, E):
+    """Behind the last of E there is no other: it is repeated."""
+    there = min(n + AHEAD, E - first)
+    for e in range(there):
+        out[e] = number(narrow, wide, first + e)
+    for e in range(there, n + AHEAD):
+        out[e] = out[there - 1]
 
 
 @apart
@@ -187,7 +230,7 @@ def find_shares(job, desk, i, n):
         for h in range(job.H):
             x = share
             if job.has_dropout:
-                x = share * job.dropout.gain if is_kept(job.dropout, desk.edges.index[e], h) else 0.0
+                x = share * job.dropout.gain if is_kept(job.dropout, desk.edges[e], h) else 0.0
             desk.shares[e * job.W + h] = x
 
 
@@ -196,4 +239,4 @@ def weigh_shares(job, desk, n):
     if job.has_weight:
         for e in range(n):
             for h in range(job.H):
-                desk.shares[e * job.W + h] *= job.edge_weight[desk.edges.index[e]]
+                desk.shares[e * job.W + h] *= job.edge_weight[desk.edges[e]]
