@@ -35,7 +35,7 @@ from .gather import (
     scale_heads,
     take_row,
 )
-from .jit import Elements, apart, kernel
+from .jit import Elements, apart, inline, kernel
 from .simd import (
     fma,
     lane_sum,
@@ -75,7 +75,7 @@ INF = math.inf
 # --- forward --------------------------------------------------------------------------------------------------------
 @apart
 def find_scores(job, desk, i, j, first, n):
-    """scores[e, h] = s, of the n edges from `first` on, which are of the targets i .. j - 1"""
+    """scores[e, h] = s, of SUM before its LeakyReLU: of the n edges from `first` on, of the targets i .. j - 1"""
     s, W, edges, lanes = desk.scores, job.W, desk.edges, lanes_of(desk.scores)
     for t in range(i, j):
         begin, end = edges_of(job, t, first, first + n)
@@ -91,9 +91,6 @@ def find_scores(job, desk, i, j, first, n):
             s[e * W + h] = b if b == -INF else s[e * W + h] + b
     if job.keeps:
         copy(job.scores + first * W, s, n * W)
-    if job.rule == SUM:
-        for f in range(0, n * W, lanes):
-            store(leaky(load(s, f), job.slope), s, f)
 
 
 @apart
@@ -124,10 +121,17 @@ def find_sums(job, desk, n):
             store(x, out, e * job.W + h)
 
 
+@inline
+def score(job, desk, f):
+    """s, of a vector of edges and heads"""
+    s = load(desk.scores, f)
+    return leaky(s, job.slope) if job.rule == SUM else s
+
+
 @apart
-def soften(desk, W, span, n):
+def soften(job, desk, n):
     """weights = p = exp(s - bound), and the total; factor is what the sums so far are worth under the new bound."""
-    s, lanes, count = desk.scores, lanes_of(desk.scores), n * W
+    W, span, lanes, count = job.W, job.span, lanes_of(desk.scores), n * job.W
     many = rounds(n, W, lanes)
     for g in range(0, W, lanes):
         # 1. the largest score of each head
@@ -135,7 +139,7 @@ def soften(desk, W, span, n):
         top, none = before, splat(before, -INF)
         for k in range(many):
             f = g + k * span
-            x = first_lanes(load(s, f), count - f, -INF)
+            x = first_lanes(score(job, desk, f), count - f, -INF)
             top = where(x > top, x, top)
         top = period_max(top, W)
         store(top, desk.bound, g)
@@ -144,7 +148,7 @@ def soften(desk, W, span, n):
         factor, sum = probability(before, shift, LOG2E), splat(top, 0.0)
         for k in range(many):
             f = g + k * span
-            p = probability(first_lanes(load(s, f), count - f, -INF), shift, LOG2E)
+            p = probability(first_lanes(score(job, desk, f), count - f, -INF), shift, LOG2E)
             store(p, desk.weights, f)
             sum = sum + p
         store(fma(load(desk.total, g), factor, period_sum(sum, W)), desk.total, g)
@@ -167,12 +171,12 @@ def add_values(job, desk, i, first, n, best):
     """From scores to weights, and to what is summed, for n edges of target i, those from `first` on"""
     W, values = job.W, job.channels
     if job.normalizes:
-        soften(desk, W, job.span, n)
+        soften(job, desk, n)
         if first > begin_of(job, i):
             scale_heads(desk.value, desk.factor, values)
     else:
         for f in range(0, n * W, lanes_of(desk.scores)):
-            store(load(desk.scores, f), desk.weights, f)
+            store(score(job, desk, f), desk.weights, f)
     if job.has_shares:
         find_shares(job, desk, i, n)
         weigh_shares(job, desk, n)
@@ -213,8 +217,7 @@ def attend(job, desk, i, j, first, last, best, finishes):
 @apart
 def fetch_target(job, i):
     """Ask for what belongs to target i: rows that lie far apart, which the CPU does not foresee"""
-    if job.rule != SUM:
-        fetch_row(job.query, i, 0, job.terms.H * job.terms.C)
+    fetch_row(job.query, i, 0, job.H if job.rule == SUM else job.H * job.terms.C)
     if job.offset.step:
         fetch_row(job.offset, i, 0, job.H * job.channels.C)
 
@@ -343,8 +346,7 @@ def find_weights(job, desk, i, n):
         shift, factor = where(l <= zero, zero, bound), where(l <= zero, zero, one / l)
         for k in range(rounds(n, W, lanes)):
             f = g + k * job.span
-            s = load(desk.scores, f)
-            s = first_lanes(leaky(s, job.slope) if job.rule == SUM else s, count - f, -INF)
+            s = first_lanes(score(job, desk, f), count - f, -INF)
             p = probability(s, shift, LOG2E) * factor if job.normalizes else s
             store(where(s <= splat(s, -INF), zero, p), desk.weights, f)
 
