@@ -35,7 +35,7 @@ from .gather import (
     scale_heads,
     take_row,
 )
-from .jit import Elements, apart, inline, kernel
+from .jit import Elements, apart, inline, kernel, within
 from .simd import (
     fma,
     lane_sum,
@@ -49,7 +49,7 @@ from .simd import (
     store,
     where,
 )
-from .softmax import LOG2E, probability
+from .softmax import LOG2E, exp2, probability
 from .walk import (
     DOT,
     JOINT,
@@ -73,14 +73,14 @@ INF = math.inf
 
 
 # --- forward --------------------------------------------------------------------------------------------------------
-@apart
+@within
 def find_scores(job, desk, i, j, first, n):
     """scores[e, h] = s, of SUM before its LeakyReLU: of the n edges from `first` on, of the targets i .. j - 1"""
     s, W, edges, lanes = desk.scores, job.W, desk.edges, lanes_of(desk.scores)
     for t in range(i, j):
         begin, end = edges_of(job, t, first, first + n)
         take_query(job, desk, t)
-        find_products(job, from_edge(desk, begin - first, W), end - begin)
+        find_products(job, from_edge(desk, job, begin - first, 0), end - begin)
     if job.rule == DOT:
         for f in range(0, n * W, lanes):
             x = load(s, f)
@@ -93,7 +93,7 @@ def find_scores(job, desk, i, j, first, n):
         copy(job.scores + first * W, s, n * W)
 
 
-@apart
+@within
 def find_products(job, desk, n):
     """What of the scores belongs to both ends: desk.y has the target's query"""
     s, nodes, edges, terms = desk.scores, desk.nodes, desk.edges, job.terms
@@ -107,7 +107,7 @@ def find_products(job, desk, n):
         fill(s, n * job.W, 0.0)
 
 
-@apart
+@within
 def find_sums(job, desk, n):
     """scores[e, h] = key + query + a"""
     out, lanes = desk.scores, lanes_of(desk.scores)
@@ -128,55 +128,65 @@ def score(job, desk, f):
     return leaky(s, job.slope) if job.rule == SUM else s
 
 
-@apart
-def soften(job, desk, n):
-    """weights = p = exp(s - bound), and the total; factor is what the sums so far are worth under the new bound."""
+@within
+def find_exponents(job, desk, n, again):
+    """weights[e, h] = s - bound, of the edges of a target, where the bound is the largest score; if they are not its
+    first, factor is what its sums so far are worth under the new bound"""
     W, span, lanes, count = job.W, job.span, lanes_of(desk.scores), n * job.W
     many = rounds(n, W, lanes)
     for g in range(0, W, lanes):
-        # 1. the largest score of each head
-        before = load(desk.bound, g)
-        top, none = before, splat(before, -INF)
+        none = splat(load(desk.scores, g), -INF)
+        before = load(desk.bound, g) if again else none
+        top = before
         for k in range(many):
             f = g + k * span
             x = first_lanes(score(job, desk, f), count - f, -INF)
             top = where(x > top, x, top)
         top = period_max(top, W)
-        store(top, desk.bound, g)
-        # 2. p, and its sum over the edges
         shift = where(top > none, top, splat(top, 0.0))
-        factor, sum = probability(before, shift, LOG2E), splat(top, 0.0)
         for k in range(many):
             f = g + k * span
-            p = probability(first_lanes(score(job, desk, f), count - f, -INF), shift, LOG2E)
-            store(p, desk.weights, f)
-            sum = sum + p
-        store(fma(load(desk.total, g), factor, period_sum(sum, W)), desk.total, g)
-        store(factor, desk.factor, g)
+            store(score(job, desk, f) - shift, desk.weights, f)
+        store(top, desk.bound, g)
+        if again:
+            store(probability(before, shift, LOG2E), desk.factor, g)
 
 
-@apart
-def clear(job, desk, best):
-    """Nothing has been summed yet."""
-    fill(desk.bound, job.span, -INF)
-    fill(desk.total, job.span, 0.0)
-    fill(desk.value, job.width, 0.0)
-    if job.aggregation == MAX:
-        for c in range(job.H * job.channels.C):
-            best[c] = -1
+@within
+def find_total(job, desk, n, again):
+    """The total of p over the edges of a target"""
+    W, lanes, count = job.W, lanes_of(desk.weights), n * job.W
+    for g in range(0, W, lanes):
+        sum = splat(load(desk.weights, g), 0.0)
+        for k in range(rounds(n, W, lanes)):
+            f = g + k * job.span
+            sum = sum + first_lanes(load(desk.weights, f), count - f, 0.0)
+        sum = period_sum(sum, W)
+        store(fma(load(desk.total, g), load(desk.factor, g), sum) if again else sum, desk.total, g)
 
 
-@apart
+@within
+def soften(job, desk, i, j, first, n):
+    """weights = p = exp(s - bound) of n edges. In three rounds, so that the exponentials, which take long and do not
+    depend on each other, are one loop."""
+    W, lanes = job.W, lanes_of(desk.weights)
+    for t in range(i, j) if job.normalizes else range(0):
+        begin, end = edges_of(job, t, first, first + n)
+        again = begin > begin_of(job, t)
+        find_exponents(job, from_edge(desk, job, begin - first, t - i), end - begin, again)
+    for f in range(0, n * W, lanes):
+        x = load(desk.weights, f) if job.normalizes else score(job, desk, f)
+        store(exp2(x * splat(x, LOG2E)) if job.normalizes else x, desk.weights, f)
+
+
+@within
 def add_values(job, desk, i, first, n, best):
-    """From scores to weights, and to what is summed, for n edges of target i, those from `first` on"""
-    W, values = job.W, job.channels
+    """What the n edges of target i, those from `first` on, add to its sums"""
+    W, values, again = job.W, job.channels, first > begin_of(job, i)
     if job.normalizes:
-        soften(job, desk, n)
-        if first > begin_of(job, i):
+        find_total(job, desk, n, again)
+        if again:
             scale_heads(desk.value, desk.factor, values)
-    else:
-        for f in range(0, n * W, lanes_of(desk.scores)):
-            store(score(job, desk, f), desk.weights, f)
     if job.has_shares:
         find_shares(job, desk, i, n)
         weigh_shares(job, desk, n)
@@ -193,7 +203,7 @@ def add_values(job, desk, i, first, n, best):
             add_gathered(desk.value, desk.weights, W, job.edge_value, desk.edges, n, values, True, job.has_bias)
 
 
-@apart
+@within
 def attend(job, desk, i, j, first, last, best, finishes):
     """Targets i .. j - 1 to their edges first .. last - 1: a batch, or one target to more. Unless it finishes, what is
     summed is left on the desk."""
@@ -203,15 +213,18 @@ def attend(job, desk, i, j, first, last, best, finishes):
         if n:
             take_edges(job, desk, p, n)
             find_scores(job, desk, i, j, p, n)
+        soften(job, desk, i, j, p, n)
         for t in range(i, j):
             begin, end = edges_of(job, t, p, p + n)
+            here, mine = from_edge(desk, job, begin - p, t - i), best + (t - i) * channels
             fetch_target(job, t + 8)
-            mine = best + (t - i) * channels
             if p == first:
-                clear(job, desk, mine)
-            add_values(job, from_edge(desk, begin - p, job.W), t, begin, end - begin, mine)
+                fill(desk.value, job.width, 0.0)
+                for c in range(channels if job.aggregation == MAX else 0):
+                    mine[c] = -1
+            add_values(job, here, t, begin, end - begin, mine)
             if finishes and p + EDGES >= last:
-                finish(job, desk, t)
+                finish(job, here, t)
 
 
 @apart
@@ -222,7 +235,7 @@ def fetch_target(job, i):
         fetch_row(job.offset, i, 0, job.H * job.channels.C)
 
 
-@apart
+@within
 def take_query(job, desk, i):
     """desk.y = the query of target i; of SUM, where it is a number for each head, these lie as those of an edge"""
     if job.rule == SUM:
@@ -233,7 +246,7 @@ def take_query(job, desk, i):
         take_row(desk.y, job.query, i, job.terms)
 
 
-@apart
+@within
 def finish(job, desk, i):
     """o = offset + sum of w v / sum of p, and the offset alone where there is nothing to sum"""
     values, lanes = job.channels, lanes_of(desk.value)
@@ -252,7 +265,7 @@ def finish(job, desk, i):
             put_part(job.output, at, fma(x, splat(x, desk.factor[h]), o), live, lanes)
 
 
-@apart
+@within
 def add_parts(job, desk, first, last, best):
     """What the parts of a hub have summed, each under its own bound, as if `attend` had done it at once."""
     H, C, pad, width, span = job.H, job.channels.C, job.channels.pad, job.width, job.span
@@ -336,7 +349,7 @@ def fold(job: FoldJob, slot, task):
 
 
 # --- coefficients ----------------------------------------------------------------------------------------------------
-@apart
+@within
 def find_weights(job, desk, i, n):
     """weights[e, h] = p, from the scores that forward kept; 0 where one is -inf, whatever else is NaN"""
     W, lanes, count = job.W, lanes_of(desk.weights), n * job.W

@@ -29,7 +29,7 @@ from .gather import (
     rounds,
     take_row,
 )
-from .jit import apart, inline, kernel
+from .jit import apart, inline, kernel, within
 from .simd import fma, lanes_of, load, period_sum, splat, store, store_live, where
 from .walk import (
     DOT,
@@ -54,7 +54,7 @@ from .walk import (
 
 
 # --- backward, by target ---------------------------------------------------------------------------------------------
-@apart
+@within
 def weight_gradients(job, desk, i, first, n):
     """changes[e, h] = dp, desk.x has do; adds to delta"""
     H, W, dp, lanes = job.H, job.W, desk.changes, lanes_of(desk.changes)
@@ -77,7 +77,7 @@ def weight_gradients(job, desk, i, first, n):
         store(load(desk.delta, g) + period_sum(sum, W), desk.delta, g)
 
 
-@apart
+@within
 def gather_largest(job, desk, i, first, n):
     """dp where the value of an edge was the largest: from those channels alone"""
     W, C, pad = job.W, job.channels.C, job.channels.pad
@@ -92,7 +92,7 @@ def gather_largest(job, desk, i, first, n):
                 desk.changes[e * W + h] += desk.x[h * pad + c] * value
 
 
-@apart
+@within
 def thin_gradients(job, desk, i, n):
     """dp *= w / p, and by the way the gradient of the edges' weights"""
     W = job.W
@@ -111,14 +111,14 @@ def thin_gradients(job, desk, i, n):
         store(where(share < splat(d, 0.0), d * share, nothing), desk.changes, f)
 
 
-@apart
+@within
 def take_scores(job, desk, first, n):
     """What forward kept of n edges"""
     take_edges(job, desk, first, n)
     copy(desk.scores, job.scores + first * job.W, n * job.W)
 
 
-@apart
+@within
 def keep_gradients(job, desk, first, n):
     """dp for `take_again`, in place of ds"""
     for e in range(n):
@@ -126,7 +126,7 @@ def keep_gradients(job, desk, first, n):
             job.pairs[(first + e) * 2 * job.W + h] = desk.changes[e * job.W + h]
 
 
-@apart
+@within
 def take_again(job, desk, i, first, n):
     """What `weight_gradients` had on the desk, where other edges came after."""
     take_scores(job, desk, first, n)
@@ -139,7 +139,7 @@ def take_again(job, desk, i, first, n):
         weigh_shares(job, desk, n)
 
 
-@apart
+@within
 def score_gradients(job, desk, first, n, i, sums):
     """changes = ds = p * (dp - delta), of what is on the desk, through the rule: added up in desk.terms, and by edge in
     dedge. weights = w"""
@@ -183,7 +183,7 @@ def score_gradients(job, desk, first, n, i, sums):
             keep_chosen(job.dedge_value, edges, job.best + i * width, first, n, width)
 
 
-@apart
+@within
 def put_pairs(job, desk, first, n):
     """Each edge's ds and w, one behind the other."""
     W, end = job.W, (first + n) * 2 * job.W
@@ -225,7 +225,7 @@ def spread(rows, ids, weights, x, n, heads, factor):
                 put_part(rows, ids[e] * rows.step + h * C + c, y, min(lanes, C - c), lanes)
 
 
-@apart
+@within
 def clear_target(job, desk, i):
     take_row(desk.x, job.grad, i, job.channels)
     take_query(job, desk, i)
@@ -244,14 +244,14 @@ def put_terms(job, rows, i, x):
         put_row(rows, i, x, job.terms, job.scale if job.rule == DOT else 1.0)
 
 
-@apart
+@within
 def few(job, desk, i, j, first, n, sums):
     """Targets i .. j - 1, whose n edges are a batch"""
     if n:
         take_scores(job, desk, first, n)
     for t in range(i, j):
         begin, end = edges_of(job, t, first, first + n)
-        here = from_edge(desk, begin - first, job.W)
+        here = from_edge(desk, job, begin - first, 0)
         clear_target(job, desk, t)
         weight_gradients(job, here, t, begin, end - begin)
         score_gradients(job, here, begin, end - begin, t, sums)
@@ -259,7 +259,7 @@ def few(job, desk, i, j, first, n, sums):
     put_pairs(job, desk, first, n)
 
 
-@apart
+@within
 def many(job, desk, i, first, last, sums):
     """Target i, whose edges are several batches: delta is needed whole before the second round."""
     clear_target(job, desk, i)
@@ -268,7 +268,7 @@ def many(job, desk, i, first, last, sums):
     put_target(job, desk, i, sums)
 
 
-@apart
+@within
 def find_delta(job, desk, i, first, last):
     for p in range(first, last, EDGES):
         n = min(EDGES, last - p)
@@ -277,7 +277,7 @@ def find_delta(job, desk, i, first, last):
         keep_gradients(job, desk, p, n)
 
 
-@apart
+@within
 def give_scores(job, desk, i, first, last, sums):
     for p in range(first, last, EDGES):
         n = min(EDGES, last - p)
@@ -286,7 +286,7 @@ def give_scores(job, desk, i, first, last, sums):
         put_pairs(job, desk, p, n)
 
 
-@apart
+@within
 def put_target(job, desk, i, sums):
     put_terms(job, job.dquery, i, desk.terms)
     add(sums, desk.x, job.width)
@@ -329,7 +329,7 @@ def backward_targets(job: NeighborJob, slot, task):
 
 
 # --- backward, by source ---------------------------------------------------------------------------------------------
-@apart
+@within
 def collect(job, desk, i, j, first, last, finishes, sums):
     """Sources i .. j - 1 from their edges first .. last - 1, a batch, or more for one source: desk.value = dvalue and
     desk.terms = dkey. If it finishes, they are given to each."""
@@ -345,12 +345,12 @@ def collect(job, desk, i, j, first, last, finishes, sums):
                     take_row(desk.y, job.key, t, job.terms)
                 fill(desk.value, job.width, 0.0)
                 fill(desk.terms, job.width, 0.0)
-            add_gradients(job, from_edge(desk, begin - p, job.W), end - begin)
+            add_gradients(job, from_edge(desk, job, begin - p, 0), end - begin)
             if finishes and p + EDGES >= last:
                 give(job, desk, t, sums)
 
 
-@apart
+@within
 def add_gradients(job, desk, n):
     """Of n edges of a source, to what is summed"""
     W, nodes = job.W, desk.nodes
@@ -374,7 +374,7 @@ def add_gradients(job, desk, n):
         )  # fmt: skip
 
 
-@apart
+@within
 def take_pairs(job, desk, first, n):
     """The other end and the pair (ds, w) of the edges at n positions by source. Vectors run into what comes after
     them, which is stored later."""
@@ -390,7 +390,7 @@ def take_pairs(job, desk, first, n):
             store(load(job.pairs, position * width + g), desk.pairs, e * width + g)
 
 
-@apart
+@within
 def add_largest(job, desk, n):
     """dvalue in the channels where the edge's value was the largest"""
     H, C, pad, grad = job.H, job.channels.C, job.channels.pad, job.grad
@@ -403,7 +403,7 @@ def add_largest(job, desk, n):
                     desk.value[h * pad + c] += w * grad.data[i * grad.step + channel]
 
 
-@apart
+@within
 def give(job, desk, j, sums):
     """Write what source j gets; its key, where it is a product with its value, and the key's gradient go into that."""
     H, pad, width, lanes = job.H, job.channels.pad, job.width, lanes_of(desk.value)

@@ -25,14 +25,15 @@ from .simd import (
     load,
     load_live,
     prefetch,
-    row_sums,
     splat,
     store,
     store_live,
+    store_row_sums,
     tile_at,
     tile_gathered,
     tile_map,
     tile_narrow,
+    tile_places,
     tile_rows,
     tile_splats,
     tile_store_at,
@@ -45,6 +46,7 @@ INF = math.inf
 EDGES = 64  # of one node at a time: their rows stay in the first-level cache
 AHEAD = 24  # edges: their rows are on the way while others are worked on
 VECTORS = 4  # in a tile: of a row, or of so many heads; as many chains of multiply-adds as hide their latency
+MANY_VECTORS = 2 * VECTORS
 
 
 class Rows(NamedTuple):
@@ -68,6 +70,9 @@ class Heads(NamedTuple):
     head_of: Indices  # of each vector its head, where it lies in a row, and where in scratch
     in_row: Indices
     in_scratch: Indices
+    # What lies together both in rows and in scratch: each head, or where they are whole vectors all of them.
+    pieces: int
+    piece: int
     row_of: Indices  # where the head of each lane of a vector of numbers begins in a row, and in scratch
     scratch_of: Indices
 
@@ -91,21 +96,20 @@ def put_part(rows, at, x, live, lanes):
 @apart
 def take_row(out, rows, i, heads):
     """out[h, c] = rows[i, h, c], and zeros to whole vectors"""
-    lanes, C = lanes_of(out), heads.C
-    for h in range(heads.H):
-        for c in range(0, C, lanes):
-            x = row_part(rows, i * rows.step + h * C + c, min(lanes, C - c), lanes)
-            store(x, out, h * heads.pad + c)
+    lanes, n = lanes_of(out), heads.piece
+    for k in range(heads.pieces):
+        for c in range(0, n, lanes):
+            store(row_part(rows, i * rows.step + k * n + c, min(lanes, n - c), lanes), out, k * heads.pad + c)
 
 
 @apart
 def put_row(rows, i, x, heads, factor):
     """rows[i, h, c] = x[h, c] * factor"""
-    lanes, C = lanes_of(x), heads.C
-    for h in range(heads.H):
-        for c in range(0, C, lanes):
-            y = load(x, h * heads.pad + c)
-            put_part(rows, i * rows.step + h * C + c, y * splat(y, factor), min(lanes, C - c), lanes)
+    lanes, n = lanes_of(x), heads.piece
+    for k in range(heads.pieces):
+        for c in range(0, n, lanes):
+            y = load(x, k * heads.pad + c)
+            put_part(rows, i * rows.step + k * n + c, y * splat(y, factor), min(lanes, n - c), lanes)
 
 
 @apart
@@ -167,20 +171,20 @@ def multiply_add(sum, x, y):
 
 
 @inline
-def row_tile(like, rows, index, e, n, heads, g, c, live):
-    """rows[index[e], h, c], a vector of channels for each head from g on. Where heads are less than rows of the tile,
-    the next rows are of the edges e + 1, ..."""
+def row_tile(like, rows, index, e, n, heads, places, c, live):
+    """rows[index[e], h, c], a vector of channels for each head of these places. Where heads are less than rows of the
+    tile, the next rows are of the edges e + 1, ..."""
     if tile_rows(like) >> heads.shift == 1:
-        return tile_at(like, rows.data, heads.row_of, g, index[e] * rows.step + c, live)
-    return tile_gathered(like, rows.data, index, e, n - 1, heads.shift, rows.step, heads.row_of, g, c, live)
+        return tile_at(like, rows.data, places, index[e] * rows.step + c, live)
+    return tile_gathered(like, rows.data, index, e, n - 1, heads.shift, rows.step, places, c, live)
 
 
 @inline
-def gathered(like, rows, nodes, edge_rows, edges, has_edge, e, n, heads, g, c, live):
+def gathered(like, rows, nodes, edge_rows, edges, has_edge, e, n, heads, places, c, live):
     """rows[nodes[e], h, c] (+ edge_rows[edges[e], h, c])"""
-    y = row_tile(like, rows, nodes, e, n, heads, g, c, live)
+    y = row_tile(like, rows, nodes, e, n, heads, places, c, live)
     if has_edge:
-        y = tile_map(plus, y, (row_tile(like, edge_rows, edges, e, n, heads, g, c, live),))
+        y = tile_map(plus, y, (row_tile(like, edge_rows, edges, e, n, heads, places, c, live),))
     return y
 
 
@@ -188,30 +192,32 @@ def gathered(like, rows, nodes, edge_rows, edges, has_edge, e, n, heads, g, c, l
 def dot_gathered(out, x, rows, nodes, edge_rows, edges, has_edge, n, heads):
     """out[e, h] = sum over c of x[h, c] * (rows[nodes[e], h, c] + edge_rows[edges[e], h, c])
 
-    A few sums are made at once, and joined in one vector, which runs into what is stored next.
+    A few sums are made at once, and joined in one vector.
     """
     zeros, lanes = tile_narrow(out, VECTORS), lanes_of(out)
-    whole, rest, places = heads.C // lanes * lanes, heads.C % lanes, heads.scratch_of
-    e = 0
-    while e < n:  # `range` would divide by its step
-        for g in range(0, heads.W, tile_rows(zeros)):
+    whole, rest = heads.C // lanes * lanes, heads.C % lanes
+    for g in range(0, heads.W, tile_rows(zeros)):
+        mine, places = tile_places(zeros, heads.scratch_of, g), tile_places(zeros, heads.row_of, g)
+        e = 0
+        while e < n:  # `range` would divide by its step
             tile = zeros
             for c in range(0, whole, lanes):
-                y = gathered(zeros, rows, nodes, edge_rows, edges, has_edge, e, n, heads, g, c, None)
-                tile = tile_map(multiply_add, tile, (tile_at(zeros, x, places, g, c, None), y))
+                y = gathered(zeros, rows, nodes, edge_rows, edges, has_edge, e, n, heads, places, c, None)
+                tile = tile_map(multiply_add, tile, (tile_at(zeros, x, mine, c, None), y))
             if rest:
-                y = gathered(zeros, rows, nodes, edge_rows, edges, has_edge, e, n, heads, g, whole, rest)
-                tile = tile_map(multiply_add, tile, (tile_at(zeros, x, places, g, whole, None), y))
-            store(row_sums(tile), out, e * heads.W + g)
-        e = fetch_passed(rows, nodes, e, n, heads, tile_rows(zeros))
+                y = gathered(zeros, rows, nodes, edge_rows, edges, has_edge, e, n, heads, places, whole, rest)
+                tile = tile_map(multiply_add, tile, (tile_at(zeros, x, mine, whole, None), y))
+            store_row_sums(tile, out, e * heads.W + g)
+            e = fetch_passed(rows, nodes, e, n, heads, tile_rows(zeros), g == 0)
 
 
 @inline
-def fetch_passed(rows, nodes, e, n, heads, count):
+def fetch_passed(rows, nodes, e, n, heads, count, fetches):
     """The edge after those that `count` sums are of; for each of these, a row that will be needed soon is asked for."""
     after = min(e + (count >> heads.shift), n)
     while e < after:
-        fetch_row(rows, nodes[e + AHEAD], 0, heads.H * heads.C)
+        if fetches:
+            fetch_row(rows, nodes[e + AHEAD], 0, heads.H * heads.C)
         e += 1
     return after
 
@@ -222,23 +228,28 @@ def multiply_add_unless_zero(sum, x, w):
     return where(w <= zero, where(w >= zero, sum, fma(x, w, sum)), fma(x, w, sum))
 
 
+@inline
+def row_places(tile, heads, v):
+    """Of the vectors v, v + 1, ... of a row: the head, and where they lie in the row and in scratch"""
+    head_of, in_row = tile_places(tile, heads.head_of, v), tile_places(tile, heads.in_row, v)
+    return head_of, in_row, tile_places(tile, heads.in_scratch, v)
+
+
 @apart
-def add_block(out, weights, step, rows, index, n, heads, v, live, fetches, selects):
-    """`add_gathered` for the vectors v, v + 1, ... of a row"""
-    tile, lanes = tile_zeros(out, VECTORS, 1), lanes_of(out)
-    head_of, in_row, in_scratch = heads.head_of, heads.in_row, heads.in_scratch
-    data, row = rows.data, rows.step
-    begin = in_row[v]
+def add_block(tile, out, weights, step, rows, index, n, heads, v, live, fetches, selects):
+    """`add_gathered` for the vectors v, v + 1, ... of a row, as many as the tile of zeros is high"""
+    head_of, in_row, in_scratch = row_places(tile, heads, v)
+    data, row, begin, width = rows.data, rows.step, heads.in_row[v], tile_rows(tile) * lanes_of(out)
     for e in range(n):
         if fetches:
-            fetch_row(rows, index[e + AHEAD], begin, VECTORS * lanes)
-        x = tile_at(tile, data, in_row, v, index[e] * row, live)
-        w = tile_splats(tile, weights, head_of, v, e * step)
+            fetch_row(rows, index[e + AHEAD], begin, width)
+        x = tile_at(tile, data, in_row, index[e] * row, live)
+        w = tile_splats(tile, weights, head_of, e * step)
         if selects:
             tile = tile_map(multiply_add_unless_zero, tile, (x, w))
         else:
             tile = tile_map(multiply_add, tile, (x, w))
-    tile_store_at(tile_map(plus, tile, (tile_at(tile, out, in_scratch, v, 0, None),)), out, in_scratch, v, 0, None)
+    tile_store_at(tile_map(plus, tile, (tile_at(tile, out, in_scratch, 0, None),)), out, in_scratch, 0, None)
 
 
 @inline
@@ -253,11 +264,12 @@ def add_gathered(out, weights, step, rows, index, n, heads, fetches, selects):
 
     Weights are `step` from edge to edge. If it fetches, rows that will be needed soon are asked for.
     """
+    few = tile_zeros(out, VECTORS, 1)
     for v in range(0, heads.whole, VECTORS):
-        add_block(out, weights, step, rows, index, n, heads, v, None, fetches, selects)
+        add_block(few, out, weights, step, rows, index, n, heads, v, None, fetches, selects)
     whole = blocks(heads.whole)
     for v in range(whole, whole + heads.rests, VECTORS):
-        add_block(out, weights, step, rows, index, n, heads, v, heads.rest, fetches, selects)
+        add_block(few, out, weights, step, rows, index, n, heads, v, heads.rest, fetches, selects)
 
 
 @apart
@@ -317,21 +329,22 @@ def leaky_share(z, d, slope):
 def joint_scores(out, x, att, slope, rows, nodes, edge_rows, edges, has_edge, n, heads):
     """out[e, h] = sum over c of att[h, c] * leaky(x[h, c] + rows[nodes[e], h, c] + edge_rows[edges[e], h, c])"""
     zeros, lanes = tile_narrow(out, VECTORS), lanes_of(out)
-    whole, rest, places = heads.C // lanes * lanes, heads.C % lanes, heads.scratch_of
-    e = 0
-    while e < n:
-        for g in range(0, heads.W, tile_rows(zeros)):
+    whole, rest = heads.C // lanes * lanes, heads.C % lanes
+    for g in range(0, heads.W, tile_rows(zeros)):
+        mine, places = tile_places(zeros, heads.scratch_of, g), tile_places(zeros, heads.row_of, g)
+        e = 0
+        while e < n:
             tile = zeros
             for c in range(0, whole, lanes):
-                y = gathered(zeros, rows, nodes, edge_rows, edges, has_edge, e, n, heads, g, c, None)
-                z = tile_map(plus, y, (tile_at(zeros, x, places, g, c, None),))
-                tile = tile_map(add_leaky, tile, (z, tile_at(zeros, att, places, g, c, None), slope))
+                y = gathered(zeros, rows, nodes, edge_rows, edges, has_edge, e, n, heads, places, c, None)
+                z = tile_map(plus, y, (tile_at(zeros, x, mine, c, None),))
+                tile = tile_map(add_leaky, tile, (z, tile_at(zeros, att, mine, c, None), slope))
             if rest:
-                y = gathered(zeros, rows, nodes, edge_rows, edges, has_edge, e, n, heads, g, whole, rest)
-                z = tile_map(plus, y, (tile_at(zeros, x, places, g, whole, None),))
-                tile = tile_map(add_leaky, tile, (z, tile_at(zeros, att, places, g, whole, None), slope))
-            store(row_sums(tile), out, e * heads.W + g)
-        e = fetch_passed(rows, nodes, e, n, heads, tile_rows(zeros))
+                y = gathered(zeros, rows, nodes, edge_rows, edges, has_edge, e, n, heads, places, whole, rest)
+                z = tile_map(plus, y, (tile_at(zeros, x, mine, whole, None),))
+                tile = tile_map(add_leaky, tile, (z, tile_at(zeros, att, mine, whole, None), slope))
+            store_row_sums(tile, out, e * heads.W + g)
+            e = fetch_passed(rows, nodes, e, n, heads, tile_rows(zeros), g == 0)
 
 
 @apart
@@ -378,24 +391,24 @@ def joint_block(
 ):  # fmt: skip
     """`joint_gradients` for the vectors v, v + 1, ... of a row"""
     zeros, lanes = tile_zeros(dx, VECTORS, 1), lanes_of(dx)
-    head_of, in_row, in_scratch = heads.head_of, heads.in_row, heads.in_scratch
-    mine, a = tile_at(zeros, x, in_scratch, v, 0, None), tile_at(zeros, att, in_scratch, v, 0, None)
-    sum, att_sum, begin = zeros, zeros, in_row[v]  # att is the same for all edges, and multiplied at the end
+    head_of, in_row, in_scratch = row_places(zeros, heads, v)
+    mine, a = tile_at(zeros, x, in_scratch, 0, None), tile_at(zeros, att, in_scratch, 0, None)
+    sum, att_sum, begin = zeros, zeros, heads.in_row[v]  # att is the same for all edges, and multiplied at the end
     for e in range(n):
         if fetches:
             fetch_row(rows, nodes[e + AHEAD], begin, VECTORS * lanes)
-        z = tile_map(plus, mine, (tile_at(zeros, rows.data, in_row, v, nodes[e] * rows.step, live),))
+        z = tile_map(plus, mine, (tile_at(zeros, rows.data, in_row, nodes[e] * rows.step, live),))
         if has_edge:
-            other = tile_at(zeros, edge_rows.data, in_row, v, edges[e] * edge_rows.step, live)
+            other = tile_at(zeros, edge_rows.data, in_row, edges[e] * edge_rows.step, live)
             z = tile_map(plus, z, (other,))
-        d = tile_map(leaky_share, z, (tile_splats(zeros, ds, head_of, v, e * step), slope))
+        d = tile_map(leaky_share, z, (tile_splats(zeros, ds, head_of, e * step), slope))
         sum = tile_map(plus, sum, (d,))
         if datt is not None:
             att_sum = tile_map(multiply_add, att_sum, (d, z))
         if wants_edge:
-            tile_store_at(tile_map(times, d, (a,)), dedge_rows.data, in_row, v, edges[e] * dedge_rows.step, live)
-    so_far = tile_at(zeros, dx, in_scratch, v, 0, None)
-    tile_store_at(tile_map(multiply_add, so_far, (sum, a)), dx, in_scratch, v, 0, None)
+            tile_store_at(tile_map(times, d, (a,)), dedge_rows.data, in_row, edges[e] * dedge_rows.step, live)
+    so_far = tile_at(zeros, dx, in_scratch, 0, None)
+    tile_store_at(tile_map(multiply_add, so_far, (sum, a)), dx, in_scratch, 0, None)
     if datt is not None:
-        so_far = tile_at(zeros, datt, in_scratch, v, 0, None)
-        tile_store_at(tile_map(plus, so_far, (att_sum,)), datt, in_scratch, v, 0, None)
+        so_far = tile_at(zeros, datt, in_scratch, 0, None)
+        tile_store_at(tile_map(plus, so_far, (att_sum,)), datt, in_scratch, 0, None)

@@ -227,6 +227,13 @@ def apart(function):
     return numba.njit(**_PART_FLAGS)(function)
 
 
+def within(function):
+    """A function for kernels to call that becomes part of its caller's machine code: called once or twice, with so many
+    arguments (a tuple is passed field by field) that passing them would cost more than what it does."""
+    _PARTS.add(function.__qualname__)
+    return numba.njit(**_PART_FLAGS, forceinline=True)(function)
+
+
 class _PartLibrary(codegen.JITCodeLibrary):
     """The code of a part, which is optimised and becomes machine code only within the kernel that it is linked into.
 

@@ -17,6 +17,7 @@ from .kinds import ARITHMETIC, JobType, MaskType, PointerType, TileType, VectorT
 from .target import CHECKED, Halves, Target, halves, target
 from .tile import (
     row_sums,
+    store_row_sums,
     tile_at,
     tile_column,
     tile_column_max,
@@ -28,6 +29,7 @@ from .tile import (
     tile_map,
     tile_multiply_add,
     tile_narrow,
+    tile_places,
     tile_row,
     tile_rows,
     tile_splats,
@@ -106,6 +108,7 @@ __all__ = [
     "polynomial",
     "prefetch",
     "row_sums",
+    "store_row_sums",
     "splat",
     "store",
     "store_live",
@@ -121,6 +124,7 @@ __all__ = [
     "tile_map",
     "tile_multiply_add",
     "tile_narrow",
+    "tile_places",
     "tile_row",
     "tile_rows",
     "tile_splats",

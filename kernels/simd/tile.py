@@ -133,65 +133,76 @@ def tile_store(context, tile, pointer, offset, stride, live):
 
 
 @intrinsic
-def tile_at(context, like, pointer, places, p, offset, live):
-    """tile[r, :] = pointer[places[p + r] + offset :], one vector wide and as high as `like`. With a number for `live`
-    only so many lanes, 0 in the others; None for all."""
+def tile_places(context, like, table, p):
+    """table[p + r] for every row r of the tile: where they lie. Looked up before a loop; within one LLVM would do it
+    for each tile, since anything that the loop stores might be the table."""
+    kind = types.UniTuple(types.intp, like.rows)
 
     def build(cx, b, sig, args):
-        _, pointer, places, p, offset, live = args
-        found = [b.add(place, offset) for place in _places(b, like, places, p)]
+        _, table, p = args
+        return cx.make_tuple(b, kind, [emit.load_one(b, table, b.add(p, emit.count(r))) for r in range(like.rows)])
+
+    return (kind(like, table, types.intp), build) if like.cols == 1 else None
+
+
+@intrinsic
+def tile_at(context, like, pointer, places, offset, live):
+    """tile[r, :] = pointer[places[r] + offset :], one vector wide and as high as `like`. With a number for `live` only
+    so many lanes, 0 in the others; None for all."""
+
+    def build(cx, b, sig, args):
+        _, pointer, places, offset, live = args
+        found = [b.add(b.extract_value(places, r), offset) for r in range(like.rows)]
         return _rows_at(b, like, pointer, found, live, sig.args[-1])
 
     n = types.intp
-    return (like(like, pointer, places, n, n, live if live is types.none else n), build) if like.cols == 1 else None
+    return like(like, pointer, places, n, live if live is types.none else n), build
 
 
 @intrinsic
-def tile_gathered(context, like, pointer, index, e, last, shift, step, places, p, offset, live):
-    """tile[r, :] = pointer[index[e + (r >> shift)] * step + places[p + r] + offset :], with `live` as in `tile_at`;
-    behind `last` the index repeats"""
+def tile_gathered(context, like, pointer, index, e, last, shift, step, places, offset, live):
+    """tile[r, :] = pointer[index[e + (r >> shift)] * step + places[r] + offset :], with `live` as in `tile_at`; behind
+    `last` the index repeats"""
 
     def build(cx, b, sig, args):
-        _, pointer, index, e, last, shift, step, places, p, offset, live = args
+        _, pointer, index, e, last, shift, step, places, offset, live = args
         rows = [b.add(e, b.lshr(emit.count(r), shift)) for r in range(like.rows)]
         rows = [emit.load_one(b, index, b.select(b.icmp_signed("<", r, last), r, last)) for r in rows]
-        found = [b.add(b.mul(r, step), x) for r, x in zip(rows, _places(b, like, places, p), strict=True)]
+        found = [b.add(b.mul(row, step), b.extract_value(places, r)) for r, row in enumerate(rows)]
         return _rows_at(b, like, pointer, [b.add(place, offset) for place in found], live, sig.args[-1])
 
     n = types.intp
-    sig = like(like, pointer, index, n, n, n, n, places, n, n, live if live is types.none else n)
-    return (sig, build) if like.cols == 1 else None
+    return like(like, pointer, index, n, n, n, n, places, n, live if live is types.none else n), build
 
 
 @intrinsic
-def tile_splats(context, like, pointer, places, p, offset):
-    """tile[r, :] = pointer[places[p + r] + offset], one number in all lanes of a row"""
+def tile_splats(context, like, pointer, places, offset):
+    """tile[r, :] = pointer[places[r] + offset], one number in all lanes of a row"""
 
     def build(cx, b, sig, args):
-        _, pointer, places, p, offset = args
-        scalars = [emit.load_one(b, pointer, b.add(at, offset)) for at in _places(b, like, places, p)]
+        _, pointer, places, offset = args
+        scalars = [emit.load_one(b, pointer, b.add(b.extract_value(places, r), offset)) for r in range(like.rows)]
         return _collect(b, like, [emit.splat(b, x, like.vector.lanes) for x in scalars])
 
-    return (like(like, pointer, places, types.intp, types.intp), build) if like.cols == 1 else None
+    return like(like, pointer, places, types.intp), build
 
 
 @intrinsic
-def tile_store_at(context, tile, pointer, places, p, offset, live):
-    """pointer[places[p + r] + offset :] = tile[r, :], of as many lanes as in `tile_at`"""
+def tile_store_at(context, tile, pointer, places, offset, live):
+    """pointer[places[r] + offset :] = tile[r, :], of as many lanes as in `tile_at`"""
 
     def build(cx, b, sig, args):
-        value, pointer, places, p, offset, live = args
-        for r, place in enumerate(_places(b, tile, places, p)):
-            row, at = b.extract_value(value, r), b.add(place, offset)
-            if sig.args[5] is types.none:
+        value, pointer, places, offset, live = args
+        for r in range(tile.rows):
+            row, at = b.extract_value(value, r), b.add(b.extract_value(places, r), offset)
+            if sig.args[4] is types.none:
                 emit.store(b, row, pointer, at, tile.vector)
             else:
                 emit.masked(b, "store", pointer, at, tile.vector, live, row)
         return emit.unit(cx)
 
     n = types.intp
-    sig = types.void(tile, pointer, places, n, n, live if live is types.none else n)
-    return (sig, build) if tile.cols == 1 else None
+    return types.void(tile, pointer, places, n, live if live is types.none else n), build
 
 
 def _rows_at(b, like, pointer, places, live, kind):
@@ -199,11 +210,6 @@ def _rows_at(b, like, pointer, places, live, kind):
     if kind is types.none:
         return _collect(b, like, [emit.load(b, pointer, place, like.vector) for place in places])
     return _collect(b, like, [emit.masked(b, "load", pointer, place, like.vector, live) for place in places])
-
-
-def _places(b, tile, places, p):
-    """The places of the tile's rows, read from a table."""
-    return [emit.load_one(b, places, b.add(p, emit.count(r))) for r in range(tile.rows)]
 
 
 def _loop(b, n, values, step, unroll):
@@ -346,33 +352,58 @@ def tile_exceeds(context, tile, other):
     return types.boolean(tile, other), build
 
 
+def _sums_of_rows(b, tile, value, least):
+    """The sum of each row in log2(lanes) stages: a vector of as many lanes as the tile has rows, a power of two, and at
+    least so many: then the sums are repeated."""
+    sums = [b.extract_value(value, r) for r in range(tile.rows)]
+
+    def joined(x, y, stage):
+        n = x.type.count
+        low, high = (
+            [n + c - other if c & stage else c + same for c in range(n)] for other, same in ((stage, 0), (0, stage))
+        )
+        return b.fadd(_picked(b, x, y, low), _picked(b, x, y, high))
+
+    stage = 1
+    while stage < tile.rows:
+        for r in range(0, tile.rows, 2 * stage):
+            sums[r] = joined(sums[r], sums[r + stage], stage)
+        stage *= 2
+    total = sums[0]
+    while total.type.count > tile.rows:  # the upper half is added to the lower
+        half = total.type.count // 2
+        total = b.fadd(*(_picked(b, total, total, [c + first for c in range(half)]) for first in (0, half)))
+    return total if least <= tile.rows else _picked(b, total, total, [c % tile.rows for c in range(least)])
+
+
+def _picked(b, x, y, lanes):
+    return b.shuffle_vector(x, y, ir.Constant(ir.VectorType(I32, len(lanes)), lanes))
+
+
+def _sums_fit(tile):
+    return tile.cols == 1 and tile.rows <= tile.vector.lanes and tile.rows & (tile.rows - 1) == 0
+
+
 @intrinsic
 def row_sums(context, tile):
-    """The sum of each row of a tile, as one vector in log2(lanes) stages. The tile has as many rows as a vector lanes,
-    or a power of two less: then the sums are repeated in the lanes."""
-    n, rows = tile.vector.lanes, tile.rows
+    """The sum of each row of a tile, as one vector. The tile has as many rows as a vector lanes, or a power of two
+    less: then the sums are repeated in the lanes."""
+    lanes = tile.vector.lanes
+    if _sums_fit(tile):
+        return tile.vector(tile), lambda cx, b, sig, args: _sums_of_rows(b, tile, args[0], lanes)
 
-    def shuffled(b, x, y, lanes):
-        return b.shuffle_vector(x, y, ir.Constant(ir.VectorType(I32, n), lanes))
+
+@intrinsic
+def store_row_sums(context, tile, pointer, offset):
+    """pointer[offset + r] = the sum of row r, and nothing behind the last."""
+    kind = VectorType(tile.vector.element, tile.rows)
 
     def build(cx, b, sig, args):
-        sums = [b.extract_value(args[0], r) for r in range(rows)]
-        stage = 1
-        while stage < rows:
-            low, high = (
-                [n + c - other if c & stage else c + same for c in range(n)] for other, same in ((stage, 0), (0, stage))
-            )
-            for r in range(0, rows, 2 * stage):
-                x, y = sums[r], sums[r + stage]
-                sums[r] = b.fadd(shuffled(b, x, y, low), shuffled(b, x, y, high))
-            stage *= 2
-        while stage < n:
-            sums[0] = b.fadd(sums[0], shuffled(b, sums[0], sums[0], [c ^ stage for c in range(n)]))
-            stage *= 2
-        return sums[0]
+        emit.store(b, _sums_of_rows(b, tile, args[0], 1), args[1], args[2], kind)
+        return emit.unit(cx)
 
-    fits = tile.cols == 1 and rows <= n and rows & (rows - 1) == 0
-    return (tile.vector(tile), build) if fits else None
+    if _sums_fit(tile):
+        return types.void(tile, pointer, types.intp), build
 
 
 @intrinsic
