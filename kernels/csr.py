@@ -49,7 +49,7 @@ from .simd import (
     store,
     where,
 )
-from .softmax import LOG2E, exp2, probability
+from .softmax import LOG2E, probability
 from .walk import (
     DOT,
     JOINT,
@@ -80,7 +80,7 @@ def find_scores(job, desk, i, j, first, n):
     for t in range(i, j):
         begin, end = edges_of(job, t, first, first + n)
         take_query(job, desk, t)
-        find_products(job, from_edge(desk, job, begin - first, 0), end - begin)
+        find_products(job, from_edge(desk, begin - first, W), end - begin)
     if job.rule == DOT:
         for f in range(0, n * W, lanes):
             x = load(s, f)
@@ -129,12 +129,13 @@ def score(job, desk, f):
 
 
 @within
-def find_exponents(job, desk, n, again):
-    """weights[e, h] = s - bound, of the edges of a target, where the bound is the largest score; if they are not its
-    first, factor is what its sums so far are worth under the new bound"""
+def soften(job, desk, n, again):
+    """weights = p = exp(s - bound), where the bound is the largest score, and their total. If the n edges are not the
+    target's first, factor is what its sums so far are worth under the new bound."""
     W, span, lanes, count = job.W, job.span, lanes_of(desk.scores), n * job.W
     many = rounds(n, W, lanes)
     for g in range(0, W, lanes):
+        # 1. the largest score of each head
         none = splat(load(desk.scores, g), -INF)
         before = load(desk.bound, g) if again else none
         top = before
@@ -143,50 +144,33 @@ def find_exponents(job, desk, n, again):
             x = first_lanes(score(job, desk, f), count - f, -INF)
             top = where(x > top, x, top)
         top = period_max(top, W)
-        shift = where(top > none, top, splat(top, 0.0))
+        store(top, desk.bound, g)
+        # 2. p, and its sum over the edges
+        shift, sum = where(top > none, top, splat(top, 0.0)), splat(top, 0.0)
         for k in range(many):
             f = g + k * span
-            store(score(job, desk, f) - shift, desk.weights, f)
-        store(top, desk.bound, g)
-        if again:
-            store(probability(before, shift, LOG2E), desk.factor, g)
-
-
-@within
-def find_total(job, desk, n, again):
-    """The total of p over the edges of a target"""
-    W, lanes, count = job.W, lanes_of(desk.weights), n * job.W
-    for g in range(0, W, lanes):
-        sum = splat(load(desk.weights, g), 0.0)
-        for k in range(rounds(n, W, lanes)):
-            f = g + k * job.span
-            sum = sum + first_lanes(load(desk.weights, f), count - f, 0.0)
+            p = probability(first_lanes(score(job, desk, f), count - f, -INF), shift, LOG2E)
+            store(p, desk.weights, f)
+            sum = sum + p
         sum = period_sum(sum, W)
-        store(fma(load(desk.total, g), load(desk.factor, g), sum) if again else sum, desk.total, g)
+        if again:
+            factor = probability(before, shift, LOG2E)
+            sum = fma(load(desk.total, g), factor, sum)
+            store(factor, desk.factor, g)
+        store(sum, desk.total, g)
 
 
 @within
-def soften(job, desk, i, j, first, n):
-    """weights = p = exp(s - bound) of n edges. In three rounds, so that the exponentials, which take long and do not
-    depend on each other, are one loop."""
-    W, lanes = job.W, lanes_of(desk.weights)
-    for t in range(i, j) if job.normalizes else range(0):
-        begin, end = edges_of(job, t, first, first + n)
-        again = begin > begin_of(job, t)
-        find_exponents(job, from_edge(desk, job, begin - first, t - i), end - begin, again)
-    for f in range(0, n * W, lanes):
-        x = load(desk.weights, f) if job.normalizes else score(job, desk, f)
-        store(exp2(x * splat(x, LOG2E)) if job.normalizes else x, desk.weights, f)
-
-
-@within
-def add_values(job, desk, i, first, n, best):
-    """What the n edges of target i, those from `first` on, add to its sums"""
-    W, values, again = job.W, job.channels, first > begin_of(job, i)
+def add_values(job, desk, i, first, n, again, best):
+    """What the n edges of target i, those from `first` on, add to its sums, again if it had others before"""
+    W, values = job.W, job.channels
     if job.normalizes:
-        find_total(job, desk, n, again)
+        soften(job, desk, n, again)
         if again:
             scale_heads(desk.value, desk.factor, values)
+    else:
+        for f in range(0, n * W, lanes_of(desk.scores)):
+            store(score(job, desk, f), desk.weights, f)
     if job.has_shares:
         find_shares(job, desk, i, n)
         weigh_shares(job, desk, n)
@@ -213,16 +197,15 @@ def attend(job, desk, i, j, first, last, best, finishes):
         if n:
             take_edges(job, desk, p, n)
             find_scores(job, desk, i, j, p, n)
-        soften(job, desk, i, j, p, n)
         for t in range(i, j):
             begin, end = edges_of(job, t, p, p + n)
-            here, mine = from_edge(desk, job, begin - p, t - i), best + (t - i) * channels
+            here, mine = from_edge(desk, begin - p, job.W), best + (t - i) * channels
             fetch_target(job, t + 8)
             if p == first:
                 fill(desk.value, job.width, 0.0)
                 for c in range(channels if job.aggregation == MAX else 0):
                     mine[c] = -1
-            add_values(job, here, t, begin, end - begin, mine)
+            add_values(job, here, t, begin, end - begin, p > first, mine)
             if finishes and p + EDGES >= last:
                 finish(job, here, t)
 

@@ -251,7 +251,7 @@ def few(job, desk, i, j, first, n, sums):
         take_scores(job, desk, first, n)
     for t in range(i, j):
         begin, end = edges_of(job, t, first, first + n)
-        here = from_edge(desk, job, begin - first, 0)
+        here = from_edge(desk, begin - first, job.W)
         clear_target(job, desk, t)
         weight_gradients(job, here, t, begin, end - begin)
         score_gradients(job, here, begin, end - begin, t, sums)
@@ -345,7 +345,7 @@ def collect(job, desk, i, j, first, last, finishes, sums):
                     take_row(desk.y, job.key, t, job.terms)
                 fill(desk.value, job.width, 0.0)
                 fill(desk.terms, job.width, 0.0)
-            add_gradients(job, from_edge(desk, job, begin - p, 0), end - begin)
+            add_gradients(job, from_edge(desk, begin - p, job.W), end - begin)
             if finishes and p + EDGES >= last:
                 give(job, desk, t, sums)
 

@@ -30,12 +30,17 @@ from .simd import (
     store_live,
     store_row_sums,
     tile_at,
+    tile_dot,
     tile_gathered,
+    tile_lanes,
+    tile_load,
     tile_map,
     tile_narrow,
+    tile_numbers,
     tile_places,
     tile_rows,
     tile_splats,
+    tile_store,
     tile_store_at,
     tile_zeros,
     where,
@@ -45,8 +50,7 @@ from .softmax import plus, times
 INF = math.inf
 EDGES = 64  # of one node at a time: their rows stay in the first-level cache
 AHEAD = 24  # edges: their rows are on the way while others are worked on
-VECTORS = 4  # in a tile: of a row, or of so many heads; as many chains of multiply-adds as hide their latency
-MANY_VECTORS = 2 * VECTORS
+HALF, VECTORS = 2, 4  # in a tile: of a row, or of so many heads; as many chains of multiply-adds as hide their latency
 
 
 class Rows(NamedTuple):
@@ -62,6 +66,7 @@ class Heads(NamedTuple):
     pad: int
     W: int
     shift: int  # of the rows of a tile, 1 << shift are heads of one edge
+    even: int  # vectors of a head: 1, 2 or 4, where a tile is some whole heads; else 0
     # The vectors of a row, VECTORS at a time, the last repeated: first the whole ones, then one for what remains of
     # each head, `rest` channels.
     whole: int
@@ -189,12 +194,58 @@ def gathered(like, rows, nodes, edge_rows, edges, has_edge, e, n, heads, places,
 
 
 @apart
+def dot_even(like, out, x, rows, nodes, n, heads):
+    """`dot_gathered` where the tile is some whole heads"""
+    few, stride, width = tile_rows(like), tile_lanes(like), tile_rows(like) * tile_lanes(like)
+    for h in range(0, heads.H, few):
+        mine = tile_load(like, x, h * heads.pad, heads.pad, few)
+        for e in range(n):
+            fetch_row(rows, nodes[e + AHEAD], h * stride, width)
+            y = tile_load(like, rows.data, nodes[e] * rows.step + h * stride, stride, few)
+            store_row_sums(tile_dot(mine, y), out, e * heads.W + h)
+
+
+@apart
+def add_even(tile, out, weights, step, rows, index, n, heads, fetches, selects):
+    """`add_gathered` where the tile, of zeros, is some whole heads"""
+    few, stride, width = tile_rows(tile), tile_lanes(tile), tile_rows(tile) * tile_lanes(tile)
+    for h in range(0, heads.H, few):
+        sum = tile
+        for e in range(n):
+            if fetches:
+                fetch_row(rows, index[e + AHEAD], h * stride, width)
+            x = tile_load(tile, rows.data, index[e] * rows.step + h * stride, stride, few)
+            w = tile_numbers(tile, weights, e * step + h)
+            if selects:
+                sum = tile_map(multiply_add_unless_zero, sum, (x, w))
+            else:
+                sum = tile_map(multiply_add, sum, (x, w))
+        so_far = tile_load(tile, out, h * heads.pad, heads.pad, few)
+        tile_store(tile_map(plus, sum, (so_far,)), out, h * heads.pad, heads.pad, few)
+
+
+@apart
 def dot_gathered(out, x, rows, nodes, edge_rows, edges, has_edge, n, heads):
     """out[e, h] = sum over c of x[h, c] * (rows[nodes[e], h, c] + edge_rows[edges[e], h, c])
 
     A few sums are made at once, and joined in one vector.
     """
-    zeros, lanes = tile_narrow(out, VECTORS), lanes_of(out)
+    zeros = tile_narrow(out, VECTORS, 1)
+    even = 0 if has_edge else heads.even
+    if even == 1:
+        dot_even(zeros, out, x, rows, nodes, n, heads)
+    elif even == 2:
+        dot_even(tile_narrow(out, VECTORS, 2), out, x, rows, nodes, n, heads)
+    elif even == 4:
+        dot_even(tile_narrow(out, HALF, 4), out, x, rows, nodes, n, heads)
+    else:
+        dot_uneven(zeros, out, x, rows, nodes, edge_rows, edges, has_edge, n, heads)
+
+
+@apart
+def dot_uneven(zeros, out, x, rows, nodes, edge_rows, edges, has_edge, n, heads):
+    """`dot_gathered` where heads are of any size, and as many rows as the tile has are worked on"""
+    lanes = lanes_of(out)
     whole, rest = heads.C // lanes * lanes, heads.C % lanes
     for g in range(0, heads.W, tile_rows(zeros)):
         mine, places = tile_places(zeros, heads.scratch_of, g), tile_places(zeros, heads.row_of, g)
@@ -264,12 +315,24 @@ def add_gathered(out, weights, step, rows, index, n, heads, fetches, selects):
 
     Weights are `step` from edge to edge. If it fetches, rows that will be needed soon are asked for.
     """
-    few = tile_zeros(out, VECTORS, 1)
+    if heads.even == 1:
+        add_even(tile_narrow(out, VECTORS, 1), out, weights, step, rows, index, n, heads, fetches, selects)
+    elif heads.even == 2:
+        add_even(tile_narrow(out, HALF, 2), out, weights, step, rows, index, n, heads, fetches, selects)
+    elif heads.even == 4:
+        add_even(tile_narrow(out, 1, 4), out, weights, step, rows, index, n, heads, fetches, selects)
+    else:
+        add_uneven(tile_zeros(out, VECTORS, 1), out, weights, step, rows, index, n, heads, fetches, selects)
+
+
+@apart
+def add_uneven(tile, out, weights, step, rows, index, n, heads, fetches, selects):
+    """`add_gathered` where heads are of any size: whole vectors first, then what remains of each head"""
     for v in range(0, heads.whole, VECTORS):
-        add_block(few, out, weights, step, rows, index, n, heads, v, None, fetches, selects)
+        add_block(tile, out, weights, step, rows, index, n, heads, v, None, fetches, selects)
     whole = blocks(heads.whole)
     for v in range(whole, whole + heads.rests, VECTORS):
-        add_block(few, out, weights, step, rows, index, n, heads, v, heads.rest, fetches, selects)
+        add_block(tile, out, weights, step, rows, index, n, heads, v, heads.rest, fetches, selects)
 
 
 @apart
@@ -328,7 +391,7 @@ def leaky_share(z, d, slope):
 @apart
 def joint_scores(out, x, att, slope, rows, nodes, edge_rows, edges, has_edge, n, heads):
     """out[e, h] = sum over c of att[h, c] * leaky(x[h, c] + rows[nodes[e], h, c] + edge_rows[edges[e], h, c])"""
-    zeros, lanes = tile_narrow(out, VECTORS), lanes_of(out)
+    zeros, lanes = tile_narrow(out, VECTORS, 1), lanes_of(out)
     whole, rest = heads.C // lanes * lanes, heads.C % lanes
     for g in range(0, heads.W, tile_rows(zeros)):
         mine, places = tile_places(zeros, heads.scratch_of, g), tile_places(zeros, heads.row_of, g)

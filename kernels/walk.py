@@ -112,8 +112,8 @@ class Desk(NamedTuple):
     changes: Elements
     shares: Elements
     pairs: Elements  # (EDGES, 2, W)
-    bound: Elements  # (EDGES, span): of each node
-    total: Elements  # (span)
+    bound: Elements  # (span)
+    total: Elements
     delta: Elements
     factor: Elements
     value: Elements  # (H, pad): sums, and one row that is given; C channels or D
@@ -127,7 +127,7 @@ INDICES = 3 * (EDGES + AHEAD)  # that `carve` lays out
 
 def scratch_elements(W: int, span: int, width: int, lanes: int, itemsize: int) -> int:
     """What `carve` lays out, in elements. Numbers of edges end in a vector that stores may run into."""
-    return INDICES * 8 // itemsize + 6 * EDGES * W + 5 * lanes + (EDGES + 3) * span + 4 * width
+    return INDICES * 8 // itemsize + 6 * EDGES * W + 5 * lanes + 4 * span + 4 * width
 
 
 def partial_elements(span: int, width: int) -> int:
@@ -141,24 +141,23 @@ def carve(job, slot):
     index = as_indices(here)
     numbers, step = here + INDICES * line_of(here) // 8, n * job.W + lanes_of(here)
     bound = numbers + (5 * step + n * job.W)
-    total = bound + n * job.span
-    value = total + 3 * job.span
+    value = bound + 4 * job.span
     return Desk(
         index, index + soon, index + 2 * soon,
         numbers, numbers + step, numbers + 2 * step, numbers + 3 * step, numbers + 4 * step,
-        bound, total, total + job.span, total + 2 * job.span,
+        bound, bound + job.span, bound + 2 * job.span, bound + 3 * job.span,
         value, value + job.width, value + 2 * job.width, value + 3 * job.width,
     )  # fmt: skip
 
 
 @inline
-def from_edge(desk, job, e, k):
-    """The desk, but for the edges before e and the k nodes of the batch that they are of"""
-    f = e * job.W
+def from_edge(desk, e, W):
+    """The desk, but for the edges before e"""
+    f = e * W
     return Desk(
         desk.nodes + e, desk.edges + e, desk.positions + e,
         desk.scores + f, desk.weights + f, desk.changes + f, desk.shares + f, desk.pairs + 2 * f,
-        desk.bound + k * job.span, desk.total, desk.delta, desk.factor, desk.value, desk.terms, desk.x, desk.y,
+        desk.bound, desk.total, desk.delta, desk.factor, desk.value, desk.terms, desk.x, desk.y,
     )  # fmt: skip
 
 
@@ -187,9 +186,9 @@ def degree(job, i):
 
 @apart
 def batch_end(job, i, end):
-    """The node behind the batch that begins with i: of no more than EDGES nodes, and edges but for those of i alone"""
+    """The node behind the batch that begins with i: of no more than EDGES edges, but for those of i alone"""
     last, j = begin_of(job, i) + EDGES, i + 1
-    while j < min(end, i + EDGES) and begin_of(job, j + 1) <= last:
+    while j < end and begin_of(job, j + 1) <= last:
         j += 1
     return j
 

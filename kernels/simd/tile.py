@@ -33,13 +33,13 @@ def tile_zeros(context, pointer, rows, cols):
 
 
 @intrinsic(prefer_literal=True)
-def tile_narrow(context, pointer, rows):
-    """A tile of zeros one vector wide, of so many rows but no more than a vector has lanes: `row_sums` fit in one."""
-    if not _literals(rows):
+def tile_narrow(context, pointer, rows, cols):
+    """A tile of zeros of so many rows but no more than a vector has lanes: sums of rows fit in one vector."""
+    if not _literals(rows, cols):
         return None
     vector = vector_of(pointer.element)
-    tile = TileType(vector, min(rows.literal_value, vector.lanes), 1)
-    return tile(pointer, rows), lambda cx, b, sig, args: ir.Constant(tile.llvm, None)
+    tile = TileType(vector, min(rows.literal_value, vector.lanes), cols.literal_value)
+    return tile(pointer, rows, cols), lambda cx, b, sig, args: ir.Constant(tile.llvm, None)
 
 
 @intrinsic
@@ -113,6 +113,18 @@ def tile_steps(context, like, row, first):
         return _collect(b, kind, [emit.splat(b, x, kind.vector.lanes) for x in steps])
 
     return kind(like, row, row.vector.element), build
+
+
+@intrinsic
+def tile_numbers(context, like, pointer, offset):
+    """One column, pointer[offset + r] in all lanes of row r; in a `tile_map` it stands beside every column."""
+    kind = TileType(vector_of(pointer.element), like.rows, 1)
+
+    def build(cx, b, sig, args):
+        scalars = [emit.load_one(b, args[1], b.add(args[2], emit.count(r))) for r in range(kind.rows)]
+        return _collect(b, kind, [emit.splat(b, x, kind.vector.lanes) for x in scalars])
+
+    return kind(like, pointer, types.intp), build
 
 
 @intrinsic
@@ -307,6 +319,20 @@ def tile_map(context, function, tile, args):
         )
 
     return kind(function, tile, args), build
+
+
+@intrinsic
+def tile_dot(context, x, y):
+    """The products of two tiles, those of each row added up, one column after the other: a tile of one column."""
+    kind = TileType(x.vector, x.rows, 1)
+
+    def build(cx, b, sig, args):
+        sums = [ir.Constant(kind.vector.llvm, None)] * kind.rows
+        for k, (r, _) in enumerate(_cells(x)):
+            sums[r] = emit.fma(b, b.extract_value(args[0], k), b.extract_value(args[1], k), sums[r])
+        return _collect(b, kind, sums)
+
+    return (kind(x, y), build) if x == y else None
 
 
 @intrinsic

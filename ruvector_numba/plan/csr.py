@@ -15,7 +15,7 @@ from ..checks import Array
 from ..kernels import csr as kernels
 from ..kernels import csr_backward as backwards
 from ..kernels import jit, walk
-from ..kernels.gather import VECTORS, Heads, Rows
+from ..kernels.gather import HALF, VECTORS, Heads, Rows
 from ..kernels.scoring import Dropout
 from ..kernels.simd import target
 from . import memory
@@ -200,6 +200,13 @@ def _numbers(H: int, lanes: int) -> tuple[int, int]:
     return W, max(W, lanes)
 
 
+def _even(H: int, C: int, lanes: int) -> int:
+    """How many vectors a head is, where a tile of kernels/gather.py is some whole heads; else 0"""
+    vectors = C // lanes if C % lanes == 0 else 0
+    heads = {1: min(VECTORS, lanes), 2: min(VECTORS, lanes), 4: HALF}.get(vectors)
+    return vectors if heads and H % heads == 0 else 0
+
+
 @functools.lru_cache(256)
 def _heads(H: int, C: int, pad: int, lanes: int) -> Heads:
     """The tables of kernels/gather.py."""
@@ -216,6 +223,7 @@ def _heads(H: int, C: int, pad: int, lanes: int) -> Heads:
         pad,
         W,
         min(W, lanes, VECTORS).bit_length() - 1,
+        _even(H, C, lanes),
         len(whole),
         len(rest),
         C % lanes,
