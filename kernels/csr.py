@@ -25,9 +25,7 @@ from .gather import (
     fetch_row,
     fill,
     first_lanes,
-    joint_scores,
     keep_largest,
-    leaky,
     multiply,
     put_part,
     rounds,
@@ -36,6 +34,7 @@ from .gather import (
     take_row,
 )
 from .jit import Elements, apart, inline, kernel, within
+from .joint import joint_scores, leaky
 from .simd import (
     fma,
     lane_sum,

@@ -21,8 +21,6 @@ from .gather import (
     fetch_row,
     fill,
     first_lanes,
-    joint_gradients,
-    leaky_slope,
     multiply,
     put_part,
     put_row,
@@ -30,6 +28,7 @@ from .gather import (
     take_row,
 )
 from .jit import apart, inline, kernel, within
+from .joint import joint_gradients, leaky_slope
 from .simd import fma, lanes_of, load, period_sum, splat, store, store_live, where
 from .walk import (
     DOT,
