@@ -251,12 +251,12 @@ class GATv2(_Convolution):
 
         source, target, H = inputs.source, np.asarray(inputs.target), self.heads
         if self.share_weights:
-            left = linears(source, p, ("lin_l",), H)[:, 0]
-            right = left if not inputs.is_pair else linears(target, p, ("lin_l",), H)[:, 0]
+            left = linears(source, p, ("lin_l",), H)[0]
+            right = left if not inputs.is_pair else linears(target, p, ("lin_l",), H)[0]
         elif not inputs.is_pair:
-            left, right = linears(source, p, ("lin_l", "lin_r"), H).swapaxes(0, 1)
+            left, right = linears(source, p, ("lin_l", "lin_r"), H)
         else:
-            left, right = linears(source, p, ("lin_l",), H)[:, 0], linears(target, p, ("lin_r",), H)[:, 0]
+            left, right = linears(source, p, ("lin_l",), H)[0], linears(target, p, ("lin_r",), H)[0]
         edge = None
         if inputs.edge_attr is not None:
             edge = self._nodes_of(linear(inputs.edge_attr, p["lin_edge.weight"]))

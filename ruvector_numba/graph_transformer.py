@@ -111,10 +111,10 @@ class GraphTransformer(GraphLayer):
         of_source = "lin_key", "lin_value"
         of_target = ("lin_query", "lin_skip") if self._begins_with_root else ("lin_query",)
         if not inputs.is_pair:
-            key, value, query, *root = linears(source, p, of_source + of_target, self.heads).swapaxes(0, 1)
+            key, value, query, *root = linears(source, p, of_source + of_target, self.heads)
         else:
-            key, value = linears(source, p, of_source, self.heads).swapaxes(0, 1)
-            query, *root = linears(target, p, of_target, self.heads).swapaxes(0, 1)
+            key, value = linears(source, p, of_source, self.heads)
+            query, *root = linears(target, p, of_target, self.heads)
         edge = None
         if inputs.edge_attr is not None:
             edge = linear(inputs.edge_attr, p["lin_edge.weight"]).reshape(-1, self.heads, self.out_channels)
@@ -129,7 +129,7 @@ class GraphTransformer(GraphLayer):
         output = attended.reshape(len(attended), self.width) if self.concat else attended.mean(axis=1)
         if self._begins_with_root or not self.root_weight:
             return output, None
-        root = linears(np.asarray(inputs.target), p, ("lin_skip",), 1)[:, 0, 0]
+        root = linears(np.asarray(inputs.target), p, ("lin_skip",), 1)[0, :, 0]
         if not self.beta:
             root += output
             return root, None
