@@ -48,7 +48,7 @@ from .simd import (
 from .softmax import plus
 
 INF = math.inf
-# Edges of a batch. By 64 at a time GATv2 took 1.1 times as long forward, GraphTransformer 1.05, all else no longer; by 32
+# Edges of a batch. With 64 GATv2 took 1.1 times as long forward, GraphTransformer 1.05, all else no longer; with 32
 # GraphTransformer took 1.03 to 1.1 times as long again (Zen 3, 11 edges a node).
 EDGES = 128
 AHEAD = 24  # edges: their rows are on the way while others are worked on
