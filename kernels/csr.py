@@ -69,6 +69,7 @@ from .walk import (
 )
 
 INF = math.inf
+TARGETS_AHEAD = 8  # about a batch
 
 
 # --- forward --------------------------------------------------------------------------------------------------------
@@ -129,15 +130,14 @@ def score(job, desk, f):
 
 @within
 def soften(job, desk, n, again):
-    """weights = p = exp(s - bound), where the bound is the largest score, and their total. If the n edges are not the
-    target's first, factor is what its sums so far are worth under the new bound."""
+    """weights = p = exp(s - bound), where the bound is the largest score, added to the total. If the n edges come again
+    to a target, factor is what its sums so far are worth under the new bound."""
     W, span, lanes, count = job.W, job.span, lanes_of(desk.scores), n * job.W
     many = rounds(n, W, lanes)
     for g in range(0, W, lanes):
         # 1. the largest score of each head
-        none = splat(load(desk.scores, g), -INF)
-        before = load(desk.bound, g) if again else none
-        top = before
+        before = load(desk.bound, g)
+        top, none = before, splat(before, -INF)
         for k in range(many):
             f = g + k * span
             x = first_lanes(score(job, desk, f), count - f, -INF)
@@ -199,8 +199,10 @@ def attend(job, desk, i, j, first, last, best, finishes):
         for t in range(i, j):
             begin, end = edges_of(job, t, p, p + n)
             here, mine = from_edge(desk, begin - p, job.W), best + (t - i) * channels
-            fetch_target(job, t + 8)
+            fetch_target(job, t + TARGETS_AHEAD)
             if p == first:
+                fill(desk.bound, job.span, -INF)
+                fill(desk.total, job.span, 0.0)
                 fill(desk.value, job.width, 0.0)
                 for c in range(channels if job.aggregation == MAX else 0):
                     mine[c] = -1

@@ -361,3 +361,6 @@ def test_normalization_left_out():
         coefficients = case.forward_cached()[1].coefficients()
         agrees(coefficients, case.exact().coefficients)
         assert not np.allclose(coefficients, oracle(case.layer.parameters, first(case.x), case.edge_index).coefficients)
+    for settings in ({}, {"normalize": False}):  # in this order: a hub's parts leave what the next ones must not find
+        case = make("GAT", 4, 8, 2, N=30, E=100, hub=9000, **settings)
+        agrees(case.forward(), case.exact().output)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from cases import close
 from neighbor_cases import ALL, TERMS, Case, aggregations, conforms, draw, dtypes, results, same_bits
+from ruvector_numba.kernels.gather import EDGES
 
 import ruvector_numba as rv
 from ruvector_numba.graph import _assembled
@@ -130,6 +131,25 @@ def test_threads_change_no_bit(aggregation, dtype):
             found[-1]["plain"] = large(aggregation, dtype, "").forward().output
     for other in found[1:]:
         same_bits(other, found[0])
+
+
+@aggregations
+@pytest.mark.parametrize("terms", ["", ALL], ids=["plain", "everything"])
+def test_the_company_of_a_target_changes_none_of_its_bits(terms, aggregation):
+    """Targets are done by batches of so many edges; each alone has the same bits, and so have its edges."""
+    degrees = [0, 3, EDGES - 1, EDGES, 1, EDGES + 1, 0, 2 * EDGES + 3, 5, EDGES - 3, 2, 2, 0, 1]
+    case = draw(len(degrees), 50, sum(degrees), 2, 8, 16, terms, np.float32, hidden=0.1, aggregation=aggregation)
+    targets = np.repeat(np.arange(len(degrees)), degrees)
+    case = case._replace(edge_index=np.stack([case.edge_index[0], targets]))
+    together = results(case)
+    for i in range(len(degrees)):
+        mine = targets == i
+        of_edges = {name: x[mine] if name in TERMS else x for name, x in case.terms.items()}
+        alone = results(case._replace(edge_index=case.edge_index[:, mine], terms=of_edges))
+        for name in ("output", "lse", "query"):
+            assert np.array_equal(together[name][i], alone[name][i]), (name, i)
+        for name in {"coefficients", *TERMS} & together.keys():
+            assert np.array_equal(together[name][mine], alone[name]), (name, i)
 
 
 def permuted(case, order):

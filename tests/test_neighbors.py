@@ -6,6 +6,7 @@ import pytest
 from cases import SECOND_PASS, close
 from neighbor_cases import ALL, TERMS, Case, aggregations, conforms, draw, draw_edges, dtypes, results
 from reference import central_differences
+from ruvector_numba.kernels.simd import target
 
 import ruvector_numba as rv
 
@@ -61,6 +62,19 @@ def test_channels(channels, terms):
 def test_heads(H, terms):
     conforms(draw(30, 25, 200, H, 3, 7, terms))
     conforms(draw(30, 25, 200, H, 16, 16, terms, np.float32))
+
+
+@pytest.mark.core
+@dtypes
+@pytest.mark.parametrize("vectors", [1, 2, 4])
+def test_heads_of_whole_vectors(vectors, dtype):
+    """Where tiles are some whole heads: one of them and several, and keys that are not as wide as values."""
+    lanes = target().lanes(np.dtype(dtype).itemsize)
+    n = vectors * lanes
+    conforms(draw(30, 25, 300, 4, n, n, dtype=dtype, hub=5000))
+    conforms(draw(30, 25, 300, 8, n, n, dtype=dtype))
+    conforms(draw(30, 25, 300, 4, n, 4 * lanes, "edge_value", dtype))
+    conforms(draw(30, 25, 300, 4, 2 * lanes, n, "edge_bias", dtype))
 
 
 @pytest.mark.parametrize("terms", ["", ALL], ids=["plain", "everything"])
