@@ -131,7 +131,8 @@ def score(job, desk, f):
 @within
 def soften(job, desk, n, again):
     """weights = p = exp(s - bound), where the bound is the largest score, added to the total. If the n edges come again
-    to a target, factor is what its sums so far are worth under the new bound."""
+    to a target, factor is what its sums so far are worth under the new bound. (The exponentials of all targets of a
+    batch as one loop were not faster.)"""
     W, span, lanes, count = job.W, job.span, lanes_of(desk.scores), n * job.W
     many = rounds(n, W, lanes)
     for g in range(0, W, lanes):

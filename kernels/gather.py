@@ -315,7 +315,8 @@ def blocks(n):
 def add_gathered(out, weights, step, rows, index, n, heads, fetches, selects):
     """out[h, c] += sum over e of weights[e, h] * rows[index[e], h, c]; if it selects, a weight of 0 adds nothing
 
-    Weights are `step` from edge to edge. If it fetches, rows that will be needed soon are asked for.
+    Weights are `step` from edge to edge. If it fetches, rows that will be needed soon are asked for. Tiles of four
+    vectors: of eight, whose rows are asked for at once, GAT took 1.05 times as long forward.
     """
     if heads.even == 1:
         add_even(tile_narrow(out, VECTORS, 1), out, weights, step, rows, index, n, heads, fetches, selects)
