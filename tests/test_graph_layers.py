@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from graph_layer_cases import KINDS, first, make, random_case
 from reference import central_differences
+from ruvector_numba.kernels.simd import target
 
 import ruvector_numba as rv
 
@@ -176,25 +177,50 @@ def test_at_exactly_zero_the_slope_counts():
         np.testing.assert_allclose(found[1], 0.2 * found[0], rtol=1e-12)
 
 
+def has_the_slope_of_a_loss(case):
+    """The gradients along one random direction of all parameters and inputs."""
+    inputs = {name: getattr(case, name) for name in ("x", "edge_attr") if getattr(case, name) is not None}
+    grad = case.grad_output()
+    g = case.layer.backward(grad, case.forward_cached()[1])
+    rng, flat = np.random.default_rng(0), case.layer.get_parameters()
+    way, ways = rng.standard_normal(flat.shape), {name: rng.standard_normal(y.shape) for name, y in inputs.items()}
+    slope = np.concatenate([np.ravel(g.parameters[n]) for n in case.layer.parameters]) @ way
+    found = {"x": g.node_features, "edge_attr": g.edge_attr}
+    slope += sum((found[name] * ways[name]).sum() for name in inputs)
+
+    def loss(t):
+        case.layer.set_parameters(flat + t * way)
+        return (grad * case._replace(**{name: y + t * ways[name] for name, y in inputs.items()}).forward()).sum()
+
+    t = 1e-7  # short: of 9000 scores some are close to the kink of LeakyReLU
+    measured = (loss(t) - loss(-t)) / (2 * t)
+    case.layer.set_parameters(flat)
+    np.testing.assert_allclose(slope, measured, rtol=1e-4)
+
+
 @kinds
 def test_a_hub(kind):
     """Against the specification, and the gradients along one random direction."""
     case = make(kind, 4, 8, 2, N=30, E=100, hub=9000, edge_dim=2)
     agrees(case.forward(), case.exact().output)
-    grad = case.grad_output()
-    _, cache = case.forward_cached()
-    g = case.layer.backward(grad, cache)
-    rng, flat = np.random.default_rng(0), case.layer.get_parameters()
-    way = [rng.standard_normal(y.shape) for y in (flat, case.x, case.edge_attr)]
-    slope = np.concatenate([np.ravel(g.parameters[n]) for n in case.layer.parameters]) @ way[0]
-    slope += (g.node_features * way[1]).sum() + (g.edge_attr * way[2]).sum()
+    has_the_slope_of_a_loss(case)
 
-    def loss(t):
-        case.layer.set_parameters(flat + t * way[0])
-        return (grad * case._replace(x=case.x + t * way[1], edge_attr=case.edge_attr + t * way[2]).forward()).sum()
 
-    t = 1e-7  # short: of 9000 scores some are close to the kink of LeakyReLU
-    np.testing.assert_allclose(slope, (loss(t) - loss(-t)) / (2 * t), rtol=1e-4)
+@pytest.mark.core
+@pytest.mark.parametrize("vectors", [1, 2, 4])
+@kinds
+def test_heads_of_whole_vectors(kind, vectors):
+    """Which are read as whole tiles where edges have no features; 12 heads are three tiles and no power of two."""
+    case = make(kind, 3, vectors * target().lanes(8), 12, N=40, E=300)
+    exact = case.exact()
+    agrees(case.forward(), exact.output)
+    agrees(case.forward_cached()[1].coefficients(), exact.coefficients)
+    has_the_slope_of_a_loss(case)
+    found = []
+    for n in (1, MOST):
+        with rv.threads(n):
+            found.append(results(case))
+    same_bits(*found)
 
 
 # --- graphs ----------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import pytest
 from cases import close
 from neighbor_cases import ALL, TERMS, Case, aggregations, conforms, draw, dtypes, results, same_bits
 from ruvector_numba.kernels.gather import EDGES
+from ruvector_numba.kernels.simd import target
 
 import ruvector_numba as rv
 from ruvector_numba.graph import _assembled
@@ -33,6 +34,18 @@ def test_nan_reaches_who_sees_it_and_nobody_else(name, hub, aggregation):
         assert all(np.isfinite(y).any() for y in wanted.values())
     for part, got in results(case).items():
         np.testing.assert_allclose(got, wanted[part], rtol=1e-9, atol=1e-12, err_msg=part)
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("vectors", [1, 2, 4])
+def test_nan_behind_a_bias_reaches_nothing(vectors):
+    """Heads of whole vectors, whose tiles multiply it all the same."""
+    n = vectors * target().lanes(8)
+    case = draw(40, 35, 200, 12, n, n, "edge_bias")
+    case.terms["edge_bias"][case.edge_index[0] == 7] = -np.inf
+    wanted = results(case)
+    case.key[7], case.value[7] = np.nan, np.nan
+    same_bits(results(case), wanted)
 
 
 @pytest.mark.core

@@ -73,6 +73,7 @@ def test_heads_of_whole_vectors(vectors, dtype):
     n = vectors * lanes
     conforms(draw(30, 25, 300, 4, n, n, dtype=dtype, hub=5000))
     conforms(draw(30, 25, 300, 8, n, n, dtype=dtype))
+    conforms(draw(30, 25, 300, 12, n, n, dtype=dtype))  # not a power of two
     conforms(draw(30, 25, 300, 4, n, 4 * lanes, "edge_value", dtype))
     conforms(draw(30, 25, 300, 4, 2 * lanes, n, "edge_bias", dtype))
 
