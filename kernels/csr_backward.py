@@ -244,7 +244,7 @@ def put_terms(job, rows, i, x):
 
 
 @within
-def few(job, desk, i, j, first, n, sums):
+def gradients_of_batch(job, desk, i, j, first, n, sums):
     """Targets i .. j - 1, whose n edges are a batch"""
     if n:
         take_scores(job, desk, first, n)
@@ -259,7 +259,7 @@ def few(job, desk, i, j, first, n, sums):
 
 
 @within
-def many(job, desk, i, first, last, sums):
+def gradients_of_target(job, desk, i, first, last, sums):
     """Target i, whose edges are several batches: delta is needed whole before the second round."""
     clear_target(job, desk, i)
     find_delta(job, desk, i, first, last)
@@ -303,9 +303,9 @@ def backward_targets(job: NeighborJob, slot, task):
             j = batch_end(job, i, end)
             first, last = begin_of(job, i), begin_of(job, j)
             if last - first <= EDGES:
-                few(job, desk, i, j, first, last - first, sums)
+                gradients_of_batch(job, desk, i, j, first, last - first, sums)
             elif last - first <= job.most:
-                many(job, desk, i, first, last, sums)
+                gradients_of_target(job, desk, i, first, last, sums)
             i = j
         return
     hub = task if job.mode == HUB else job.parts[3 * task]

@@ -198,39 +198,39 @@ def gathered(like, rows, nodes, edge_rows, edges, has_edge, e, n, heads, places,
 @apart
 def dot_even(like, out, x, rows, nodes, n, heads):
     """`dot_gathered` where the tile is some whole heads"""
-    few, stride, width = tile_rows(like), tile_lanes(like), tile_rows(like) * tile_lanes(like)
-    for h in range(0, heads.H, few):
-        mine = tile_load(like, x, h * heads.pad, heads.pad, few)
+    tall, stride, width = tile_rows(like), tile_lanes(like), tile_rows(like) * tile_lanes(like)
+    for h in range(0, heads.H, tall):
+        mine = tile_load(like, x, h * heads.pad, heads.pad, tall)
         for e in range(n):
             fetch_row(rows, nodes[e + AHEAD], h * stride, width)
-            y = tile_load(like, rows.data, nodes[e] * rows.step + h * stride, stride, few)
+            y = tile_load(like, rows.data, nodes[e] * rows.step + h * stride, stride, tall)
             store_row_sums(tile_dot(mine, y), out, e * heads.W + h)
 
 
 @apart
 def add_even(tile, out, weights, step, rows, index, n, heads, fetches, selects):
     """`add_gathered` where the tile, of zeros, is some whole heads"""
-    few, stride, width = tile_rows(tile), tile_lanes(tile), tile_rows(tile) * tile_lanes(tile)
-    for h in range(0, heads.H, few):
+    tall, stride, width = tile_rows(tile), tile_lanes(tile), tile_rows(tile) * tile_lanes(tile)
+    for h in range(0, heads.H, tall):
         sum = tile
         for e in range(n):
             if fetches:
                 fetch_row(rows, index[e + AHEAD], h * stride, width)
-            x = tile_load(tile, rows.data, index[e] * rows.step + h * stride, stride, few)
+            x = tile_load(tile, rows.data, index[e] * rows.step + h * stride, stride, tall)
             w = tile_numbers(tile, weights, e * step + h)
             if selects:
                 sum = tile_map(multiply_add_unless_zero, sum, (x, w))
             else:
                 sum = tile_map(multiply_add, sum, (x, w))
-        so_far = tile_load(tile, out, h * heads.pad, heads.pad, few)
-        tile_store(tile_map(plus, sum, (so_far,)), out, h * heads.pad, heads.pad, few)
+        so_far = tile_load(tile, out, h * heads.pad, heads.pad, tall)
+        tile_store(tile_map(plus, sum, (so_far,)), out, h * heads.pad, heads.pad, tall)
 
 
 @apart
 def dot_gathered(out, x, rows, nodes, edge_rows, edges, has_edge, n, heads):
     """out[e, h] = sum over c of x[h, c] * (rows[nodes[e], h, c] + edge_rows[edges[e], h, c])
 
-    A few sums are made at once, and joined in one vector.
+    A tall sums are made at once, and joined in one vector.
     """
     zeros = tile_narrow(out, VECTORS, 1)
     even = 0 if has_edge else heads.even

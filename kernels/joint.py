@@ -77,13 +77,13 @@ def joint_scores(out, x, att, slope, rows, nodes, edge_rows, edges, has_edge, n,
 @apart
 def joint_even(like, out, x, att, slope, rows, nodes, n, heads):
     """`joint_scores` where the tile is some whole heads"""
-    few, stride, width = tile_rows(like), tile_lanes(like), tile_rows(like) * tile_lanes(like)
-    for h in range(0, heads.H, few):
-        mine = tile_load(like, x, h * heads.pad, heads.pad, few)
-        a = tile_load(like, att, h * heads.pad, heads.pad, few)
+    tall, stride, width = tile_rows(like), tile_lanes(like), tile_rows(like) * tile_lanes(like)
+    for h in range(0, heads.H, tall):
+        mine = tile_load(like, x, h * heads.pad, heads.pad, tall)
+        a = tile_load(like, att, h * heads.pad, heads.pad, tall)
         for e in range(n):
             fetch_row(rows, nodes[e + AHEAD], h * stride, width)
-            y = tile_load(like, rows.data, nodes[e] * rows.step + h * stride, stride, few)
+            y = tile_load(like, rows.data, nodes[e] * rows.step + h * stride, stride, tall)
             z = tile_map(leaky, tile_map(plus, y, (mine,)), (slope,))
             store_row_sums(tile_dot(z, a), out, e * heads.W + h)
 
