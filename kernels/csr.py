@@ -51,18 +51,20 @@ from .simd import (
 from .softmax import LOG2E, probability
 from .walk import (
     DOT,
+    HUB,
     JOINT,
     MAX,
-    NODES,
     PART,
     SUM,
     NeighborJob,
-    batch_end,
     begin_of,
     carve,
     edges_of,
     find_shares,
     from_edge,
+    is_mine,
+    next_batch,
+    nodes_of,
     number,
     take_edges,
     weigh_shares,
@@ -283,25 +285,24 @@ def forward(job: NeighborJob, slot, task):
     # task -> some targets, or a part of a hub's edges, or a hub whose parts are done
     desk = carve(job, slot)
     channels = job.H * job.channels.C
-    if job.mode == NODES:
-        i, end = job.starts[task], job.starts[task + 1]
-        while i < end:
-            j = batch_end(job, i, end)
-            first, last = begin_of(job, i), begin_of(job, j)
-            if last - first <= job.most:
-                attend(job, desk, i, j, first, last, job.best + i * channels, True)
-            i = j
-    elif job.mode == PART:
-        i, here = job.hubs[3 * job.parts[3 * task]], job.partial + task * job.partial_step
-        best = job.partial_best + task * channels
-        attend(job, desk, i, i + 1, job.parts[3 * task + 1], job.parts[3 * task + 2], best, False)
-        copy(here, desk.value, job.width)
-        copy(here + job.width, desk.bound, job.span)
-        copy(here + (job.width + job.span), desk.total, job.span)
-    else:
+    if job.mode == HUB:
         i, first, last = job.hubs[3 * task], job.hubs[3 * task + 1], job.hubs[3 * task + 2]
         add_parts(job, desk, first, last, job.best + i * channels)
         finish(job, desk, i)
+        return
+    i, end = nodes_of(job, task)
+    is_part = job.mode == PART
+    while i < end:
+        j, first, last = next_batch(job, task, i, end)
+        if is_mine(job, first, last):
+            best = job.partial_best + task * channels if is_part else job.best + i * channels
+            attend(job, desk, i, j, first, last, best, not is_part)
+        i = j
+    if is_part:
+        here = job.partial + task * job.partial_step
+        copy(here, desk.value, job.width)
+        copy(here + job.width, desk.bound, job.span)
+        copy(here + (job.width + job.span), desk.total, job.span)
 
 
 # --- terms of nodes --------------------------------------------------------------------------------------------------

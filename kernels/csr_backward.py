@@ -37,14 +37,16 @@ from .walk import (
     MAX,
     NODES,
     PART,
+    SECOND_PART,
     SUM,
     NeighborJob,
-    batch_end,
-    begin_of,
     carve,
     edges_of,
     find_shares,
     from_edge,
+    is_mine,
+    next_batch,
+    nodes_of,
     number,
     take_edges,
     take_numbers,
@@ -57,13 +59,12 @@ from .walk import (
 def weight_gradients(job, desk, i, first, n):
     """changes[e, h] = dp, desk.x has do; adds to delta"""
     H, W, dp, lanes = job.H, job.W, desk.changes, lanes_of(desk.changes)
-    find_weights(job, desk, i, n)
     if job.aggregation == MAX:
         gather_largest(job, desk, i, first, n)
     else:
         dot_gathered(dp, desk.x, job.value, desk.nodes, job.edge_value, desk.edges, job.has_edge_value, n, job.channels)
     if job.has_shares:
-        thin_gradients(job, desk, i, n)
+        thin_gradients(job, desk, n)
     for e in range(n if job.has_grad_weights else 0):
         for h in range(H):
             dp[e * W + h] += job.grad_weights[desk.edges[e] * H + h]
@@ -92,10 +93,9 @@ def gather_largest(job, desk, i, first, n):
 
 
 @within
-def thin_gradients(job, desk, i, n):
+def thin_gradients(job, desk, n):
     """dp *= w / p, and by the way the gradient of the edges' weights"""
     W = job.W
-    find_shares(job, desk, i, n)
     for e in range(n if job.has_weight else 0):
         total = 0.0
         for h in range(job.H):
@@ -118,23 +118,28 @@ def take_scores(job, desk, first, n):
 
 
 @within
+def take_weights(job, desk, i, n):
+    """weights = p, and what becomes of them behind the softmax"""
+    find_weights(job, desk, i, n)
+    if job.has_shares:
+        find_shares(job, desk, i, n)
+
+
+@within
 def keep_gradients(job, desk, first, n):
-    """dp for `take_again`, in place of ds"""
+    """dp for `take_gradients`, in place of ds"""
     for e in range(n):
         for h in range(job.W):
             job.pairs[(first + e) * 2 * job.W + h] = desk.changes[e * job.W + h]
 
 
 @within
-def take_again(job, desk, i, first, n):
-    """What `weight_gradients` had on the desk, where other edges came after."""
-    take_scores(job, desk, first, n)
+def take_gradients(job, desk, first, n):
+    """The dp that were kept, where other edges came after"""
     for e in range(n):
         for h in range(job.W):
             desk.changes[e * job.W + h] = job.pairs[(first + e) * 2 * job.W + h]
-    find_weights(job, desk, i, n)
     if job.has_shares:
-        find_shares(job, desk, i, n)
         weigh_shares(job, desk, n)
 
 
@@ -244,45 +249,35 @@ def put_terms(job, rows, i, x):
 
 
 @within
-def gradients_of_batch(job, desk, i, j, first, n, sums):
-    """Targets i .. j - 1, whose n edges are a batch"""
-    if n:
-        take_scores(job, desk, first, n)
-    for t in range(i, j):
-        begin, end = edges_of(job, t, first, first + n)
-        here = from_edge(desk, begin - first, job.W)
-        clear_target(job, desk, t)
-        weight_gradients(job, here, t, begin, end - begin)
-        score_gradients(job, here, begin, end - begin, t, sums)
-        put_target(job, desk, t, sums)
-    put_pairs(job, desk, first, n)
-
-
-@within
-def gradients_of_target(job, desk, i, first, last, sums):
-    """Target i, whose edges are several batches: delta is needed whole before the second round."""
-    clear_target(job, desk, i)
-    find_delta(job, desk, i, first, last)
-    give_scores(job, desk, i, first, last, sums)
-    put_target(job, desk, i, sums)
-
-
-@within
-def find_delta(job, desk, i, first, last):
-    for p in range(first, last, EDGES):
-        n = min(EDGES, last - p)
-        take_scores(job, desk, p, n)
-        weight_gradients(job, desk, i, p, n)
-        keep_gradients(job, desk, p, n)
-
-
-@within
-def give_scores(job, desk, i, first, last, sums):
-    for p in range(first, last, EDGES):
-        n = min(EDGES, last - p)
-        take_again(job, desk, i, p, n)
-        score_gradients(job, desk, p, n, i, sums)
-        put_pairs(job, desk, p, n)
+def gradients(job, desk, i, j, first, last, finds, gives, sums):
+    """Targets i .. j - 1 from their edges first .. last - 1: a batch, or more of one target. It finds delta and gives
+    what needs it: at once where the edges are a batch, else in two rounds, as delta is needed whole."""
+    at_once = finds and gives and last - first <= EDGES
+    for round in range(0 if finds else 1, 2 if gives and not at_once else 1):
+        for p in range(first, max(last, first + 1), EDGES):
+            n = min(EDGES, last - p)
+            if n:
+                take_scores(job, desk, p, n)
+            for t in range(i, j):
+                begin, end = edges_of(job, t, p, p + n)
+                here = from_edge(desk, begin - p, job.W)
+                if finds and round == 0 and p == first:
+                    clear_target(job, desk, t)
+                take_weights(job, here, t, end - begin)
+                if round == 0:
+                    weight_gradients(job, here, t, begin, end - begin)
+                else:
+                    take_gradients(job, desk, p, n)
+                if round == 1 or at_once:
+                    score_gradients(job, here, begin, end - begin, t, sums)
+                else:
+                    keep_gradients(job, desk, p, n)
+                if at_once:
+                    put_target(job, desk, t, sums)
+            if round == 1 or at_once:
+                put_pairs(job, desk, p, n)
+    if finds and gives and not at_once:
+        put_target(job, desk, i, sums)
 
 
 @within
@@ -295,36 +290,31 @@ def put_target(job, desk, i, sums):
 def backward_targets(job: NeighborJob, slot, task):
     # task -> as in forward, with two rounds over a hub's parts: delta is needed whole before the second
     desk = carve(job, slot)
-    width = job.width
+    width, is_hub = job.width, job.mode == HUB
     sums = job.sums + (job.sums_from + task) * 3 * width
-    if job.mode == NODES:
-        i, end = job.starts[task], job.starts[task + 1]
-        while i < end:
-            j = batch_end(job, i, end)
-            first, last = begin_of(job, i), begin_of(job, j)
-            if last - first <= EDGES:
-                gradients_of_batch(job, desk, i, j, first, last - first, sums)
-            elif last - first <= job.most:
-                gradients_of_target(job, desk, i, first, last, sums)
-            i = j
-        return
-    hub = task if job.mode == HUB else job.parts[3 * task]
-    i = job.hubs[3 * hub]
-    clear_target(job, desk, i)
-    if job.mode == HUB:
+    here = job.partial + task * job.partial_step
+    if is_hub or job.mode == SECOND_PART:
+        hub = task if is_hub else job.parts[3 * task]
+        clear_target(job, desk, job.hubs[3 * hub])
         for part in range(job.hubs[3 * hub + 1], job.hubs[3 * hub + 2]):
-            add(desk.terms, job.partial + part * job.partial_step, width)
-        put_target(job, desk, i, sums)
-        return
-    here, first, last = job.partial + task * job.partial_step, job.parts[3 * task + 1], job.parts[3 * task + 2]
+            before = job.partial + part * job.partial_step
+            if is_hub:
+                add(desk.terms, before, width)
+            else:
+                add(desk.delta, before + width, job.span)
+        if is_hub:
+            put_target(job, desk, job.hubs[3 * hub], sums)
+            return
+    i, end = nodes_of(job, task)
+    while i < end:
+        j, first, last = next_batch(job, task, i, end)
+        if is_mine(job, first, last):
+            gradients(job, desk, i, j, first, last, job.mode != SECOND_PART, job.mode != PART, sums)
+        i = j
     if job.mode == PART:
-        find_delta(job, desk, i, first, last)
         copy(here + width, desk.delta, job.span)
-        return
-    for part in range(job.hubs[3 * hub + 1], job.hubs[3 * hub + 2]):
-        add(desk.delta, job.partial + (part * job.partial_step + width), job.span)
-    give_scores(job, desk, i, first, last, sums)
-    copy(here, desk.terms, width)
+    elif job.mode == SECOND_PART:
+        copy(here, desk.terms, width)
 
 
 # --- backward, by source ---------------------------------------------------------------------------------------------
@@ -428,21 +418,7 @@ def backward_sources(job: NeighborJob, slot, task):
     desk = carve(job, slot)
     width = job.width
     sums = job.sums + (job.sums_from + task) * 3 * width
-    if job.mode == NODES:
-        i, end = job.starts[task], job.starts[task + 1]
-        while i < end:
-            j = batch_end(job, i, end)
-            first, last = begin_of(job, i), begin_of(job, j)
-            if last - first <= job.most:
-                collect(job, desk, i, j, first, last, True, sums)
-            i = j
-    elif job.mode == PART:
-        here = job.partial + task * job.partial_step
-        j = job.hubs[3 * job.parts[3 * task]]
-        collect(job, desk, j, j + 1, job.parts[3 * task + 1], job.parts[3 * task + 2], False, sums)
-        copy(here, desk.value, width)
-        copy(here + width, desk.terms, width)
-    else:
+    if job.mode == HUB:
         fill(desk.value, width, 0.0)
         fill(desk.terms, width, 0.0)
         for part in range(job.hubs[3 * task + 1], job.hubs[3 * task + 2]):
@@ -450,3 +426,14 @@ def backward_sources(job: NeighborJob, slot, task):
             add(desk.value, here, width)
             add(desk.terms, here + width, width)
         give(job, desk, job.hubs[3 * task], sums)
+        return
+    i, end = nodes_of(job, task)
+    while i < end:
+        j, first, last = next_batch(job, task, i, end)
+        if is_mine(job, first, last):
+            collect(job, desk, i, j, first, last, job.mode == NODES, sums)
+        i = j
+    if job.mode == PART:
+        here = job.partial + task * job.partial_step
+        copy(here, desk.value, width)
+        copy(here + width, desk.terms, width)

@@ -193,6 +193,31 @@ def batch_end(job, i, end):
     return j
 
 
+@apart
+def nodes_of(job, task):
+    """The nodes of a task: some, or the hub that it has a part of"""
+    if job.mode == NODES:
+        return job.starts[task], job.starts[task + 1]
+    i = job.hubs[3 * job.parts[3 * task]]
+    return i, i + 1
+
+
+@apart
+def next_batch(job, task, i, end):
+    """The node behind the batch that begins with i, and where its edges begin and end; of a part of a hub, its own"""
+    if job.mode != NODES:
+        return end, job.parts[3 * task + 1], job.parts[3 * task + 2]
+    j = batch_end(job, i, end)
+    first, last = begin_of(job, i), begin_of(job, j)
+    return j, first, last
+
+
+@inline
+def is_mine(job, first, last):
+    """Does a task of nodes do this batch, or is it a hub, whose parts are others' tasks?"""
+    return job.mode != NODES or last - first <= job.most
+
+
 @within
 def take_edges(job, desk, first, n):
     """Both numbers of the edges at n > 0 positions, and of the AHEAD that come after them."""
