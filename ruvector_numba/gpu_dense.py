@@ -64,7 +64,7 @@ def call(query: Any, key: Any, value: Any, attn_mask: Any, *terms: Any, dtype: s
 
 # --- forward -----------------------------------------------------------------------------------------------------
 class Past(NamedTuple):
-    """A call and what came of it; see `dense.Past`."""
+    """A call and what came of it; see `dense_past.Past`."""
 
     call: Call
     output: GpuArray  # as the kernels wrote it: rows of whole pieces

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from . import checks, dense, files, gpu, gpu_layers, halves, layers, layers_half, masks, visibility
+from . import checks, dense_past, files, gpu, gpu_layers, halves, layers, layers_half, masks, visibility
 from .config import AttentionConfig
 from .errors import InvalidConfigError, InvalidInputError
 from .kv_cache import KeyValueCache
@@ -365,7 +365,7 @@ class _Record(NamedTuple):
 
     inputs: tuple[Array, Array, Array]
     parameters: ParameterSet
-    past: dense.Past  # of the heads
+    past: dense_past.Past  # of the heads
     joined: Array  # (B, Lq, heads, d_k): what w_o is applied to
     output: Array
 
@@ -428,7 +428,7 @@ def _output(c: checks.Call, inputs: tuple[Array, Array, Array], parameters: Para
     B, H, Lq, d_k = c.query.shape
     d = H * d_k
     joined = memory.result((B, Lq, H, d_k), c.given)
-    past = dense.forward(c, joined.transpose(0, 2, 1, 3))
+    past = dense_past.forward(c, joined.transpose(0, 2, 1, 3))
     output = memory.result((B, Lq, d), joined.dtype)
     product(
         joined.reshape(B, Lq, 1, d), parameters["w_o"].reshape(1, d, 1, d), output[:, :, None], parameters.get("b_o")

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from numpy.typing import ArrayLike, NDArray
 
-from . import checks, dense, gpu, gpu_layers, layers, layers_half
+from . import checks, dense_past, gpu, gpu_layers, layers, layers_half
 from .config import AttentionConfig
 from .parameters import ParameterSet, Trainable
 from .protocols import TrainableAttention
@@ -21,7 +21,7 @@ class _Record(NamedTuple):
     """What a pass was computed from and with."""
 
     inputs: tuple[Array, Array, Array]
-    past: dense.Past  # of one head
+    past: dense_past.Past  # of one head
 
     @property
     def output(self) -> Array:
@@ -171,7 +171,7 @@ class ScaledDotProductAttention(Trainable, TrainableAttention):
         q, k, v = (x[:, None] for x in (query, key, value))
         scale = config.get_scale()
         c = checks.call(q, k, v, seen, dropout, config.causal, scale, False, None, None, seed)
-        return _Record((query, key, value), dense.forward(c._replace(eps=config.eps)))
+        return _Record((query, key, value), dense_past.forward(c._replace(eps=config.eps)))
 
     def _file_header(self) -> dict[str, str]:
         return {"kind": self.name(), "config": self.config.to_json()}

@@ -178,9 +178,9 @@ def test_no_copy_is_made(layout, requires_grad, seen_arrays):
 
 def test_the_result_is_the_array_that_was_computed(monkeypatch):
     made = []
-    forward, backward = ours.dense.forward, ours.dense.Past.backward
-    monkeypatch.setattr(ours.dense, "forward", lambda c: made.append(forward(c)) or made[-1])
-    monkeypatch.setattr(ours.dense.Past, "backward", lambda *x: made.append(backward(*x)) or made[-1])
+    forward, backward = ours.dense_past.forward, ours.dense_past.Past.backward
+    monkeypatch.setattr(ours.dense_past, "forward", lambda c: made.append(forward(c)) or made[-1])
+    monkeypatch.setattr(ours.dense_past.Past, "backward", lambda *x: made.append(backward(*x)) or made[-1])
     inputs = tensors()
     output = attention(*inputs)
     gradients = torch.autograd.grad(output.sum(), inputs)
@@ -230,7 +230,7 @@ def test_gradients_for_some_inputs_only(needs):
 @pytest.mark.parametrize("how", ["no_grad", "inference_mode", "nothing requires it"])
 def test_without_gradients_nothing_is_kept(how, monkeypatch):
     with_gradients = attention(*tensors()).detach()
-    monkeypatch.setattr(ours.dense, "forward", None)  # which would compute what a backward pass needs
+    monkeypatch.setattr(ours.dense_past, "forward", None)  # which would compute what a backward pass needs
     context = {"no_grad": torch.no_grad, "inference_mode": torch.inference_mode}.get(how, torch.enable_grad)
     with context():
         output = attention(*tensors(requires_grad=how != "nothing requires it"))

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .. import checks, dense, masks
+from .. import checks, dense, dense_past, masks
 from ..errors import InvalidInputError, InvalidMaskError, TrainingError
 
 try:
@@ -105,7 +105,7 @@ class _Attention(torch.autograd.Function):  # type: ignore[misc]  # torch comes 
         arrays = _arrays(query, key, value, attn_mask)
         if not (is_grad_enabled and any(ctx.needs_input_grad)):
             return torch.from_numpy(dense.scaled_dot_product_attention(*arrays, **options))
-        past = dense.forward(checks.call(*arrays, **options))
+        past = dense_past.forward(checks.call(*arrays, **options))
         output, sums = torch.from_numpy(past.output), torch.from_numpy(past.sums)
         # Whatever is a tensor is kept by torch, which then notices changes in place, and may offload or recompute it.
         is_tensor = isinstance(attn_mask, torch.Tensor)
@@ -136,7 +136,7 @@ class _Gradients(torch.autograd.Function):  # type: ignore[misc]
         options: dict[str, Any], wants_bias: bool,
     ) -> Any:  # fmt: skip
         call = checks.call(*_arrays(query, key, value, attn_mask), **options)
-        g = dense.Past(call, _array(output), sums=_array(sums), top=None).backward(
+        g = dense_past.Past(call, _array(output), sums=_array(sums), top=None).backward(
             _array(grad_output), None, wants_bias
         )
         return tuple(None if x is None else torch.from_numpy(x) for x in (g.query, g.key, g.value, g.bias))
