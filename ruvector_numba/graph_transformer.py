@@ -110,11 +110,8 @@ class GraphTransformer(GraphLayer):
         source, target = inputs.source, np.asarray(inputs.target)
         of_source = "lin_key", "lin_value"
         of_target = ("lin_query", "lin_skip") if self._begins_with_root else ("lin_query",)
-        if not inputs.is_pair:
-            key, value, query, *root = linears(source, p, of_source + of_target, self.heads)
-        else:
-            key, value = linears(source, p, of_source, self.heads)
-            query, *root = linears(target, p, of_target, self.heads)
+        key, value = linears(source, p, of_source, self.heads, side_by_side=True)
+        query, *root = linears(target, p, of_target, self.heads)
         edge = None
         if inputs.edge_attr is not None:
             edge = linear(inputs.edge_attr, p["lin_edge.weight"]).reshape(-1, self.heads, self.out_channels)

@@ -67,20 +67,27 @@ def linear_backward(grad: Array, x: Array, weight: Array, so_far: Array | None =
     return dx, dweight, dbias
 
 
-def linears(x: Array, parameters: Mapping[str, Array], names: tuple[str, ...], heads: int) -> Array:
+def linears(
+    x: Array, parameters: Mapping[str, Array], names: tuple[str, ...], heads: int, side_by_side: bool = False
+) -> Array:
     """(names, N, heads, channels): x through the layers of these names, all at once, so that x is read once.
 
-    Each lies by itself. Side by side, rows of four times 64 channels are 1024 bytes apart, those of one name crowd a
-    quarter of the cache's sets, and taking them from anywhere, as attention over neighbours does, is slower.
+    Each lies by itself: of four side by side, with 64 channels, rows are 1024 bytes apart, those of one name crowd a
+    quarter of the cache's sets, and taking them from anywhere, as attention over neighbours does, is slower. Two that
+    are taken together come faster `side_by_side`: with key and value so, GraphTransformer's forward kernel is 1.10 to
+    1.14 times as fast, and that of its way back by target 1.02 to 1.07 (Zen 3).
     """
     weight = np.concatenate([parameters[f"{name}.weight"] for name in names])
     has_bias = f"{names[0]}.bias" in parameters
     bias = np.concatenate([parameters[f"{name}.bias"] for name in names]) if has_bias else None
     width = len(weight) // len(names)
-    out = memory.empty((len(names), len(x), width), x.dtype)
+    shape = (len(x), len(names), width) if side_by_side else (len(names), len(x), width)
+    out = memory.empty(shape, x.dtype)
+    if not side_by_side:
+        out = out.swapaxes(0, 1)
     by_name = weight.reshape(len(names), width, -1).transpose(2, 0, 1)
-    product(_matrix(x), by_name[None], out.swapaxes(0, 1)[None], bias)
-    return out.reshape(len(names), len(x), heads, width // heads)
+    product(_matrix(x), by_name[None], out[None], bias)
+    return out.reshape(len(x), len(names), heads, width // heads).swapaxes(0, 1)
 
 
 def linears_backward(
