@@ -28,11 +28,12 @@ def encoder_module():
     folder = pathlib.Path(__file__).resolve().parent.parent / "perf"
     if not folder.is_dir():
         pytest.skip("there is no perf/ here")
-    sys.path.insert(0, str(folder))  # its scripts import each other by name
+    before = list(sys.path)
+    sys.path.insert(0, str(folder))  # its scripts import each other by name, and some take the folder away again
     try:
         return importlib.import_module("onnx_encoder")
     finally:
-        sys.path.remove(str(folder))
+        sys.path[:] = before
 
 
 def alone(model, inputs):
