@@ -2,7 +2,7 @@
 PYTHON ?= python
 CACHES := $(CURDIR)/build/numba-cache
 
-.PHONY: dev check format test test-avx2 test-bounds test-cuda bench demo clean
+.PHONY: dev check format test test-avx2 test-bounds test-cuda test-peers bench demo clean
 
 dev:  ## install in place, with everything a developer needs
 	$(PYTHON) -m pip install -e ".[dev,demo,perf]"
@@ -29,6 +29,9 @@ test-bounds:  ## the core of the tests on one thread, every access checked
 test-cuda:  ## the GPU's kernels on Numba's simulator, and through NVIDIA's assembler; needs ".[cuda-test]", no GPU
 	NUMBA_ENABLE_CUDASIM=1 pytest tests/test_cuda_*.py
 	pytest tests/test_gpu_*.py
+
+test-peers:  ## beside torch, PyTorch Geometric and ONNX Runtime, as far as they are installed: CI has none of them
+	pytest tests/test_*torch*.py tests/test_pyg_parity.py tests/test_interop_*.py tests/test_optim.py tests/test_graph.py tests/test_bench*.py
 
 bench:  ## measure against the peers that are installed, and write perf/RESULTS.md and the README's summary: some 45 minutes
 	$(PYTHON) perf/run.py
