@@ -261,7 +261,7 @@ def gradients(job, desk, i, j, first, last, finds, gives, sums):
             for t in range(i, j):
                 begin, end = edges_of(job, t, p, p + n)
                 here = from_edge(desk, begin - p, job.W)
-                if finds and round == 0 and p == first:
+                if round == 0 and p == first:
                     clear_target(job, desk, t)
                 take_weights(job, here, t, end - begin)
                 if round == 0:

@@ -228,8 +228,9 @@ def apart(function):
 
 
 def within(function):
-    """A function for kernels to call that becomes part of its caller's machine code: called once or twice, with so many
-    arguments (a tuple is passed field by field) that passing them would cost more than what it does."""
+    """A function for kernels to call that becomes part of its caller's machine code: with so many arguments (a tuple is
+    passed field by field) that passing them would cost more than what it does. Each call is a copy to compile, of all
+    that is within it too: large ones are called from one place."""
     _PARTS.add(function.__qualname__)
     return numba.njit(**_PART_FLAGS, forceinline=True)(function)
 

@@ -81,10 +81,10 @@ def linears(
     has_bias = f"{names[0]}.bias" in parameters
     bias = np.concatenate([parameters[f"{name}.bias"] for name in names]) if has_bias else None
     width = len(weight) // len(names)
-    shape = (len(x), len(names), width) if side_by_side else (len(names), len(x), width)
-    out = memory.empty(shape, x.dtype)
-    if not side_by_side:
-        out = out.swapaxes(0, 1)
+    if side_by_side:
+        out = memory.empty((len(x), len(names), width), x.dtype)
+    else:
+        out = memory.empty((len(names), len(x), width), x.dtype).swapaxes(0, 1)
     by_name = weight.reshape(len(names), width, -1).transpose(2, 0, 1)
     product(_matrix(x), by_name[None], out[None], bias)
     return out.reshape(len(x), len(names), heads, width // heads).swapaxes(0, 1)
