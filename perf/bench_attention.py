@@ -14,8 +14,8 @@ import functools
 import pyperf
 from cells import GROUPS
 
-from ruvector_numba.peers import KINDS, adapters
-from ruvector_numba.works import Runner, Task, Unsupported
+from ruvector_numba.bench.peers import KINDS, adapters
+from ruvector_numba.bench.works import Runner, Task, Unsupported
 
 
 def _pass_on(command: list[str], options: argparse.Namespace) -> None:

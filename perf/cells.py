@@ -8,8 +8,8 @@ counts attended pairs only. Layers on graphs count edges, and have no limit on t
 import dataclasses
 from typing import Any
 
-from ruvector_numba.peers_graph import GraphWork
-from ruvector_numba.works import Task, Work
+from ruvector_numba.bench.peers_graph import GraphWork
+from ruvector_numba.bench.works import Task, Work
 
 INFERENCE = ("torch", "onnxruntime", "openvino")
 SIZES = ((8, 8, 128, 64), (4, 8, 512, 64), (2, 8, 1024, 64), (1, 8, 4096, 64), (1, 8, 1024, 128))

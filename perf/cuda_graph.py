@@ -47,7 +47,7 @@ class Cell:
         import torch
 
         import ruvector_numba as rv
-        from ruvector_numba.peers_graph import GraphWork
+        from ruvector_numba.bench.peers_graph import GraphWork
 
         self.work = GraphWork(layer, nodes, edges, channels_in, heads, CHANNELS, backward=True, power_law=power_law)
         x, grad, self.parameters = self.work.inputs()
@@ -66,7 +66,7 @@ class Cell:
 
     def results(self, found: tuple[Any, Any]) -> list[Any]:
         """In double precision on the CPU: the output, and gradients in the order that the reference has."""
-        from ruvector_numba.peers_graph import _results
+        from ruvector_numba.bench.peers_graph import _results
 
         output, made = found
         named = {name: g.double().cpu().numpy() for name, g in made.parameters.items()}
@@ -79,7 +79,7 @@ class Cell:
         import numpy as np
         import torch
 
-        from ruvector_numba.peers_graph import _LAYERS
+        from ruvector_numba.bench.peers_graph import _LAYERS
 
         nn: Any = importlib.import_module("torch_geometric.nn")
         layer = getattr(nn, _LAYERS[self.work.layer].peer)(self.work.channels_in, CHANNELS, self.work.heads)

@@ -26,9 +26,9 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))  # processes of
 from run import HERE, machine, slug
 
 import ruvector_numba as rv
-from ruvector_numba.peers import adapters, installed
-from ruvector_numba.peers_graph import GraphWork, torch_layer
-from ruvector_numba.works import OURS, Runner
+from ruvector_numba.bench.peers import adapters, installed
+from ruvector_numba.bench.peers_graph import GraphWork, torch_layer
+from ruvector_numba.bench.works import OURS, Runner
 
 HEAVY = GraphWork("GAT", 50_000, 1_000_000, 64, 4, 32)
 EVEN = GraphWork("GAT", 100_000, 1_000_000, 64, 4, 16)

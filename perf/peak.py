@@ -14,7 +14,7 @@ import time
 import numba
 import numpy as np
 
-from ruvector_numba.works import Build, Runner, Task, Work
+from ruvector_numba.bench.works import Build, Runner, Task, Work
 
 READ_BYTES = 1 << 28  # far beyond any cache
 

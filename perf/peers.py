@@ -12,8 +12,8 @@ from collections.abc import Sequence
 
 from cells import SMOKE
 
-from ruvector_numba.bench import Plan, Score, compare
-from ruvector_numba.peers import KINDS, adapters, installed
+from ruvector_numba.bench.comparison import Plan, Score, compare
+from ruvector_numba.bench.peers import KINDS, adapters, installed
 
 _PACKAGES = {"torch-flex": "torch"}
 

@@ -27,9 +27,9 @@ import peak  # noqa: E402
 from peers import everyone, versions  # noqa: E402
 
 import ruvector_numba as rv  # noqa: E402
-from ruvector_numba.bench import Plan, Score, compare  # noqa: E402
-from ruvector_numba.peers import PEERS, adapters, installed  # noqa: E402
-from ruvector_numba.works import OURS, Build, Task  # noqa: E402
+from ruvector_numba.bench.comparison import Plan, Score, compare  # noqa: E402
+from ruvector_numba.bench.peers import PEERS, adapters, installed  # noqa: E402
+from ruvector_numba.bench.works import OURS, Build, Task  # noqa: E402
 
 sys.path[:] = [p for p in sys.path if pathlib.Path(p).resolve() != HERE]  # torch imports NVIDIA's cuda, not cuda.py
 CAVEATS = (

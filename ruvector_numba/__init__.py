@@ -39,13 +39,11 @@ from .errors import (
     SparseMatrixError,
     TrainingError,
 )
-from .gat import GAT, GATv2
-from .graph import CSRGraph
-from .graph_layers import GraphCache, GraphGradients
-from .graph_transformer import GraphTransformer
-from .hgt import HGT, HeteroCache, HeteroGradients
-from .multi_head import KeyValueCache, MultiHeadAttention
-from .neighbors import (
+from .graphs.gat import GAT, GATv2
+from .graphs.graph import CSRGraph
+from .graphs.hgt import HGT, HeteroCache, HeteroGradients
+from .graphs.layer import GraphCache, GraphGradients
+from .graphs.neighbors import (
     NeighborCache,
     NeighborGradients,
     edge_softmax,
@@ -54,11 +52,13 @@ from .neighbors import (
     neighbor_attention_backward,
     neighbor_attention_forward,
 )
+from .graphs.sampling import NeighborSample, neighbor_batches, sample_neighbors
+from .graphs.transformer import GraphTransformer
+from .multi_head import KeyValueCache, MultiHeadAttention
 from .parameters import ParameterSet, Trainable
 from .protocols import Attention, GeometricAttention, GraphAttention, SparseAttention, TrainableAttention
 from .results import AttentionCache, AttentionGradients, InputGradients
 from .runtime import get_num_threads, info, set_num_threads, threads, warmup
-from .sampling import NeighborSample, neighbor_batches, sample_neighbors
 from .scaled_dot_product import ScaledDotProductAttention
 
 __all__ = [

@@ -24,8 +24,8 @@ from .errors import InvalidConfigError
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-    from .gat import GAT, GATv2
-    from .graph_transformer import GraphTransformer
+    from .graphs.gat import GAT, GATv2
+    from .graphs.transformer import GraphTransformer
     from .multi_head import MultiHeadAttention
     from .scaled_dot_product import ScaledDotProductAttention
 
@@ -204,13 +204,13 @@ class GraphAttentionBuilder(_Options):
 
         `InvalidConfigError` if the configuration is not valid, as for the other layers.
         """
-        from .gat import GAT
+        from .graphs.gat import GAT
 
         return GAT(*self._sizes(in_channels), seed=seed, negative_slope=self._config.negative_slope, **self._settings())
 
     def build_gatv2(self, in_channels: int | tuple[int, int] | None = None, seed: int | None = None) -> GATv2:
         """A `GATv2`, as `build_gat`."""
-        from .gat import GATv2
+        from .graphs.gat import GATv2
 
         slope = self._config.negative_slope
         return GATv2(*self._sizes(in_channels), seed=seed, negative_slope=slope, **self._settings())
@@ -219,7 +219,7 @@ class GraphAttentionBuilder(_Options):
         self, in_channels: int | tuple[int, int] | None = None, seed: int | None = None
     ) -> GraphTransformer:
         """A `GraphTransformer`, as `build_gat`; `scale` counts, and there is no slope."""
-        from .graph_transformer import GraphTransformer
+        from .graphs.transformer import GraphTransformer
 
         scale = self._config.base.scale
         return GraphTransformer(*self._sizes(in_channels), seed=seed, scale=scale, **self._settings())

@@ -183,7 +183,7 @@ def from_sequence(name: str, x: ArrayLike) -> Array:
     except ValueError as error:
         raise InvalidInputError(f"{name} cannot become an array: {error}", hint="give rows of equal length") from None
     except TypeError:
-        from .gpu import is_on_gpu  # which needs this module
+        from .gpu.arrays import is_on_gpu  # which needs this module
 
         if not is_on_gpu(x):
             raise

@@ -90,7 +90,7 @@ def _print_table(table: Sequence[Sequence[str]], title: str) -> None:
 # --- the commands -----------------------------------------------------------------------------------------------------
 def _demo(options: argparse.Namespace) -> None:
     _need(("rich", "sklearn", "matplotlib"), "demo", "the demo")
-    from . import demo, demo_graph, demo_transformer
+    from .demo import digits, graph, transformer
 
     folder = pathlib.Path(options.output)
     try:
@@ -99,12 +99,12 @@ def _demo(options: argparse.Namespace) -> None:
         raise Refusal(f"the folder {folder} cannot be made: {error.strerror or error}") from None
     if options.what == "graph":
         with _progress() as advance:
-            graph = demo_graph.run(folder, options.quick, advance)
-        _print_pairs(graph.lines())
+            report = graph.run(folder, options.quick, advance)
+        _print_pairs(report.lines())
         return
     with _progress() as advance:
-        memory = demo.run(folder, options.quick, lambda text, share: advance(text, 0.7 * share))
-        block = demo_transformer.run(folder, options.quick, lambda text, share: advance(text, 0.7 + 0.3 * share))
+        memory = digits.run(folder, options.quick, lambda text, share: advance(text, 0.7 * share))
+        block = transformer.run(folder, options.quick, lambda text, share: advance(text, 0.7 + 0.3 * share))
     _print_pairs([*memory.lines(), *block.lines()])
 
 
@@ -185,24 +185,24 @@ def _attend(options: argparse.Namespace) -> None:
 def _bench(options: argparse.Namespace) -> None:
     import ruvector_numba as rv
 
-    from . import bench
+    from .bench import comparison
 
     try:
-        builds = bench.choose(options.peers)
+        builds = comparison.choose(options.peers)
     except ValueError as error:
         raise Refusal(str(error)) from None
     threads = rv.get_num_threads() if options.threads is None else options.threads
     with rv.threads(threads):  # a number that cannot be had is refused here, not in the processes that measure
         pass
-    plan = bench.Plan(blocks=3, seconds=0.1) if options.quick else bench.Plan()
+    plan = comparison.Plan(blocks=3, seconds=0.1) if options.quick else comparison.Plan()
     rows = []
     with _progress() as advance:
-        for done, work in enumerate(bench.QUICK_WORKS):
-            advance(work.name, done / len(bench.QUICK_WORKS))
-            rows.append(bench.compare(work, builds, threads, plan))
+        for done, work in enumerate(comparison.QUICK_WORKS):
+            advance(work.name, done / len(comparison.QUICK_WORKS))
+            rows.append(comparison.compare(work, builds, threads, plan))
         advance("done", 1.0)
     title = f"GFLOP/s (GB/s for 1 query), float32, {threads} threads; in brackets: how many times faster we are"
-    _print_table(bench.format_table(rows, list(builds)), title)
+    _print_table(comparison.format_table(rows, list(builds)), title)
     for name, reason in dict.fromkeys((s.name, s.skipped) for scores in rows for s in scores if s.skipped):
         print(f"{name}: {reason}")
     if any(scores[0].skipped for scores in rows):

@@ -258,7 +258,7 @@ def merge(outputs: Sequence[ArrayLike], lses: Sequence[ArrayLike], *, dtype: str
 
 def _on_gpu(precision: str | None, dtype: str | None, *arguments: Any) -> Any:
     """The same on a GPU, loaded when first wanted."""
-    from . import gpu_dense
+    from .gpu import dense as gpu_dense
 
     if precision is not None:
         hint = "it is for float32 arrays on the CPU: cast them"

@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from . import checks, dense_past, files, gpu, gpu_layers, halves, layers, layers_half, masks, visibility
+from . import checks, dense_past, files, gpu, halves, layers, layers_half, masks, visibility
 from .config import AttentionConfig
 from .errors import InvalidConfigError, InvalidInputError
+from .gpu import layers as gpu_layers
 from .kv_cache import KeyValueCache
 from .parameters import ParameterSet, Trainable
 from .plan import memory

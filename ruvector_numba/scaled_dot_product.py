@@ -6,8 +6,9 @@ from typing import Any, NamedTuple
 
 from numpy.typing import ArrayLike, NDArray
 
-from . import checks, dense_past, gpu, gpu_layers, layers, layers_half
+from . import checks, dense_past, gpu, layers, layers_half
 from .config import AttentionConfig
+from .gpu import layers as gpu_layers
 from .parameters import ParameterSet, Trainable
 from .protocols import TrainableAttention
 from .results import AttentionCache, AttentionGradients

@@ -2,12 +2,12 @@
 
 import time
 
-from ruvector_numba import bench
-from ruvector_numba.works import Runner, Unsupported
+from ruvector_numba.bench import comparison
+from ruvector_numba.bench.works import Runner, Unsupported
 
 
 def answer(error, pause, work, threads):
-    output = bench.reference(work)[0] + error
+    output = comparison.reference(work)[0] + error
 
     def call():
         time.sleep(pause)

@@ -12,8 +12,8 @@ import pytest
 import reference as spec
 
 import ruvector_numba as rv
-from ruvector_numba import bench, peers, works
-from ruvector_numba.works import Runner, Unsupported, Work
+from ruvector_numba.bench import comparison, peers, works
+from ruvector_numba.bench.works import Runner, Unsupported, Work
 
 
 # --- work -------------------------------------------------------------------------------------------------------------
@@ -138,19 +138,19 @@ def test_its_reference_of_a_layer_is_the_spec():
 
 @pytest.mark.parametrize("wrong", range(9))
 def test_every_result_of_a_layer_counts(wrong):
-    right = bench.reference(LAYERS[1])
+    right = comparison.reference(LAYERS[1])
     assert len(right) == 9
     found = [x * 1.01 if n == wrong else x for n, x in enumerate(right)]
-    assert bench.relative_error(found, right) == pytest.approx(0.01)
+    assert comparison.relative_error(found, right) == pytest.approx(0.01)
 
 
 def test_relative_error():
     right = [np.array([1.0, -4.0]), np.zeros(2)]
-    assert bench.relative_error([np.array([1.0, -4.0]), np.zeros(2)], right) == 0
-    assert bench.relative_error([np.array([1.5, -4.0]), np.zeros(2)], right) == 0.125
-    assert bench.relative_error([np.array([1.0, -4.0]), np.full(2, 0.1)], right) == pytest.approx(0.1)
-    assert bench.relative_error([np.array([1.0, np.nan]), np.zeros(2)], right) == math.inf
-    assert bench.relative_error([np.ones(3), np.zeros(2)], right) == math.inf
+    assert comparison.relative_error([np.array([1.0, -4.0]), np.zeros(2)], right) == 0
+    assert comparison.relative_error([np.array([1.5, -4.0]), np.zeros(2)], right) == 0.125
+    assert comparison.relative_error([np.array([1.0, -4.0]), np.full(2, 0.1)], right) == pytest.approx(0.1)
+    assert comparison.relative_error([np.array([1.0, np.nan]), np.zeros(2)], right) == math.inf
+    assert comparison.relative_error([np.ones(3), np.zeros(2)], right) == math.inf
 
 
 # --- peers ------------------------------------------------------------------------------------------------------------
@@ -161,14 +161,18 @@ def test_the_adapters_that_are_always_there_are_right(name, work, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)  # so that NumPy's keeps its threads
     with rv.threads(1):
         runner = peers.PEERS[name](work, 1)
-        assert bench.relative_error(runner.results(runner.call()), bench.reference(work)) < bench.TOLERANCE
+        assert (
+            comparison.relative_error(runner.results(runner.call()), comparison.reference(work)) < comparison.TOLERANCE
+        )
 
 
 @pytest.mark.parametrize("work", LAYERS, ids=lambda w: w.name)
 def test_our_adapter_of_a_layer_is_right(work):
     with rv.threads(1):
         runner = peers.adapters(work)[works.OURS](work, 1)
-        assert bench.relative_error(runner.results(runner.call()), bench.reference(work)) < bench.TOLERANCE
+        assert (
+            comparison.relative_error(runner.results(runner.call()), comparison.reference(work)) < comparison.TOLERANCE
+        )
 
 
 def test_only_some_have_layers():
@@ -194,11 +198,11 @@ def test_a_block_is_the_median_of_its_calls():
 
 
 def test_choose_puts_ours_first_and_refuses_what_is_not_there():
-    assert next(iter(bench.choose(None))) == works.OURS
-    assert list(bench.choose(["numpy"])) == [works.OURS, "numpy"]
-    assert list(bench.choose(["numpy", works.OURS])) == [works.OURS, "numpy"]
+    assert next(iter(comparison.choose(None))) == works.OURS
+    assert list(comparison.choose(["numpy"])) == [works.OURS, "numpy"]
+    assert list(comparison.choose(["numpy", works.OURS])) == [works.OURS, "numpy"]
     with pytest.raises(ValueError, match="no peer named 'abacus'"):
-        bench.choose(["abacus"])
+        comparison.choose(["abacus"])
 
 
 # --- the comparison, with contestants of our own ----------------------------------------------------------------------
@@ -212,8 +216,8 @@ def test_compare_times_only_right_answers_and_says_why_others_are_missing():
         "dies": contestants.die,
         "limit": contestants.rate,
     }
-    plan = bench.Plan(blocks=3, seconds=0.02, pause=0.0)
-    scores = {s.name: s for s in bench.compare(Work(1, 1, 4, 4, 2), builds, 2, plan, measuring=["limit"])}
+    plan = comparison.Plan(blocks=3, seconds=0.02, pause=0.0)
+    scores = {s.name: s for s in comparison.compare(Work(1, 1, 4, 4, 2), builds, 2, plan, measuring=["limit"])}
     assert scores["ours"].ratio == 1
     assert scores["slow"].ratio == pytest.approx(3, rel=0.5)
     assert len(scores["slow"].blocks) == len(scores["slow"].ratios) == 3
@@ -232,13 +236,13 @@ def test_compare_times_only_right_answers_and_says_why_others_are_missing():
 
 def test_the_table():
     def score(name, **more):
-        return bench.Score(name, "work", 1, **more)
+        return comparison.Score(name, "work", 1, **more)
 
     rows = [
         [score("ours", rate=95.4), score("torch", rate=70.2, ratio=1.359), score("numpy", skipped="no gradients")],
         [score("ours", skipped="wrong"), score("torch", rate=70.2, ratio=math.nan)],
     ]
-    assert bench.format_table(rows, ["ours", "torch", "numpy"]) == [
+    assert comparison.format_table(rows, ["ours", "torch", "numpy"]) == [
         ["work (batch, heads, length, dim)", "ours", "torch", "numpy"],
         ["work", "95", "70 (1.36x)", "-"],
         ["work", "-", "70 (nanx)", "-"],

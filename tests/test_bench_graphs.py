@@ -8,8 +8,8 @@ import pytest
 import reference as spec
 
 import ruvector_numba as rv
-from ruvector_numba import bench, peers, works
-from ruvector_numba.peers_graph import GraphWork
+from ruvector_numba.bench import comparison, peers, works
+from ruvector_numba.bench.peers_graph import GraphWork
 
 WORKS = [GraphWork(layer, 12, 40, 5, 2, 3, backward=True) for layer in ("GAT", "GATv2", "GraphTransformer")]
 IDS = [w.layer for w in WORKS]
@@ -80,7 +80,9 @@ def test_our_adapter_is_right(work, changed):
     work = dataclasses.replace(work, **changed)
     with rv.threads(1):
         runner = peers.adapters(work)[works.OURS](work, 1)
-        assert bench.relative_error(runner.results(runner.call()), bench.reference(work)) < bench.TOLERANCE
+        assert (
+            comparison.relative_error(runner.results(runner.call()), comparison.reference(work)) < comparison.TOLERANCE
+        )
 
 
 @pytest.mark.parametrize("work", WORKS, ids=IDS)
@@ -88,15 +90,15 @@ def test_so_is_that_of_pytorch_geometric(work):
     torch = pytest.importorskip("torch")
     pytest.importorskip("torch_geometric")
     runner = peers.adapters(work)["torch_geometric"](work, torch.get_num_threads())
-    assert bench.relative_error(runner.results(runner.call()), bench.reference(work)) < bench.TOLERANCE
+    assert comparison.relative_error(runner.results(runner.call()), comparison.reference(work)) < comparison.TOLERANCE
 
 
 @pytest.mark.parametrize("work", WORKS, ids=IDS)
 def test_every_result_counts(work):
-    right = bench.reference(work)
+    right = comparison.reference(work)
     for wrong in range(len(right)):
         found = [x * 1.01 if n == wrong else x for n, x in enumerate(right)]
-        assert bench.relative_error(found, right) == pytest.approx(0.01)
+        assert comparison.relative_error(found, right) == pytest.approx(0.01)
 
 
 @pytest.mark.parametrize("layer", IDS)

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 import ruvector_numba as rv
-from ruvector_numba import bench, cli, peers
+from ruvector_numba import cli
+from ruvector_numba.bench import comparison, peers
 
 H, HK, LQ, LK, D, DV = 4, 2, 10, 13, 8, 5
 
@@ -162,7 +163,7 @@ def test_a_wrong_environment_is_refused_and_the_module_runs():
 
 # --- bench, demo ------------------------------------------------------------------------------------------------------
 def test_bench_measures_without_any_peer(capsys, monkeypatch):
-    monkeypatch.setattr(bench, "QUICK_WORKS", (peers.Work(1, 2, 9, 9, 8, causal=True, backward=True),))
+    monkeypatch.setattr(comparison, "QUICK_WORKS", (peers.Work(1, 2, 9, 9, 8, causal=True, backward=True),))
     assert cli.main(["bench", "--quick", "--threads", "1", "--peers", "numpy"]) == 0
     told = capsys.readouterr().out
     assert "(1, 2, 9, 8)" in told
@@ -190,7 +191,7 @@ def test_what_an_extra_brings_is_named_when_it_is_missing(capsys, monkeypatch):
 def demo():
     for package in ("sklearn", "matplotlib", "rich"):
         pytest.importorskip(package)
-    from ruvector_numba import demo
+    from ruvector_numba.demo import digits as demo
 
     return demo
 

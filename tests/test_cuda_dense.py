@@ -11,8 +11,8 @@ from cases import keep_matrix
 from numba import cuda
 
 import ruvector_numba as rv
-from ruvector_numba import gpu_dense
 from ruvector_numba.errors import DimensionMismatchError, InvalidInputError, InvalidMaskError
+from ruvector_numba.gpu import dense as gpu_dense
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NaN and wrapping integers are data here
 TOLERANCE = {"float32": 3e-6, "float16": 3e-3, "bfloat16": 2e-2}

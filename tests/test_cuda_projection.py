@@ -4,7 +4,7 @@ import cuda_simulation as simulation  # first: it skips all of this where the si
 import numpy as np
 import pytest
 
-from ruvector_numba import gpu_projection
+from ruvector_numba.gpu import projection as gpu_projection
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NaN is data here
 TOLERANCE = {"float32": 2e-6, "float16": 2e-3, "bfloat16": 1.5e-2}

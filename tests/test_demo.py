@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 import ruvector_numba as rv
-from ruvector_numba import cli, demo_transformer
+from ruvector_numba import cli
+from ruvector_numba.demo import transformer
 
 # --- gradients, which need NumPy alone --------------------------------------------------------------------------------
 SIZES = {"patches": (5, 3), "d_model": 4, "heads": 2, "hidden": 6, "classes": 3, "dropout": 0.0}
@@ -17,7 +18,7 @@ SIZES = {"patches": (5, 3), "d_model": 4, "heads": 2, "hidden": 6, "classes": 3,
 def block():
     """A small block in float64, with gains, shifts and biases that are not 1 and 0 as at the start."""
     rng = np.random.default_rng(3)
-    model = demo_transformer.Transformer(**SIZES)
+    model = transformer.Transformer(**SIZES)
     for layer in (model, model.attention):
         flat = layer.get_parameters().astype(np.float64)
         layer.set_parameters(flat + 0.2 * rng.standard_normal(flat.shape))
@@ -31,7 +32,7 @@ def batch():
 
 
 def loss_of(model, patches, labels):
-    return demo_transformer.cross_entropy(model.forward(patches)[0], labels)[0]
+    return transformer.cross_entropy(model.forward(patches)[0], labels)[0]
 
 
 def slopes(layer, loss):
@@ -54,7 +55,7 @@ def test_every_gradient_of_the_block_is_the_slope_of_its_loss(block, batch):
     patches, labels = batch
     logits, trace = block.forward(patches, training=True)
     assert logits.dtype == np.float64
-    own, attention = block.backward(demo_transformer.cross_entropy(logits, labels)[1], trace)
+    own, attention = block.backward(transformer.cross_entropy(logits, labels)[1], trace)
     for layer, gradients in ((block, own), (block.attention, attention.parameters)):
         wanted = slopes(layer, lambda: loss_of(block, patches, labels))
         assert set(gradients) == set(wanted)
@@ -63,14 +64,14 @@ def test_every_gradient_of_the_block_is_the_slope_of_its_loss(block, batch):
 
 
 def test_cross_entropy_takes_logits_of_any_size():
-    loss, grad = demo_transformer.cross_entropy(np.array([[1000.0, 0.0], [0.0, -1000.0]]), np.array([0, 1]))
+    loss, grad = transformer.cross_entropy(np.array([[1000.0, 0.0], [0.0, -1000.0]]), np.array([0, 1]))
     assert loss == 500
     np.testing.assert_array_equal(grad, [[0, 0], [0.5, -0.5]])
 
 
 def test_patches_are_squares_of_pixels_row_by_row():
     image = np.arange(64)
-    patches = demo_transformer.cut(np.stack([image, image + 100]))
+    patches = transformer.cut(np.stack([image, image + 100]))
     assert patches.shape == (2, 16, 4)
     np.testing.assert_array_equal(patches[0, 1], [2, 3, 10, 11])
     np.testing.assert_array_equal(patches[1, 4], [116, 117, 124, 125])
@@ -81,7 +82,7 @@ def test_patches_are_squares_of_pixels_row_by_row():
 def digits():
     for package in ("sklearn", "matplotlib", "rich"):
         pytest.importorskip(package)
-    return demo_transformer.load_digits()
+    return transformer.load_digits()
 
 
 @pytest.fixture(scope="module")
@@ -89,17 +90,17 @@ def trained(digits):
     """As the demo does it, with the losses on the way."""
     import threadpoolctl
 
-    model, losses = demo_transformer.Transformer(), []
+    model, losses = transformer.Transformer(), []
     with rv.threads(1), threadpoolctl.threadpool_limits(1, "blas"):
-        demo_transformer.train(model, digits, demo_transformer.STEPS, losses.append)
+        transformer.train(model, digits, transformer.STEPS, losses.append)
     return model, losses
 
 
 def test_the_block_learns_to_read(digits, trained):
     model, losses = trained
-    assert len(losses) == demo_transformer.STEPS
+    assert len(losses) == transformer.STEPS
     assert np.mean(losses[-20:]) < 0.1 * np.mean(losses[:20])
-    assert (demo_transformer.read(model, digits) == digits.test_labels).mean() >= 0.96
+    assert (transformer.read(model, digits) == digits.test_labels).mean() >= 0.96
 
 
 def test_the_seed_decides_everything_and_the_threads_nothing(digits):
@@ -107,9 +108,9 @@ def test_the_seed_decides_everything_and_the_threads_nothing(digits):
 
     results = []
     for threads, seed in ((1, 0), (min(2, rv.get_num_threads()), 0), (1, 1)):
-        model = demo_transformer.Transformer(seed=seed)
+        model = transformer.Transformer(seed=seed)
         with rv.threads(threads), threadpoolctl.threadpool_limits(1, "blas"):
-            demo_transformer.train(model, digits, 5, lambda loss: None)
+            transformer.train(model, digits, 5, lambda loss: None)
         results.append(np.concatenate([model.get_parameters(), model.attention.get_parameters()]))
     np.testing.assert_array_equal(results[0], results[1])
     assert (results[0] != results[2]).mean() > 0.99
@@ -117,30 +118,30 @@ def test_the_seed_decides_everything_and_the_threads_nothing(digits):
 
 def test_the_weights_of_each_head_sum_to_1(digits, trained):
     model, _ = trained
-    _, trace = model.forward(demo_transformer.cut(digits.tests[:3]))
+    _, trace = model.forward(transformer.cut(digits.tests[:3]))
     weights = model.head_weights(trace)
-    assert weights.shape == (3, demo_transformer.HEADS, 16, 16)
+    assert weights.shape == (3, transformer.HEADS, 16, 16)
     np.testing.assert_allclose(weights.sum(axis=-1), 1, rtol=1e-4)
     np.testing.assert_allclose(weights.mean(axis=1), trace.attention.weights(), atol=1e-6)
 
 
 def test_the_block_draws_its_picture(digits, trained, tmp_path):
     path = tmp_path / "patches.png"
-    demo_transformer.draw(path, trained[0], digits, 0.97)
+    transformer.draw(path, trained[0], digits, 0.97)
     assert path.read_bytes().startswith(b"\x89PNG")
     assert path.stat().st_size > 50_000
 
 
 def test_the_command_runs_both_halves(digits, tmp_path, capsys, monkeypatch):
     """With the memory's half left out, which takes its time."""
-    from ruvector_numba import demo
+    from ruvector_numba.demo import digits as demo
 
     class Memory:
         def lines(self):
             return [("data", "some digits")]
 
     monkeypatch.setattr(demo, "run", lambda output, quick, advance: advance("done", 1.0) or Memory())
-    monkeypatch.setattr(demo_transformer, "QUICK_STEPS", 3)
+    monkeypatch.setattr(transformer, "QUICK_STEPS", 3)
     folder = tmp_path / "new" / "folder"
     assert cli.main(["demo", "--quick", "--output", str(folder)]) == 0
     told = dict(line.split("  ", 1) for line in capsys.readouterr().out.splitlines())

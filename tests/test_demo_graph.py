@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 
 import ruvector_numba as rv
-from ruvector_numba import cli, demo, demo_graph
+from ruvector_numba import cli
+from ruvector_numba.demo import digits as demo
+from ruvector_numba.demo import graph as demo_graph
 
 # --- gradients, which need NumPy alone --------------------------------------------------------------------------------
 NODES, FEATURES, KNOWN = 7, 5, np.array([0, 3, 4])

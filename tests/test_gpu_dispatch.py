@@ -9,6 +9,7 @@ import pytest
 import ruvector_numba as rv
 from ruvector_numba import gpu
 from ruvector_numba.errors import InvalidConfigError, InvalidInputError
+from ruvector_numba.gpu import arrays as module
 
 
 class FakeCupy:
@@ -52,8 +53,8 @@ FakeTensor.__module__ = "torch"
 
 @pytest.fixture
 def no_gpu(monkeypatch):
-    monkeypatch.setattr(gpu, "problem", lambda: ("there is no driver", "install one"))
-    monkeypatch.setattr(gpu, "_local", types.SimpleNamespace())
+    monkeypatch.setattr(module, "problem", lambda: ("there is no driver", "install one"))
+    monkeypatch.setattr(module, "_local", types.SimpleNamespace())
 
 
 def test_arrays_say_where_they_are():
@@ -102,7 +103,7 @@ def test_what_is_missing_is_named(monkeypatch):
     assert "compute capability 7.5" in gpu.problem.__wrapped__()[0]
     cuda.get_current_device = lambda: types.SimpleNamespace(compute_capability=(9, 0), name=b"NVIDIA H200")
     assert gpu.problem.__wrapped__() is None
-    monkeypatch.setattr(gpu, "problem", gpu.problem.__wrapped__)
+    monkeypatch.setattr(module, "problem", gpu.problem.__wrapped__)
     assert gpu.describe() == "NVIDIA H200, compute capability 9.0"
     cuda.is_available = lambda: 1 / 0
     assert "numba-cuda does not start: division by zero" in gpu.problem()[0]

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ruvector_numba as rv
-from ruvector_numba import edges
 from ruvector_numba.errors import DimensionMismatchError, GraphStructureError
-from ruvector_numba.graph import CSRGraph
+from ruvector_numba.graphs import edges
+from ruvector_numba.graphs.graph import CSRGraph
 
 MOST = numba.config.NUMBA_NUM_THREADS
 POLICIES = ["replace", "add", "keep"]

@@ -11,7 +11,7 @@ from ruvector_numba.errors import (
     InvalidInputError,
     OutOfMemoryError,
 )
-from ruvector_numba.graph import CSRGraph
+from ruvector_numba.graphs.graph import CSRGraph
 
 
 def refused(call, *told, kind=GraphStructureError):

@@ -11,7 +11,7 @@ import scipy.special
 
 import ruvector_numba as rv
 from ruvector_numba import errors
-from ruvector_numba.hgt import HGT
+from ruvector_numba.graphs.hgt import HGT
 from ruvector_numba.parameters import ParameterSet
 
 NODES = {"author": 5, "paper": 7, "venue": 3}

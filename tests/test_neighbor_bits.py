@@ -10,7 +10,7 @@ from ruvector_numba.kernels.gather import EDGES
 from ruvector_numba.kernels.simd import target
 
 import ruvector_numba as rv
-from ruvector_numba.graph import _assembled
+from ruvector_numba.graphs.graph import _assembled
 
 MOST = numba.config.NUMBA_NUM_THREADS
 

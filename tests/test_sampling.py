@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 import ruvector_numba as rv
-from ruvector_numba import sampling
 from ruvector_numba.errors import DimensionMismatchError, GraphStructureError, InvalidConfigError, InvalidInputError
-from ruvector_numba.graph import CSRGraph
-from ruvector_numba.sampling import neighbor_batches, sample_neighbors
+from ruvector_numba.graphs import sampling
+from ruvector_numba.graphs.graph import CSRGraph
+from ruvector_numba.graphs.sampling import neighbor_batches, sample_neighbors
 
 MOST = numba.config.NUMBA_NUM_THREADS
 
@@ -179,7 +179,7 @@ def test_a_hub_and_many_to_draw():
 
 def test_wide_indices(monkeypatch):
     graph, edge_index = draw()
-    monkeypatch.setattr("ruvector_numba.edges.NARROW", 50)
+    monkeypatch.setattr("ruvector_numba.graphs.edges.NARROW", 50)
     wide = CSRGraph.from_edge_index(edge_index, 60)
     assert wide.indices.dtype == np.int64
     assert equal(sample_neighbors(wide, [3, 1], (2, 2)), sample_neighbors(graph, [3, 1], (2, 2)))

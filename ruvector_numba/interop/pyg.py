@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import AttentionError, DimensionMismatchError, InvalidConfigError, InvalidInputError
-from ..gat import GATv2
+from ..graphs.gat import GATv2
 from ..parameters import Trainable
 from .states import _array
 

@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..checks import Array
+from ..errors import DimensionMismatchError, GraphStructureError, InvalidConfigError, InvalidInputError
 from . import edges
-from .checks import Array
-from .errors import DimensionMismatchError, GraphStructureError, InvalidConfigError, InvalidInputError
 from .graph import CSRGraph
-from .graph_inputs import size
+from .inputs import size
 
 __all__ = ["EdgeType", "Joined", "by_type", "checked_metadata", "joined_edges", "known_types", "parameter_key"]
 

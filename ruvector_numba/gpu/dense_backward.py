@@ -1,4 +1,4 @@
-"""Gradients and weights of dense attention on a GPU; the way there is gpu_dense.py's."""
+"""Gradients and weights of dense attention on a GPU; the way there is dense.py's."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from .gpu import GpuArray, Space
-from .gpu_dense import Call, Past, score_terms, terms_of
-from .gpu_layouts import compact, cut, matrices, room, whole, zero
-from .results import InputGradients
+from ..results import InputGradients
+from .arrays import GpuArray, Space
+from .dense import Call, Past, score_terms, terms_of
+from .layouts import compact, cut, matrices, room, whole, zero
 
 __all__ = ["backward", "weights"]
 
@@ -18,7 +18,7 @@ __all__ = ["backward", "weights"]
 def _gradient_job(
     past: Past, space: Space, grad_output: GpuArray, grad_lse: GpuArray | None, made: tuple[GpuArray, ...]
 ) -> Any:
-    from .kernels.cuda import blocks
+    from ..kernels.cuda import blocks
 
     c, a = past.call, past.call.checked
     heads, (Lq, D), (Lk, _) = math.prod(a.query.shape[:-2]), a.query.shape[-2:], a.value.shape[-2:]
@@ -44,8 +44,8 @@ def _gradient_job(
 
 def _prepared(past: Past, space: Space, job: Any) -> int:
     """shift and delta of each query."""
-    from .kernels.cuda import blocks, dense_backward
-    from .plan import cuda_dense as plan
+    from ..kernels.cuda import blocks, dense_backward
+    from ..plan import cuda_dense as plan
 
     c, heads = past.call, math.prod(past.call.checked.query.shape[:-2])
     channels = plan.width(max(job.D, job.Dv))
@@ -57,8 +57,8 @@ def _prepared(past: Past, space: Space, job: Any) -> int:
 
 
 def backward(past: Past, grad_output: GpuArray, grad_lse: GpuArray | None, wants_bias: bool) -> InputGradients:
-    from .kernels.cuda import dense_backward
-    from .plan import cuda_dense as plan
+    from ..kernels.cuda import dense_backward
+    from ..plan import cuda_dense as plan
 
     c, a, space, element = past.call, past.call.checked, past.call.space(), past.call.query.element
     dq, dk, dv = (room(space, x.shape, element) for x in (c.query, c.key, c.value))
@@ -83,7 +83,7 @@ def backward(past: Past, grad_output: GpuArray, grad_lse: GpuArray | None, wants
 
 def _bias_gradient(c: Call, space: Space, job: Any, bias: GpuArray) -> None:
     """The gradient of the float mask, in float32, each distinct matrix of it in one place."""
-    from .kernels.cuda import blocks, pairs
+    from ..kernels.cuda import blocks, pairs
 
     a = c.checked
     shape = (1,) * (len(a.batch) + 3 - len(bias.shape)) + bias.shape
@@ -101,7 +101,7 @@ def _bias_gradient(c: Call, space: Space, job: Any, bias: GpuArray) -> None:
 
 
 def weights(past: Past, space: Space, chosen: Any, out: GpuArray, averaged: int) -> None:
-    from .kernels.cuda import blocks, pairs
+    from ..kernels.cuda import blocks, pairs
 
     c, a = past.call, past.call.checked
     if past.kept is None:

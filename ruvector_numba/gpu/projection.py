@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from . import gpu
-from .gpu import GpuArray, Space
-from .gpu_layouts import zero
+from .. import gpu
+from .arrays import GpuArray, Space
+from .layouts import zero
 
 if TYPE_CHECKING:
-    from .plan.cuda_projection import Layout
+    from ..plan.cuda_projection import Layout
 
 __all__ = ["linear", "linear_backward", "matrix", "product", "turned"]
 
@@ -39,8 +39,8 @@ def product(
     or infinity in `left` times 0 in `right` is 0, for a row that nobody saw has the gradient 0. Arrays are of one
     element type; `bias` and `sums` are contiguous.
     """
-    from .kernels.cuda import projection as kernels
-    from .plan import cuda_projection as plan
+    from ..kernels.cuda import projection as kernels
+    from ..plan import cuda_projection as plan
 
     if not gpu.size(out.shape):
         if sums is not None and not adds:
@@ -103,7 +103,7 @@ def turned(x: GpuArray) -> GpuArray:
 
 
 def _layout(x: GpuArray) -> Layout:
-    from .plan.cuda_projection import Layout
+    from ..plan.cuda_projection import Layout
 
     first = x.data[x.start :].ctypes.data if isinstance(x.data, np.ndarray) else x.data
     itemsize = 4 if x.element == "float32" else 2

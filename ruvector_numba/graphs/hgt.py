@@ -16,16 +16,16 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
-from . import checks, files, gpu, layers
-from .checks import Array, from_sequence
-from .errors import DimensionMismatchError, GraphStructureError, InvalidConfigError, InvalidInputError
+from .. import checks, files, gpu, layers
+from ..checks import Array, from_sequence
+from ..errors import DimensionMismatchError, GraphStructureError, InvalidConfigError, InvalidInputError
+from ..parameters import ParameterSet, Trainable
+from ..projection import linear_backward, product
+from ..protocols import GraphAttention
 from .graph import CSRGraph
-from .graph_inputs import features, initial, size
 from .hetero import EdgeType, Joined, by_type, checked_metadata, joined_edges, known_types, parameter_key
+from .inputs import features, initial, size
 from .neighbors import Past, edge_array
-from .parameters import ParameterSet, Trainable
-from .projection import linear_backward, product
-from .protocols import GraphAttention
 
 __all__ = ["HGT", "HeteroCache", "HeteroGradients"]
 
@@ -212,7 +212,7 @@ class HGT(Trainable, GraphAttention):
         return self._run(x_dict, edge_index_dict, edge_attr_dict, keeps=True)
 
     def _run(self, x_dict: Any, edge_index_dict: Any, edge_attr_dict: Any, keeps: bool) -> tuple[Any, HeteroCache]:
-        from .plan import csr as plan
+        from ..plan import csr as plan
 
         nodes = self._nodes(x_dict)
         joined = joined_edges(self.edge_types, edge_index_dict, nodes)

@@ -7,8 +7,8 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import ArrayLike
 
-from .checks import Array, from_sequence
-from .errors import DimensionMismatchError, GraphStructureError, InvalidConfigError, InvalidInputError
+from ..checks import Array, from_sequence
+from ..errors import DimensionMismatchError, GraphStructureError, InvalidConfigError, InvalidInputError
 
 __all__ = ["LoopPolicy", "ends", "filled", "index_dtype", "integers", "neighbors", "no_node", "policy", "starts"]
 

@@ -8,7 +8,7 @@ Training looks like this. Three kinds of nodes, which mostly have neighbours of 
 little by themselves; a softmax regression on the mean over neighbours, taken twice:
 
 >>> import numpy as np
->>> from ruvector_numba.graph import CSRGraph
+>>> from ruvector_numba import CSRGraph
 >>> rng = np.random.default_rng(0)
 >>> kind = rng.integers(0, 3, 600)
 >>> ends = rng.integers(0, 600, (2, 30000))
@@ -41,9 +41,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from . import checks
-from .checks import Array
-from .errors import DimensionMismatchError, GraphStructureError, InvalidConfigError, InvalidInputError
+from .. import checks
+from ..checks import Array
+from ..errors import DimensionMismatchError, GraphStructureError, InvalidConfigError, InvalidInputError
 from .graph import CSRGraph
 
 __all__ = ["NeighborSample", "neighbor_batches", "sample_neighbors"]

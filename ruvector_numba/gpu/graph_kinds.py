@@ -7,12 +7,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import gpu
-from .errors import InvalidInputError
-from .gpu import GpuArray
-from .gpu_neighbors import Past, Terms
-from .gpu_projection import linear, linear_backward
-from .gpu_work import Found, Inputs, Work, columns
+from .. import gpu
+from ..errors import InvalidInputError
+from .arrays import GpuArray
+from .neighbors import Past, Terms
+from .projection import linear, linear_backward
+from .work import Found, Inputs, Work, columns
 
 __all__ = ["KINDS", "Kind"]
 
@@ -26,7 +26,7 @@ class Kind(NamedTuple):
 
 
 def _gat(work: Work) -> Past:
-    from .plan import cuda_csr as plan
+    from ..plan import cuda_csr as plan
 
     layer, inputs, p, space = work.layer, work.inputs, work.parameters, work.space
     (of_source, of_target), heads = layer._names(), (layer.heads, layer.out_channels)
@@ -45,7 +45,7 @@ def _gat(work: Work) -> Past:
 
 
 def _by_edge(work: Work) -> GpuArray:
-    from .gat import joined
+    from ..graphs.gat import joined
 
     p = work.parameters
     return work.constant("by edge", lambda: joined(p["att_edge"], p["lin_edge.weight"]))
@@ -77,7 +77,7 @@ def _gat_back(
 
 def edge_attention_back(work: Work, grad: GpuArray, found: Found) -> None:
     """The gradients of att_edge and lin_edge.weight, from that of their product (H, edge_dim)."""
-    from .kernels.cuda import folding
+    from ..kernels.cuda import folding
 
     p, space, layer = work.parameters, work.space, work.layer
     names = ("att_edge", "lin_edge.weight")
@@ -94,7 +94,7 @@ def edge_attention_back(work: Work, grad: GpuArray, found: Found) -> None:
 
 
 def _gatv2(work: Work) -> Past:
-    from .plan import cuda_csr as plan
+    from ..plan import cuda_csr as plan
 
     layer, inputs, p = work.layer, work.inputs, work.parameters
     right_name = "lin_l" if layer.share_weights else "lin_r"
@@ -132,7 +132,7 @@ def _gatv2_back(
 
 
 def _transformer(work: Work) -> Past:
-    from .plan import cuda_csr as plan
+    from ..plan import cuda_csr as plan
 
     layer, inputs = work.layer, work.inputs
     root = ("lin_skip",) if layer._begins_with_root else ()

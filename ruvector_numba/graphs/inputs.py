@@ -9,9 +9,10 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 from numpy.typing import ArrayLike
 
-from . import checks, edges
-from .checks import Array
-from .errors import DimensionMismatchError, GraphStructureError, InvalidConfigError, InvalidInputError
+from .. import checks
+from ..checks import Array
+from ..errors import DimensionMismatchError, GraphStructureError, InvalidConfigError, InvalidInputError
+from . import edges
 from .graph import CSRGraph
 
 __all__ = [

@@ -7,7 +7,7 @@ gradients come from `attention_backward`. (With one head this is neighbourhood c
 
 Four heads look through projections of their own, and their answers are averaged.
 
-`demo_transformer.py` is the second half: a transformer block.
+`transformer.py` is the second half: a transformer block.
 """
 
 import dataclasses

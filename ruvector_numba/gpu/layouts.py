@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from . import gpu
-from .checks import Shape
-from .gpu import GpuArray, Space
+from .. import gpu
+from ..checks import Shape
+from .arrays import GpuArray, Space
 
 __all__ = [
     "aligned", "broadcast", "compact", "cut", "inverted", "matrices", "named", "padded", "room", "starts", "whole",
@@ -19,7 +19,7 @@ __all__ = [
 
 def matrices(space: Space, x: GpuArray, repeat: int = 1) -> Any:
     """`Matrices` of rows that begin on 16 bytes, copied there first if they do not; each `repeat` times."""
-    from .kernels.cuda.blocks import Matrices
+    from ..kernels.cuda.blocks import Matrices
 
     x = aligned(space, x)
     return Matrices(space.pointer(x), starts(space, x.shape[:-2], x.strides[:-2], repeat), x.strides[-2])
@@ -27,7 +27,7 @@ def matrices(space: Space, x: GpuArray, repeat: int = 1) -> Any:
 
 def named(space: Space, name: str, x: GpuArray, repeat: int = 1) -> Any:
     """The same of an array that is to come, or a copy of it, under a name."""
-    from .kernels.cuda.blocks import Matrices
+    from ..kernels.cuda.blocks import Matrices
 
     if not x.aligned:
         x = padded(x.shape, x.element)
@@ -57,7 +57,7 @@ def aligned(space: Space, x: GpuArray) -> GpuArray:
     """The array, or a copy with zeros behind each row's last element up to whole pieces of 16 bytes."""
     if x.aligned:
         return x
-    from .kernels.cuda import copying
+    from ..kernels.cuda import copying
 
     made = space.keep(room(space, x.shape, x.element))
     heads, (rows, columns) = math.prod(x.shape[:-2]), x.shape[-2:]
@@ -93,7 +93,7 @@ def whole(n: int, element: str) -> int:
 
 def zero(space: Space, x: GpuArray, value: float) -> None:
     """Fill an array, which is contiguous, with 0 or, of float32, any number."""
-    from .kernels.cuda import copying
+    from ..kernels.cuda import copying
 
     v = copying.Variant(x.element, 32 if isinstance(x.data, np.ndarray) else 256)
     n = gpu.size(x.shape)
@@ -107,7 +107,7 @@ def compact(space: Space, x: GpuArray, inverted: bool = False) -> GpuArray:
     """The array, copied if its elements do not lie one behind the other, or to have its bools inverted."""
     if x.strides == gpu.contiguous_strides(x.shape) and not inverted:
         return x
-    from .kernels.cuda import copying
+    from ..kernels.cuda import copying
 
     made = space.keep(space.empty(x.shape, x.element))
     rows = x._replace(shape=(*x.shape, 1), strides=(*x.strides, 1))

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from . import halves
+from .. import halves
 
 __all__ = ["HALVES", "OURS", "Build", "Runner", "Task", "Unsupported", "Work", "layer_results"]
 
@@ -197,7 +197,7 @@ class Work:
     def used(self, rate: float) -> float:
         """By pairs a CPU multiplies twice as many bfloat16 as float32, whose peak is measured."""
         if self.dtype == "bfloat16" and not self.is_decode:
-            from .kernels import simd
+            from ..kernels import simd
 
             return rate / 2 if simd.halves().packed else rate
         return rate

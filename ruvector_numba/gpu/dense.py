@@ -7,12 +7,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import checks, gpu, masks
-from .checks import Shape
-from .errors import DimensionMismatchError, InvalidInputError, InvalidMaskError
-from .gpu import GpuArray, Space
-from .gpu_layouts import aligned, broadcast, cut, named, padded, room, starts, whole, zero
-from .results import InputGradients
+from .. import checks, gpu, masks
+from ..checks import Shape
+from ..errors import DimensionMismatchError, InvalidInputError, InvalidMaskError
+from ..results import InputGradients
+from .arrays import GpuArray, Space
+from .layouts import aligned, broadcast, cut, named, padded, room, starts, whole, zero
 
 __all__ = ["Call", "Past", "call", "forward", "run"]
 
@@ -91,7 +91,7 @@ class Past(NamedTuple):
         heads = c.batch if averaged else c.query.shape[:-2]
         out = space.empty((*heads, len(chosen), c.key.shape[-2]), "float32")
         if gpu.size(out.shape):
-            from .gpu_dense_backward import weights
+            from .dense_backward import weights
 
             weights(self, space, chosen, out, c.heads if averaged else 1)
         return self.given(out.native)
@@ -100,7 +100,7 @@ class Past(NamedTuple):
         c, shape = self.call, self.call.checked.output_shape
         if c.is_moved:
             grad_output, grad_lse = gpu.moved(grad_output), gpu.moved(grad_lse)
-        from .gpu_dense_backward import backward
+        from .dense_backward import backward
 
         given = gradient("grad_output", grad_output, shape, c.query.element)
         lse = None if grad_lse is None else gradient("grad_lse", grad_lse, shape[:-1], "float32")
@@ -121,7 +121,7 @@ def gradient(name: str, x: Any, shape: Shape, element: str) -> GpuArray:
 
 
 def terms_of(c: Call) -> Any:
-    from .plan.cuda_dense import Terms
+    from ..plan.cuda_dense import Terms
 
     return Terms(
         c.checked.softcap is not None, c.checked.slopes is not None, c.bias is not None, c.mask is not None,
@@ -131,7 +131,7 @@ def terms_of(c: Call) -> Any:
 
 def score_terms(c: Call, space: Space) -> tuple[Any, Any]:
     """The terms of the scores and who sees whom, as the kernels have them."""
-    from .kernels.cuda.scoring import Sight, Terms
+    from ..kernels.cuda.scoring import Sight, Terms
 
     a, seen, nothing = c.checked, c.checked.seen, space.pointer(None)
     Lq, Lk = a.query.shape[-2], a.key.shape[-2]
@@ -234,8 +234,8 @@ class Ready(NamedTuple):
 
 def prepared(c: Call, output: GpuArray) -> Ready | None:
     """Make a checked call ready, but for where its arrays lie; None if there is nothing to do."""
-    from .kernels.cuda import blocks, dense
-    from .plan import cuda_dense as plan
+    from ..kernels.cuda import blocks, dense
+    from ..plan import cuda_dense as plan
 
     a, element, space = c.checked, c.query.element, c.space()
     heads, (Lq, D), (Lk, Dv) = math.prod(a.query.shape[:-2]), a.query.shape[-2:], a.value.shape[-2:]

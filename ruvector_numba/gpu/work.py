@@ -10,20 +10,20 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import gpu
-from .checks import Array, Shape
-from .gpu import GpuArray, Space
-from .gpu_layouts import compact, zero
-from .gpu_loops import loops_put_in
-from .gpu_projection import linear, linear_backward
-from .graph import CSRGraph
-from .parameters import ParameterSet
+from .. import gpu
+from ..checks import Array, Shape
+from ..graphs.graph import CSRGraph
+from ..parameters import ParameterSet
+from .arrays import GpuArray, Space
+from .layouts import compact, zero
+from .loops import loops_put_in
+from .projection import linear, linear_backward
 
 __all__ = ["Found", "Inputs", "Work", "columns", "flattened", "inputs_of", "viewed"]
 
 
 class Inputs(NamedTuple):
-    """A checked call, as `graph_inputs.Inputs`."""
+    """A checked call, as `graphs.inputs.Inputs`."""
 
     source: GpuArray
     target: GpuArray | None

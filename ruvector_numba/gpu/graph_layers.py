@@ -1,4 +1,4 @@
-"""The graph layers on arrays that lie on a GPU: what graph_layers.py does on the CPU.
+"""The graph layers on arrays that lie on a GPU: what graphs/layer.py does on the CPU.
 
 The layer checks a call, of arrays that have shapes and nothing else.
 """
@@ -9,21 +9,21 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from . import checks, gpu
-from .errors import GraphStructureError, InvalidConfigError
-from .gpu import GpuArray, Space
-from .gpu_dense import gradient
-from .gpu_gate import Gated, gated, gated_back
-from .gpu_graph_kinds import KINDS
-from .gpu_layouts import compact, zero
-from .gpu_loops import loops_taken_out
-from .gpu_neighbors import Past, one_element
-from .gpu_projection import linear, matrix, product, turned
-from .gpu_work import Found, Inputs, Work, inputs_of, viewed
-from .parameters import ParameterSet
+from .. import checks, gpu
+from ..errors import GraphStructureError, InvalidConfigError
+from ..parameters import ParameterSet
+from .arrays import GpuArray, Space
+from .dense import gradient
+from .gate import Gated, gated, gated_back
+from .graph_kinds import KINDS
+from .layouts import compact, zero
+from .loops import loops_taken_out
+from .neighbors import Past, one_element
+from .projection import linear, matrix, product, turned
+from .work import Found, Inputs, Work, inputs_of, viewed
 
 if TYPE_CHECKING:
-    from .graph_layers import GraphGradients
+    from ..graphs.layer import GraphGradients
 
 __all__ = ["Record", "backward", "run"]
 
@@ -112,7 +112,7 @@ def _added(work: Work) -> list[tuple[GpuArray, GpuArray | None]]:
 # --- backward --------------------------------------------------------------------------------------------------------
 def backward(grad_output: Any, record: Record) -> GraphGradients:
     """The gradients of a pass that `run` made; see `GraphLayer.backward`."""
-    from .graph_layers import GraphGradients
+    from ..graphs.layer import GraphGradients
 
     layer, inputs, past = record.layer, record.inputs, record.past.past
     if record.is_moved:

@@ -25,15 +25,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from . import checks, gpu
-from .checks import Array, from_sequence
-from .errors import DimensionMismatchError, GraphStructureError, InvalidConfigError, InvalidInputError
+from .. import checks, gpu
+from ..checks import Array, from_sequence
+from ..errors import DimensionMismatchError, GraphStructureError, InvalidConfigError, InvalidInputError
+from ..projection import flattened
 from .graph import CSRGraph
-from .projection import flattened
 
 if TYPE_CHECKING:
-    from . import gpu_neighbors
-    from .plan import csr as plan
+    from ..gpu import neighbors as gpu_neighbors
+    from ..plan import csr as plan
 
 __all__ = [
     "NeighborCache",
@@ -53,7 +53,7 @@ class Past:
     """What a pass over the edges remembers, for its coefficients and its gradients."""
 
     def __init__(self, graph: CSRGraph, terms: plan.Terms, keeps: bool = True) -> None:
-        from .plan import csr as plan
+        from ..plan import csr as plan
 
         self.graph, self.terms = graph, terms
         self.kept = plan.forward(by_target(graph), terms, keeps)
@@ -69,12 +69,12 @@ class Past:
             return self.kept.bounds[:, :heads] + np.log(self.kept.totals[:, :heads])
 
     def coefficients(self) -> Array:
-        from .plan import csr as plan
+        from ..plan import csr as plan
 
         return plan.coefficients(by_target(self.graph), self.terms, self.kept)
 
     def backward(self, grad: Array, grad_weights: Array | None = None, joined: tuple[str, ...] = ()) -> plan.Made:
-        from .plan import csr as plan
+        from ..plan import csr as plan
 
         targets, sources = by_target(self.graph), by_source(self.graph)
         return plan.backward(targets, sources, self.terms, self.kept, packed(grad), grad_weights, joined)
@@ -87,13 +87,13 @@ class Past:
 
 
 def by_target(graph: CSRGraph) -> Any:
-    from .plan import csr as plan
+    from ..plan import csr as plan
 
     return graph._once("by target", lambda: plan.walk_of(graph.indptr, graph.indices, graph.edge_ids))
 
 
 def by_source(graph: CSRGraph) -> Any:
-    from .plan import csr as plan
+    from ..plan import csr as plan
 
     turned = graph.transposed
     return graph._once(
@@ -141,7 +141,7 @@ def edge_softmax(scores: ArrayLike, graph: CSRGraph) -> Array:
     array([0.25, 0.75, 1.  ])
     """
     if gpu.any_on_gpu(scores):
-        from . import gpu_neighbors
+        from ..gpu import neighbors as gpu_neighbors
 
         return gpu_neighbors.edge_softmax(scores, graph)
     s = edge_numbers("scores", scores, checked_graph(graph))
@@ -176,7 +176,7 @@ def edge_softmax_backward(grad_weights: ArrayLike, weights: ArrayLike, graph: CS
     array([ 0.1875, -0.1875,  0.    ])
     """
     if gpu.any_on_gpu(weights):
-        from . import gpu_neighbors
+        from ..gpu import neighbors as gpu_neighbors
 
         return gpu_neighbors.edge_softmax_backward(grad_weights, weights, graph)
     p = edge_numbers("weights", weights, checked_graph(graph))
@@ -189,7 +189,7 @@ def edge_softmax_backward(grad_weights: ArrayLike, weights: ArrayLike, graph: CS
 
 
 def _edge_terms(bias: Array, graph: CSRGraph) -> Past:
-    from .plan import csr as plan
+    from ..plan import csr as plan
 
     H = bias.shape[1]
     targets, sources = (np.zeros((n, H, 0), bias.dtype) for n in (graph.num_targets, graph.num_sources))
@@ -478,10 +478,10 @@ def _attend(
     keeps: bool = True,
 ) -> Past | gpu_neighbors.Call:
     if gpu.concerns(device, *arrays):
-        from . import gpu_neighbors
+        from ..gpu import neighbors as gpu_neighbors
 
         return gpu_neighbors.attend(arrays, graph, device, scale, dropout_p, aggregation, seed)
-    from .plan import csr as plan
+    from ..plan import csr as plan
 
     c = call(arrays, graph, scale, dropout_p, aggregation, seed)
     bias, edge, edge_value, weight = (None if x is None else packed(x) for x in c[3:7])

@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
-from .checks import Array
-from .errors import InvalidConfigError
-from .graph_inputs import Inputs, checked_slope, loop_policy
-from .graph_layers import GraphLayer, Record
+from ..checks import Array
+from ..errors import InvalidConfigError
+from ..parameters import ParameterSet
+from ..projection import flattened, linear, linear_backward, linears, linears_backward
+from .inputs import Inputs, checked_slope, loop_policy
+from .layer import GraphLayer, Record
 from .neighbors import Past
-from .parameters import ParameterSet
-from .projection import flattened, linear, linear_backward, linears, linears_backward
 
 __all__ = ["GAT", "GATv2"]
 
@@ -149,7 +149,7 @@ class GAT(_Convolution):
         return ("lin_src.weight", "lin_dst.weight") if self.is_bipartite else ("lin.weight", "lin.weight")
 
     def _attend(self, inputs: Inputs, p: ParameterSet, keeps: bool) -> tuple[Past, Any]:
-        from .plan import csr as plan
+        from ..plan import csr as plan
 
         source_name, target_name = self._names()
         h = self._nodes_of(linear(inputs.source, p[source_name]))
@@ -247,7 +247,7 @@ class GATv2(_Convolution):
         return super()._settings() | {"share_weights": self.share_weights}
 
     def _attend(self, inputs: Inputs, p: ParameterSet, keeps: bool) -> tuple[Past, Any]:
-        from .plan import csr as plan
+        from ..plan import csr as plan
 
         source, target, H = inputs.source, np.asarray(inputs.target), self.heads
         if self.share_weights:

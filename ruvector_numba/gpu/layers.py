@@ -11,13 +11,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import gpu, gpu_dense, gpu_layouts, layers, masks
-from .config import AttentionConfig
-from .errors import InvalidInputError, InvalidMaskError
-from .gpu import GpuArray, Space
-from .gpu_projection import product, turned
-from .parameters import ParameterSet
-from .results import AttentionGradients
+from .. import gpu, layers, masks
+from ..config import AttentionConfig
+from ..errors import InvalidInputError, InvalidMaskError
+from ..parameters import ParameterSet
+from ..results import AttentionGradients
+from . import dense, layouts
+from .arrays import GpuArray, Space
+from .projection import product, turned
 
 __all__ = ["Inputs", "OneHead", "Record", "batch", "multi_head", "one_head", "uploaded"]
 
@@ -51,7 +52,7 @@ def hidden(
             hint = "give bools there, True where a key is hidden"
             raise InvalidMaskError(f"mask has dtype {seen.element} on the GPU", hint=hint)
         layers.check_hidden(seen.shape, np.dtype(bool), scores, per_head)
-        mask = gpu_layouts.inverted(space, seen)
+        mask = layouts.inverted(space, seen)
         mask = _expanded(mask, 1) if len(seen.shape) == 3 else mask
     if padded is None or mask is None:
         if not isinstance(padded, np.ndarray):
@@ -116,7 +117,7 @@ class OneHead(NamedTuple):
     """What a pass of ScaledDotProductAttention was computed from and with."""
 
     inputs: tuple[Any, Any, Any]
-    past: gpu_dense.Past
+    past: dense.Past
     is_moved: bool
 
     @property
@@ -133,7 +134,7 @@ class OneHead(NamedTuple):
     def backward(self, grad_output: Any) -> AttentionGradients:
         B, _, Lq, Dv = self.past.call.checked.output_shape
         given = gpu.moved(grad_output) if self.is_moved else grad_output
-        grad = gpu_dense.gradient("grad_output", given, (B, Lq, Dv), self.past.call.query.element)
+        grad = dense.gradient("grad_output", given, (B, Lq, Dv), self.past.call.query.element)
         g = self.past.backward(_expanded(grad, 1))
         made = AttentionGradients(query=g.query[:, 0], key=g.key[:, 0], value=g.value[:, 0], bias=g.bias)
         return _all_home(self.is_moved, made)
@@ -149,8 +150,8 @@ def one_head(
     space = Space(q.native)
     seen = hidden(space, mask, None, (q.shape[0], 1, q.shape[1], k.shape[1]), per_head=False)
     terms = (dropout, config.causal, config.get_scale(), False, None, None, seed)
-    c = gpu_dense.call(*(_expanded(x, 1) for x in (q, k, v)), seen, *terms)
-    past = gpu_dense.forward(c._replace(checked=c.checked._replace(eps=config.eps)))
+    c = dense.call(*(_expanded(x, 1) for x in (q, k, v)), seen, *terms)
+    past = dense.forward(c._replace(checked=c.checked._replace(eps=config.eps)))
     return OneHead(arrays, past, is_moved)
 
 
@@ -161,7 +162,7 @@ class Record(NamedTuple):
     inputs: tuple[Any, Any, Any]
     arrays: Inputs  # the same, where they lie
     parameters: ParameterSet
-    past: gpu_dense.Past
+    past: dense.Past
     joined: GpuArray  # (B, Lq, heads, d_k): what w_o is applied to
     output: Any
     is_moved: bool
@@ -183,7 +184,7 @@ class Record(NamedTuple):
     def _backward(self, grad_output: Any) -> AttentionGradients:
         x, element = self.joined, self.joined.element
         (B, Lq, H, d_k), d = x.shape, x.shape[2] * x.shape[3]
-        grad = _expanded(gpu_dense.gradient("grad_output", grad_output, (B, Lq, d), element), 2)
+        grad = _expanded(dense.gradient("grad_output", grad_output, (B, Lq, d), element), 2)
         space = Space(grad.native)
         parameters = uploaded(space, self.parameters, element)
         # output = joined w_o + b_o
@@ -237,9 +238,9 @@ def multi_head(
         heads.append(space.keep(space.empty((B, H, x.shape[1], d_k), element)))
         w, b = _heads(there[f"w_{name}"], H), there.get(f"b_{name}")
         product(space, _expanded(x, 2), w, _swapped(heads[-1]), b)
-    c = gpu_dense.call(*heads, seen, dropout, config.causal, config.get_scale(), False, None, None, seed)
-    joined = gpu_layouts.room(space, (B, Lq, H, d_k), element)
-    past = gpu_dense.forward(c._replace(checked=c.checked._replace(eps=config.eps)), _swapped(joined))
+    c = dense.call(*heads, seen, dropout, config.causal, config.get_scale(), False, None, None, seed)
+    joined = layouts.room(space, (B, Lq, H, d_k), element)
+    past = dense.forward(c._replace(checked=c.checked._replace(eps=config.eps)), _swapped(joined))
     joined = joined._replace(shape=(B, Lq, H, d_k))
     output, w = space.empty((B, Lq, d), element), there["w_o"]
     rows = w._replace(shape=(H, d_k, 1, d), strides=(d_k * d, d, 0, 1))

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from . import halves
+from .. import halves
 from .peers_graph import GRAPHS
 from .works import HALVES, OURS, Build, Runner, Task, Unsupported, Work, layer_results
 

@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from . import halves
-from .checks import Array, Shape
-from .errors import InvalidConfigError, InvalidInputError
+from .. import halves
+from ..checks import Array, Shape
+from ..errors import InvalidConfigError, InvalidInputError
 
 __all__ = ["GpuArray", "is_on_gpu", "problem"]
 

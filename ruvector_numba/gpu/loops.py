@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from . import gpu
-from .checks import Array
-from .gpu import GpuArray, Space
-from .gpu_neighbors import Past, Terms
-from .graph import CSRGraph
+from .. import gpu
+from ..checks import Array
+from ..graphs.graph import CSRGraph
+from .arrays import GpuArray, Space
+from .neighbors import Past, Terms
 
 __all__ = ["loops_put_in", "loops_taken_out"]
 
@@ -36,7 +36,7 @@ def loops_taken_out(space: Space, graph: CSRGraph, grad: GpuArray, policy: Any, 
 
 
 def _past(space: Space, graph: CSRGraph, values: GpuArray, policy: Any, fill_value: Any) -> Past:
-    from .plan import cuda_csr as plan
+    from ..plan import cuda_csr as plan
 
     whole, weights, loops = _made_of(graph, policy, fill_value if isinstance(fill_value, str) else None)
     rows = _rows(values)

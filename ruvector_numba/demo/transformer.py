@@ -24,7 +24,7 @@ import numpy as np
 
 import ruvector_numba as rv
 
-from .demo import INK, PAPER, RIGHT, SEED, TESTS, WRONG, Digits, load_digits
+from .digits import INK, PAPER, RIGHT, SEED, TESTS, WRONG, Digits, load_digits
 
 SIDE, PATCH = 8, 2  # pixels
 GRID = SIDE // PATCH  # patches in a row, and in a column

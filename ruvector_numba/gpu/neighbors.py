@@ -1,4 +1,4 @@
-"""Attention over neighbours of arrays that lie on a GPU: what the functions of neighbors.py and the layers work with.
+"""Attention over neighbours, of arrays on a GPU: what the functions of graphs/neighbors.py and the layers work with.
 
 A graph stays where it is, on the CPU; what kernels need of it is uploaded once for each device and kept beside it.
 """
@@ -9,14 +9,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import gpu, neighbors
-from .checks import Array
-from .errors import GraphStructureError, InvalidInputError
-from .gpu import GpuArray, Space
-from .gpu_dense import gradient
-from .gpu_layouts import compact, zero
-from .graph import CSRGraph
-from .neighbors import NeighborGradients
+from .. import gpu
+from ..checks import Array
+from ..errors import GraphStructureError, InvalidInputError
+from ..graphs import neighbors
+from ..graphs.graph import CSRGraph
+from ..graphs.neighbors import NeighborGradients
+from .arrays import GpuArray, Space
+from .dense import gradient
+from .layouts import compact, zero
 
 __all__ = ["Made", "Past", "Terms", "rows"]
 
@@ -99,7 +100,7 @@ class Call:
 
 def attend(arrays: tuple[Any, ...], graph: CSRGraph, device: str | None, *settings: Any) -> Call:
     """`neighbor_attention` of its seven arrays on a GPU; those of NumPy are moved there if `device` says so."""
-    from .plan import cuda_csr as plan
+    from ..plan import cuda_csr as plan
 
     is_moved = device == "cuda" and not gpu.is_on_gpu(arrays[0])
     if device == "cuda":
@@ -127,7 +128,7 @@ def one_element(arrays: dict[str, GpuArray]) -> None:
 
 
 def edge_softmax(scores: Any, graph: CSRGraph) -> Any:
-    from .plan import cuda_csr as plan
+    from ..plan import cuda_csr as plan
 
     s = gpu.floats("scores", scores)
     neighbors.edge_numbers("scores", gpu.shadow(s.shape), neighbors.checked_graph(graph))
@@ -139,7 +140,7 @@ def edge_softmax(scores: Any, graph: CSRGraph) -> Any:
 
 
 def edge_softmax_backward(grad_weights: Any, weights: Any, graph: CSRGraph) -> Any:
-    from .kernels.cuda import csr_backward as backwards
+    from ..kernels.cuda import csr_backward as backwards
 
     p = gpu.floats("weights", weights)
     neighbors.edge_numbers("weights", gpu.shadow(p.shape), neighbors.checked_graph(graph))
@@ -183,8 +184,8 @@ def _walk(graph: CSRGraph, space: Space, by_source: bool) -> _Walk:
 
 
 def _uploaded(graph: CSRGraph, space: Space, by_source: bool) -> _Walk:
-    from .plan import cuda_csr as plan
-    from .plan.schedule import hubs_of
+    from ..plan import cuda_csr as plan
+    from ..plan.schedule import hubs_of
 
     if graph.indices.dtype != np.int32:
         raise GraphStructureError("the graph counts to more than 2147483647", hint="cut it, or use the CPU")
@@ -219,7 +220,7 @@ def _by_fours(x: GpuArray | None) -> bool:
 
 
 def _rows(space: Space, x: GpuArray | None) -> Any:
-    from .kernels.cuda.walk import Rows
+    from ..kernels.cuda.walk import Rows
 
     return Rows(space.pointer(x), 0 if x is None or x.shape[0] == 1 else x.strides[0])
 
@@ -230,7 +231,7 @@ class Past:
 
     def __init__(self, graph: CSRGraph, terms: Terms, space: Space, joined: bool = False) -> None:
         """The output is (Nt, H, C), or where heads are `joined` (Nt, H * C) for who sees more than its rows."""
-        from .kernels.cuda import csr
+        from ..kernels.cuda import csr
 
         self.graph, self.terms = graph, terms
         Nt, (_, H, C) = graph.num_targets, terms.value.shape
@@ -242,7 +243,7 @@ class Past:
 
     def coefficients(self, space: Space) -> GpuArray:
         """(E, H), in the caller's order."""
-        from .kernels.cuda import csr
+        from ..kernels.cuda import csr
 
         made = space.keep(space.empty((self.graph.num_edges, self.terms.value.shape[1]), self.terms.value.element))
         job = self._job(space)._replace(weights=space.pointer(made))
@@ -250,7 +251,7 @@ class Past:
         return made
 
     def lse(self, space: Space) -> GpuArray:
-        from .kernels.cuda import csr
+        from ..kernels.cuda import csr
 
         shape = self.stats.shape[:2]
         made, n, v = space.keep(space.empty(shape, "float32")), gpu.size(shape), _flat_variant("float32")
@@ -263,7 +264,7 @@ class Past:
         return _walk(self.graph, space, by_source)
 
     def _variant(self, *more: GpuArray | None) -> Any:
-        from .plan import cuda_csr as plan
+        from ..plan import cuda_csr as plan
 
         t = self.terms
         _, H, C = t.value.shape
@@ -282,7 +283,7 @@ class Past:
         return plan.variant(t.value.element, t.rule, H, width, all(_by_fours(x) for x in given), options)
 
     def _job(self, space: Space) -> Any:
-        from .kernels.cuda.walk import NeighborJob, Rows
+        from ..kernels.cuda.walk import NeighborJob, Rows
 
         t, nothing, none = self.terms, space.nothing, Rows(space.nothing, 0)
         _, H, C = t.value.shape
@@ -307,9 +308,9 @@ class Past:
         self, space: Space, grad: GpuArray, room: dict[str, GpuArray] | None = None, wants_offset: bool = False
     ) -> Made:
         """The gradients of all that was given; `room` names arrays that gradients are written into."""
-        from .kernels.cuda import csr_backward as backwards
-        from .kernels.cuda import sums as sums_of
-        from .plan import cuda_csr as plan
+        from ..kernels.cuda import csr_backward as backwards
+        from ..kernels.cuda import sums as sums_of
+        from ..plan import cuda_csr as plan
 
         t, made = self.terms, dict(room or {})
         element, E, (_, H, C) = t.value.element, self.graph.num_edges, t.value.shape
@@ -361,7 +362,7 @@ class Past:
 # --- launches --------------------------------------------------------------------------------------------------------
 def _run(kernel: Any, walk: _Walk, v: Any, job: Any, space: Space, sums: GpuArray | None = None) -> None:
     """All nodes and the parts of hubs, then hubs. `sums`, if given, gets what the groups have summed."""
-    from .plan import cuda_csr as plan
+    from ..plan import cuda_csr as plan
 
     items, chunks = walk.nodes + walk.count_parts, -(-job.H // v.heads)
     if not items or not chunks:
@@ -385,7 +386,7 @@ def _run(kernel: Any, walk: _Walk, v: Any, job: Any, space: Space, sums: GpuArra
     if second:
         kernel(v, job._replace(of_hubs=1, rounds=1, sums_from=first), (second, chunks, 1), space.stream)
     if sums is not None and columns:
-        from .kernels.cuda import sums as sums_of
+        from ..kernels.cuda import sums as sums_of
 
         threads = 64 if v.threads == 32 else 1024
         add = sums_of.SumJob(made, space.pointer(sums), first + second, columns)
@@ -393,7 +394,7 @@ def _run(kernel: Any, walk: _Walk, v: Any, job: Any, space: Space, sums: GpuArra
 
 
 def _flat_variant(element: str) -> Any:
-    from .kernels.cuda.jit import SIMULATED
-    from .kernels.cuda.sums import SumVariant
+    from ..kernels.cuda.jit import SIMULATED
+    from ..kernels.cuda.sums import SumVariant
 
     return SumVariant(element, 32 if SIMULATED else 256)

@@ -14,15 +14,16 @@ from typing import Any, NamedTuple, TypeVar, cast
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
-from . import checks, edges, files, gpu, layers
-from .checks import Array, from_sequence
-from .errors import DimensionMismatchError, GraphStructureError, InvalidConfigError, InvalidInputError
+from .. import checks, files, gpu, layers
+from ..checks import Array, from_sequence
+from ..errors import DimensionMismatchError, GraphStructureError, InvalidConfigError, InvalidInputError
+from ..parameters import ParameterSet, Trainable
+from ..projection import linear, linear_backward
+from ..protocols import GraphAttention
+from . import edges
 from .graph import CSRGraph
-from .graph_inputs import Inputs, edge_gradients, features, graph_of, initial, listed, size
+from .inputs import Inputs, edge_gradients, features, graph_of, initial, listed, size
 from .neighbors import Past, checked_aggregation, checked_edges, packed
-from .parameters import ParameterSet, Trainable
-from .projection import linear, linear_backward
-from .protocols import GraphAttention
 
 __all__ = ["GraphCache", "GraphGradients", "GraphLayer"]
 
@@ -241,7 +242,7 @@ class GraphLayer(Trainable, GraphAttention):
     ) -> tuple[Array, Any]:
         nodes = x if isinstance(x, tuple | list) else (x,)
         if gpu.concerns(device, *nodes, edge_attr, edge_weight):
-            from . import gpu_graph_layers
+            from ..gpu import graph_layers as gpu_graph_layers
 
             return gpu_graph_layers.run(self, x, graph, edge_attr, edge_weight, dropout, seed, device)
         inputs = self._inputs(x, graph, edge_attr, edge_weight, *checks.dropout(dropout, seed))
@@ -290,7 +291,7 @@ class GraphLayer(Trainable, GraphAttention):
             hint = f"it was left by a {record.layer.name()}: give what this layer's forward_cached returned"
             raise InvalidInputError("cache is that of another kind of layer", hint=hint)
         if not isinstance(record, Record):
-            from . import gpu_graph_layers
+            from ..gpu import graph_layers as gpu_graph_layers
 
             return gpu_graph_layers.backward(grad_output, record)
         inputs, past = record.inputs, record.past

@@ -7,14 +7,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike
 
-from . import checks
-from .checks import Array
-from .errors import InvalidConfigError, InvalidInputError
-from .graph_inputs import Inputs
-from .graph_layers import GraphLayer, Record
+from .. import checks
+from ..checks import Array
+from ..errors import InvalidConfigError, InvalidInputError
+from ..parameters import ParameterSet
+from ..projection import flattened, linear, linear_backward, linears, linears_backward
+from .inputs import Inputs
+from .layer import GraphLayer, Record
 from .neighbors import Past
-from .parameters import ParameterSet
-from .projection import flattened, linear, linear_backward, linears, linears_backward
 
 __all__ = ["GraphTransformer"]
 
@@ -105,7 +105,7 @@ class GraphTransformer(GraphLayer):
         return self.concat and self.root_weight and not self.beta
 
     def _attend(self, inputs: Inputs, p: ParameterSet, keeps: bool) -> tuple[Past, Any]:
-        from .plan import csr as plan
+        from ..plan import csr as plan
 
         source, target = inputs.source, np.asarray(inputs.target)
         of_source = "lin_key", "lin_value"

@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .gpu import GpuArray
-from .gpu_projection import matrix, product, turned
-from .gpu_work import Found, Work, viewed
+from .arrays import GpuArray
+from .projection import matrix, product, turned
+from .work import Found, Work, viewed
 
 __all__ = ["Gated", "gated", "gated_back"]
 
@@ -22,7 +22,7 @@ class Gated(NamedTuple):
 
 
 def gated(work: Work, output: GpuArray, root: GpuArray) -> tuple[GpuArray, Gated]:
-    from .kernels.cuda import gate as kernels
+    from ..kernels.cuda import gate as kernels
 
     space = work.space
     out, kept = space.keep(space.empty(output.shape, work.element)), space.empty(output.shape[:1], "float32")
@@ -33,7 +33,7 @@ def gated(work: Work, output: GpuArray, root: GpuArray) -> tuple[GpuArray, Gated
 
 def gated_back(work: Work, grad: GpuArray, kept: Gated, found: Found) -> tuple[GpuArray, GpuArray]:
     """The gradients of the attention's output and of the root."""
-    from .kernels.cuda import gate as kernels
+    from ..kernels.cuda import gate as kernels
 
     space, (N, C) = work.space, grad.shape
     doutput, droot, dgate = (space.keep(space.empty(shape, work.element)) for shape in ((N, C), (N, C), (N, 1)))
@@ -53,14 +53,14 @@ def gated_back(work: Work, grad: GpuArray, kept: Gated, found: Found) -> tuple[G
 
 
 def _row(x: GpuArray, n: int, C: int) -> dict[str, Any]:
-    from .gpu import part
+    from .arrays import part
 
     one = part(x, n * C, C)
     return dict(data=one.data, start=one.start, shape=(1, C), strides=(C, 1))
 
 
 def _job(work: Work, kept: Gated) -> Any:
-    from .kernels.cuda.gate import GateJob
+    from ..kernels.cuda.gate import GateJob
 
     space, nothing, p = work.space, work.space.nothing, work.parameters
     weight = work.constant("lin_beta.weight", lambda: p["lin_beta.weight"])
@@ -70,7 +70,7 @@ def _job(work: Work, kept: Gated) -> Any:
 
 
 def _launch(kernel: Any, work: Work, job: Any) -> None:
-    from .kernels.cuda.gate import Variant
+    from ..kernels.cuda.gate import Variant
 
     v = Variant(work.element)
     if job.N:

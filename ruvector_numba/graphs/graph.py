@@ -24,10 +24,10 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from ..checks import Array, floats, memory
+from ..errors import DimensionMismatchError, GraphStructureError, InvalidConfigError
 from . import edges
-from .checks import Array, floats, memory
 from .edges import LoopPolicy
-from .errors import DimensionMismatchError, GraphStructureError, InvalidConfigError
 
 __all__ = ["CSRGraph", "Transposed"]
 
@@ -392,7 +392,7 @@ class CSRGraph:
         return np.repeat(np.arange(self.num_targets, dtype=self.indices.dtype), self.in_degrees)
 
     def _transpose(self) -> Transposed:
-        from .plan import grouping as plan
+        from ..plan import grouping as plan
 
         found = plan.survey(self.indices, self._targets(), self.num_sources, self.num_targets, self.indices.dtype)
         indptr, targets, positions = plan.group(found)
@@ -401,12 +401,12 @@ class CSRGraph:
         return Transposed(*map(_frozen, (indptr, targets, positions)))
 
     def _loops(self) -> Any:
-        from .plan import grouping as plan
+        from ..plan import grouping as plan
 
         return self._once("loops", lambda: plan.find_loops(plan.Grouped(self.indptr, self.indices, self.edge_ids)))
 
     def _put_loops(self, policy: LoopPolicy) -> CSRGraph:
-        from .plan import grouping as plan
+        from ..plan import grouping as plan
 
         loops = min(self.num_sources, self.num_targets)
         dtype = edges.index_dtype(self.num_sources, self.num_targets, self.num_edges + loops)
@@ -465,7 +465,7 @@ def _assembled(indptr: Array, indices: Array, edge_ids: Array | None, num_source
 
 def _grouped(sources: Array, targets: Array, num_sources: int, num_targets: int) -> CSRGraph:
     """From the ends of the edges, integers of any kind, which are checked here."""
-    from .plan import grouping as plan  # at the first call, as it loads the kernels
+    from ..plan import grouping as plan  # at the first call, as it loads the kernels
 
     dtype = edges.index_dtype(num_sources, num_targets, len(sources))
     memory((num_targets + 1,), dtype, "indptr", hint="it has one number for each target: is num_nodes right?")

@@ -24,8 +24,8 @@ import numpy as np
 
 import ruvector_numba as rv
 
-from .demo import INK, PAPER, RIGHT, SEED, WRONG
-from .demo_transformer import cross_entropy
+from .digits import INK, PAPER, RIGHT, SEED, WRONG
+from .transformer import cross_entropy
 
 NEIGHBOURS, PER_CLASS, CLASSES = 8, 10, 10
 HEADS, CHANNELS = 8, 8
