@@ -133,3 +133,26 @@ def test_threads_never_share():
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+def test_garbage_may_be_collected_while_memory_is_looked_for():
+    """Wherever the interpreter makes an object it may collect a cycle that holds an array, and so run its finaliser."""
+    enabled, thresholds = gc.isenabled(), gc.get_threshold()
+    try:
+        for distance in range(12):
+            gc.disable()
+            held = [memory.empty((1 << 20, 1 + i), np.dtype(np.uint8)) for i in range(20)]
+            held.clear()
+            cycle = [memory.empty((60, 1 << 20), np.dtype(np.uint8))]
+            cycle.append(cycle)
+            del cycle
+            gc.set_threshold(max(1, gc.get_count()[0] + distance), 1000, 1000)
+            gc.enable()
+            memory._taken(300 << 20)
+            gc.disable()
+            gc.collect()
+            assert memory.idle() == sum(x.nbytes for x in memory._idle.values()) and not memory._returned
+            memory._idle.clear()
+    finally:
+        gc.set_threshold(*thresholds)
+        (gc.enable if enabled else gc.disable)()

@@ -7,6 +7,7 @@ arrays that are gone is kept for those to come, up to a limit, the oldest given 
 
 from __future__ import annotations
 
+import collections
 import functools
 import math
 import os
@@ -22,9 +23,11 @@ __all__ = ["empty", "idle", "result", "scratch"]
 LINE = 64
 LARGE, STEP = 1 << 20, 1 << 18  # what is smaller is NumPy's business; sizes of the others are whole steps
 
-# By id, the oldest first. A lock could be waited for by what holds it, as Python may collect garbage anywhere; so each
-# step below is one of the interpreter's.
+# Finalisers run wherever Python collects garbage, also while their own thread holds the lock: so they only append to
+# `_returned`, and nobody ever waits for the lock. Who gets it moves what came back to `_idle`, by id, the oldest first.
+_returned: collections.deque[Array] = collections.deque()
 _idle: dict[int, Array] = {}
+_lock = threading.Lock()
 
 
 class _Block:
@@ -38,11 +41,22 @@ class _Block:
         self.__array_interface__ = {"version": 3, "data": (start, False), "shape": (size,), "typestr": "|u1"}
 
     def __del__(self) -> None:
-        if _idle is None:  # the interpreter is ending
-            return
-        _idle[id(self.memory)] = self.memory
-        while idle() > limit():
-            _idle.pop(next(iter(tuple(_idle)), 0), None)
+        if _returned is not None:  # else the interpreter is ending
+            _returned.append(self.memory)
+            _settle()
+
+
+def _settle() -> None:
+    """Count what came back as idle, and give the oldest back to the system beyond the limit."""
+    while _returned and _lock.acquire(blocking=False):
+        try:
+            while _returned:
+                memory = _returned.popleft()
+                _idle[id(memory)] = memory
+            while _size() > limit():
+                del _idle[next(iter(_idle))]
+        finally:
+            _lock.release()
 
 
 @functools.cache
@@ -54,17 +68,27 @@ def limit() -> int:
     return int(text) << 20
 
 
+def _size() -> int:
+    return sum(memory.nbytes for memory in _idle.values())
+
+
 def idle() -> int:
     """Bytes that are kept for arrays to come."""
-    return sum(memory.nbytes for memory in tuple(_idle.values()))
+    with _lock:
+        return _size()
 
 
 def _taken(size: int) -> Array:
     """Memory of at least so many bytes, and at most an eighth more."""
-    for memory in reversed(tuple(_idle.values())):
-        if size <= memory.nbytes <= size + size // 8 and _idle.pop(id(memory), None) is not None:
-            return memory
-    return np.empty(size, np.uint8)
+    found = None
+    if _lock.acquire(blocking=False):
+        try:
+            fits = [key for key, memory in _idle.items() if size <= memory.nbytes <= size + size // 8]
+            found = _idle.pop(fits[-1]) if fits else None
+        finally:
+            _lock.release()
+        _settle()  # what came back meanwhile
+    return np.empty(size, np.uint8) if found is None else found
 
 
 def empty(shape: Shape, dtype: np.dtype[Any]) -> Array:
