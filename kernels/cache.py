@@ -11,6 +11,7 @@ import hashlib
 import os
 import pathlib
 import pickle
+import sys
 import tempfile
 
 import llvmlite
@@ -22,17 +23,22 @@ from numba.core.runtime import rtsys
 from numba.core.serialize import dumps
 
 _ROOT = pathlib.Path(__file__).resolve().parent
+_SETTINGS = ("OPT", "SLP_VECTORIZE", "LOOP_VECTORIZE", "BOUNDSCHECK")
 
 
-@functools.cache
 def _stamp() -> bytes:
     """What the machine code depends on beside signature and CPU: every kernel source, the compilers, their settings."""
     digest = hashlib.sha256()
     for path in sorted(_ROOT.rglob("*.py")):
         digest.update(str(path.relative_to(_ROOT)).encode() + b"\0" + path.read_bytes() + b"\0")
-    settings = [os.environ.get(f"NUMBA_{name}") for name in ("OPT", "SLP_VECTORIZE", "LOOP_VECTORIZE", "BOUNDSCHECK")]
-    digest.update(repr((numba.__version__, llvmlite.__version__, settings)).encode())
+    settings = [str(getattr(config, name)) for name in _SETTINGS]
+    made_by = (sys.implementation.cache_tag, numba.__version__, llvmlite.__version__, settings)
+    digest.update(repr(made_by).encode())
     return digest.digest()
+
+
+# Of the sources as this process imports them: they may be replaced while it runs, long before a kernel is compiled.
+_IMPORTED = _stamp()
 
 
 @functools.cache
@@ -69,7 +75,7 @@ class PackageCache(caching._Cache):
     def _name(self, signature) -> str:
         f, codegen = self._function, cpu_target.target_context.codegen()
         key = (f.__module__, f.__qualname__, f.__code__.co_firstlineno, str(signature), codegen.magic_tuple())
-        return f"{f.__name__}-{hashlib.sha256(_stamp() + repr(key).encode()).hexdigest()[:32]}.bin"
+        return f"{f.__name__}-{hashlib.sha256(_IMPORTED + repr(key).encode()).hexdigest()[:32]}.bin"
 
     def holds(self, signature) -> bool:
         """Is there a file? It may still turn out to be rubbish."""
@@ -90,15 +96,18 @@ class PackageCache(caching._Cache):
 
     def save_overload(self, sig, data):
         folder = cache_folder()
-        if folder is None:
+        if folder is None or _stamp() != _IMPORTED:  # a part may have been imported before the change, another after it
             return
+        payload = dumps(data._reduce())
         with contextlib.suppress(OSError):
-            payload = dumps(data._reduce())
             handle, unfinished = tempfile.mkstemp(dir=folder)
-            with os.fdopen(handle, "wb") as file:
-                file.write(hashlib.sha256(payload).hexdigest().encode() + b"\n" + payload)
-            os.chmod(unfinished, 0o644)  # mkstemp lets nobody else read it
-            os.replace(unfinished, folder / self._name(sig))
+            try:
+                with os.fdopen(handle, "wb") as file:
+                    file.write(hashlib.sha256(payload).hexdigest().encode() + b"\n" + payload)
+                os.chmod(unfinished, 0o644)  # mkstemp lets nobody else read it
+                os.replace(unfinished, folder / self._name(sig))
+            except OSError:
+                os.unlink(unfinished)
 
     def enable(self):
         pass

@@ -25,6 +25,7 @@ import numba
 import numpy as np
 from numba import config, prange, types
 from numba.core import ccallback, codegen
+from numba.core.compiler_lock import global_compiler_lock
 from numba.core.registry import cpu_target
 
 from . import simd
@@ -262,7 +263,11 @@ class _PartLibrary(_KernelLibrary):
 
 @contextlib.contextmanager
 def _parts_uncompiled():
-    """While a kernel is compiled, its parts become `_PartLibrary`s, which have no address."""
+    """While a kernel is compiled, its parts become `_PartLibrary`s, which have no address.
+
+    Numba's one CPU target is changed meanwhile, and parts are known by name alone: whoever does so holds Numba's lock,
+    or a function that another thread compiles, of the name of a part, would have no address either.
+    """
     context = cpu_target.target_context
     generator = context.codegen()
     create_library, get_executable = generator.create_library, context.get_executable
@@ -305,7 +310,7 @@ def _c_function(function, signature):
     compiled._cache = PackageCache(function)
     if not compiled._cache.holds(compiled._sig):
         _say_compiling()
-    with _garbage_kept(), _parts_uncompiled():
+    with global_compiler_lock, _garbage_kept(), _parts_uncompiled():
         compiled.compile()
     return compiled
 

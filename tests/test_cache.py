@@ -195,3 +195,44 @@ def test_a_change_in_another_source_compiles_anew(tmp_path, warm):
     assert child.compiled and child.package.startswith(str(tmp_path))
     source.write_text(original)
     assert not run(ADD, warm, **package).compiled
+
+
+def test_sources_that_change_while_a_process_runs_leave_nothing_stale(tmp_path):
+    """What it imported is not what the files say now: under either name its code would be wrong for somebody."""
+    package = copy_of_package(tmp_path)
+    cache = tmp_path / "cache"
+    change = "open(jit.__file__, 'a').write('# another version'); work()"
+    child = run(ADD, cache, do=change, **package)
+    assert child.compiled and child.package.startswith(str(tmp_path))
+    assert not files(cache)
+    assert run(ADD, cache, **package).compiled and files(cache)
+
+
+SOMEBODY_ELSE = """
+import threading
+import numba
+from ruvector_numba.kernels import gather
+assert "add" in jit._PARTS
+source = "def add(x):" + "".join(f"\\n    s{i} = np.sum(x[{i}:])" for i in range(60)) + "\\n    return s0"
+exec(source, globals())
+theirs, found, begun = numba.njit(add), [], threading.Event()
+
+
+def compile_theirs():
+    with event.install_listener("numba:compile", Told()):
+        found.append(theirs(np.ones(3)))
+
+
+class Told(event.Listener):
+    def on_start(self, _):
+        begun.set()
+
+    def on_end(self, _):
+        pass
+"""
+
+
+def test_what_others_compile_meanwhile_is_theirs(tmp_path):
+    """Parts of kernels are known by name, while Numba's one target makes them: a user's `add` is none."""
+    race = "t = threading.Thread(target=compile_theirs); t.start(); begun.wait(); work(); t.join()"
+    run(SOMEBODY_ELSE + ADD, tmp_path / "cache", do=race + "; assert found == [3.0], found")
