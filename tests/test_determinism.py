@@ -201,6 +201,8 @@ def test_dropout_of_nothing_and_of_all():
     wanted = case.forward().output
     close = case.forward(dropout_p=1e-12, seed=3).output
     np.testing.assert_allclose(close, wanted, rtol=1e-11)
+    nearly = case.forward(dropout_p=1 - 1e-10, seed=3)  # whose threshold would round to 2**32
+    assert not nearly.output.any()
     cache = case.forward(dropout_p=1.0, seed=3)
     assert not cache.output.any() and np.array_equal(cache.lse, case.forward().lse)
     g = rv.attention_backward(case.grad_output, cache)

@@ -15,10 +15,11 @@ from ..checks import Array
 from ..kernels import csr as kernels
 from ..kernels import csr_backward as backwards
 from ..kernels import jit, walk
-from ..kernels.gather import HALF, VECTORS, Heads, Rows
+from ..kernels.gather import EDGES, HALF, VECTORS, Heads, Rows
 from ..kernels.scoring import Dropout
 from ..kernels.simd import target
 from . import memory
+from .dropout import threshold_and_gain
 from .layouts import NOTHING
 from .schedule import Schedule, schedule
 
@@ -26,7 +27,8 @@ __all__ = ["Kept", "Made", "Schedule", "Terms", "Walk", "backward", "coefficient
 
 # Edges of a task, where a node counts as one more. Of a hub, parts are as large.
 TASK = 2048
-MOST = 4096
+MOST = 4096  # not less than gather.EDGES: what passes it is a node alone, and a batch of several nodes never does
+assert MOST >= EDGES
 NODES = 512  # of a task that has no edges to do
 
 SUM, JOINT, DOT, GIVEN = walk.SUM, walk.JOINT, walk.DOT, walk.GIVEN
@@ -279,7 +281,7 @@ def _job(by: Walk, terms: Terms, kept: Kept, **more: Any) -> walk.NeighborJob:
         rule=terms.rule, slope=terms.slope, scale=terms.scale, key=_rows(terms.key), query=_rows(terms.query),
         edge=_rows(terms.edge), has_edge=int(terms.edge is not None), bias=_rows(terms.bias),
         has_bias=int(terms.bias is not None), att=_padded(terms.att, pad), normalizes=int(terms.normalizes),
-        dropout=_dropout(terms.dropout, terms.seed), edge_weight=_or_nothing(terms.edge_weight),
+        dropout=Dropout(terms.seed, *threshold_and_gain(terms.dropout)), edge_weight=_or_nothing(terms.edge_weight),
         has_dropout=int(terms.dropout > 0), has_weight=int(terms.edge_weight is not None), has_shares=int(has_shares),
         aggregation=AGGREGATIONS[terms.aggregation], value=_rows(terms.value), edge_value=_rows(terms.edge_value),
         has_edge_value=int(terms.edge_value is not None), offset=offset, scores=kept.scores, keeps=0,
@@ -291,10 +293,6 @@ def _job(by: Walk, terms: Terms, kept: Kept, **more: Any) -> walk.NeighborJob:
         scratch="scratch", scratch_step=scratch,
     )  # fmt: skip
     return walk.NeighborJob(**{**fields, **more})
-
-
-def _dropout(probability: float, seed: int) -> Dropout:
-    return Dropout(seed, round(probability * 2**32), 1 / (1 - probability) if probability < 1 else 0.0)
 
 
 def _run(kernel: Callable[..., None], by: Walk, job: walk.NeighborJob, dtype: np.dtype[Any], pad: int = 0) -> Array:

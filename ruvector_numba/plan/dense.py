@@ -22,6 +22,7 @@ from ..kernels.simd import target
 from ..kernels.softmax import LN2, LOG2E, Epsilon
 from ..kernels.tiles import StoredMatrices
 from . import halves, memory
+from .dropout import threshold_and_gain
 from .layouts import NOTHING, NOWHERE, Layout, as_matrices, broadcast, contiguous, layout, padded, with_heads
 
 FORWARD_KEYS = 128  # in a chunk: 128 x 64 scores are 32 KiB and stay near the core; 64 and 96 measured the same
@@ -148,11 +149,7 @@ def _job(p: Problem, keys_per_block: int, rows: int, **more: Any) -> blocks.Atte
 
 
 def _dropout(p: float) -> Dropout | None:
-    if p == 0:
-        return None
-    if p == 1:
-        return Dropout("seed", (1 << 32) - 1, 0.0)
-    return Dropout("seed", round(p * (1 << 32)), 1 / (1 - p))
+    return None if p == 0 else Dropout("seed", *threshold_and_gain(p))
 
 
 class Plan(NamedTuple):
