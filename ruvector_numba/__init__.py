@@ -16,7 +16,7 @@ Arrays are (..., H, L, D).
 """
 
 import pathlib
-from typing import Any
+from typing import TYPE_CHECKING
 
 # In a checkout the kernels lie beside this folder; an installed package holds them.
 if not pathlib.Path(__path__[0], "kernels").is_dir():
@@ -125,10 +125,17 @@ __all__ = [
 ]
 __version__ = "0.1.0"
 
+if TYPE_CHECKING:  # a type checker shall know what is not there
+    from . import interop as interop
+else:
 
-def __getattr__(name: str) -> Any:
-    if name == "interop":  # for those who have the other libraries
-        import importlib
+    def __getattr__(name):
+        if name == "interop":  # for those who have the other libraries
+            import importlib
 
-        return importlib.import_module(".interop", __name__)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+            return importlib.import_module(".interop", __name__)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), "interop"})

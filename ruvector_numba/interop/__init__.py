@@ -9,15 +9,23 @@
 from __future__ import annotations
 
 import importlib
-from types import ModuleType
+from typing import TYPE_CHECKING
 
 from .pyg import load_pyg_state, to_pyg_state
 from .states import load_torch_state, to_torch_state
 
 __all__ = ["load_pyg_state", "load_torch_state", "to_pyg_state", "to_torch_state"]
 
+if TYPE_CHECKING:  # a type checker shall know what is not there
+    from . import onnx as onnx
+    from . import torch as torch
+else:
 
-def __getattr__(name: str) -> ModuleType:
-    if name in ("onnx", "torch"):
-        return importlib.import_module(f".{name}", __name__)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    def __getattr__(name):
+        if name in ("onnx", "torch"):
+            return importlib.import_module(f".{name}", __name__)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), "onnx", "torch"})

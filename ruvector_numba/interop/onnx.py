@@ -36,11 +36,12 @@ ELSEWHERE = {
     "replace_attention": "onnx_model",
 }
 
+if not TYPE_CHECKING:  # a type checker shall know what is not there
 
-def __getattr__(name: str) -> Any:
-    if name in ELSEWHERE:
-        return getattr(importlib.import_module(f".{ELSEWHERE[name]}", __package__), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    def __getattr__(name):
+        if name in ELSEWHERE:
+            return getattr(importlib.import_module(f".{ELSEWHERE[name]}", __package__), name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 class AttentionOutputs(NamedTuple):
