@@ -1,1 +1,21 @@
+"""What computes: arrays and numbers only, all checked one floor up, and results where the caller wants them.
 
+To learn attention from it, read in this order; a backward pass comes after its forward pass, or is the next file.
+
+    functional        the steps one by one, in full matrices: s = q k, p = softmax(s), o = p v, and back
+    softmax, scoring  exp2, the softmax of a stream of scores; softcap, bias, slopes, masks and dropout with derivatives
+    tiles             the one loop of every product (what is below it, simd/ explains in its first lines)
+    blocks            a block of queries: which keys it sees, and where its scratch lies
+    dense, dense_backward, decode, pairs        attention: many queries, gradients, few queries, weights on demand
+    gather, walk, csr, joint, csr_backward      the same on graphs: products with rows anywhere, batches of edges
+    projection, grouping                        linear layers; edges in the order of one of their ends
+    halves, packed                              float16 and bfloat16, and bfloat16 two by two
+    jit, cache, simd/                           compiling and threads, code on disk, the only files that know LLVM
+    cuda/                                       the twins for a GPU, file by file
+
+Some words are the house's own. A *job* is what a kernel is told, a NamedTuple; a *task* is the part of it that one call
+does; a *slot* is whose scratch it may use, and *carve* says where in it what lies. `inline`, `apart` and `within` are
+ways of being part of a kernel (jit.py). Terms that a call does not have are None in dense kernels, and their code is
+gone: `given`, `either` and `unless` choose by that while compiling. Kernels of graphs have flags instead, `has_...`:
+without a term's code they were as fast, within the noise, and each set of terms would be compiled anew.
+"""

@@ -310,11 +310,9 @@ def stage_additive(b, present, bias, mask, head, q0, nq, k0, n):
     if present is None:
         return
     width, lanes = width_of(b.query), lanes_of(b.query)
-    for i in range(lanes):
-        b.factor[i] = 1
     for row in range(0, nq, lanes):
         for j in range(0, n, lanes):
             rows, keys = min(lanes, nq - row), min(lanes, n - j)
             stage_bias(b.stage, lanes, bias, head, q0 + row, rows, k0 + j, keys)
             stage_mask(b.stage, lanes, mask, head, q0 + row, rows, k0 + j, keys)
-            transpose_square(b.additive, j * width + row, width, b.stage, 0, lanes, b.factor, 0)
+            transpose_square(b.additive, j * width + row, width, b.stage, 0, lanes, None, 0)

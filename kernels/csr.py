@@ -15,6 +15,8 @@ The gradients are in csr_backward.py. How the work is dealt to tasks, walk.py sa
 import math
 from typing import NamedTuple
 
+import numpy as np
+
 from .gather import (
     AHEAD,
     EDGES,
@@ -40,13 +42,13 @@ from .simd import (
     lane_sum,
     lanes_of,
     load,
-    load_live,
     period_max,
     period_sum,
     prefetch,
     splat,
     store,
     where,
+    zeros_of,
 )
 from .softmax import LOG2E, probability
 from .walk import (
@@ -264,9 +266,9 @@ def add_parts(job, desk, first, last, best):
         for h in range(span):
             bound, before, factor, mine = here[width + h], desk.bound[h], 1.0, 1.0
             if bound > before:
-                mine, desk.bound[h] = math.exp((before - bound) * 1.0), bound
+                mine, desk.bound[h] = math.exp(np.float64(before - bound)), bound
             elif bound < before:
-                factor = math.exp((bound - before) * 1.0)
+                factor = math.exp(np.float64(bound - before))
             desk.total[h] = desk.total[h] * mine + here[width + span + h] * factor
             for c in range(h * pad, (h + 1) * pad if h < H else 0):
                 desk.value[c] *= mine
@@ -327,7 +329,7 @@ def fold(job: FoldJob, slot, task):
     for n in range(task * job.nodes, min(job.N, (task + 1) * job.nodes)):
         for h in range(H):
             for f in range(job.F):
-                sum = load_live(job.fold, 0, 0)
+                sum = zeros_of(job.fold)
                 for c in range(0, C, lanes):
                     x = row_part(job.value, n * job.value.step + h * C + c, min(lanes, C - c), lanes)
                     sum = fma(x, load(job.fold, (f * H + h) * job.pad + c), sum)

@@ -106,8 +106,7 @@ def thin_gradients(job, desk, n):
     weigh_shares(job, desk, n)
     for f in range(0, n * W, lanes_of(desk.shares)):
         d, share = load(desk.changes, f), load(desk.shares, f)
-        nothing = where(share <= splat(d, 0.0), splat(d, 0.0), d * share)
-        store(where(share < splat(d, 0.0), d * share, nothing), desk.changes, f)
+        store(where(share == splat(d, 0.0), splat(d, 0.0), d * share), desk.changes, f)
 
 
 @within
@@ -251,7 +250,8 @@ def put_terms(job, rows, i, x):
 @within
 def gradients(job, desk, i, j, first, last, finds, gives, sums):
     """Targets i .. j - 1 from their edges first .. last - 1: a batch, or more of one target. It finds delta and gives
-    what needs it: at once where the edges are a batch, else in two rounds, as delta is needed whole."""
+    what needs it: at once where the edges are a batch, else in two rounds, as delta is needed whole. (Only a target
+    alone has more edges than a batch: then `here` is the desk itself.)"""
     at_once = finds and gives and last - first <= EDGES
     for round in range(0 if finds else 1, 2 if gives and not at_once else 1):
         for p in range(first, max(last, first + 1), EDGES):

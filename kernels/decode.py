@@ -10,9 +10,11 @@ so that its bits depend on nothing else. A part of the keys is a task; parts are
 import math
 from typing import NamedTuple
 
+import numpy as np
+
 from .blocks import COLS, INF, ROWS, AttentionJob, padded
 from .jit import Elements, apart, inline, kernel
-from .scoring import biased, capped, leaned, slope_of
+from .scoring import biased, capped, slope_of, sloped
 from .simd import (
     fma,
     given,
@@ -32,6 +34,7 @@ from .simd import (
     tile_rows,
     tile_zeros,
     where,
+    zeros_of,
 )
 from .softmax import probability
 from .tiles import add_to, all_finite, matrix, padded_rows, rows_from, whole_vectors
@@ -78,7 +81,7 @@ def key_scores(like, key, j, live, query, D, partial):
     whole = D // lanes * lanes
     for r in range(lanes):
         at = (j + min(r, live - 1)) * key.row
-        sum = load_live(query, 0, 0)
+        sum = zeros_of(query)
         for d in range(0, whole, lanes):
             sum = fma(load(key.data, at + d), load(query, d), sum)
         if whole < D:
@@ -101,7 +104,7 @@ def row_scores(like, key, first, last, r, row, D, step, KB, softcap, slope, addi
         if additive is not None:
             s = biased(s, load_live(additive, j, live))
         if slope is not None:
-            s = leaned(s, slope, splat(s, position), lanes_from(s, j))
+            s = sloped(s, slope, splat(s, position), lanes_from(s, j))
         s = where(lanes_from(s, 0) < splat(s, live), s, splat(s, -INF))
         top = where(s > top, s, top)
         store(s, out, j - first)
@@ -126,7 +129,7 @@ def row_softmax(r, row, n, most, KB, v_step, unit):
             x = load(out, d)
             store(x * splat(x, factor), out, d)
     shift = 0 if r.bound[row] == -INF else r.bound[row]
-    total = load_live(s, 0, 0)
+    total = zeros_of(s)
     for j in range(0, n, lanes):
         p = probability(load(s, j), splat(total, shift), unit)
         store(p, s, j)
@@ -145,7 +148,7 @@ def add_values(like, narrow, out, v_step, p, KB, rows, value, n, Dv):
     add_whole_vectors(like, out, v_step, p, KB, rows, value, n, 0, wide)
     add_whole_vectors(narrow, out, v_step, p, KB, rows, value, n, wide, whole)
     for row in range(rows if whole < Dv else 0):
-        sum = load_live(value.data, 0, 0)
+        sum = zeros_of(value.data)
         for key in range(n):
             sum = fma(splat(sum, p[row * KB + key]), load_live(value.data, key * value.row + whole, Dv - whole), sum)
         store(load(out, row * v_step + whole) + sum, out, row * v_step + whole)
@@ -258,4 +261,4 @@ def write_row(job, r, exact, part, i, row, v_step, epsilon):
     if job.wants_sums:
         at = 2 * (part * job.Lq + i)
         job.sums[at] = 0 if total == 0 else r.bound[row]
-        job.sums[at + 1] = -INF if total == 0 else math.log(total * 1.0)
+        job.sums[at + 1] = -INF if total == 0 else math.log(np.float64(total))

@@ -8,6 +8,8 @@ what it writes, and the order of every sum depends on the sizes of one head alon
 
 import math
 
+import numpy as np
+
 from .blocks import (
     COLS,
     INF,
@@ -25,7 +27,7 @@ from .blocks import (
 )
 from .jit import apart, inline, kernel
 from .packed import by_channels, carve_packed, pack_keys, zip_rows
-from .scoring import biased, cap_slope, capped, leaned, slope_of, thinned, throw_dice, visible
+from .scoring import biased, cap_slope, capped, draw_dice, dropped, slope_of, sloped, visible
 from .simd import (
     either,
     given,
@@ -86,7 +88,7 @@ def scores(like, b, column, key, D, j, live, scale, softcap, slope, additive, ed
     if additive is not None:
         s = tile_map(biased, s, (tile_load(like, additive, at, width, live),))
     if slope is not None:
-        s = tile_map(leaned, s, (slope, tile_row(like, b.position, column), tile_steps(like, like, j)))
+        s = tile_map(sloped, s, (slope, tile_row(like, b.position, column), tile_steps(like, like, j)))
     if edge is not None:
         terms = (tile_row(like, b.near, column), tile_row(like, b.far, column), tile_steps(like, like, j))
         s = tile_map(visible, s, terms)
@@ -94,14 +96,14 @@ def scores(like, b, column, key, D, j, live, scale, softcap, slope, additive, ed
 
 
 @apart
-def thin(like, p, b, column, key, dropout):
+def apply_dropout(like, p, b, column, key, dropout):
     """The tile of probabilities, or of their gradients, after dropout, if there is any."""
     if dropout is None:
         return p
     width = width_of(b.query)
     dice = tile_row(like, b.dice, column)
     terms = (dice, tile_row(like, b.dice, width + column), tile_steps(like, dice, key), dropout.threshold, dropout.gain)
-    return tile_map(thinned, p, terms)
+    return tile_map(dropped, p, terms)
 
 
 @apart
@@ -127,18 +129,18 @@ def values_of(job, head, k0):
 
 
 @apart
-def stand(b, job, head, q0, nq):
-    """Put the block's queries into scratch, transposed and scaled, and throw their dice."""
+def load_queries(b, job, head, q0, nq):
+    """Put the block's queries into scratch, transposed and scaled, and draw their dice."""
     for i in range(lanes_of(b.query)):
         b.factor[i] = job.scale
     m = by_channels(job.packed, matrix(job.query, head, q0))
     transposed(b.query, m, nq, job.D // per_lane(b.query), unless(job.packed, b.factor))
-    throw_dice(b.dice, width_of(b.query), job.dropout, head, q0)
+    draw_dice(b.dice, width_of(b.query), job.dropout, head, q0)
 
 
 # --- forward --------------------------------------------------------------------------------------------------------
 @apart
-def note_top(like, s, b, column, epsilon):
+def record_top(like, s, b, column, epsilon):
     """The largest score of each query: the bound and the shift know it only roughly."""
     if epsilon is not None:
         tile_store(tile_column_max(s, tile_row(like, b.top, column)), b.top, column, width_of(b.query), 1)
@@ -159,7 +161,7 @@ def attend(like, b, column, key, value, zipped, first, last, k0, nq, job, slope,
         # 1. s = k . q, with its terms
         scale = given(job.packed, job.scale)
         s = scores(like, b, column, key, D, j, live, scale, job.softcap, slope, additive, edge, None)
-        note_top(like, s, b, column, job.epsilon)
+        record_top(like, s, b, column, job.epsilon)
         # 2. p = exp(s - shift), l += sum p
         if tile_exceeds(s, tile_row(like, b.bound, column)):
             raise_bound(
@@ -168,7 +170,7 @@ def attend(like, b, column, key, value, zipped, first, last, k0, nq, job, slope,
             )  # fmt: skip
         p = tile_map(probability, s, (tile_row(like, b.shift, column), job.natural))
         tile_store(tile_map(plus, tile_row(like, total, width), (tile_column_sum(p),)), total, width, width, 1)
-        tile_store(thin(like, p, b, column, k0 + j, job.dropout), b.scores, at, width, live)
+        tile_store(apply_dropout(like, p, b, column, k0 + j, job.dropout), b.scores, at, width, live)
     tile_store(tile_map(plus, tile_row(like, total, 0), (tile_row(like, total, width),)), total, 0, width, 1)
     # 3. out[d, query] += sum_key v[key, d] * p[key, query]
     if careful:
@@ -229,7 +231,7 @@ def write_sums(out, at, b, nq):
     """
     for i in range(nq):
         out[2 * (at + i)] = 0 if b.total[i] == 0 else b.shift[i]
-        out[2 * (at + i) + 1] = -INF if b.total[i] == 0 else math.log(b.total[i] * 1.0)
+        out[2 * (at + i) + 1] = -INF if b.total[i] == 0 else math.log(np.float64(b.total[i]))
 
 
 @apart
@@ -255,7 +257,7 @@ def forward(job: AttentionJob, slot, task):
     keys = find_keys(b, job, head, q0, nq, first_key, min(job.Lk, first_key + job.split_keys))
     slope = given(job.slopes, slope_of(job.slopes, head))
     # 1. the block's queries, transposed and scaled
-    stand(b, job, head, q0, nq)
+    load_queries(b, job, head, q0, nq)
     # 2. past the keys. A hidden NaN or infinity times a weight of 0 is NaN, and shows: then once more, with care
     careful, done = False, False
     while not done:

@@ -22,7 +22,7 @@ from .blocks import (
     sees,
     stage_additive,
 )
-from .dense import add_seen_columns, keys_of, scores, stand, thin, values_of
+from .dense import add_seen_columns, apply_dropout, keys_of, load_queries, scores, values_of
 from .jit import apart, inline, kernel
 from .packed import by_channels, carve_packed, pack_keys, pack_queries, zip_rows
 from .scoring import biased_gradient, slope_of, visible_gradient
@@ -44,7 +44,6 @@ from .simd import (
     tile_steps,
     tile_store,
     tile_zeros,
-    unless,
     where,
     width_of,
 )
@@ -67,6 +66,12 @@ from .tiles import (
 
 
 @inline
+def gradient_scale(job):
+    """What dq and dk are times: the scale of q k, which for scores in base 2 has log2(e) in it that ds has not."""
+    return job.scale * (LN2 if job.natural is None else 1.0)
+
+
+@inline
 def score_gradient(p, dp, delta):
     return p * (dp - delta)
 
@@ -78,7 +83,7 @@ def score_gradient_with_epsilon(p, dp, delta, p_top, eps):
 
 
 @apart
-def differentiate(like, b, g, column, key, value, first, last, k0, job, slope, additive, edge):
+def weights_and_gradients(like, b, g, column, key, value, first, last, k0, job, slope, additive, edge):
     """p and ds of the queries from `column` and keys first .. last of the tile, into b.scores and g.scores."""
     rows, width, D, Dv = tile_rows(like), width_of(b.query), job.D, job.Dv // per_lane(g.output)
     for j in range(first, last, rows):
@@ -92,14 +97,14 @@ def differentiate(like, b, g, column, key, value, first, last, k0, job, slope, a
         dp = tile_multiply_add(
             like, value.data + j * value.row, value.col, value.row, live, g.output + column, width, Dv
         )
-        dp = thin(like, dp, b, column, k0 + j, job.dropout)
+        dp = apply_dropout(like, dp, b, column, k0 + j, job.dropout)
         p = tile_load(like, b.scores, at, width, live)
         ds = through_softmax(like, p, dp, b, g, column, job.epsilon)
         ds = hide_gradient(like, ds, b, g, column, j, live, job.softcap, additive, edge, job.bias_gradient)
         tile_store(ds, g.scores, at, width, live)
         # 3. what dv is made of: the weights that dropout kept
         if job.dropout is not None:
-            tile_store(thin(like, p, b, column, k0 + j, job.dropout), b.scores, at, width, live)
+            tile_store(apply_dropout(like, p, b, column, k0 + j, job.dropout), b.scores, at, width, live)
 
 
 @apart
@@ -147,7 +152,7 @@ def add_key_value_gradients(wide, tall, b, g, room, job, head, k0, n, nq, additi
         add_seen_rows(dv.data, dv.row, b, b.scores, k0, n, g.output_rows, v_step, nq, additive)
         add_seen_rows(dk.data, dk.row, b, g.scores, k0, n, g.query_rows, k_step, nq, additive)
         return
-    pack_queries(job.packed, g.scores, n, job.scale * (LN2 if job.natural is None else 1.0))
+    pack_queries(job.packed, g.scores, n, gradient_scale(job))
     p, ds = given_words(job.packed, b.scores), given_words(job.packed, g.scores)
     query = either(given(job.packed, room.query_rows), g.query_rows)
     do = either(given(job.packed, room.output_rows), g.output_rows)
@@ -179,12 +184,12 @@ def take_tile(wide, tall, b, g, job, head, q0, nq, k0, n, whole, slope):
     stage_additive(b, job.additive, job.bias, job.mask, head, q0, nq, k0, n)
     additive = given(job.additive, b.additive)
     if whole:
-        differentiate(wide, b, g, 0, key, value, 0, n, k0, job, slope, additive, None)
+        weights_and_gradients(wide, b, g, 0, key, value, 0, n, k0, job, slope, additive, None)
     else:
         clear_unseen(b, g, n, nq)
         for column in range(0, nq, lanes):
             first, last = b.first[column // lanes], b.last[column // lanes]
-            differentiate(tall, b, g, column, key, value, first, last, k0, job, slope, additive, True)
+            weights_and_gradients(tall, b, g, column, key, value, first, last, k0, job, slope, additive, True)
 
 
 @apart
@@ -218,7 +223,7 @@ def normalise(b, job, at, nq, unit):
 
 
 @apart
-def stand_top(b, epsilon, at, nq, unit):
+def load_top(b, epsilon, at, nq, unit):
     """The probability of each query's largest score, by the function that makes the others: the same bits."""
     if epsilon is not None:
         for i in range(width_of(b.query)):
@@ -228,30 +233,28 @@ def stand_top(b, epsilon, at, nq, unit):
 
 
 @apart
-def stand_gradients(b, g, room, job, head, q0, nq):
+def load_gradients(b, g, room, job, head, q0, nq):
     """The block's output gradients, transposed and by rows, its queries by rows, and delta.
 
     What p lacks to be a probability is given here, to do and delta, where it costs nothing.
     """
-    width, lanes, Dv = width_of(b.query), lanes_of(b.query), job.Dv
+    width, Dv = width_of(b.query), job.Dv
     v_step, k_step = whole_vectors(b.query, Dv), whole_vectors(b.query, job.D)
     for i in range(width):
         b.shift[i], b.total[i], g.delta[i] = 0, 0, 0
     normalise(b, job, head * job.Lq + q0, nq, job.natural)
-    stand_top(b, job.epsilon, head * job.Lq + q0, nq, job.natural)
+    load_top(b, job.epsilon, head * job.Lq + q0, nq, job.natural)
     # rows: do * total, and the outputs for a moment, where the transposed do will lie
     padded_rows(g.output_rows, v_step, matrix(job.gradients.output, head, q0), nq, Dv, b.total)
     out = matrix(either(job.exact, job.output), head, q0)  # rounded to half precision it would cost ds its last digits
     for i in range(nq):
         lse_part = job.gradients.lse[head * job.Lq + q0 + i] * b.total[i]
         g.delta[i] = dot(out.data + i * out.row, out.col, g.output_rows + i * v_step, Dv) - lse_part
-        b.factor[i] = job.scale * (LN2 if job.natural is None else 1.0)
+        b.factor[i] = gradient_scale(job)
     padded_rows(g.query_rows, k_step, matrix(job.query, head, q0), nq, job.D, b.factor)
-    for i in range(lanes):
-        b.factor[i] = 1
     given_do, do = matrix(job.gradients.output, head, q0), Matrix(g.output_rows, v_step, 1)
     do = either(given(job.packed, by_channels(job.packed, given_do)), do)
-    transposed(g.output, do, nq, Dv // per_lane(g.output), unless(job.packed, b.factor))
+    transposed(g.output, do, nq, Dv // per_lane(g.output), None)
     zip_rows(job.packed, room.output_rows, v_step, given_do, nq, Dv)
     zip_rows(job.packed, room.query_rows, k_step, matrix(job.query, head, q0), nq, job.D)
 
@@ -267,8 +270,8 @@ def gradients_of_block(job, b, g, room, head, block, first_tile, last_tile):
     first_tile, last_tile = max(first_tile, lowest // KB), min(last_tile, (highest + KB - 1) // KB)
     slope, additive = given(job.slopes, slope_of(job.slopes, head)), given(job.additive, b.additive)
     if first_tile < last_tile:
-        stand(b, job, head, q0, nq)
-        stand_gradients(b, g, room, job, head, q0, nq)
+        load_queries(b, job, head, q0, nq)
+        load_gradients(b, g, room, job, head, q0, nq)
     for i in range(job.D * width):
         b.output[i] = 0
     k_step, v_step = whole_vectors(b.query, job.D), whole_vectors(b.query, job.Dv)
@@ -299,7 +302,7 @@ def gradients_of_block(job, b, g, room, head, block, first_tile, last_tile):
             add_key_value_gradients(wide, tall, b, g, room, job, head, k0, n, nq, additive, careful)
     if job.gradients.to_query:
         for i in range(nq):
-            b.factor[i] = job.scale * (LN2 if job.natural is None else 1.0)
+            b.factor[i] = gradient_scale(job)
         made = either(job.rounded, job.gradients)
         transposed_back(matrix(made.query, head, q0), nq, job.D, b.output, b.factor)
 

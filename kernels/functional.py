@@ -21,7 +21,7 @@ from typing import NamedTuple
 from .blocks import COLS, INF, ROWS
 from .jit import Elements, Indices, apart, inline, kernel
 from .scoring import ByteMatrices
-from .simd import lane_sum, lanes_of, load, load_live, splat, store, tile_multiply_add, tile_zeros, where, width_of
+from .simd import lane_sum, lanes_of, load, splat, store, tile_multiply_add, tile_zeros, where, width_of, zeros_of
 from .softmax import LOG2E, probability
 from .tiles import Matrices, Matrix, add_to, all_finite, clear, padded_rows, transposed, whole_vectors
 
@@ -156,7 +156,7 @@ def softmax(job: SoftmaxJob, slot, task):
         largest = -INF
         for lane in range(end, end + lanes):
             largest = max(largest, e[lane])
-        shift, total = splat(top, 0 if largest == -INF else largest), load_live(e, 0, 0)
+        shift, total = splat(top, 0 if largest == -INF else largest), zeros_of(e)
         # 2. e = exp(s - m) and its sum
         for j in range(0, end, lanes):
             x = probability(load(e, j), shift, LOG2E)
@@ -182,7 +182,7 @@ def softmax_backward(job: SoftmaxJob, slot, task):
             terms[j] = 0 if x == 0 else x * dp.data[j * dp.col]
         for j in range(n, whole_vectors(terms, n)):
             terms[j] = 0
-        total = load_live(terms, 0, 0)
+        total = zeros_of(terms)
         for j in range(0, n, lanes_of(terms)):
             total = total + load(terms, j)
         delta = lane_sum(total)

@@ -44,6 +44,7 @@ from .simd import (
     tile_store_at,
     tile_zeros,
     where,
+    zeros_of,
 )
 from .softmax import plus
 
@@ -93,7 +94,7 @@ def row_part(rows, at, live, lanes):
 
 @inline
 def put_part(rows, at, x, live, lanes):
-    """Not `store_live` where all lanes are: it takes some 20 cycles where masks are no registers of their own."""
+    """Not `store_live` where all lanes are: it takes some 20 cycles on CPUs without mask registers (AVX2)."""
     if live == lanes:
         store(x, rows.data, at)
     else:
@@ -156,7 +157,7 @@ def multiply(out, x, n):
 def fill(out, n, value):
     """out[i] = value, of whole vectors"""
     for i in range(0, n, lanes_of(out)):
-        store(splat(load_live(out, 0, 0), value), out, i)
+        store(splat(zeros_of(out), value), out, i)
 
 
 @inline
@@ -230,7 +231,7 @@ def add_even(tile, out, weights, step, rows, index, n, heads, fetches, selects):
 def dot_gathered(out, x, rows, nodes, edge_rows, edges, has_edge, n, heads):
     """out[e, h] = sum over c of x[h, c] * (rows[nodes[e], h, c] + edge_rows[edges[e], h, c])
 
-    A tall sums are made at once, and joined in one vector.
+    As many sums as the tile has rows are made at once, and stored as one vector.
     """
     zeros = tile_narrow(out, VECTORS, 1)
     even = 0 if has_edge else heads.even
@@ -277,8 +278,7 @@ def fetch_passed(rows, nodes, e, n, heads, count, fetches):
 
 @inline
 def multiply_add_unless_zero(sum, x, w):
-    zero = splat(w, 0.0)
-    return where(w <= zero, where(w >= zero, sum, fma(x, w, sum)), fma(x, w, sum))
+    return where(w == splat(w, 0.0), sum, fma(x, w, sum))
 
 
 @inline

@@ -13,8 +13,8 @@ from .blocks import (
     sees,
     stage_additive,
 )
-from .dense import keys_of, scores, stand
-from .dense_backward import normalise, stand_gradients, take_tile
+from .dense import keys_of, load_queries, scores
+from .dense_backward import load_gradients, normalise, take_tile
 from .jit import apart, kernel
 from .packed import by_channels, carve_packed
 from .scoring import slope_of
@@ -38,8 +38,8 @@ def bias_backward(job: AttentionJob, slot, task):
         lowest, near, far, highest = find_keys(b, job, head, q0, nq, 0, job.Lk)
         slope = given(job.slopes, slope_of(job.slopes, head))
         if lowest < highest:
-            stand(b, job, head, q0, nq)
-            stand_gradients(b, g, room, job, head, q0, nq)
+            load_queries(b, job, head, q0, nq)
+            load_gradients(b, g, room, job, head, q0, nq)
         for tile in range(lowest // KB, (highest + KB - 1) // KB):
             k0 = tile * KB
             n = min(KB, job.Lk - k0)
@@ -68,7 +68,7 @@ def weights(job: AttentionJob, slot, task):
     tall = tile_zeros(b.output, TALL, 1)
     lowest, near, far, highest = find_keys(b, job, head, q0, nq, 0, job.Lk)
     slope, additive = given(job.slopes, slope_of(job.slopes, head)), given(job.additive, b.additive)
-    stand(b, job, head, q0, nq)
+    load_queries(b, job, head, q0, nq)
     normalise(b, job, head * job.Lq + q0, nq, job.natural)
     for k0 in range(lowest // KB * KB, highest, KB):
         n, key = min(KB, job.Lk - k0), by_channels(job.packed, keys_of(job, head, k0))

@@ -53,7 +53,7 @@ _LOW_SINGLE, _LOW_DOUBLE = (3.851926e-08,), (4.0710547481862066e-17,)
 
 @apart
 def tanh(x):
-    """From u = e**-2|x| - 1, formed without the 1 and so exact for small x: tanh(|x|) = -u / (u + 2)."""
+    """From u = e**-2|x| - 1, formed without the 1, so that small x lose 3 ulp at most: tanh(|x|) = -u / (u + 2)."""
     high, low = polynomial(x, _HIGH_SINGLE, _HIGH_DOUBLE), polynomial(x, _LOW_SINGLE, _LOW_DOUBLE)
     zero, one = splat(x, 0.0), splat(x, 1.0)
     y = at_least(zero - absolute(x), splat(x, -_LARGEST))
@@ -87,7 +87,7 @@ def slope_of(slopes, head):
 
 
 @inline
-def leaned(s, slope, position, key):
+def sloped(s, slope, position, key):
     """s - slope * |position - key|: ALiBi"""
     return s - splat(s, slope) * absolute(position - key)
 
@@ -156,7 +156,7 @@ def mixed(x):
 
 
 @apart
-def throw_dice(dice, width, dropout, head, q0):
+def draw_dice(dice, width, dropout, head, q0):
     """Two words for each query of the block, from (seed, head, query) alone: no state, so any order gives the same."""
     if dropout is not None:
         for i in range(width):
@@ -166,7 +166,7 @@ def throw_dice(dice, width, dropout, head, q0):
 
 
 @apart
-def thinned(p, dice, more_dice, key, threshold, gain):
+def dropped(p, dice, more_dice, key, threshold, gain):
     """p * gain where the 32 bits drawn for (query, key) are at least the threshold, else 0."""
     x = key * splat(key, 0x9E3779B1) ^ dice
     x = (x ^ (x >> splat(x, 16))) * splat(x, 0x7FEB352D) ^ more_dice

@@ -2,7 +2,7 @@
 
 The lanes of a vector are queries. Scores are kept transposed, s[key, query], in blocks as wide as COLS vectors, so the
 softmax never reduces across lanes, and the left operand of every product is read scalar by scalar from memory as it
-lies: keys and values are not packed, whatever their strides. Remainders repeat the last row (simd.py).
+lies: keys and values are not packed, whatever their strides. Remainders repeat the last row (simd/tile.py).
 """
 
 from typing import NamedTuple
@@ -25,6 +25,7 @@ from .simd import (
     tile_store,
     transpose_square,
     width_of,
+    zeros_of,
 )
 from .softmax import plus
 
@@ -203,7 +204,7 @@ def clear(m, n):
 @inline
 def dot(x, x_step, y, n):
     """sum over d < n of x[d * x_step] * y[d], of rows; y is padded to whole vectors"""
-    total, lanes, rest = load_live(y, 0, 0), lanes_of(y), 0 * y[0]
+    total, lanes, rest = zeros_of(y), lanes_of(y), 0 * y[0]
     if x_step == 1:
         for d in range(0, n // lanes * lanes, lanes):
             total = fma(load(x, d), load(y, d), total)
@@ -220,7 +221,7 @@ def all_finite(m, n, D):
     """Is every one of n x D elements finite? x * 0 is NaN where it is not."""
     lanes = lanes_of(m.data)
     columns = D // lanes * lanes if m.col == 1 else 0
-    zero = load_live(m.data, 0, 0)
+    zero = zeros_of(m.data)
     even, odd = zero, zero  # two chains: one would wait for itself
     rest = m.data[0] * 0
     for row in range(n):

@@ -1,4 +1,4 @@
-"""Walking along the edges of a graph: what the kernels of attention over neighbours are told, and what they do it with.
+"""Walking along the edges of a graph: the job of the kernels of attention over neighbours, their scratch, and batches.
 
 A task is some nodes with about as many edges as any other's. It is done by batches: of as many of its nodes as have no
 more than EDGES edges together, or of the edges of one node, EDGES at a time. What is alike for all edges is done for a

@@ -13,7 +13,7 @@ promise to touch no byte outside an array.
 """
 
 from .jobs import POINTER_SLOTS, call, draw, either, given, unless
-from .kinds import ARITHMETIC, JobType, MaskType, PointerType, TileType, VectorType, bfloat16
+from .kinds import ARITHMETIC, JobType, PointerType, VectorType, bfloat16
 from .target import CHECKED, Halves, Target, halves, target
 from .tile import (
     row_sums,
@@ -49,7 +49,6 @@ from .values import (
     at_least,
     fma,
     given_words,
-    lane_max,
     lane_sum,
     lanes_from,
     lanes_of,
@@ -68,6 +67,7 @@ from .values import (
     times_power_of_two,
     where,
     width_of,
+    zeros_of,
     zipped,
     zipped_rows,
 )
@@ -77,11 +77,9 @@ __all__ = [
     "CHECKED",
     "Halves",
     "JobType",
-    "MaskType",
     "POINTER_SLOTS",
     "PointerType",
     "Target",
-    "TileType",
     "VectorType",
     "absolute",
     "as_bfloat16",
@@ -96,7 +94,6 @@ __all__ = [
     "given",
     "given_words",
     "halves",
-    "lane_max",
     "lane_sum",
     "lanes_from",
     "lanes_of",
@@ -141,6 +138,7 @@ __all__ = [
     "unless",
     "where",
     "width_of",
+    "zeros_of",
     "zipped",
     "zipped_rows",
 ]

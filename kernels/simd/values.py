@@ -164,7 +164,13 @@ def _comparison(symbol, sign):
         return (b.fcmp_ordered if is_float else b.icmp_unsigned)(sign, *args)  # false where either is NaN
 
 
-for _symbol, _sign in ((operator.lt, "<"), (operator.le, "<="), (operator.gt, ">"), (operator.ge, ">=")):
+for _symbol, _sign in (
+    (operator.lt, "<"),
+    (operator.le, "<="),
+    (operator.gt, ">"),
+    (operator.ge, ">="),
+    (operator.eq, "=="),
+):
     _comparison(_symbol, _sign)
 
 _operator(operator.and_, lambda x, y: x if _is(MaskType, x, y) else None)
@@ -181,6 +187,13 @@ def load(context, pointer, offset):
     """pointer[offset : offset + lanes]"""
     vector = vector_of(pointer.element)
     return vector(pointer, types.intp), lambda cx, b, sig, args: emit.load(b, *args, vector)
+
+
+@intrinsic
+def zeros_of(context, pointer):
+    """A vector of zeros, as many as one load from `pointer` gives."""
+    vector = vector_of(pointer.element)
+    return vector(pointer), lambda cx, b, sig, args: ir.Constant(vector.llvm, None)
 
 
 @intrinsic
@@ -274,7 +287,11 @@ def nearest(context, x):
 
 @intrinsic
 def times_power_of_two(context, y, n):
-    """y * 2**n for a normal result: n is added to the exponent's bits."""
+    """y * 2**n for a normal result: n is added to the exponent's bits; NaN for NaN, in y and n both.
+
+    LLVM leaves open what a NaN becomes as a whole number. On x86 it is the lowest one, on ARM 0: shifted, either adds 0
+    to the bits of y. (llvm.fptosi.sat would promise it, for three more instructions in every exponential.)
+    """
 
     def build(cx, b, sig, args):
         mantissa = 23 if y.element == types.float32 else 52
@@ -312,16 +329,6 @@ def _by_halves(b, value, lanes, join):
 def lane_sum(context, x):
     """The sum of all lanes, by halves."""
     return x.element(x), lambda cx, b, sig, args: _by_halves(b, args[0], x.lanes, b.fadd)
-
-
-@intrinsic
-def lane_max(context, x):
-    """The largest lane, of lanes that are not NaN."""
-
-    def build(cx, b, sig, args):
-        return _by_halves(b, args[0], x.lanes, lambda low, high: b.select(b.fcmp_ordered(">", low, high), low, high))
-
-    return x.element(x), build
 
 
 def _by_period(b, value, lanes, period, join):
