@@ -123,6 +123,7 @@ class Block(NamedTuple):
     shift: Elements
     total: Elements  # of the past chunks
     part: Elements  # of this chunk; the row after `total`
+    lost: Elements  # what `total` lost by rounding; the row after `part`
     factor: Elements
     top: Elements  # with an epsilon: the largest score; backward, its probability
     near: Elements  # the query sees near <= key < far, counted from the chunk's first key
@@ -146,7 +147,7 @@ class GradientBlock(NamedTuple):
     output_rows: Elements
 
 
-_SMALL_PARTS = 25  # rows of the parts after `additive`: 23 or fewer on every target, in both types
+_ROWS, _SMALL_PARTS = 10, 25  # after `additive`, rows of elements (bound to far); of all, at most 24 on every target
 
 
 def scratch_rows(D: int, Dv: int, keys_per_block: int) -> int:
@@ -180,12 +181,12 @@ def carve(job, slot):
     scores = output + max(job.D, job.Dv) * width
     additive = scores + KB * width
     row = additive + KB * width
-    ints = as_indices(row + 9 * width)
+    ints = as_indices(row + _ROWS * width)
     return Block(
         given_words(job.packed, at), output, scores, additive,
         row, row + width, row + 2 * width, row + 3 * width, row + 4 * width, row + 5 * width, row + 6 * width,
-        row + 7 * width, row + 8 * width, ints, ints + width, ints + 2 * width, ints + (2 * width + COLS),
-        as_words(ints + (2 * width + 2 * COLS)), row + 19 * width,
+        row + 7 * width, row + 8 * width, row + 9 * width, ints, ints + width, ints + 2 * width,
+        ints + (2 * width + COLS), as_words(ints + (2 * width + 2 * COLS)), row + (_ROWS + 10) * width,
     )  # fmt: skip
 
 

@@ -165,11 +165,15 @@ def add_whole_vectors(like, out, v_step, p, KB, rows, value, n, first, last):
 
 @apart
 def add_seen_values(out, p, additive, value, n, Dv):
-    """As `add_values` for one row, where values that it does not see may be NaN or infinite."""
-    for key in range(n):
-        if not additive[key] == -INF:
-            for d in range(Dv):
-                out[d] += p[key] * value.data[key * value.row + d]
+    """As `add_values` for one row, where values that it does not see may be NaN or infinite: the same sums, in the same
+    order, without what is hidden."""
+    lanes = lanes_of(out)
+    for d in range(0, Dv, lanes):
+        sum, live = zeros_of(out), min(lanes, Dv - d)
+        for key in range(n):
+            if not additive[key] == -INF:
+                sum = fma(splat(sum, p[key]), load_live(value.data, key * value.row + d, live), sum)
+        store(load(out, d) + sum, out, d)
 
 
 @apart
@@ -201,8 +205,9 @@ def take_chunk(high, wide, narrow, single, one, r, job, key_head, i, k0, first, 
         position = float(i + job.offset - k0)
         most = row_scores(high, key, first, last, r, row, job.D, step, KB, job.softcap, slope, additive, position)
         row_softmax(r, row, n, most, KB, v_step, job.natural)
-        if not finite:
-            add_seen_values(r.output + row * v_step, r.scores + row * KB, r.additive + first, value, n, job.Dv)
+        for j in range(0, 0 if finite else n, SUMMED_KEYS):
+            out, p, keys = r.output + row * v_step, r.scores + row * KB + j, min(SUMMED_KEYS, n - j)
+            add_seen_values(out, p, r.additive + (first + j), rows_from(value, j), keys, job.Dv)
     for j in range(0, n if finite else 0, SUMMED_KEYS):
         out, p, keys = r.output + i * G * v_step, r.scores + i * G * KB + j, min(SUMMED_KEYS, n - j)
         if G > 1:

@@ -30,18 +30,20 @@ from .packed import by_channels, carve_packed, pack_keys, zip_rows
 from .scoring import biased, cap_slope, capped, draw_dice, dropped, slope_of, sloped, visible
 from .simd import (
     either,
+    fma,
     given,
     given_words,
     lanes_of,
+    load_live,
     per_lane,
     splat,
+    store_live,
     tile_column_max,
     tile_column_sum,
     tile_exceeds,
     tile_lanes,
     tile_load,
     tile_map,
-    tile_multiply_add,
     tile_row,
     tile_rows,
     tile_steps,
@@ -49,13 +51,15 @@ from .simd import (
     tile_zeros,
     unless,
     width_of,
+    zeros_of,
 )
-from .softmax import LN2, plus, probability, raise_bound
+from .softmax import LN2, add_to_total, plus, probability, raise_bound
 from .tiles import (
     Matrix,
     add_columns_times_block,
     all_finite,
     matrix,
+    row_products,
     rows_from,
     transposed,
     transposed_back,
@@ -78,7 +82,7 @@ def scores(like, b, column, key, D, j, live, scale, softcap, slope, additive, ed
     """
     # s[r, query] = sum_d key[j + r, d] * query[query, d]
     width, at, D = width_of(b.query), j * width_of(b.query) + column, D // per_lane(b.query)
-    s = tile_multiply_add(like, key.data + j * key.row, key.col, key.row, live, b.query + column, width, D)
+    s = row_products(like, rows_from(key, j), live, b.query + column, D)
     if scale is not None:
         s = tile_map(scaled, s, (scale,))
     if softcap is not None:
@@ -108,13 +112,18 @@ def apply_dropout(like, p, b, column, key, dropout):
 
 @apart
 def add_seen_columns(out, m, D, b, block, k0, first, last, column, lanes, nq, additive):
-    """As `add_columns_times_block` where m may hold NaN or infinity in rows that some queries do not see."""
+    """As `add_columns_times_block` where m may hold NaN or infinity in rows that some queries do not see: the same
+    sums, in the same order, without what is hidden."""
     width = width_of(out)
     for query in range(column, min(nq, column + lanes)):
-        for j in range(first, last):
-            if sees(b, additive, k0, j, query):
-                for d in range(D):
-                    out[d * width + query] += m.data[j * m.row + d * m.col] * block[j * width + query]
+        for d in range(D):
+            sum = zeros_of(out)
+            for j in range(first, last):
+                if sees(b, additive, k0, j, query):
+                    x = splat(sum, m.data[j * m.row + d * m.col])
+                    sum = fma(x, splat(sum, block[j * width + query]), sum)
+            at = d * width + query
+            store_live(load_live(out, at, 1) + sum, out, at, 1)
 
 
 @inline
@@ -171,7 +180,7 @@ def attend(like, b, column, key, value, zipped, first, last, k0, nq, job, slope,
         p = tile_map(probability, s, (tile_row(like, b.shift, column), job.natural))
         tile_store(tile_map(plus, tile_row(like, total, width), (tile_column_sum(p),)), total, width, width, 1)
         tile_store(apply_dropout(like, p, b, column, k0 + j, job.dropout), b.scores, at, width, live)
-    tile_store(tile_map(plus, tile_row(like, total, 0), (tile_row(like, total, width),)), total, 0, width, 1)
+    add_to_total(like, total)
     # 3. out[d, query] += sum_key v[key, d] * p[key, query]
     if careful:
         add_seen_columns(b.output, value, Dv, b, b.scores, k0, first, last, column, tile_lanes(like), nq, additive)
@@ -189,7 +198,7 @@ def stream(wide, tall, b, room, job, head, q0, nq, keys, slope, careful):
     lanes, k0, some_hidden = lanes_of(b.query), lowest, False
     near, far = interior(lowest, near, far, highest, is_narrow(b, nq))
     for i in range(width_of(b.query)):
-        b.bound[i], b.shift[i], b.total[i], b.top[i] = -INF, 0, 0, -INF
+        b.bound[i], b.shift[i], b.total[i], b.lost[i], b.top[i] = -INF, 0, 0, 0, -INF
     for i in range(job.Dv * width_of(b.query)):
         b.output[i] = 0
     while k0 < highest:
@@ -265,6 +274,8 @@ def forward(job: AttentionJob, slot, task):
         done = careful or not some_hidden or all_finite(Matrix(b.output, width, 1), job.Dv, nq)
         careful = True
     # 3. out = sum p v / sum p, and 0 where nothing was seen
+    for i in range(nq):
+        b.total[i] += b.lost[i]
     add_epsilon(b, job.epsilon, part * job.Lq + q0, nq, job.natural)
     for i in range(nq):
         b.factor[i] = 0 if b.total[i] == 0 else 1 / b.total[i]

@@ -29,6 +29,7 @@ from .scoring import biased_gradient, slope_of, visible_gradient
 from .simd import (
     as_words,
     either,
+    fma,
     given,
     given_words,
     lanes_of,
@@ -38,7 +39,6 @@ from .simd import (
     store,
     tile_load,
     tile_map,
-    tile_multiply_add,
     tile_row,
     tile_rows,
     tile_steps,
@@ -46,6 +46,7 @@ from .simd import (
     tile_zeros,
     where,
     width_of,
+    zeros_of,
 )
 from .softmax import LN2, probability, times
 from .tiles import (
@@ -58,6 +59,7 @@ from .tiles import (
     dot,
     matrix,
     padded_rows,
+    row_products,
     rows_from,
     transposed,
     transposed_back,
@@ -94,9 +96,7 @@ def weights_and_gradients(like, b, g, column, key, value, first, last, k0, job, 
         p = tile_map(probability, s, (tile_row(like, b.shift, column), job.natural))
         tile_store(p, b.scores, at, width, live)
         # 2. dp = v . do, of the weights that dropout kept;  ds = p (dp - delta)
-        dp = tile_multiply_add(
-            like, value.data + j * value.row, value.col, value.row, live, g.output + column, width, Dv
-        )
+        dp = row_products(like, rows_from(value, j), live, g.output + column, Dv)
         dp = apply_dropout(like, dp, b, column, k0 + j, job.dropout)
         p = tile_load(like, b.scores, at, width, live)
         ds = through_softmax(like, p, dp, b, g, column, job.epsilon)
@@ -132,13 +132,16 @@ def hide_gradient(like, ds, b, g, column, j, live, softcap, additive, edge, of_b
 
 @apart
 def add_seen_rows(out, out_row, b, block, k0, n, rows, step, nq, additive):
-    """As `add_block_times_rows` where rows may hold NaN or infinity for queries that do not see some keys."""
+    """As `add_block_times_rows` where rows may hold NaN or infinity for queries that do not see some keys: the same
+    sums, in the same order, without what is hidden."""
     width = width_of(block)
     for j in range(n):
-        for query in range(nq):
-            if sees(b, additive, k0, j, query):
-                for d in range(step):
-                    out[j * out_row + d] += block[j * width + query] * rows[query * step + d]
+        for d in range(0, step, lanes_of(block)):
+            sum = zeros_of(block)
+            for query in range(nq):
+                if sees(b, additive, k0, j, query):
+                    sum = fma(splat(sum, block[j * width + query]), load(rows, query * step + d), sum)
+            store(load(out, j * out_row + d) + sum, out, j * out_row + d)
 
 
 @apart
@@ -211,14 +214,19 @@ def add_query_gradient(wide, tall, b, g, ds, packed, key, zipped, D, k0, n, nq, 
 
 @apart
 def normalise(b, job, at, nq, unit):
-    """p = exp(s - b.shift) * b.total, where b.shift is the logsumexp as it is rounded, and b.total what that left.
+    """p = exp(s - b.shift) * b.total, where b.shift is that of the forward pass, and b.total one by its sum.
 
-    So b.total is nearly 1, and do * b.total in half precision nearly always do, but beside scores of 1e30 and more.
+    Not exp(s - lse): the logarithm of many keys is a large number to subtract from scores near 0, and takes digits from
+    the difference (10,000 flat weights: 3.6 times the error of the plain formula, gradients 1.9 times). Packed, b.shift
+    is the logsumexp as it is rounded, and b.total what that left: nearly 1, so that do * b.total, which is rounded to
+    bfloat16, is nearly always do.
     """
     natural = LN2 if unit is None else 1.0
     for i in range(nq):
         shift, log = job.sums[2 * (at + i)], job.sums[2 * (at + i) + 1]
-        b.shift[i] = 0 if log == -INF else shift + log / natural
+        b.shift[i] = 0 if log == -INF else shift
+        if job.packed is not None and log != -INF:
+            b.shift[i] = shift + log / natural
         b.total[i] = 0 if log == -INF else math.exp((b.shift[i] - shift) * natural - log)
 
 

@@ -109,12 +109,27 @@ def _scale_rows(like, x, n, factor):
         tile_store(tile_map(times, tile_row(like, x, row * width), (factor,)), x, row * width, width, 1)
 
 
+@inline
+def _rounding(total, part, sum, lost):
+    return lost + ((total - sum) + part)
+
+
+@apart
+def add_to_total(like, l):
+    """l[0] += l[1], and into l[2] goes what that loses: over 100,000 keys the sum had 9 times the error of NumPy's."""
+    width = width_of(l)
+    total, part, lost = tile_row(like, l, 0), tile_row(like, l, width), tile_row(like, l, 2 * width)
+    sum = tile_map(plus, total, (part,))
+    tile_store(tile_map(_rounding, total, (part, sum, lost)), l, 2 * width, width, 1)
+    tile_store(sum, l, 0, width, 1)
+
+
 @apart
 def raise_bound(tile, like, bound, shift, l, s, seen, out, Dv, unit):
     """Queries with a score in the tile above their bound get a new one; what they have summed so far is rescaled.
 
-    That is the two rows of l (past chunks, this chunk), the `seen` rows of s that wait for their product with the
-    values, and the Dv rows of out.
+    That is the three rows of l (past chunks, this chunk, what their sum lost), the `seen` rows of s that wait for their
+    product with the values, and the Dv rows of out.
     """
     width = width_of(l)
     before = tile_row(like, bound, 0)
@@ -123,6 +138,6 @@ def raise_bound(tile, like, bound, shift, l, s, seen, out, Dv, unit):
     factor = tile_map(_fade, before, (top, old, new, unit))
     tile_store(new, shift, 0, width, 1)
     tile_store(tile_map(_raised, before, (top,)), bound, 0, width, 1)
-    _scale_rows(like, l, 2, factor)
+    _scale_rows(like, l, 3, factor)
     _scale_rows(like, s, seen, factor)
     _scale_rows(like, out, Dv, factor)

@@ -104,3 +104,24 @@ def test_at_most_twice_the_error_of_the_plain_formula(size, names):
     # a score is one chain of D multiply-adds, a library's product several: it shows in the largest of a few weights
     assert ratios.pop("weights") <= 4, ratios
     assert max(ratios.values()) <= 2, ratios
+
+
+@pytest.mark.parametrize("factor", [0.01, 1])
+@pytest.mark.parametrize("size", [(24, 128, 1024, 600), (80, 20_000, 16, 16)], ids=str)
+def test_long_sums_lose_no_more_than_the_plain_formula(size, factor):
+    """Over many channels, of many weights, and under a sum that is large: root mean squares, which no luck decides."""
+    errors = {name: np.zeros(2) for name in RESULTS}
+    for seed in range(3):
+        case = make([], size, np.float32, lead=(1, 1), Hk=1, seed=seed)
+        inputs = case.query * np.float32(factor), case.key, case.value
+        cache = rv.attention_forward(*inputs)
+        g = rv.attention_backward(case.grad_output, cache)
+        got = cache.output, cache.lse, cache.weights(), g.query, g.key, g.value
+        exact, naive = [*reference.attention(*inputs)], [*reference.naive32(*inputs)]
+        for results, gradients in ((exact, reference.gradients), (naive, reference.naive32_gradients)):
+            found = gradients(case.grad_output, *inputs)
+            results += [found[name] for name in RESULTS[3:]]
+        for name, ours, plain, wanted in zip(RESULTS, got, naive, exact, strict=True):
+            errors[name] += [np.square(x - wanted, dtype=np.float64).mean() for x in (ours, plain)]
+    ratios = {name: round(float(np.sqrt(ours / plain)), 2) for name, (ours, plain) in errors.items()}
+    assert max(ratios.values()) <= 1.6, ratios
