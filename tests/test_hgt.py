@@ -329,7 +329,7 @@ class TestTheLayer:
         with pytest.raises(errors.InvalidConfigError, match="does not fit"):
             layer(edge_dim={AT: 2}).load(path)
         rv.GAT(3, 2, seed=0).save(path)
-        with pytest.raises(errors.InvalidConfigError, match="does not describe an HGT"):
+        with pytest.raises(errors.InvalidConfigError, match="describes no HGT"):
             HGT.from_file(path)
 
 

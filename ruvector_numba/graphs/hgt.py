@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
-from .. import checks, files, gpu, layers
+from .. import checks, gpu, layers
 from ..checks import Array, from_sequence
 from ..errors import DimensionMismatchError, GraphStructureError, InvalidConfigError, InvalidInputError
 from ..parameters import ParameterSet, Trainable
@@ -393,16 +393,10 @@ class HGT(Trainable, GraphAttention):
         return {"kind": "HGT", "settings": json.dumps(settings)}
 
     @classmethod
-    def from_file(cls, path: str) -> HGT:
-        """The layer that `save` wrote to a file, with the settings that it had. It raises what `load` does."""
-        header = files.metadata(path)
-        if header.get("kind") != "HGT":
-            raise InvalidConfigError(f"{path} does not describe an HGT", hint="give a file that HGT.save wrote")
+    def _of_file_header(cls, header: dict[str, str]) -> HGT:
         settings = json.loads(header["settings"])
         settings["edge_dim"] = {tuple(kind): n for kind, n in settings["edge_dim"]}
-        layer = cls(**settings)
-        layer.load(path)
-        return layer
+        return cls(**settings)
 
     # --- checks -----------------------------------------------------------------------------------------------------
     def _nodes(self, x_dict: Any) -> dict[str, Array]:

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
-from .. import checks, files, gpu, layers
+from .. import checks, gpu, layers
 from ..checks import Array, from_sequence
 from ..errors import DimensionMismatchError, GraphStructureError, InvalidConfigError, InvalidInputError
 from ..parameters import ParameterSet, Trainable
@@ -25,10 +25,12 @@ from .graph import CSRGraph
 from .inputs import Inputs, edge_gradients, features, graph_of, initial, listed, size
 from .neighbors import Past, checked_aggregation, checked_edges, packed
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 __all__ = ["GraphCache", "GraphGradients", "GraphLayer"]
 
 Nodes = ArrayLike | tuple[ArrayLike, ArrayLike | None]
-Layer = TypeVar("Layer", bound="GraphLayer")
 
 
 class Record(NamedTuple):
@@ -410,24 +412,13 @@ class GraphLayer(Trainable, GraphAttention):
         return {"kind": self.name(), "settings": json.dumps(self._settings(), default=listed)}
 
     @classmethod
-    def from_file(cls: type[Layer], path: str) -> Layer:
-        """The layer that `save` wrote to a file, with the settings that it had.
-
-        Raises
-        ------
-        InvalidInputError, InvalidConfigError, DimensionMismatchError
-            If the file is missing, damaged, or not one of this kind of layer.
-        """
-        header = files.metadata(path)
-        if header.get("kind") != cls.__name__:
-            hint = f"give a file that {cls.__name__}.save wrote"
-            raise InvalidConfigError(f"{path} does not describe a {cls.__name__}", hint=hint)
+    def _of_file_header(cls, header: dict[str, str]) -> Self:
+        if header["kind"] != cls.__name__:
+            raise InvalidConfigError(f"the file is of a {header['kind'][:50]}")
         settings = json.loads(header["settings"])
         if isinstance(settings["in_channels"], list):
             settings["in_channels"] = tuple(settings["in_channels"])
-        layer = cls(**settings)
-        layer.load(path)
-        return layer
+        return cls(**settings)
 
     # --- checks -----------------------------------------------------------------------------------------------------
     def _inputs(self, x: Nodes, graph: Any, edge_attr: Any, edge_weight: Any, dropout: float, seed: int) -> Inputs:
