@@ -69,6 +69,7 @@ def test_shapes(shape):
         ([["a"], ["b"]], "give whole numbers"),
         ([[0, 1], [0]], "give rows of equal length"),
         (None, "give whole numbers"),
+        (np.ma.array([[0, 1], [1, 0]], mask=[[1, 0], [0, 0]]), "is a numpy.ma array, whose own mask would be lost"),
         (scipy.sparse.eye_array(3), "CSRGraph.from_scipy"),
     ],
     ids=str,

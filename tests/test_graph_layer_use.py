@@ -165,6 +165,19 @@ def test_bad_settings(kind, name, x):
     refused(lambda: build(kind, name, x), name)
 
 
+@pytest.mark.parametrize("x", ["no", None, 2, 0.0, np.array([True])], ids=str)
+@pytest.mark.parametrize("kind, name", [
+    ("GAT", "concat"), ("GAT", "bias"), ("GAT", "residual"), ("GAT", "normalize"), ("GATv2", "share_weights"),
+    ("GraphTransformer", "beta"), ("GraphTransformer", "root_weight"), ("GraphTransformer", "normalize"),
+])  # fmt: skip
+def test_options_are_on_or_off(kind, name, x):
+    refused(lambda: build(kind, name, x), name, "give True or False")
+    for on in (True, np.True_, 1):
+        assert getattr(build(kind, name, on), name) is True
+    for off in (False, np.False_, 0):
+        assert getattr(build(kind, name, off), name) is False
+
+
 @pytest.mark.parametrize(("name", "x"), BAD_OF_GAT, ids=str)
 @pytest.mark.parametrize("kind", ["GAT", "GATv2"])
 def test_bad_settings_of_gat(kind, name, x):

@@ -10,7 +10,18 @@ from numpy.typing import ArrayLike
 from ..checks import Array, from_sequence
 from ..errors import DimensionMismatchError, GraphStructureError, InvalidConfigError, InvalidInputError
 
-__all__ = ["LoopPolicy", "ends", "filled", "index_dtype", "integers", "neighbors", "no_node", "policy", "starts"]
+__all__ = [
+    "LoopPolicy",
+    "ends",
+    "filled",
+    "index_dtype",
+    "integers",
+    "neighbors",
+    "no_node",
+    "policy",
+    "refuse_masked",
+    "starts",
+]
 
 LoopPolicy = Literal["replace", "add", "keep"]
 NARROW = 2**31 - 1  # what int32 can count: half the memory of int64, and reading it is what takes the time
@@ -67,6 +78,7 @@ def neighbors(indptr: ArrayLike, indices: ArrayLike, num_sources: int | None) ->
 
 def integers(name: str, x: ArrayLike) -> Array:
     """The argument as an array of integers, whichever kind."""
+    refuse_masked(name, x)
     try:
         array = np.asarray(x)
     except ValueError as error:
@@ -88,6 +100,13 @@ def integers(name: str, x: ArrayLike) -> Array:
             reason = f"{name} has dtype {array.dtype}, not an integer one, and at {place} it is {array[at]}"
             raise GraphStructureError(reason, hint="leave out the edges that have no node")
     raise GraphStructureError(f"{name} has dtype {array.dtype}, not an integer one", hint=hint)
+
+
+def refuse_masked(name: str, x: object) -> None:
+    """NumPy reads what a masked array hides as if it were data."""
+    if isinstance(x, np.ma.MaskedArray):
+        hint = f"leave out what it hides: {name}.compressed() has the rest, in one axis"
+        raise GraphStructureError(f"{name} is a numpy.ma array, whose own mask would be lost", hint=hint)
 
 
 def _sizes(num_nodes: object) -> tuple[int, int]:

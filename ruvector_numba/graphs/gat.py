@@ -11,7 +11,7 @@ from ..checks import Array
 from ..errors import InvalidConfigError
 from ..parameters import ParameterSet
 from ..projection import flattened, linear, linear_backward, linears, linears_backward
-from .inputs import Inputs, checked_slope, loop_policy
+from .inputs import Inputs, checked_slope, loop_policy, switch
 from .layer import GraphLayer, Record
 from .neighbors import Past
 
@@ -47,8 +47,9 @@ class _Convolution(GraphLayer):
         self.negative_slope, self.add_self_loops = checked_slope(negative_slope), loop_policy(add_self_loops)
         if fill_value is None or (isinstance(fill_value, str) and fill_value not in ("mean", "add")):
             raise InvalidConfigError(f"fill_value is {fill_value!r}", hint='give "mean", "add", a number or an array')
-        self.fill_value, self.residual, self.normalize = fill_value, bool(residual), bool(normalize)
-        self.share_weights = bool(share_weights)
+        self.fill_value = fill_value
+        self.residual, self.normalize = switch("residual", residual), switch("normalize", normalize)
+        self.share_weights = switch("share_weights", share_weights)
         if self.share_weights and not self.can_share_weights:
             raise InvalidConfigError(f"{self.name()} has no share_weights", hint="GATv2 has")
         if self.share_weights and self.in_channels[0] != self.in_channels[1]:

@@ -25,6 +25,7 @@ __all__ = [
     "listed",
     "loop_policy",
     "size",
+    "switch",
 ]
 
 
@@ -75,6 +76,14 @@ def size(name: str, n: object) -> int:
     if isinstance(n, bool) or found <= 0:
         raise InvalidConfigError(f"{name} is {n!r}", hint="give a whole number above 0")
     return found
+
+
+def switch(name: str, x: object) -> bool:
+    """An option that is on or off: a text would be on whatever it says."""
+    is_one = isinstance(x, bool | np.bool_) or (isinstance(x, int | np.integer) and x in (0, 1))
+    if not is_one:
+        raise InvalidConfigError(f"{name} is {x!r}", hint="give True or False")
+    return bool(x)
 
 
 def initial(dice: np.random.Generator, name: str, shape: tuple[int, ...]) -> Array:

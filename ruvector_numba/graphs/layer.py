@@ -22,7 +22,7 @@ from ..projection import linear, linear_backward
 from ..protocols import GraphAttention
 from . import edges
 from .graph import CSRGraph
-from .inputs import Inputs, edge_gradients, features, graph_of, initial, listed, size
+from .inputs import Inputs, edge_gradients, features, graph_of, initial, listed, size, switch
 from .neighbors import Past, checked_aggregation, checked_edges, packed
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ class GraphLayer(Trainable, GraphAttention):
         self.in_channels = tuple(size("in_channels", n) for n in widths)
         self.out_channels, self.heads = size("out_channels", out_channels), size("heads", heads)
         self.edge_dim = None if edge_dim is None else size("edge_dim", edge_dim)
-        self.concat, self.bias = bool(concat), bool(bias)
+        self.concat, self.bias = switch("concat", concat), switch("bias", bias)
         self.aggregation = checked_aggregation(aggregation)
         try:
             self.dropout, _ = checks.dropout(dropout, 0)

@@ -451,9 +451,10 @@ def call(
     q, k, v = _nodes({"query": query, "key": key, "value": value})
     (Nt, H, D), (Ns, _, C) = q.shape, v.shape
     shapes = {"query.shape": q.shape, "key.shape": k.shape, "value.shape": v.shape, "graph": graph}
-    if k.shape != (Ns, H, D) or v.shape[1] != H:
-        hint = "query (Nt, H, D), key (Ns, H, D), value (Ns, H, C)"
-        raise DimensionMismatchError((Ns, H, D), k.shape, shapes=shapes, hint=hint)
+    for expected, actual in (((H, D), k.shape[1:]), ((len(k), H), v.shape[:2])):
+        if actual != expected:
+            hint = "query (Nt, H, D), key (Ns, H, D), value (Ns, H, C)"
+            raise DimensionMismatchError(expected, actual, shapes=shapes, hint=hint)
     if (Nt, Ns) != (graph.num_targets, graph.num_sources):
         wanted = graph.num_targets, graph.num_sources
         raise DimensionMismatchError(wanted, (Nt, Ns), shapes=shapes, hint="a query for each target, a key each source")

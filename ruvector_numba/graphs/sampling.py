@@ -44,6 +44,7 @@ from numpy.typing import ArrayLike, NDArray
 from .. import checks
 from ..checks import Array
 from ..errors import DimensionMismatchError, GraphStructureError, InvalidConfigError, InvalidInputError
+from .edges import refuse_masked
 from .graph import CSRGraph
 
 __all__ = ["NeighborSample", "neighbor_batches", "sample_neighbors"]
@@ -300,6 +301,7 @@ def _nodes(graph: CSRGraph, nodes: ArrayLike) -> Nodes:
             "a drawn source is a target of the next hop: number all nodes in one row, from_edge_index(..., num_nodes=N)"
         )
         raise GraphStructureError("sources and targets are different nodes", shapes=shapes, hint=hint)
+    refuse_masked("nodes", nodes)
     found = _array("nodes", nodes)
     if found.size == 0 and not isinstance(nodes, np.ndarray):
         found = found.astype(np.int64)

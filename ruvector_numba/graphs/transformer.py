@@ -12,7 +12,7 @@ from ..checks import Array
 from ..errors import InvalidConfigError, InvalidInputError
 from ..parameters import ParameterSet
 from ..projection import flattened, linear, linear_backward, linears, linears_backward
-from .inputs import Inputs
+from .inputs import Inputs, switch
 from .layer import GraphLayer, Record
 from .neighbors import Past
 
@@ -70,8 +70,9 @@ class GraphTransformer(GraphLayer):
         dtype: DTypeLike = np.float32,
     ) -> None:
         super().__init__(in_channels, out_channels, heads, concat, dropout, edge_dim, bias, aggregation, seed)
-        self.beta, self.root_weight = bool(beta) and bool(root_weight), bool(root_weight)
-        self.normalize, self.scale = bool(normalize), scale
+        self.root_weight = switch("root_weight", root_weight)
+        self.beta = switch("beta", beta) and self.root_weight  # there is nothing else to weigh
+        self.normalize, self.scale = switch("normalize", normalize), scale
         try:
             self._scale = checks.scale_of(scale, self.out_channels)
         except InvalidInputError:
