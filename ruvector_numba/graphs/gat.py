@@ -19,9 +19,7 @@ __all__ = ["GAT", "GATv2"]
 
 
 class _Convolution(GraphLayer):
-    """What both have: LeakyReLU, self-loops, a residual."""
-
-    can_share_weights = False
+    """What GAT and GATv2 share: LeakyReLU, self-loops, a residual."""
 
     def __init__(
         self,
@@ -39,7 +37,6 @@ class _Convolution(GraphLayer):
         residual: bool = False,
         aggregation: str = "sum",
         normalize: bool = True,
-        share_weights: bool = False,
         seed: int | None = None,
         dtype: DTypeLike = np.float32,
     ) -> None:
@@ -49,13 +46,6 @@ class _Convolution(GraphLayer):
             raise InvalidConfigError(f"fill_value is {fill_value!r}", hint='give "mean", "add", a number or an array')
         self.fill_value = fill_value
         self.residual, self.normalize = switch("residual", residual), switch("normalize", normalize)
-        self.share_weights = switch("share_weights", share_weights)
-        if self.share_weights and not self.can_share_weights:
-            raise InvalidConfigError(f"{self.name()} has no share_weights", hint="GATv2 has")
-        if self.share_weights and self.in_channels[0] != self.in_channels[1]:
-            widths = {"in_channels": self.in_channels}
-            hint = "give both the same number of channels, or share_weights=False"
-            raise InvalidConfigError("share_weights needs one width", shapes=widths, hint=hint)
         self._start(self._shapes(), dtype)
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
@@ -91,36 +81,44 @@ class GAT(_Convolution):
 
     Parameters
     ----------
-    in_channels : int, or (int, int) for sources and targets that are projected each in their own way
+    in_channels : int or (int, int)
+        Channels of the nodes; a pair for sources and targets, each projected in its own way.
     out_channels : int
-        Of one head.
-    heads : int
-    concat : bool
-        Whether heads are joined, else averaged.
-    negative_slope : float
-        Of the LeakyReLU.
-    dropout : float
-        The probability to drop a coefficient, in training only.
-    add_self_loops : bool, or "replace", "add", "keep"
-        True is "replace": loops that are there go, and each node gets one. See `CSRGraph.with_self_loops`.
+        Channels of one head of the output.
+    heads : int, default 1
+        Attention heads.
+    concat : bool, default True
+        Whether heads are joined; if not, they are averaged.
+    negative_slope : float, default 0.2
+        Slope of the LeakyReLU below zero.
+    dropout : float, default 0
+        Probability, 0 to 1, to drop a coefficient; in training only.
+    add_self_loops : bool, or {"replace", "add", "keep"}, default True
+        True is "replace": existing loops are removed and each node gets one. See `CSRGraph.with_self_loops`.
     edge_dim : int, optional
-        Channels of `edge_attr`.
-    fill_value : "mean", "add", number or array
-        Attributes of self-loops that the layer puts in. See `CSRGraph.edge_attr_with_self_loops`.
-    bias, residual : bool
-    aggregation : {"sum", "mean", "max"}
-        How a node joins what its edges bring, coefficient times h_j: "mean" divides by their number, "max" takes the
-        largest in each channel, of equal ones the first edge's.
-    normalize : bool
-        False leaves the softmax out: the coefficients are the scores.
+        Channels of `edge_attr`; None for edges without attributes.
+    fill_value : {"mean", "add"}, number or array, default "mean"
+        Attributes of the self-loops that the layer adds. See `CSRGraph.edge_attr_with_self_loops`.
+    bias : bool, default True
+        Whether a bias is added to the output.
+    residual : bool, default False
+        Whether ``res.weight x_i`` is added to the output.
+    aggregation : {"sum", "mean", "max"}, default "sum"
+        How a target joins its messages, coefficient times h_j: "mean" divides their sum by the number of edges, "max"
+        takes the largest in each channel, and among equal ones the first edge's.
+    normalize : bool, default True
+        Whether scores go through a softmax. If not, the coefficients are the scores.
     seed : int, optional
-        Of the initial parameters and the dropout.
-    dtype : float32 or float64
-        Of the initial parameters. What is computed has the dtype of the inputs.
+        Seed of the initial parameters and of the dropout.
+    dtype : float32 or float64, default float32
+        Type of the initial parameters. What is computed has the dtype of the inputs.
 
     Raises
     ------
     InvalidConfigError
+        If an option has a wrong type or value.
+    InvalidInputError
+        If `dtype` is neither float32 nor float64.
 
     Examples
     --------
@@ -214,14 +212,48 @@ class GATv2(_Convolution):
 
     s = att . LeakyReLU(lin_l(x_j) + lin_r(x_i) [+ lin_edge(edge_attr)]), and what goes along an edge is lin_l(x_j).
 
-    Parameters are those of `GAT`, and
-
-    share_weights : bool
-        Whether lin_r is lin_l.
+    Parameters
+    ----------
+    in_channels : int or (int, int)
+        Channels of the nodes; a pair for sources and targets, each projected in its own way.
+    out_channels : int
+        Channels of one head of the output.
+    heads : int, default 1
+        Attention heads.
+    concat : bool, default True
+        Whether heads are joined; if not, they are averaged.
+    negative_slope : float, default 0.2
+        Slope of the LeakyReLU below zero.
+    dropout : float, default 0
+        Probability, 0 to 1, to drop a coefficient; in training only.
+    add_self_loops : bool, or {"replace", "add", "keep"}, default True
+        True is "replace": existing loops are removed and each node gets one. See `CSRGraph.with_self_loops`.
+    edge_dim : int, optional
+        Channels of `edge_attr`; None for edges without attributes.
+    fill_value : {"mean", "add"}, number or array, default "mean"
+        Attributes of the self-loops that the layer adds. See `CSRGraph.edge_attr_with_self_loops`.
+    bias : bool, default True
+        Whether ``lin_l`` and ``lin_r`` have a bias and one is added to the output.
+    residual : bool, default False
+        Whether ``res.weight x_i`` is added to the output.
+    aggregation : {"sum", "mean", "max"}, default "sum"
+        How a target joins its messages, coefficient times lin_l(x_j): "mean" divides their sum by the number of edges,
+        "max" takes the largest in each channel, and among equal ones the first edge's.
+    normalize : bool, default True
+        Whether scores go through a softmax. If not, the coefficients are the scores.
+    share_weights : bool, default False
+        Whether ``lin_r`` is ``lin_l``.
+    seed : int, optional
+        Seed of the initial parameters and of the dropout.
+    dtype : float32 or float64, default float32
+        Type of the initial parameters. What is computed has the dtype of the inputs.
 
     Raises
     ------
     InvalidConfigError
+        If an option has a wrong type or value, or `share_weights` is set and sources and targets differ in width.
+    InvalidInputError
+        If `dtype` is neither float32 nor float64.
 
     Examples
     --------
@@ -231,7 +263,36 @@ class GATv2(_Convolution):
     (4, 16)
     """
 
-    can_share_weights = True
+    def __init__(
+        self,
+        in_channels: int | tuple[int, int],
+        out_channels: int,
+        heads: int = 1,
+        *,
+        concat: bool = True,
+        negative_slope: float = 0.2,
+        dropout: float = 0.0,
+        add_self_loops: bool | str = True,
+        edge_dim: int | None = None,
+        fill_value: str | ArrayLike = "mean",
+        bias: bool = True,
+        residual: bool = False,
+        aggregation: str = "sum",
+        normalize: bool = True,
+        share_weights: bool = False,
+        seed: int | None = None,
+        dtype: DTypeLike = np.float32,
+    ) -> None:
+        self.share_weights = switch("share_weights", share_weights)  # the base asks for the shapes, which need it
+        super().__init__(
+            in_channels, out_channels, heads, concat=concat, negative_slope=negative_slope, dropout=dropout,
+            add_self_loops=add_self_loops, edge_dim=edge_dim, fill_value=fill_value, bias=bias, residual=residual,
+            aggregation=aggregation, normalize=normalize, seed=seed, dtype=dtype,
+        )  # fmt: skip
+        if self.share_weights and self.in_channels[0] != self.in_channels[1]:
+            widths = {"in_channels": self.in_channels}
+            hint = "give both the same number of channels, or share_weights=False"
+            raise InvalidConfigError("share_weights needs one width", shapes=widths, hint=hint)
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         H, C = self.heads, self.out_channels
