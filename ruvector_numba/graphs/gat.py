@@ -154,10 +154,10 @@ class GAT(_Convolution):
         h = self._nodes_of(linear(inputs.source, p[source_name]))
         shared = not inputs.is_pair and source_name == target_name
         att = np.concatenate([p["att_src"], p["att_dst"]] if shared else [p["att_src"]])
-        terms = plan.fold(h, att)[..., None]
+        products = plan.fold(h, att)[..., None]  # att_src . h_j, and att_dst . h_i where the nodes are the same
         h_target = None
         if shared:
-            query = terms[1]
+            query = products[1]
         elif inputs.target is None:
             query = np.zeros((inputs.graph.num_targets, self.heads, 1), h.dtype)
         else:
@@ -167,32 +167,37 @@ class GAT(_Convolution):
         if inputs.edge_attr is not None:  # att . (W a) = (att W) a: no array of edges is as wide as a node
             by_edge = joined(p["att_edge"], p["lin_edge.weight"])
             edge = linear(inputs.edge_attr, by_edge)[..., None]
-        made = plan.Terms(plan.SUM, terms[0], query, h, edge=edge, fold=att, **self._common(inputs, p))
-        return Past(inputs.graph, made, keeps), (h_target, by_edge)
+        terms = plan.Terms(plan.SUM, products[0], query, h, edge=edge, fold=att, **self._common(inputs, p))
+        return Past(inputs.graph, terms, keeps), (h_target, by_edge)
 
     def _attend_back(
-        self, made: Any, record: Record, found: dict[str, Array], so_far: Array | None
+        self, back: Any, record: Record, gradients: dict[str, Array], so_far: Array | None
     ) -> tuple[Array, Array | None, Array | None]:
         inputs, p = record.inputs, record.parameters
         source_name, target_name = self._names()
         h_target, by_edge = record.extra
-        found["att_src"] = made.att[:1]
-        found["att_dst"] = made.att[1:] if len(made.att) > 1 else np.zeros_like(made.att)
-        dh = flattened(made.value)
-        both = None if inputs.is_pair else so_far
-        dsource, found[source_name], _ = linear_backward(dh, inputs.source, p[source_name], both)
+        gradients["att_src"] = back.att[:1]
+        gradients["att_dst"] = back.att[1:] if len(back.att) > 1 else np.zeros_like(back.att)
+        # Where sources and targets are the same nodes, what their residual gave so far is part of the one gradient.
+        of_sources_so_far = None if inputs.is_pair else so_far
+        dsource, gradients[source_name], _ = linear_backward(
+            flattened(back.value), inputs.source, p[source_name], of_sources_so_far
+        )
         dtarget = so_far if inputs.is_pair else dsource
         if h_target is not None:
-            found["att_dst"] = np.einsum("nh,nhc->hc", made.query[..., 0], h_target)[None]
-            dh = flattened(made.query * p["att_dst"])
-            dtarget, dweight, _ = linear_backward(dh, np.asarray(inputs.target), p[target_name], dtarget)
-            found[target_name] = dweight + found[target_name] if target_name in found else dweight
-        elif target_name not in found:
-            found[target_name] = np.zeros_like(p[target_name])
+            assert inputs.target is not None  # h_target was made of it
+            gradients["att_dst"] = np.einsum("nh,nhc->hc", back.query[..., 0], h_target)[None]
+            dh = flattened(back.query * p["att_dst"])
+            dtarget, dweight, _ = linear_backward(dh, inputs.target, p[target_name], dtarget)
+            gradients[target_name] = dweight + gradients[target_name] if target_name in gradients else dweight
+        elif target_name not in gradients:
+            gradients[target_name] = np.zeros_like(p[target_name])
         dattr = None
         if by_edge is not None:
-            dattr, dby_edge, _ = linear_backward(made.edge[..., 0], np.asarray(inputs.edge_attr), by_edge)
-            found["att_edge"], found["lin_edge.weight"] = _joined_back(dby_edge, p["att_edge"], p["lin_edge.weight"])
+            assert inputs.edge_attr is not None  # `by_edge` is what multiplied it
+            dattr, dby_edge, _ = linear_backward(back.edge[..., 0], inputs.edge_attr, by_edge)
+            datt, dweight = _joined_back(dby_edge, p["att_edge"], p["lin_edge.weight"])
+            gradients["att_edge"], gradients["lin_edge.weight"] = datt, dweight
         return dsource, dtarget, dattr
 
 
@@ -311,7 +316,8 @@ class GATv2(_Convolution):
     def _attend(self, inputs: Inputs, p: ParameterSet, keeps: bool) -> tuple[Past, Any]:
         from ..plan import csr as plan
 
-        source, target, H = inputs.source, np.asarray(inputs.target), self.heads
+        assert inputs.target is not None  # `needs_target`: the layer refuses a call without
+        source, target, H = inputs.source, inputs.target, self.heads
         if self.share_weights:
             left = linears(source, p, ("lin_l",), H)[0]
             right = left if not inputs.is_pair else linears(target, p, ("lin_l",), H)[0]
@@ -329,21 +335,22 @@ class GATv2(_Convolution):
         return () if inputs.is_pair or self.share_weights else ("value", "query")
 
     def _attend_back(
-        self, made: Any, record: Record, found: dict[str, Array], so_far: Array | None
+        self, back: Any, record: Record, gradients: dict[str, Array], so_far: Array | None
     ) -> tuple[Array, Array | None, Array | None]:
         inputs, p = record.inputs, record.parameters
-        found["att"] = made.att[None]
+        assert inputs.target is not None  # `needs_target`: the layer refuses a call without
+        gradients["att"] = back.att[None]
         right = "lin_l" if self.share_weights else "lin_r"
         if not inputs.is_pair and self.share_weights:
-            made.value[...] += made.query
-            dsource = dtarget = linears_backward(made.value, inputs.source, p, ("lin_l",), found, so_far)
+            back.value[...] += back.query
+            dsource = dtarget = linears_backward(back.value, inputs.source, p, ("lin_l",), gradients, so_far)
         elif not inputs.is_pair:
-            dsource = dtarget = linears_backward(made.joined, inputs.source, p, ("lin_l", "lin_r"), found, so_far)
+            dsource = dtarget = linears_backward(back.joined, inputs.source, p, ("lin_l", "lin_r"), gradients, so_far)
         else:
-            dsource = linears_backward(made.value, inputs.source, p, ("lin_l",), found)
-            dtarget = linears_backward(made.query, np.asarray(inputs.target), p, (right,), found, so_far)
+            dsource = linears_backward(back.value, inputs.source, p, ("lin_l",), gradients)
+            dtarget = linears_backward(back.query, inputs.target, p, (right,), gradients, so_far)
         dattr = None
         if inputs.edge_attr is not None:
-            dedge = flattened(made.edge)
-            dattr, found["lin_edge.weight"], _ = linear_backward(dedge, inputs.edge_attr, p["lin_edge.weight"])
+            dedge = flattened(back.edge)
+            dattr, gradients["lin_edge.weight"], _ = linear_backward(dedge, inputs.edge_attr, p["lin_edge.weight"])
         return dsource, dtarget, dattr
