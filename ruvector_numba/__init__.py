@@ -39,15 +39,15 @@ from .errors import (
     SparseMatrixError,
     TrainingError,
 )
+from .graphs.edge_softmax import edge_softmax, edge_softmax_backward
 from .graphs.gat import GAT, GATv2
 from .graphs.graph import CSRGraph
-from .graphs.hgt import HGT, HeteroCache, HeteroGradients
+from .graphs.hetero_results import HeteroCache, HeteroGradients
+from .graphs.hgt import HGT
 from .graphs.layer import GraphCache, GraphGradients
 from .graphs.neighbors import (
     NeighborCache,
     NeighborGradients,
-    edge_softmax,
-    edge_softmax_backward,
     neighbor_attention,
     neighbor_attention_backward,
     neighbor_attention_forward,

@@ -46,6 +46,7 @@ def test_the_first_example_is_short():
         ".dense",
         ".errors",
         ".functional",
+        ".graphs.edge_softmax",
         ".graphs.gat",
         ".graphs.graph",
         ".graphs.transformer",

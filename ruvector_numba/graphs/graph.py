@@ -17,17 +17,20 @@ handed in and out in the caller's order.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Callable, Hashable
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ..checks import Array, floats, memory
-from ..errors import DimensionMismatchError, GraphStructureError, InvalidConfigError
-from . import edges
+from ..errors import DimensionMismatchError, GraphStructureError
+from . import edges, self_loops
+from .derived import Derived
 from .edges import LoopPolicy
+
+if TYPE_CHECKING:
+    from ..plan import grouping
 
 __all__ = ["CSRGraph", "Transposed"]
 
@@ -40,6 +43,11 @@ class Transposed(NamedTuple):
     indptr: Array  # (num_sources + 1)
     targets: Array  # (E), ascending in each group
     positions: Array  # (E): where the edge stands among those grouped by target
+
+
+TRANSPOSED = Derived[Transposed]("the edges grouped by source")
+LOOPS: Derived[grouping.Loops] = Derived("where its self-loops are")
+WITH_LOOPS: Derived[CSRGraph] = Derived("the graph with self-loops by a policy")
 
 
 class CSRGraph:
@@ -55,17 +63,17 @@ class CSRGraph:
     num_sources, num_targets, num_edges : int
         Sources and targets are the same nodes, unless these numbers differ.
 
-    Source: the layout of SciPy's CSR matrices, with the row a target and the column a source, so that
+    The layout is that of SciPy's CSR matrices, with the row a target and the column a source, so that
     ``graph.to_scipy(weights) @ x`` sums what each target receives.
     """
 
-    __slots__ = ("_made", "edge_ids", "indices", "indptr", "num_sources")
+    __slots__ = ("__weakref__", "_derived", "edge_ids", "indices", "indptr", "num_sources")
 
     indptr: Array
     indices: Array
     edge_ids: Array | None
     num_sources: int
-    _made: dict[str, Any]  # what was derived from it so far
+    _derived: dict[tuple[Derived[Any], tuple[Hashable, ...]], Any]  # by `derived` alone
 
     def __init__(self) -> None:
         hint = "use CSRGraph.from_edge_index, from_neighbors, from_scipy or from_networkx"
@@ -234,7 +242,7 @@ class CSRGraph:
         >>> graph.transposed.indptr.tolist(), graph.transposed.targets.tolist(), graph.transposed.positions.tolist()
         ([0, 2, 3, 4], [1, 2, 1, 0], [1, 3, 2, 0])
         """
-        return self._once("transposed", self._transpose)
+        return self.derived(TRANSPOSED, self._transpose)
 
     def __repr__(self) -> str:
         nodes = f"num_nodes={self.num_targets}"
@@ -329,7 +337,9 @@ class CSRGraph:
         --------
         edge_attr_with_self_loops : what belongs to these edges.
 
-        Source: `GATConv` ("replace") and `add_self_loops` ("add") of PyTorch Geometric.
+        References
+        ----------
+        `GATConv` ("replace") and `add_self_loops` ("add") of PyTorch Geometric.
 
         Examples
         --------
@@ -337,7 +347,9 @@ class CSRGraph:
         >>> graph.with_self_loops().to_edge_index().tolist()
         [[0, 1, 0, 1], [1, 0, 0, 1]]
         """
-        return self if edges.policy(policy) == "keep" else self._once(policy, lambda: self._put_loops(policy))
+        if edges.policy(policy) == "keep":
+            return self
+        return self.derived(WITH_LOOPS, lambda: self._put_loops(policy), policy)
 
     def edge_attr_with_self_loops(
         self, edge_attr: ArrayLike, policy: LoopPolicy = "replace", fill_value: str | ArrayLike = "mean"
@@ -374,19 +386,40 @@ class CSRGraph:
         if edges.policy(policy) == "keep":
             return values.copy()
         stays = self._loops().stays if policy == "replace" else np.ones(self.num_edges, np.bool_)
-        loops = self._filled(values, stays, fill_value)
+        loops = self_loops.filled(self, values, stays, fill_value)
         kept = int(np.count_nonzero(stays))
         out = np.empty((kept + len(loops), *values.shape[1:]), values.dtype)
         np.compress(stays, values, axis=0, out=out[:kept])
         out[kept:] = loops
         return out
 
-    # --- inside ----------------------------------------------------------------------------------------------------
-    def _once(self, name: str, make: Callable[[], _T]) -> _T:
-        """Two threads may both make it, and both get the one that was kept."""
-        found = self._made.get(name)
-        return self._made.setdefault(name, make()) if found is None else found
+    # --- what is derived from it -----------------------------------------------------------------------------------
+    def derived(self, kind: Derived[_T], make: Callable[[], _T], *of: Hashable) -> _T:
+        """Something that follows from the graph, made when first asked for and kept as long as the graph lives.
 
+        Parameters
+        ----------
+        kind : Derived
+            What it is, and so its type.
+        make : callable
+            Makes it. Two threads may both do so; both get the one that is kept. It must not hold on to other graphs of
+            the caller, which would live as long as this one.
+        *of : hashable
+            What it depends on besides the graph, such as a policy or a device: there is one for each.
+
+        Examples
+        --------
+        >>> from ruvector_numba.graphs.derived import Derived
+        >>> LARGEST = Derived[int]("the largest in-degree")
+        >>> graph = rv.CSRGraph.from_edge_index([[0, 2, 1], [1, 0, 1]])
+        >>> graph.derived(LARGEST, lambda: int(graph.in_degrees.max()))
+        2
+        """
+        key = kind, of
+        found = self._derived.get(key)
+        return self._derived.setdefault(key, make()) if found is None else found
+
+    # --- inside ----------------------------------------------------------------------------------------------------
     def _targets(self) -> Array:
         """(E): the target at each position."""
         return np.repeat(np.arange(self.num_targets, dtype=self.indices.dtype), self.in_degrees)
@@ -400,10 +433,10 @@ class CSRGraph:
             positions = np.arange(self.num_edges, dtype=self.indices.dtype)
         return Transposed(*map(_frozen, (indptr, targets, positions)))
 
-    def _loops(self) -> Any:
+    def _loops(self) -> grouping.Loops:
         from ..plan import grouping as plan
 
-        return self._once("loops", lambda: plan.find_loops(plan.Grouped(self.indptr, self.indices, self.edge_ids)))
+        return self.derived(LOOPS, lambda: plan.find_loops(plan.Grouped(self.indptr, self.indices, self.edge_ids)))
 
     def _put_loops(self, policy: LoopPolicy) -> CSRGraph:
         from ..plan import grouping as plan
@@ -413,27 +446,6 @@ class CSRGraph:
         graph = plan.Grouped(self.indptr, self.indices, self.edge_ids)
         made = plan.put_loops(graph, self._loops() if policy == "replace" else None, loops, dtype)
         return _assembled(*made, self.num_sources)
-
-    def _filled(self, values: Array, stays: NDArray[np.bool_], fill_value: str | ArrayLike) -> Array:
-        """What belongs to the new loops."""
-        n = min(self.num_sources, self.num_targets)
-        shape = (n, *values.shape[1:])
-        if not isinstance(fill_value, str):
-            return edges.filled(fill_value, shape, values.dtype)
-        if fill_value not in ("mean", "add"):
-            hint = 'give "mean", "add", a number or an array'
-            raise InvalidConfigError(f"fill_value is {fill_value!r}", hint=hint)
-        import scipy.sparse
-
-        ids = np.arange(self.num_edges, dtype=self.indices.dtype) if self.edge_ids is None else self.edge_ids
-        here = stays[ids]
-        ends = np.append(0, np.cumsum(here))[self.indptr[: n + 1]].astype(ids.dtype)
-        chosen = ids[here][: ends[-1]]
-        one_each = scipy.sparse.csr_array((np.ones(len(chosen), values.dtype), chosen, ends), (n, self.num_edges))
-        sums = one_each @ values.reshape(self.num_edges, math.prod(shape[1:]))
-        if fill_value == "mean":
-            sums /= np.maximum(np.diff(ends), 1)[:, None].astype(values.dtype)
-        return sums.reshape(shape)
 
     def _one_each(self, name: str, x: Array) -> Array:
         if x.ndim == 0 or len(x) != self.num_edges:
@@ -457,7 +469,7 @@ def _assembled(indptr: Array, indices: Array, edge_ids: Array | None, num_source
         ("indices", _frozen(indices)),
         ("edge_ids", None if edge_ids is None else _frozen(edge_ids)),
         ("num_sources", num_sources),
-        ("_made", {}),
+        ("_derived", {}),
     ):
         object.__setattr__(graph, name, value)
     return graph

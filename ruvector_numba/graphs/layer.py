@@ -2,7 +2,7 @@
 
 A layer says how its scores and values are made of the nodes (`_attend`) and how gradients go back through that
 (`_attend_back`). The rest is here: which graph, which edge attributes, dropout, heads joined or averaged, residual and
-bias, and the plan's `graph_forward` and `sparse_forward`.
+bias, and ruvector-attention's `graph_forward` and `sparse_forward`.
 """
 
 from __future__ import annotations
@@ -16,13 +16,25 @@ from numpy.typing import ArrayLike, DTypeLike
 
 from .. import checks, gpu, layers
 from ..checks import Array, from_sequence
-from ..errors import DimensionMismatchError, GraphStructureError, InvalidConfigError, InvalidInputError
+from ..errors import DimensionMismatchError, InvalidConfigError, InvalidInputError
 from ..parameters import ParameterSet, Trainable
 from ..projection import linear, linear_backward
 from ..protocols import GraphAttention
 from . import edges
 from .graph import CSRGraph
-from .inputs import Inputs, edge_gradients, features, graph_of, initial, listed, size, switch
+from .inputs import (
+    Inputs,
+    along_matrix,
+    check_owner,
+    edge_gradients,
+    features,
+    graph_of,
+    identity,
+    initial,
+    listed,
+    size,
+    switch,
+)
 from .neighbors import Past, checked_aggregation, checked_edges, packed
 
 if TYPE_CHECKING:
@@ -119,7 +131,7 @@ class GraphLayer(Trainable, GraphAttention):
             self.dropout, _ = checks.dropout(dropout, 0)
         except InvalidInputError:
             raise InvalidConfigError(f"dropout is {dropout!r}", hint="give a probability, 0 to 1") from None
-        self._dice = layers.dice(seed)
+        self._dice, self._identity = layers.dice(seed), identity()
 
     def _start(self, shapes: dict[str, tuple[int, ...]], dtype: DTypeLike) -> None:
         """Initial parameters: Glorot-uniform, biases 0, in the order of their names."""
@@ -224,10 +236,7 @@ class GraphLayer(Trainable, GraphAttention):
 
         `seed` decides what is dropped; without it, the layer's own generator does. The rest is as in `forward`.
         """
-        drops = training and self.dropout > 0
-        if drops and seed is None:
-            seed = int(self._dice.integers(1 << 63))
-        dropout = self.dropout if drops else 0.0
+        dropout, seed = layers.dropout(self, training, seed, self._dice)
         output, record = self._run(x, graph, edge_attr, edge_weight, dropout, seed, device=device)
         return output, GraphCache(record)
 
@@ -289,9 +298,7 @@ class GraphLayer(Trainable, GraphAttention):
             hint = "give what this layer's forward_cached returned"
             raise InvalidInputError(f"cache is a {type(cache).__name__}, not a GraphCache", hint=hint)
         record: Any = cache._record
-        if type(record.layer) is not type(self):
-            hint = f"it was left by a {record.layer.name()}: give what this layer's forward_cached returned"
-            raise InvalidInputError("cache is that of another kind of layer", hint=hint)
+        check_owner(self, record.layer)
         if not isinstance(record, Record):
             from ..gpu import graph_layers as gpu_graph_layers
 
@@ -302,36 +309,36 @@ class GraphLayer(Trainable, GraphAttention):
         return record.layer._backward(grad, record, inputs)
 
     def _backward(self, grad: Array, record: Record, inputs: Inputs) -> GraphGradients:
-        found: dict[str, Array] = {}
-        grad, dtarget = self._finish_back(grad, record, found)
-        made = record.past.backward(
+        gradients: dict[str, Array] = {}
+        grad, dtarget = self._finish_back(grad, record, gradients)
+        back = record.past.backward(
             grad.reshape(len(grad), self.heads, self.out_channels) if self.concat else self._spread(grad),
             joined=self._joined(inputs),
         )
         if self.bias and self.concat and "bias" in record.parameters:
-            found["bias"] = made.offset.reshape(-1)
-        dsource, dtarget, dattr = self._attend_back(made, record, found, dtarget)
+            gradients["bias"] = back.offset.reshape(-1)
+        dsource, dtarget, dattr = self._attend_back(back, record, gradients, dtarget)
         if dtarget is None and inputs.target is not None:
             dtarget = np.zeros_like(inputs.target)
         nodes: Any = (dsource, dtarget) if inputs.is_pair else dsource
-        named = {name: found[name] for name in record.parameters}
-        of_edges = edge_gradients(inputs, dattr, made.edge_weight, self.add_self_loops, self.fill_value)
+        named = {name: gradients[name] for name in record.parameters}
+        of_edges = edge_gradients(inputs, dattr, back.edge_weight, self.add_self_loops, self.fill_value)
         return GraphGradients(named, nodes, *of_edges)
 
     def _spread(self, grad: Array) -> Array:
         """The gradient of each head, where their mean was taken."""
         return np.repeat(grad[:, None, :] / grad.dtype.type(self.heads), self.heads, axis=1)
 
-    def _finish_back(self, grad: Array, record: Record, found: dict[str, Array]) -> tuple[Array, Array | None]:
+    def _finish_back(self, grad: Array, record: Record, gradients: dict[str, Array]) -> tuple[Array, Array | None]:
         """The gradient of what attention gave, and that of the targets so far."""
         if self.bias and not self.concat:
-            found["bias"] = grad.sum(axis=0)
+            gradients["bias"] = grad.sum(axis=0)
         if not self.residual:
             return grad, None
         if record.inputs.target is None:
-            found["res.weight"] = np.zeros_like(record.parameters["res.weight"])
+            gradients["res.weight"] = np.zeros_like(record.parameters["res.weight"])
             return grad, None
-        dx, found["res.weight"], _ = linear_backward(grad, record.inputs.target, record.parameters["res.weight"])
+        dx, gradients["res.weight"], _ = linear_backward(grad, record.inputs.target, record.parameters["res.weight"])
         return grad, dx
 
     def _joined(self, inputs: Inputs) -> tuple[str, ...]:
@@ -339,13 +346,12 @@ class GraphLayer(Trainable, GraphAttention):
         return ()
 
     def _attend_back(
-        self, made: Any, record: Record, found: dict[str, Array], so_far: Array | None
+        self, back: Any, record: Record, gradients: dict[str, Array], so_far: Array | None
     ) -> tuple[Array, Array | None, Array | None]:
-        """The gradients of sources, of targets and of edge attributes. That of targets, or of nodes that are both, is
-        added to what it is so far."""
+        """The gradients of sources, targets and edge attributes. The target gradient is accumulated onto `so_far`."""
         raise NotImplementedError
 
-    # --- the plan's ---------------------------------------------------------------------------------------------------
+    # --- ruvector-attention's graph interface -----------------------------------------------------------------------
     def graph_forward(
         self, node_features: Any, edge_index: Any, edge_attr: ArrayLike | None = None
     ) -> tuple[Array, Array]:
@@ -396,16 +402,7 @@ class GraphLayer(Trainable, GraphAttention):
         coefficients : scipy.sparse.csr_array (N, N)
             With the entries of `adjacency`; the mean over heads.
         """
-        if not hasattr(adjacency, "tocsr"):
-            hint = "scipy.sparse.csr_array makes one; for an edge_index there is graph_forward"
-            raise GraphStructureError(f"adjacency is a {type(adjacency).__name__}, not a sparse matrix", hint=hint)
-        matrix = adjacency.tocsr()
-        graph = CSRGraph.from_scipy(matrix)
-        attr = None
-        if self.edge_dim == 1:
-            attr = np.asarray(matrix.data, from_sequence("node_features", node_features).dtype)[:, None]
-        output, found = self.graph_forward(node_features, graph, attr)
-        return output, graph.to_scipy(found.mean(axis=1))
+        return along_matrix(self.graph_forward, node_features, adjacency, self.edge_dim == 1)
 
     # --- files ------------------------------------------------------------------------------------------------------
     def _file_header(self) -> dict[str, str]:
@@ -433,13 +430,13 @@ class GraphLayer(Trainable, GraphAttention):
         return inputs._replace(edge_attr=attr, edge_weight=weight)
 
     def _checked(self, x: Nodes, graph: Any, edge_attr: Any, edge_weight: Any, dropout: float, seed: int) -> Inputs:
-        """What belongs to edges is that of the caller's edges yet."""
+        """Edge arrays still belong to the caller's edges; self-loops are added later."""
         source, target, is_pair = self._nodes(x)
         targets = None if target is None else len(target)
         given = graph_of(graph, len(source), targets, is_pair)
         attr = self._attr(edge_attr, given, source.dtype)
         weight = checked_edges("edge_weight", edge_weight, (given.num_edges,), source.dtype)
-        attr_shape = None if attr is None else np.shape(edge_attr)
+        attr_shape = None if edge_attr is None else np.shape(edge_attr)
         whole = given.with_self_loops(self.add_self_loops)
         return Inputs(source, target, is_pair, given, whole, attr, weight, attr_shape, dropout, seed)
 

@@ -28,7 +28,7 @@ from numpy.typing import ArrayLike
 from .. import checks, gpu
 from ..checks import Array, from_sequence
 from ..errors import DimensionMismatchError, GraphStructureError, InvalidConfigError, InvalidInputError
-from ..projection import flattened
+from .derived import Derived
 from .graph import CSRGraph
 
 if TYPE_CHECKING:
@@ -38,8 +38,6 @@ if TYPE_CHECKING:
 __all__ = [
     "NeighborCache",
     "NeighborGradients",
-    "edge_softmax",
-    "edge_softmax_backward",
     "neighbor_attention",
     "neighbor_attention_backward",
     "neighbor_attention_forward",
@@ -81,23 +79,28 @@ class Past:
 
     def gradients(self, grad_output: ArrayLike) -> NeighborGradients:
         grad = checks.gradient("grad_output", grad_output, self.output.shape, self.output.dtype)
-        made = self.backward(grad)
-        key = np.asarray(made.key)
-        return NeighborGradients(made.query, key, made.value, made.bias, made.edge, made.edge_value, made.edge_weight)
+        back = self.backward(grad)
+        assert back.key is not None  # dot products have keys
+        of_edges = back.bias, back.edge, back.edge_value, back.edge_weight
+        return NeighborGradients(back.query, back.key, back.value, *of_edges)
 
 
-def by_target(graph: CSRGraph) -> Any:
+BY_TARGET: Derived[plan.Walk] = Derived("the edges in the order of their targets, cut into tasks")
+BY_SOURCE: Derived[plan.Walk] = Derived("the edges in the order of their sources, cut into tasks")
+
+
+def by_target(graph: CSRGraph) -> plan.Walk:
     from ..plan import csr as plan
 
-    return graph._once("by target", lambda: plan.walk_of(graph.indptr, graph.indices, graph.edge_ids))
+    return graph.derived(BY_TARGET, lambda: plan.walk_of(graph.indptr, graph.indices, graph.edge_ids))
 
 
-def by_source(graph: CSRGraph) -> Any:
+def by_source(graph: CSRGraph) -> plan.Walk:
     from ..plan import csr as plan
 
     turned = graph.transposed
-    return graph._once(
-        "by source", lambda: plan.walk_of(turned.indptr, turned.targets, graph.edge_ids, turned.positions)
+    return graph.derived(
+        BY_SOURCE, lambda: plan.walk_of(turned.indptr, turned.targets, graph.edge_ids, turned.positions)
     )
 
 
@@ -111,89 +114,6 @@ def packed(x: Array) -> Array:
         fits = fits and (n <= 1 or stride == wanted)
         wanted *= n
     return x if fits else np.ascontiguousarray(x)
-
-
-# --- softmax over edges ----------------------------------------------------------------------------------------------
-def edge_softmax(scores: ArrayLike, graph: CSRGraph) -> Array:
-    """The softmax of the scores of edges over all edges into the same target.
-
-    Parameters
-    ----------
-    scores : array (E,) or (E, H), float32 or float64
-        In the caller's order of edges. -inf hides an edge: it gets 0, also where all edges of a target are hidden.
-    graph : CSRGraph
-
-    Returns
-    -------
-    array of the shape and dtype of `scores`
-
-    Raises
-    ------
-    InvalidInputError, DimensionMismatchError, GraphStructureError
-
-    Source: `softmax` of PyTorch Geometric and `edge_softmax` of DGL, without their 1e-16 in the denominator.
-
-    Examples
-    --------
-    >>> import numpy as np, ruvector_numba as rv
-    >>> graph = rv.CSRGraph.from_edge_index([[0, 1, 2], [2, 2, 1]])
-    >>> rv.edge_softmax(np.log([1.0, 3.0, 5.0]), graph)
-    array([0.25, 0.75, 1.  ])
-    """
-    if gpu.any_on_gpu(scores):
-        from ..gpu import neighbors as gpu_neighbors
-
-        return gpu_neighbors.edge_softmax(scores, graph)
-    s = edge_numbers("scores", scores, checked_graph(graph))
-    bias = flattened(s)
-    return _edge_terms(bias, graph).coefficients().reshape(s.shape)
-
-
-def edge_softmax_backward(grad_weights: ArrayLike, weights: ArrayLike, graph: CSRGraph) -> Array:
-    """The gradient of the scores that `edge_softmax` was given.
-
-    Parameters
-    ----------
-    grad_weights : array of the shape and dtype of `weights`
-    weights : array (E,) or (E, H)
-        What `edge_softmax` gave.
-    graph : CSRGraph
-
-    Returns
-    -------
-    array of the shape of `weights`
-        weights * (grad_weights - the sum over the target's edges of weights * grad_weights).
-
-    Raises
-    ------
-    InvalidInputError, DimensionMismatchError, GraphStructureError
-
-    Examples
-    --------
-    >>> import numpy as np, ruvector_numba as rv
-    >>> graph = rv.CSRGraph.from_edge_index([[0, 1, 2], [2, 2, 1]])
-    >>> rv.edge_softmax_backward(np.array([1.0, 0.0, 1.0]), np.array([0.25, 0.75, 1.0]), graph)
-    array([ 0.1875, -0.1875,  0.    ])
-    """
-    if gpu.any_on_gpu(weights):
-        from ..gpu import neighbors as gpu_neighbors
-
-        return gpu_neighbors.edge_softmax_backward(grad_weights, weights, graph)
-    p = edge_numbers("weights", weights, checked_graph(graph))
-    grad = checks.gradient("grad_weights", grad_weights, p.shape, p.dtype)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        past = _edge_terms(flattened(np.log(p)), graph)
-    none = np.zeros((graph.num_targets, past.terms.value.shape[1], 0), p.dtype)
-    made = past.backward(none, np.ascontiguousarray(flattened(grad)))
-    return np.asarray(made.bias).reshape(p.shape)
-
-
-def _edge_terms(bias: Array, graph: CSRGraph) -> Past:
-    from ..plan import csr as plan
-
-    H = bias.shape[1]
-    targets, sources = (np.zeros((n, H, 0), bias.dtype) for n in (graph.num_targets, graph.num_sources))
-    return Past(graph, plan.Terms(plan.GIVEN, sources, targets, sources, bias=packed(bias)))
 
 
 # --- attention -------------------------------------------------------------------------------------------------------
@@ -379,22 +299,23 @@ def checked_aggregation(aggregation: object) -> str:
     return str(aggregation)
 
 
-def edge_array(name: str, x: ArrayLike | None, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array | None:
-    """What belongs to edges, of this shape and dtype, as the kernels read it."""
-    array = checked_edges(name, x, shape, dtype)
-    return None if array is None else packed(array)
-
-
 def checked_edges(name: str, x: ArrayLike | None, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array | None:
-    if x is None:
-        return None
+    return None if x is None else edge_values(name, x, shape, dtype)
+
+
+def edge_values(name: str, x: ArrayLike, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+    """What belongs to edges, of this shape and dtype; a list takes the dtype."""
     array = from_sequence(name, x)
+    if array.dtype == np.float64 and not hasattr(x, "dtype"):
+        array = array.astype(dtype)
     if array.shape != shape:
         shapes = {f"{name}.shape": array.shape, "expected": shape}
         hint = "one entry for each edge, in the order of the edges as they were given"
         raise DimensionMismatchError(shape, array.shape, shapes=shapes, hint=hint)
     if array.dtype != dtype:
         hint = f"cast it: {name}.astype(numpy.{dtype})"
+        if array.dtype.kind == "b":
+            hint = f"if True is an edge that counts: numpy.where({name}, 0, -numpy.inf).astype(numpy.{dtype})"
         raise InvalidInputError(f"{name} has dtype {array.dtype}, the nodes {dtype}", hint=hint)
     return array
 
