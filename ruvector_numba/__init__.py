@@ -42,9 +42,7 @@ from .errors import (
 from .graphs.edge_softmax import edge_softmax, edge_softmax_backward
 from .graphs.gat import GAT, GATv2
 from .graphs.graph import CSRGraph
-from .graphs.hetero_results import HeteroCache, HeteroGradients
 from .graphs.hgt import HGT
-from .graphs.layer import GraphCache, GraphGradients
 from .graphs.neighbors import (
     NeighborCache,
     NeighborGradients,
@@ -52,6 +50,7 @@ from .graphs.neighbors import (
     neighbor_attention_backward,
     neighbor_attention_forward,
 )
+from .graphs.results import GraphCache, GraphGradients, HeteroCache, HeteroGradients
 from .graphs.sampling import NeighborSample, neighbor_batches, sample_neighbors
 from .graphs.transformer import GraphTransformer
 from .multi_head import KeyValueCache, MultiHeadAttention

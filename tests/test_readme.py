@@ -5,7 +5,10 @@ import importlib
 import pathlib
 import re
 
+import numpy as np
 import pytest
+
+import ruvector_numba as rv
 
 README = pathlib.Path(__file__).resolve().parent.parent / "README.md"
 TEXT = README.read_text(encoding="utf-8")
@@ -51,6 +54,7 @@ def test_the_first_example_is_short():
         ".graphs.graph",
         ".graphs.transformer",
         ".graphs.hgt",
+        ".graphs.results",
         ".interop.onnx",
         ".interop.pyg",
         ".interop.states",
@@ -67,6 +71,7 @@ def test_the_first_example_is_short():
 )
 def test_the_examples_in_the_docstrings_hold(name):
     module = importlib.import_module("ruvector_numba" + name)
-    failed, tried = doctest.testmod(module)
+    names = {"np": np, "rv": rv} if name.startswith((".graphs", ".interop.pyg", ".interop.states")) else None
+    failed, tried = doctest.testmod(module, globs=names)
     assert failed == 0
     assert tried or not name

@@ -146,14 +146,14 @@ def no_node(
 
 
 def index_dtype(*counts: int) -> np.dtype[Any]:
-    """What counts as far as all of these."""
+    """The narrower type of integers that can hold all of these."""
     return np.dtype(np.int32 if max(counts) <= NARROW else np.int64)
 
 
-def policy(given: LoopPolicy) -> LoopPolicy:
-    if not isinstance(given, str) or given not in get_args(LoopPolicy):
-        raise InvalidConfigError(f"policy is {given!r}", hint='give "replace", "add" or "keep"')
-    return given
+def policy(name: LoopPolicy) -> LoopPolicy:
+    if not isinstance(name, str) or name not in get_args(LoopPolicy):
+        raise InvalidConfigError(f"policy is {name!r}", hint='give "replace", "add" or "keep"')
+    return name
 
 
 def filled(fill_value: ArrayLike, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:

@@ -12,8 +12,9 @@ from ..errors import InvalidConfigError
 from ..parameters import ParameterSet
 from ..projection import flattened, linear, linear_backward, linears, linears_backward
 from .inputs import Inputs, checked_slope, loop_policy, switch
-from .layer import GraphLayer, Record
+from .layer import GraphLayer
 from .neighbors import Past
+from .results import Record
 
 __all__ = ["GAT", "GATv2"]
 
@@ -105,7 +106,7 @@ class GAT(_Convolution):
         Whether ``res.weight x_i`` is added to the output.
     aggregation : {"sum", "mean", "max"}, default "sum"
         How a target joins its messages, coefficient times h_j: "mean" divides their sum by the number of edges, "max"
-        takes the largest in each channel, and among equal ones the first edge's.
+        takes the largest in each channel, and among equal ones the first edge's. A dropped edge brings 0 to "max".
     normalize : bool, default True
         Whether scores go through a softmax. If not, the coefficients are the scores.
     seed : int, optional
@@ -243,7 +244,8 @@ class GATv2(_Convolution):
         Whether ``res.weight x_i`` is added to the output.
     aggregation : {"sum", "mean", "max"}, default "sum"
         How a target joins its messages, coefficient times lin_l(x_j): "mean" divides their sum by the number of edges,
-        "max" takes the largest in each channel, and among equal ones the first edge's.
+        "max" takes the largest in each channel, and among equal ones the first edge's. A dropped edge brings 0 to
+        "max".
     normalize : bool, default True
         Whether scores go through a softmax. If not, the coefficients are the scores.
     share_weights : bool, default False

@@ -5,7 +5,7 @@
     indices      (E): the source at each position
     edge_ids     (E): the caller's number of the edge at each position; None if these are the positions themselves
 
->>> graph = CSRGraph.from_edge_index([[0, 2, 1, 0], [1, 0, 1, 2]], num_nodes=3)
+>>> graph = rv.CSRGraph.from_edge_index([[0, 2, 1, 0], [1, 0, 1, 2]], num_nodes=3)
 >>> graph
 CSRGraph(num_nodes=3, num_edges=4)
 >>> graph.indptr.tolist(), graph.indices.tolist(), graph.edge_ids.tolist()
@@ -110,7 +110,7 @@ class CSRGraph:
 
         Examples
         --------
-        >>> CSRGraph.from_edge_index([[0, 4], [1, 1]], num_nodes=(5, 2))
+        >>> rv.CSRGraph.from_edge_index([[0, 4], [1, 1]], num_nodes=(5, 2))
         CSRGraph(num_sources=5, num_targets=2, num_edges=2)
         """
         ends, num_sources, num_targets = edges.ends(edge_index, num_nodes)
@@ -136,7 +136,7 @@ class CSRGraph:
 
         Examples
         --------
-        >>> CSRGraph.from_neighbors([0, 2, 2, 3], [1, 2, 0])
+        >>> rv.CSRGraph.from_neighbors([0, 2, 2, 3], [1, 2, 0])
         CSRGraph(num_nodes=3, num_edges=3)
         """
         starts, sources, num_sources = edges.neighbors(indptr, indices, num_sources)
@@ -161,7 +161,7 @@ class CSRGraph:
         Examples
         --------
         >>> import scipy.sparse
-        >>> CSRGraph.from_scipy(scipy.sparse.csc_array([[0, 2, 0], [3, 0, 0]]))
+        >>> rv.CSRGraph.from_scipy(scipy.sparse.csc_array([[0, 2, 0], [3, 0, 0]]))
         CSRGraph(num_sources=3, num_targets=2, num_edges=2)
         """
         form = getattr(matrix, "format", None)
@@ -195,7 +195,7 @@ class CSRGraph:
         Examples
         --------
         >>> import networkx  # doctest: +SKIP
-        >>> CSRGraph.from_networkx(networkx.path_graph(3))  # doctest: +SKIP
+        >>> rv.CSRGraph.from_networkx(networkx.path_graph(3))  # doctest: +SKIP
         CSRGraph(num_nodes=3, num_edges=4)
         """
         if not hasattr(graph, "adjacency") or not hasattr(graph, "is_multigraph"):
@@ -238,7 +238,7 @@ class CSRGraph:
 
         Examples
         --------
-        >>> graph = CSRGraph.from_edge_index([[0, 2, 1, 0], [1, 0, 1, 2]])
+        >>> graph = rv.CSRGraph.from_edge_index([[0, 2, 1, 0], [1, 0, 1, 2]])
         >>> graph.transposed.indptr.tolist(), graph.transposed.targets.tolist(), graph.transposed.positions.tolist()
         ([0, 2, 3, 4], [1, 2, 1, 0], [1, 3, 2, 0])
         """
@@ -255,25 +255,25 @@ class CSRGraph:
 
         Raises DimensionMismatchError if there is not one for each edge, as `by_edge` does.
         """
-        found = self._one_each("values", np.asarray(values))
-        return found if self.edge_ids is None else found[self.edge_ids]
+        one_each = self._one_each("values", np.asarray(values))
+        return one_each if self.edge_ids is None else one_each[self.edge_ids]
 
     def by_edge(self, values: ArrayLike) -> Array:
         """Values (E, ...) as the edges stand in `indices`, now in the caller's order.
 
         Examples
         --------
-        >>> graph = CSRGraph.from_edge_index([[0, 2, 1, 0], [1, 0, 1, 2]])
+        >>> graph = rv.CSRGraph.from_edge_index([[0, 2, 1, 0], [1, 0, 1, 2]])
         >>> graph.by_position([10, 11, 12, 13]).tolist()
         [11, 10, 12, 13]
         >>> graph.by_edge([11, 10, 12, 13]).tolist()
         [10, 11, 12, 13]
         """
-        found = self._one_each("values", np.asarray(values))
+        one_each = self._one_each("values", np.asarray(values))
         if self.edge_ids is None:
-            return found
-        out = np.empty_like(found)
-        out[self.edge_ids] = found
+            return one_each
+        out = np.empty_like(one_each)
+        out[self.edge_ids] = one_each
         return out
 
     def to_edge_index(self) -> NDArray[np.int64]:
@@ -281,7 +281,7 @@ class CSRGraph:
 
         Examples
         --------
-        >>> CSRGraph.from_edge_index([[0, 2], [1, 0]]).to_edge_index().tolist()
+        >>> rv.CSRGraph.from_edge_index([[0, 2], [1, 0]]).to_edge_index().tolist()
         [[0, 2], [1, 0]]
         """
         out = np.empty((2, self.num_edges), np.int64)
@@ -305,7 +305,7 @@ class CSRGraph:
 
         Examples
         --------
-        >>> CSRGraph.from_edge_index([[0, 2], [1, 0]]).to_scipy([5.0, 6.0]).toarray().tolist()
+        >>> rv.CSRGraph.from_edge_index([[0, 2], [1, 0]]).to_scipy([5.0, 6.0]).toarray().tolist()
         [[0.0, 0.0, 6.0], [5.0, 0.0, 0.0], [0.0, 0.0, 0.0]]
         """
         import scipy.sparse
@@ -343,7 +343,7 @@ class CSRGraph:
 
         Examples
         --------
-        >>> graph = CSRGraph.from_edge_index([[0, 1, 1], [1, 1, 0]])
+        >>> graph = rv.CSRGraph.from_edge_index([[0, 1, 1], [1, 1, 0]])
         >>> graph.with_self_loops().to_edge_index().tolist()
         [[0, 1, 0, 1], [1, 0, 0, 1]]
         """
@@ -378,7 +378,7 @@ class CSRGraph:
 
         Examples
         --------
-        >>> graph = CSRGraph.from_edge_index([[0, 1, 1], [1, 1, 0]])
+        >>> graph = rv.CSRGraph.from_edge_index([[0, 1, 1], [1, 1, 0]])
         >>> graph.edge_attr_with_self_loops([3.0, 5.0, 7.0]).tolist()
         [3.0, 7.0, 7.0, 3.0]
         """
@@ -427,8 +427,8 @@ class CSRGraph:
     def _transpose(self) -> Transposed:
         from ..plan import grouping as plan
 
-        found = plan.survey(self.indices, self._targets(), self.num_sources, self.num_targets, self.indices.dtype)
-        indptr, targets, positions = plan.group(found)
+        survey = plan.survey(self.indices, self._targets(), self.num_sources, self.num_targets, self.indices.dtype)
+        indptr, targets, positions = plan.group(survey)
         if positions is None:
             positions = np.arange(self.num_edges, dtype=self.indices.dtype)
         return Transposed(*map(_frozen, (indptr, targets, positions)))
@@ -482,9 +482,9 @@ def _grouped(sources: Array, targets: Array, num_sources: int, num_targets: int)
     dtype = edges.index_dtype(num_sources, num_targets, len(sources))
     memory((num_targets + 1,), dtype, "indptr", hint="it has one number for each target: is num_nodes right?")
     is_narrow = dtype == np.int32 and sources.dtype == targets.dtype == dtype
-    given = dtype if is_narrow else np.dtype(np.int64)
-    keys, others = (np.require(ends, given, ["C", "A"]) for ends in (targets, sources))
-    found = plan.survey(keys, others, num_targets, num_sources, dtype)
-    if found.bad >= 0:
-        raise edges.no_node(found.bad, sources[found.bad], targets[found.bad], num_sources, num_targets)
-    return _assembled(*plan.group(found), num_sources)
+    integer = dtype if is_narrow else np.dtype(np.int64)
+    keys, others = (np.require(ends, integer, ["C", "A"]) for ends in (targets, sources))
+    survey = plan.survey(keys, others, num_targets, num_sources, dtype)
+    if survey.bad >= 0:
+        raise edges.no_node(survey.bad, sources[survey.bad], targets[survey.bad], num_sources, num_targets)
+    return _assembled(*plan.group(survey), num_sources)

@@ -164,44 +164,46 @@ def checked_metadata(metadata: Any) -> tuple[list[str], list[EdgeType]]:
     return node_types, edge_types
 
 
-def by_type(name: str, given: Any, kinds: list[Any]) -> dict[Any, int]:
+def by_type(name: str, numbers: Any, kinds: list[Any]) -> dict[Any, int]:
     """One number for all types, or for each its own, in the order of the types."""
-    if not isinstance(given, Mapping):
-        return dict.fromkeys(kinds, size(name, given))
-    known = known_types(name, given, kinds, InvalidConfigError)
+    if not isinstance(numbers, Mapping):
+        return dict.fromkeys(kinds, size(name, numbers))
+    known = known_types(name, numbers, kinds, InvalidConfigError)
     return {kind: size(f"{name}[{kind!r}]", n) for kind, n in known.items()}
 
 
 def known_types(
-    name: str, given: Any, kinds: list[Any], error: type[InvalidInputError | InvalidConfigError] = InvalidInputError
+    name: str, by_kind: Any, kinds: list[Any], error: type[InvalidInputError | InvalidConfigError] = InvalidInputError
 ) -> dict[Any, Any]:
-    """What is given by type, in the order of the types."""
-    if not isinstance(given, Mapping):
-        raise InvalidInputError(f"{name} is a {type(given).__name__}", hint="give a dictionary by type")
-    for kind in given:
+    """The entries of a dictionary by type, in the order of the types."""
+    if not isinstance(by_kind, Mapping):
+        raise InvalidInputError(f"{name} is a {type(by_kind).__name__}", hint="give a dictionary by type")
+    for kind in by_kind:
         if kind not in kinds:
             raise error(f"{name} has {kind!r}", hint=f"the types are {', '.join(map(repr, kinds))}")
-    return {kind: given[kind] for kind in kinds if kind in given}
+    return {kind: by_kind[kind] for kind in kinds if kind in by_kind}
 
 
-def _ends(kind: EdgeType, given: Any, nodes: dict[str, Array]) -> Array:
+def _ends(kind: EdgeType, edge_index: Any, nodes: dict[str, Array]) -> Array:
     """The sources and targets (2, E) of edges of one type, checked."""
     numbers = len(nodes[kind[0]]), len(nodes[kind[2]])
-    if isinstance(given, CSRGraph):
-        if (given.num_sources, given.num_targets) != numbers:
-            shapes = {f"nodes {kind[0]!r}, {kind[2]!r}": numbers, f"edge_index_dict[{kind!r}]": given}
+    if isinstance(edge_index, CSRGraph):
+        if (edge_index.num_sources, edge_index.num_targets) != numbers:
+            shapes = {f"nodes {kind[0]!r}, {kind[2]!r}": numbers, f"edge_index_dict[{kind!r}]": edge_index}
             hint = "the graph has a source for each row of the one, a target for each of the other"
-            raise DimensionMismatchError((given.num_sources, given.num_targets), numbers, shapes=shapes, hint=hint)
-        return given.to_edge_index()
+            raise DimensionMismatchError(
+                (edge_index.num_sources, edge_index.num_targets), numbers, shapes=shapes, hint=hint
+            )
+        return edge_index.to_edge_index()
     try:
-        found = edges.ends(given, numbers)[0]
-        bad = np.flatnonzero(((found < 0) | (found >= np.array(numbers)[:, None])).any(axis=0))
+        ends = edges.ends(edge_index, numbers)[0]
+        bad = np.flatnonzero(((ends < 0) | (ends >= np.array(numbers)[:, None])).any(axis=0))
         if len(bad):
-            raise edges.no_node(int(bad[0]), found[0, bad[0]], found[1, bad[0]], *numbers)
+            raise edges.no_node(int(bad[0]), ends[0, bad[0]], ends[1, bad[0]], *numbers)
     except GraphStructureError as error:
         reason = f"edge_index_dict[{kind!r}]: {error.reason}"
         raise GraphStructureError(reason, shapes=error.shapes, hint=error.hint) from None
-    return found.astype(np.int64)
+    return ends.astype(np.int64)
 
 
 def _places(sizes: dict[Any, int]) -> dict[Any, slice]:

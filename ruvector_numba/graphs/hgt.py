@@ -32,10 +32,10 @@ from .hetero import (
     parameter_key,
     weights_of_edges,
 )
-from .hetero_results import HeteroCache, HeteroGradients, HeteroRecord
 from .hgt_products import along, along_back, flat, gate_of, linear_back, linear_rows, normal
 from .inputs import along_matrix, check_owner, identity, initial, size
 from .neighbors import Past
+from .results import HeteroCache, HeteroGradients, HeteroRecord
 
 __all__ = ["HGT", "HeteroCache", "HeteroGradients"]
 

@@ -1,4 +1,4 @@
-"""What graph layers are called with, checked: nodes, a graph with self-loops, and what belongs to its edges."""
+"""Checks of a graph layer's options and calls: nodes, a graph with self-loops, and the arrays of its edges."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def switch(name: str, x: object) -> bool:
 
 
 def identity() -> bytes:
-    """What tells a layer, with its copies, from all others."""
+    """A number that tells a layer, with its copies, from all others."""
     return secrets.token_bytes(16)
 
 

@@ -1,4 +1,4 @@
-"""What the layers of attention on graphs share: nodes and edges checked, self-loops, what comes after the attention.
+"""The base of the layers on graphs: nodes and edges checked, self-loops, and all that comes after the attention.
 
 A layer says how its scores and values are made of the nodes (`_attend`) and how gradients go back through that
 (`_attend_back`). The rest is here: which graph, which edge attributes, dropout, heads joined or averaged, residual and
@@ -8,8 +8,7 @@ bias, and ruvector-attention's `graph_forward` and `sparse_forward`.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
@@ -36,6 +35,7 @@ from .inputs import (
     switch,
 )
 from .neighbors import Past, checked_aggregation, checked_edges, packed
+from .results import GraphCache, GraphGradients, Record
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -43,59 +43,6 @@ if TYPE_CHECKING:
 __all__ = ["GraphCache", "GraphGradients", "GraphLayer"]
 
 Nodes = ArrayLike | tuple[ArrayLike, ArrayLike | None]
-
-
-class Record(NamedTuple):
-    """What a layer's forward pass remembers."""
-
-    layer: GraphLayer
-    inputs: Inputs
-    parameters: ParameterSet
-    past: Past
-    extra: Any  # the layer's own
-
-
-class GraphCache:
-    """What a graph layer's forward pass leaves for its backward pass.
-
-    It refers to the arrays of the call, on a GPU to the output too: they must not change before the backward pass.
-
-    Attributes
-    ----------
-    graph : CSRGraph
-        With the self-loops that the layer put in; the edges of `coefficients`.
-    """
-
-    __slots__ = ("_record", "graph")
-
-    def __init__(self, record: Record) -> None:
-        self._record, self.graph = record, record.inputs.graph
-
-    def __repr__(self) -> str:
-        return f"GraphCache({self._record.layer.name()}, {self.graph!r})"
-
-    def coefficients(self) -> Array:
-        """(E, H): how much each edge counts, before dropout and edge weights, in the order of `graph`'s edges."""
-        return self._record.past.coefficients()
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class GraphGradients:
-    """The gradients that a graph layer's backward pass gives.
-
-    Attributes
-    ----------
-    parameters : dict of str to array
-    node_features : array, or pair of arrays
-        As the nodes were given; in a pair None where None was.
-    edge_attr, edge_weight : array or None
-        Of the caller's edges; None if there were none.
-    """
-
-    parameters: dict[str, Array]
-    node_features: Any
-    edge_attr: Array | None = None
-    edge_weight: Array | None = None
 
 
 class GraphLayer(Trainable, GraphAttention):
@@ -217,7 +164,13 @@ class GraphLayer(Trainable, GraphAttention):
 
         Raises
         ------
-        InvalidInputError, DimensionMismatchError, GraphStructureError
+        InvalidInputError
+            If features, attributes or weights are missing, hold other than float32 or float64 numbers, or differ in
+            dtype, or the layer has no `edge_dim` and `edge_attr` is given.
+        DimensionMismatchError
+            If an array does not have a row for each node or each edge, or another number of channels.
+        GraphStructureError
+            If `graph` is no graph, or an edge has no node at one of its ends.
         """
         return self._run(x, graph, edge_attr, edge_weight, 0.0, 0, keeps=False, device=device)[0]
 
@@ -234,7 +187,24 @@ class GraphLayer(Trainable, GraphAttention):
     ) -> tuple[Array, GraphCache]:
         """The output, and what `backward` needs; with dropout of the coefficients if `training`.
 
-        `seed` decides what is dropped; without it, the layer's own generator does. The rest is as in `forward`.
+        Parameters
+        ----------
+        x, graph, edge_attr, edge_weight, device
+            As in `forward`.
+        training : bool, default True
+            Whether coefficients are dropped, with the probability `dropout` of the layer.
+        seed : int, optional
+            Decides which are dropped; without it, the layer's own generator does.
+
+        Returns
+        -------
+        output : array (Nt, heads * out_channels), or (Nt, out_channels) if heads are averaged
+        cache : GraphCache
+
+        Raises
+        ------
+        InvalidInputError, DimensionMismatchError, GraphStructureError
+            As in `forward`; InvalidInputError also for a `seed` that is no whole number from 0 to 2**63 - 1.
         """
         dropout, seed = layers.dropout(self, training, seed, self._dice)
         output, record = self._run(x, graph, edge_attr, edge_weight, dropout, seed, device=device)
@@ -266,7 +236,7 @@ class GraphLayer(Trainable, GraphAttention):
         raise NotImplementedError
 
     def _offset(self, p: ParameterSet) -> Array | None:
-        """What the attention's output begins with, (1, H, C): the bias, where no heads are averaged."""
+        """The numbers that the attention's output begins with, (1, H, C): the bias, where no heads are averaged."""
         return p["bias"].reshape(1, self.heads, self.out_channels) if self.bias and self.concat else None
 
     def _finish(self, attended: Array, inputs: Inputs, p: ParameterSet, extra: Any) -> tuple[Array, Any]:
@@ -288,11 +258,19 @@ class GraphLayer(Trainable, GraphAttention):
         ----------
         grad_output : array of the shape and dtype of the output
         cache : GraphCache
-            Of `forward_cached`: the gradients are those of what was computed then, with the parameters of then.
+            What this layer's `forward_cached` returned: the gradients are those of what was computed then, with the
+            parameters of then. A layer and its copies take each other's.
+
+        Returns
+        -------
+        GraphGradients
 
         Raises
         ------
-        InvalidInputError, DimensionMismatchError
+        InvalidInputError
+            If `cache` is none of this layer's, or `grad_output` has another dtype than the output.
+        DimensionMismatchError
+            If `grad_output` has another shape than the output.
         """
         if not isinstance(cache, GraphCache):
             hint = "give what this layer's forward_cached returned"
@@ -373,17 +351,17 @@ class GraphLayer(Trainable, GraphAttention):
             hint = "take node_features to the CPU, or use forward_cached and its cache's coefficients()"
             raise InvalidInputError("graph_forward is given arrays on the GPU", hint=hint)
         output, record = self._run(node_features, edge_index, edge_attr, None, 0.0, 0)
-        inputs, found = record.inputs, record.past.coefficients()
+        inputs, all_edges = record.inputs, record.past.coefficients()  # with the self-loops that were put in
         if inputs.graph is inputs.given:
-            return output, found
+            return output, all_edges
         E, loops = inputs.given.num_edges, min(inputs.given.num_sources, inputs.given.num_targets)
         if self.add_self_loops == "add":
-            return output, found[:E]
+            return output, all_edges[:E]
         source, target = inputs.given.to_edge_index()
         is_loop = source == target
-        coefficients = np.empty((E, self.heads), found.dtype)
-        coefficients[~is_loop] = found[: len(found) - loops]
-        coefficients[is_loop] = found[len(found) - loops + source[is_loop]]
+        coefficients = np.empty((E, self.heads), all_edges.dtype)
+        coefficients[~is_loop] = all_edges[: len(all_edges) - loops]
+        coefficients[is_loop] = all_edges[len(all_edges) - loops + source[is_loop]]
         return output, coefficients
 
     def sparse_forward(self, node_features: Any, adjacency: Any) -> tuple[Array, Any]:

@@ -48,7 +48,7 @@ AGGREGATIONS = ("sum", "mean", "max")
 
 # --- what the layers work with ---------------------------------------------------------------------------------------
 class Past:
-    """What a pass over the edges remembers, for its coefficients and its gradients."""
+    """A pass over the edges: its output, and all that its coefficients and gradients need."""
 
     def __init__(self, graph: CSRGraph, terms: plan.Terms, keeps: bool = True) -> None:
         from ..plan import csr as plan
@@ -105,7 +105,7 @@ def by_source(graph: CSRGraph) -> plan.Walk:
 
 
 def packed(x: Array) -> Array:
-    """With each node's numbers together, as the kernels read them; a copy only where it must be."""
+    """The array with each node's numbers side by side, as the kernels read them; a copy only where it must be."""
     itemsize, wanted = x.itemsize, x.itemsize
     if x.ndim == 1:
         return np.ascontiguousarray(x)
@@ -118,13 +118,22 @@ def packed(x: Array) -> Array:
 
 # --- attention -------------------------------------------------------------------------------------------------------
 class NeighborCache:
-    """What `neighbor_attention_forward` leaves.
+    """The output of `neighbor_attention_forward`, and all that its gradients need.
 
     Attributes
     ----------
     output : array (Nt, H, C)
     lse : array (Nt, H)
         The natural logarithm of the sum of exp(score) over a target's edges; -inf where there are none.
+
+    Examples
+    --------
+    >>> import numpy as np, ruvector_numba as rv
+    >>> graph = rv.CSRGraph.from_edge_index([[0, 1, 2, 2], [1, 2, 0, 1]])
+    >>> x = np.zeros((3, 1, 4))
+    >>> cache = rv.neighbor_attention_forward(x, x, x, graph)
+    >>> np.exp(cache.lse).ravel().round(), cache.coefficients().ravel()
+    (array([1., 2., 1.]), array([0.5, 1. , 1. , 0.5]))
     """
 
     __slots__ = ("_past", "output")
@@ -182,6 +191,7 @@ def neighbor_attention(
     key : array (Ns, H, D)
         Of the sources.
     value : array (Ns, H, C)
+        Of the sources.
     graph : CSRGraph
         With Ns sources and Nt targets.
     edge_bias : array (E, H), optional
@@ -189,16 +199,18 @@ def neighbor_attention(
     edge_key, edge_value : array (E, H, D) and (E, H, C), optional
         Added to the keys and to the values that go along the edges.
     scale : float, optional
-        1 / sqrt(D) if None.
+        What products of query and key are multiplied by; 1 / sqrt(D) if None.
     edge_weight : array (E,), optional
         Multiplies the weights after the softmax.
-    dropout_p : float
+    dropout_p : float, default 0
         The probability to drop a weight, after the softmax; the others are divided by 1 - dropout_p.
-    aggregation : {"sum", "mean", "max"}
-        How what a target's edges carry, weight times value, is joined: "mean" is the sum divided by their number;
-        "max" takes the largest in each channel, and of equal ones the first edge in the caller's order.
+    aggregation : {"sum", "mean", "max"}, default "sum"
+        How a target joins its messages, weight times value: "mean" is their sum divided by the number of its edges;
+        "max" takes the largest in each channel, and among equal ones the first edge's in the caller's order. -inf takes
+        an edge out of the softmax and of "max"; "mean" still divides by all edges, as PyTorch Geometric's does. A
+        dropped edge brings 0 to "max".
     seed : int, optional
-        Of the dropout.
+        Decides what is dropped; a fresh one if None.
     device : {"cuda", "cpu"}, optional
         "cuda" moves arrays of NumPy to the GPU and the results back. Without it, arrays that lie on a GPU (of CuPy,
         torch or Numba: float32, float16 or bfloat16) stay there, and so do the results.
@@ -211,9 +223,19 @@ def neighbor_attention(
 
     Raises
     ------
-    InvalidInputError, DimensionMismatchError, InvalidConfigError, GraphStructureError
+    InvalidInputError
+        If an array is missing, has the wrong number of axes, or holds other than float32 or float64 numbers, if they
+        differ in dtype, or `scale`, `dropout_p` or `seed` is no such number.
+    DimensionMismatchError
+        If two sizes differ that must agree.
+    InvalidConfigError
+        If `aggregation` is unknown.
+    GraphStructureError
+        If `graph` is no `CSRGraph`.
 
-    Source: the attention of `TransformerConv` of PyTorch Geometric; edge weights as in `GATConv` of DGL.
+    References
+    ----------
+    The attention of `TransformerConv` of PyTorch Geometric; edge weights as in `GATConv` of DGL.
 
     Examples
     --------
@@ -245,8 +267,53 @@ def neighbor_attention_forward(
 ) -> NeighborCache:
     """`neighbor_attention` with what its gradients need: the scores, (E, H), and their logsumexp.
 
-    Parameters and errors are those of `neighbor_attention`. The arrays, on a GPU the output too, are referred to, not
-    copied: they must not change before the backward pass.
+    Parameters
+    ----------
+    query : array (Nt, H, D), float32 or float64
+        Of the targets.
+    key : array (Ns, H, D)
+        Of the sources.
+    value : array (Ns, H, C)
+        Of the sources.
+    graph : CSRGraph
+        With Ns sources and Nt targets.
+    edge_bias : array (E, H), optional
+        Added to the scores; -inf hides an edge from a head.
+    edge_key, edge_value : array (E, H, D) and (E, H, C), optional
+        Added to the keys and to the values that go along the edges.
+    scale : float, optional
+        What products of query and key are multiplied by; 1 / sqrt(D) if None.
+    edge_weight : array (E,), optional
+        Multiplies the weights after the softmax.
+    dropout_p : float, default 0
+        The probability to drop a weight, after the softmax; the others are divided by 1 - dropout_p.
+    aggregation : {"sum", "mean", "max"}, default "sum"
+        How a target joins its messages, weight times value: "mean" is their sum divided by the number of its edges;
+        "max" takes the largest in each channel, and among equal ones the first edge's in the caller's order. -inf takes
+        an edge out of the softmax and of "max"; "mean" still divides by all edges, as PyTorch Geometric's does. A
+        dropped edge brings 0 to "max".
+    seed : int, optional
+        Decides what is dropped; a fresh one if None.
+    device : {"cuda", "cpu"}, optional
+        "cuda" moves arrays of NumPy to the GPU and the results back. Without it, arrays that lie on a GPU (of CuPy,
+        torch or Numba: float32, float16 or bfloat16) stay there, and so do the results.
+
+    Returns
+    -------
+    NeighborCache
+        It refers to the arrays, on a GPU to the output too: they must not change before the backward pass.
+
+    Raises
+    ------
+    InvalidInputError
+        If an array is missing, has the wrong number of axes, or holds other than float32 or float64 numbers, if they
+        differ in dtype, or `scale`, `dropout_p` or `seed` is no such number.
+    DimensionMismatchError
+        If two sizes differ that must agree.
+    InvalidConfigError
+        If `aggregation` is unknown.
+    GraphStructureError
+        If `graph` is no `CSRGraph`.
 
     Examples
     --------
@@ -269,15 +336,31 @@ def neighbor_attention_backward(grad_output: ArrayLike, cache: NeighborCache) ->
     Parameters
     ----------
     grad_output : array (Nt, H, C)
+        The gradient of the loss by the output, in its dtype.
     cache : NeighborCache
+        What `neighbor_attention_forward` returned.
+
+    Returns
+    -------
+    NeighborGradients
+        Each in the shape of what it is the gradient of. Those of edges stand in the caller's order.
 
     Raises
     ------
-    InvalidInputError, DimensionMismatchError
+    InvalidInputError
+        If `cache` is no `NeighborCache`, or `grad_output` has another dtype than the output.
+    DimensionMismatchError
+        If `grad_output` has another shape than the output.
 
     Examples
     --------
-    See `neighbor_attention_forward`.
+    >>> import numpy as np, ruvector_numba as rv
+    >>> graph = rv.CSRGraph.from_edge_index([[0, 1, 2, 2], [1, 2, 0, 1]])
+    >>> x = np.random.default_rng(0).standard_normal((3, 2, 4))
+    >>> cache = rv.neighbor_attention_forward(x, x, x, graph, edge_weight=np.ones(4))
+    >>> gradients = rv.neighbor_attention_backward(np.ones_like(cache.output), cache)
+    >>> gradients.value.shape, gradients.edge_weight.shape, gradients.edge_bias
+    ((3, 2, 4), (4,), None)
     """
     if not isinstance(cache, NeighborCache):
         hint = "give what neighbor_attention_forward returned"
@@ -304,7 +387,7 @@ def checked_edges(name: str, x: ArrayLike | None, shape: tuple[int, ...], dtype:
 
 
 def edge_values(name: str, x: ArrayLike, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
-    """What belongs to edges, of this shape and dtype; a list takes the dtype."""
+    """An array that belongs to edges, of this shape and dtype; a list takes the dtype."""
     array = from_sequence(name, x)
     if array.dtype == np.float64 and not hasattr(x, "dtype"):
         array = array.astype(dtype)

@@ -1,4 +1,4 @@
-"""What belongs to the self-loops that a graph gets, and the way back of its gradient."""
+"""The edge arrays' entries of the self-loops that a graph gets, and the way back of their gradients."""
 
 from __future__ import annotations
 

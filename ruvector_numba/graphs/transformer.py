@@ -13,8 +13,9 @@ from ..errors import InvalidConfigError, InvalidInputError
 from ..parameters import ParameterSet
 from ..projection import flattened, linear, linear_backward, linears, linears_backward
 from .inputs import Inputs, switch
-from .layer import GraphLayer, Record
+from .layer import GraphLayer
 from .neighbors import Past
+from .results import Record
 
 __all__ = ["GraphTransformer"]
 
@@ -28,20 +29,42 @@ class GraphTransformer(GraphLayer):
 
     Parameters
     ----------
-    in_channels, out_channels, heads, concat, dropout, edge_dim, aggregation, normalize, seed, dtype
-        As in `GAT`. No self-loops are added.
+    in_channels : int or (int, int)
+        Channels of the nodes; a pair for sources and targets.
+    out_channels : int
+        Channels of one head of the output.
+    heads : int, default 1
+        Attention heads.
+    concat : bool, default True
+        Whether heads are joined; if not, they are averaged.
+    beta : bool, default False
+        Whether a gate, sigmoid(lin_beta [o, r, o - r]), weighs lin_skip's r against the output of attention, o.
+    dropout : float, default 0
+        Probability, 0 to 1, to drop a coefficient; in training only.
+    edge_dim : int, optional
+        Channels of `edge_attr`; None for edges without attributes.
+    bias : bool, default True
+        Whether lin_key, lin_query, lin_value and lin_skip have a bias.
+    root_weight : bool, default True
+        Whether lin_skip(x_i) is added. Its parameters are there in any case, as those of `TransformerConv`.
+    aggregation : {"sum", "mean", "max"}, default "sum"
+        How a target joins its messages, coefficient times value: "mean" divides their sum by the number of edges, "max"
+        takes the largest in each channel, and among equal ones the first edge's. A dropped edge brings 0 to "max".
+    normalize : bool, default True
+        Whether scores go through a softmax. If not, the coefficients are the scores.
     scale : float, optional
         What scores are multiplied by; 1 / sqrt(out_channels) if None.
-    beta : bool
-        Whether a gate, sigmoid(lin_beta [o, r, o - r]), weighs lin_skip's r against what attention gives, o.
-    bias : bool
-        Of lin_key, lin_query, lin_value and lin_skip.
-    root_weight : bool
-        Whether lin_skip(x_i) is added. Its parameters are there in any case, as those of `TransformerConv`.
+    seed : int, optional
+        Seed of the initial parameters and of the dropout.
+    dtype : float32 or float64, default float32
+        Type of the initial parameters. What is computed has the dtype of the inputs.
 
     Raises
     ------
     InvalidConfigError
+        If an option has a wrong type or value.
+    InvalidInputError
+        If `dtype` is neither float32 nor float64.
 
     Examples
     --------
