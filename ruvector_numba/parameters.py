@@ -443,7 +443,7 @@ class Trainable:
             theirs = metadata.get(name)
             if theirs != own:
                 both = {"in the file": "nothing" if theirs is None else theirs[:500], "in this object": own}
-                hint = "make the object as it was when the file was saved"
+                hint = "from_file makes an object with the file's settings; load wants one that has them"
                 raise InvalidConfigError(f"{path} does not fit this object: {name} differs", shapes=both, hint=hint)
 
 

@@ -378,7 +378,8 @@ def checked_graph(graph: object) -> CSRGraph:
 
 def checked_aggregation(aggregation: object) -> str:
     if aggregation not in AGGREGATIONS:
-        raise InvalidConfigError(f"aggregation is {aggregation!r}", hint='give "sum", "mean" or "max"')
+        hint = 'give "sum"' if aggregation == "add" else 'give "sum", "mean" or "max"'
+        raise InvalidConfigError(f"aggregation is {aggregation!r}", hint=hint)
     return str(aggregation)
 
 
