@@ -190,3 +190,13 @@ def test_attributes_that_are_none():
         ([1j], InvalidInputError, "fill_value has dtype complex128"),
     ]:
         refused(lambda fill=fill: graph.edge_attr_with_self_loops(attr, "add", fill), told, kind=kind)
+
+
+def test_tensors_of_torch_that_are_no_arrays():
+    torch = pytest.importorskip("torch")
+    x, edge_index = np.ones((3, 3), np.float32), np.zeros((2, 3), int)
+    whole = torch.ones(3, 3)
+    for wrong in (whole.requires_grad_(), whole.detach().to_sparse(), whole.bfloat16(), whole.to("meta")):
+        refused(lambda wrong=wrong: rv.GAT(3, 2)(wrong, edge_index), "x.detach().float()", kind=InvalidInputError)
+    for wrong in (torch.eye(3).to_sparse(), torch.zeros(2, 3, dtype=torch.long, device="meta")):
+        refused(lambda wrong=wrong: rv.GAT(3, 2)(x, wrong), "edge_index.detach()", "adj.coalesce().indices()")
