@@ -285,6 +285,7 @@ def test_matrices_of_a_bipartite_graph_and_of_complex_numbers(kind):
     layer = getattr(rv, kind)((3, 4), 2, edge_dim=1, **({} if "Tr" in kind else LOOPLESS))
     pair = rows(5, 3, dtype=np.float32), rows(3, 4, dtype=np.float32)
     matrix = scipy.sparse.coo_array((np.arange(7.0), EDGES[::-1]), shape=(3, 5))
-    features, found = layer.sparse_forward(pair, matrix)
+    for given in (pair, list(pair)):
+        features, found = layer.sparse_forward(given, matrix)
     assert features.shape == (3, 2) and features.dtype == np.float32 and found.shape == (3, 5)
     refused(lambda: layer.sparse_forward(pair, matrix * 1j), "adjacency has dtype complex128")

@@ -27,6 +27,7 @@ __all__ = [
     "graph_of",
     "identity",
     "initial",
+    "is_pair",
     "listed",
     "loop_policy",
     "size",
@@ -114,14 +115,13 @@ def along_matrix(
         hint = "scipy.sparse.csr_array makes one; for an edge_index there is graph_forward"
         raise GraphStructureError(f"adjacency is a {type(adjacency).__name__}, not a sparse matrix", hint=hint)
     # tocsr would add up entries of a COO matrix that have one place.
-    matrix = adjacency if adjacency.format in ("csr", "csc", "coo") else adjacency.tocsr()
+    matrix = adjacency if getattr(adjacency, "format", None) in ("csr", "csc", "coo") else adjacency.tocsr()
     graph, attr = CSRGraph.from_scipy(matrix), None
     if takes_values:
         if matrix.dtype.kind not in "biuf":
             hint = "the entries are the edges' features: take adjacency.real, or other real numbers"
             raise GraphStructureError(f"adjacency has dtype {matrix.dtype}, which is no real number", hint=hint)
-        is_pair = isinstance(node_features, tuple)
-        sources = checks.from_sequence("node_features", node_features[0] if is_pair else node_features)
+        sources = checks.from_sequence("node_features", node_features[0] if is_pair(node_features) else node_features)
         attr = matrix.data[: graph.num_edges, None].astype(sources.dtype)
     output, coefficients = forward(node_features, graph, attr)
     return output, graph.to_scipy(coefficients.mean(axis=1))
@@ -132,6 +132,11 @@ def initial(dice: np.random.Generator, name: str, shape: tuple[int, ...]) -> Arr
         return np.zeros(shape)
     bound = math.sqrt(6 / (shape[-1] + shape[-2]))
     return dice.uniform(-bound, bound, shape)
+
+
+def is_pair(x: Any) -> bool:
+    """Is it (x_source, x_target)? A list of two rows is one array."""
+    return isinstance(x, tuple) or (isinstance(x, list) and len(x) == 2 and np.ndim(x[0]) == 2)
 
 
 def features(name: str, x: ArrayLike) -> Array:

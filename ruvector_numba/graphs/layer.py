@@ -30,6 +30,7 @@ from .inputs import (
     graph_of,
     identity,
     initial,
+    is_pair,
     listed,
     size,
     switch,
@@ -346,6 +347,11 @@ class GraphLayer(Trainable, GraphAttention):
         coefficients : array (E, heads)
             In the order of `edge_index`. Where the layer replaces self-loops, one that was given has the coefficient of
             the node's new one; those of nodes without one are left out, so sums over a node's edges may be below 1.
+
+        Raises
+        ------
+        InvalidInputError, DimensionMismatchError, GraphStructureError
+            As in `forward`; InvalidInputError also for arrays on a GPU.
         """
         if gpu.any_on_gpu(node_features):
             hint = "take node_features to the CPU, or use forward_cached and its cache's coefficients()"
@@ -379,6 +385,12 @@ class GraphLayer(Trainable, GraphAttention):
         features : array (N, d_model)
         coefficients : scipy.sparse.csr_array (N, N)
             With the entries of `adjacency`; the mean over heads.
+
+        Raises
+        ------
+        InvalidInputError, DimensionMismatchError, GraphStructureError
+            As in `graph_forward`; GraphStructureError also if `adjacency` is no sparse matrix, or holds complex numbers
+            that are to be features.
         """
         return along_matrix(self.graph_forward, node_features, adjacency, self.edge_dim == 1)
 
@@ -409,34 +421,32 @@ class GraphLayer(Trainable, GraphAttention):
 
     def _checked(self, x: Nodes, graph: Any, edge_attr: Any, edge_weight: Any, dropout: float, seed: int) -> Inputs:
         """Edge arrays still belong to the caller's edges; self-loops are added later."""
-        source, target, is_pair = self._nodes(x)
+        source, target, pair = self._nodes(x)
         targets = None if target is None else len(target)
-        given = graph_of(graph, len(source), targets, is_pair)
+        given = graph_of(graph, len(source), targets, pair)
         attr = self._attr(edge_attr, given, source.dtype)
         weight = checked_edges("edge_weight", edge_weight, (given.num_edges,), source.dtype)
         attr_shape = None if edge_attr is None else np.shape(edge_attr)
         whole = given.with_self_loops(self.add_self_loops)
-        return Inputs(source, target, is_pair, given, whole, attr, weight, attr_shape, dropout, seed)
+        return Inputs(source, target, pair, given, whole, attr, weight, attr_shape, dropout, seed)
 
     def _nodes(self, x: Any) -> tuple[Array, Array | None, bool]:
-        is_pair = isinstance(x, tuple) or (isinstance(x, list) and len(x) == 2 and np.ndim(x[0]) == 2)
-        if is_pair and len(x) != 2:
+        pair = is_pair(x)
+        if pair and len(x) != 2:
             raise InvalidInputError(f"x is a tuple of {len(x)}", hint="give (x_source, x_target)")
-        source, target = x if is_pair else (x, x)
-        if self.is_bipartite and not is_pair and self.in_channels[0] != self.in_channels[1]:
+        source, target = x if pair else (x, x)
+        if self.is_bipartite and not pair and self.in_channels[0] != self.in_channels[1]:
             hint = "the layer was built for sources and targets: give (x_source, x_target)"
             raise InvalidInputError("x is one array", hint=hint)
         if source is None:
-            raise InvalidInputError(
-                "x_source is None" if is_pair else "x is None", hint="give an array (nodes, channels)"
-            )
+            raise InvalidInputError("x_source is None" if pair else "x is None", hint="give an array (nodes, channels)")
         if target is None and self.needs_target:
             raise InvalidInputError("x_target is None", hint=f"{self.name()} needs features of the targets")
-        names = ("x_source", "x_target") if is_pair else ("x", "x")
+        names = ("x_source", "x_target") if pair else ("x", "x")
         arrays = [
             None if one is None else features(name, one) for name, one in zip(names, (source, target), strict=True)
         ]
-        if not is_pair:
+        if not pair:
             arrays[1] = arrays[0]
         first = cast(Array, arrays[0])
         for name, array, width in zip(names, arrays, self.in_channels, strict=True):
@@ -446,7 +456,7 @@ class GraphLayer(Trainable, GraphAttention):
             if array is not None and array.dtype != first.dtype:
                 dtypes = {"x_source.dtype": first.dtype, "x_target.dtype": array.dtype}
                 raise InvalidInputError("x_source and x_target differ in dtype", shapes=dtypes, hint="cast them to one")
-        return first, arrays[1], is_pair
+        return first, arrays[1], pair
 
     def _attr(self, edge_attr: Any, graph: CSRGraph, dtype: np.dtype[Any]) -> Array | None:
         if edge_attr is None:
