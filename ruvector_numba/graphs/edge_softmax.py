@@ -63,7 +63,7 @@ def edge_softmax_backward(grad_weights: ArrayLike, weights: ArrayLike, graph: CS
     ----------
     grad_weights : array of the shape and dtype of `weights`
     weights : array (E,) or (E, H)
-        What `edge_softmax` gave.
+        The result of `edge_softmax`.
     graph : CSRGraph
 
     Returns

@@ -20,7 +20,7 @@ __all__ = ["GAT", "GATv2"]
 
 
 class _Convolution(GraphLayer):
-    """What GAT and GATv2 share: LeakyReLU, self-loops, a residual."""
+    """The common part of GAT and GATv2: LeakyReLU, self-loops, a residual."""
 
     def __init__(
         self,

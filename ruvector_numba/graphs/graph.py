@@ -354,16 +354,16 @@ class CSRGraph:
     def edge_attr_with_self_loops(
         self, edge_attr: ArrayLike, policy: LoopPolicy = "replace", fill_value: str | ArrayLike = "mean"
     ) -> Array:
-        """What belongs to edges, for the edges of ``with_self_loops(policy)``, in their order.
+        """An array of edges, extended to the edges of ``with_self_loops(policy)``, in their order.
 
         Parameters
         ----------
         edge_attr : array_like of floats (E, ...)
             For the edges of this graph, in the caller's order.
         policy : {"replace", "add", "keep"}
-            As there.
+            As in `with_self_loops`.
         fill_value : "mean", "add", number or array_like
-            What new self-loops get: the mean or the sum of what the other edges to the node have (0 where there are
+            Entries of new self-loops: the mean or the sum of those of the other edges to the node (0 where there are
             none; with "add" its older self-loops count), or this number, or this array, which broadcasts to one entry
             for each node.
 
@@ -400,12 +400,12 @@ class CSRGraph:
         Parameters
         ----------
         kind : Derived
-            What it is, and so its type.
+            The kind of thing, and so its type.
         make : callable
             Makes it. Two threads may both do so; both get the one that is kept. It must not hold on to other graphs of
             the caller, which would live as long as this one.
         *of : hashable
-            What it depends on besides the graph, such as a policy or a device: there is one for each.
+            All that it depends on besides the graph, such as a policy or a device: there is one for each.
 
         Examples
         --------

@@ -58,7 +58,7 @@ class HGT(Trainable, GraphAttention):
     ----------
     in_channels : int, or dict of str to int by node type
     out_channels : int
-        Of all heads together.
+        Channels of the output, of all heads together.
     metadata : (list of str, list of (str, str, str))
         The node types, and the edge types as (source type, relation, target type).
     heads : int, default 1
@@ -306,8 +306,7 @@ class HGT(Trainable, GraphAttention):
         grad_output : dict of str to array of the shape and dtype of the output
             A type that is missing counts as 0.
         cache : HeteroCache
-            What this layer's `forward_cached` returned: the gradients are those of what was computed then, with the
-            parameters of then.
+            From this layer's `forward_cached`. The gradients are those of that call, with its parameters.
 
         Returns
         -------

@@ -259,8 +259,8 @@ class GraphLayer(Trainable, GraphAttention):
         ----------
         grad_output : array of the shape and dtype of the output
         cache : GraphCache
-            What this layer's `forward_cached` returned: the gradients are those of what was computed then, with the
-            parameters of then. A layer and its copies take each other's.
+            From this layer's `forward_cached`. The gradients are those of that call, with its parameters. A
+            layer and its copies take each other's caches.
 
         Returns
         -------

@@ -187,11 +187,9 @@ def neighbor_attention(
     Parameters
     ----------
     query : array (Nt, H, D), float32 or float64
-        Of the targets.
-    key : array (Ns, H, D)
-        Of the sources.
-    value : array (Ns, H, C)
-        Of the sources.
+        One row for each target.
+    key, value : array (Ns, H, D) and (Ns, H, C)
+        One row for each source.
     graph : CSRGraph
         With Ns sources and Nt targets.
     edge_bias : array (E, H), optional
@@ -199,7 +197,7 @@ def neighbor_attention(
     edge_key, edge_value : array (E, H, D) and (E, H, C), optional
         Added to the keys and to the values that go along the edges.
     scale : float, optional
-        What products of query and key are multiplied by; 1 / sqrt(D) if None.
+        Multiplies the products of query and key; 1 / sqrt(D) if None.
     edge_weight : array (E,), optional
         Multiplies the weights after the softmax.
     dropout_p : float, default 0
@@ -270,11 +268,9 @@ def neighbor_attention_forward(
     Parameters
     ----------
     query : array (Nt, H, D), float32 or float64
-        Of the targets.
-    key : array (Ns, H, D)
-        Of the sources.
-    value : array (Ns, H, C)
-        Of the sources.
+        One row for each target.
+    key, value : array (Ns, H, D) and (Ns, H, C)
+        One row for each source.
     graph : CSRGraph
         With Ns sources and Nt targets.
     edge_bias : array (E, H), optional
@@ -282,7 +278,7 @@ def neighbor_attention_forward(
     edge_key, edge_value : array (E, H, D) and (E, H, C), optional
         Added to the keys and to the values that go along the edges.
     scale : float, optional
-        What products of query and key are multiplied by; 1 / sqrt(D) if None.
+        Multiplies the products of query and key; 1 / sqrt(D) if None.
     edge_weight : array (E,), optional
         Multiplies the weights after the softmax.
     dropout_p : float, default 0
@@ -338,7 +334,7 @@ def neighbor_attention_backward(grad_output: ArrayLike, cache: NeighborCache) ->
     grad_output : array (Nt, H, C)
         The gradient of the loss by the output, in its dtype.
     cache : NeighborCache
-        What `neighbor_attention_forward` returned.
+        The result of `neighbor_attention_forward`.
 
     Returns
     -------

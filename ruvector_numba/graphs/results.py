@@ -70,7 +70,7 @@ class GraphGradients:
     ----------
     parameters : dict of str to array
     node_features : array, or pair of arrays
-        As the nodes were given; in a pair None for a target that was None.
+        In the form of the call's nodes; in a pair None for a target that was None.
     edge_attr, edge_weight : array or None
         For the caller's edges, without self-loops that the layer put in; None if none was given.
 

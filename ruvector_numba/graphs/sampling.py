@@ -184,7 +184,7 @@ def neighbor_batches(
     batch_size : int
         Target nodes of a sample.
     seed : int, optional
-        Of the order and of what is drawn. All batches of an epoch draw with the same, so that a node has the same
+        Decides the order and the draws. All batches of an epoch draw with the same, so that a node has the same
         neighbours in each of them where it is new in the same hop. A fresh one if None.
     shuffle : bool
         Take the nodes in random order, which does not depend on the order they are given in; else in that.

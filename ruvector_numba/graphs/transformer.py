@@ -53,7 +53,7 @@ class GraphTransformer(GraphLayer):
     normalize : bool, default True
         Whether scores go through a softmax. If not, the coefficients are the scores.
     scale : float, optional
-        What scores are multiplied by; 1 / sqrt(out_channels) if None.
+        Multiplies the scores; 1 / sqrt(out_channels) if None.
     seed : int, optional
         Seed of the initial parameters and of the dropout.
     dtype : float32 or float64, default float32

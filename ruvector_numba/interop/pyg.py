@@ -132,7 +132,7 @@ def to_pyg_state(layer: Trainable) -> dict[str, Array]:
 
 
 def _twins(layer: Trainable) -> dict[str, str]:
-    """What a state has twice, and the layer once."""
+    """The names that a state has twice and the layer once."""
     if not (isinstance(layer, GATv2) and layer.share_weights):
         return {}
     return {name.replace("lin_l", "lin_r"): name for name in layer.parameters if name.startswith("lin_l.")}
