@@ -39,19 +39,18 @@ from .errors import (
     SparseMatrixError,
     TrainingError,
 )
+from .graphs.edge_softmax import edge_softmax, edge_softmax_backward
 from .graphs.gat import GAT, GATv2
 from .graphs.graph import CSRGraph
-from .graphs.hgt import HGT, HeteroCache, HeteroGradients
-from .graphs.layer import GraphCache, GraphGradients
+from .graphs.hgt import HGT
 from .graphs.neighbors import (
     NeighborCache,
     NeighborGradients,
-    edge_softmax,
-    edge_softmax_backward,
     neighbor_attention,
     neighbor_attention_backward,
     neighbor_attention_forward,
 )
+from .graphs.results import GraphCache, GraphGradients, HeteroCache, HeteroGradients
 from .graphs.sampling import NeighborSample, neighbor_batches, sample_neighbors
 from .graphs.transformer import GraphTransformer
 from .multi_head import KeyValueCache, MultiHeadAttention

@@ -142,6 +142,9 @@ class AttentionBuilder(_Options):
 class GraphAttentionBuilder(_Options):
     """Builds attention on graphs and its configurations; starts from the defaults of `GraphAttentionConfig`.
 
+    Layers on graphs have no use for `causal`, `eps` and `max_seq_len`, and `GAT` and `GATv2` none for `scale`: these
+    are part of a configuration and change nothing in the layer.
+
     Examples
     --------
     >>> builder = GraphAttentionBuilder().d_model(64).num_heads(4).use_edge_features(True).edge_dim(3)
@@ -200,16 +203,50 @@ class GraphAttentionBuilder(_Options):
         return self._config
 
     def build_gat(self, in_channels: int | tuple[int, int] | None = None, seed: int | None = None) -> GAT:
-        """A `GAT` from in_channels, `d_model` if None, to d_model in all heads; its `eps` and `causal` do not count.
+        """A `GAT` with fresh parameters. Its self-loops are those of `GAT`'s defaults.
 
-        `InvalidConfigError` if the configuration is not valid, as for the other layers.
+        Parameters
+        ----------
+        in_channels : int or (int, int), optional
+            Channels of the nodes, or of sources and targets; `d_model` if None. `d_model` is the output's, of all heads
+            together.
+        seed : int, optional
+            Seed of the parameters and the dropout; the same seed gives the same layer.
+
+        Returns
+        -------
+        GAT
+
+        Raises
+        ------
+        InvalidConfigError
+            If the configuration is not valid, or `in_channels` or `seed` is none.
         """
         from .graphs.gat import GAT
 
-        return GAT(*self._sizes(in_channels), seed=seed, negative_slope=self._config.negative_slope, **self._settings())
+        slope = self._config.negative_slope
+        return GAT(*self._sizes(in_channels), seed=seed, negative_slope=slope, **self._settings())
 
     def build_gatv2(self, in_channels: int | tuple[int, int] | None = None, seed: int | None = None) -> GATv2:
-        """A `GATv2`, as `build_gat`."""
+        """A `GATv2` with fresh parameters. Its self-loops are those of `GATv2`'s defaults.
+
+        Parameters
+        ----------
+        in_channels : int or (int, int), optional
+            Channels of the nodes, or of sources and targets; `d_model` if None. `d_model` is the output's, of all heads
+            together.
+        seed : int, optional
+            Seed of the parameters and the dropout; the same seed gives the same layer.
+
+        Returns
+        -------
+        GATv2
+
+        Raises
+        ------
+        InvalidConfigError
+            If the configuration is not valid, or `in_channels` or `seed` is none.
+        """
         from .graphs.gat import GATv2
 
         slope = self._config.negative_slope
@@ -218,7 +255,25 @@ class GraphAttentionBuilder(_Options):
     def build_graph_transformer(
         self, in_channels: int | tuple[int, int] | None = None, seed: int | None = None
     ) -> GraphTransformer:
-        """A `GraphTransformer`, as `build_gat`; `scale` counts, and there is no slope."""
+        """A `GraphTransformer` with fresh parameters. `scale` counts, and `negative_slope` does not.
+
+        Parameters
+        ----------
+        in_channels : int or (int, int), optional
+            Channels of the nodes, or of sources and targets; `d_model` if None. `d_model` is the output's, of all heads
+            together.
+        seed : int, optional
+            Seed of the parameters and the dropout; the same seed gives the same layer.
+
+        Returns
+        -------
+        GraphTransformer
+
+        Raises
+        ------
+        InvalidConfigError
+            If the configuration is not valid, or `in_channels` or `seed` is none.
+        """
         from .graphs.transformer import GraphTransformer
 
         scale = self._config.base.scale

@@ -178,15 +178,20 @@ def _check_bits(name: str, x: Array, dtype: str) -> None:
 
 def from_sequence(name: str, x: ArrayLike) -> Array:
     """Lists and other array-likes, as NumPy reads them; lists of whole numbers become float64, as in NumPy's maths."""
+    if x is None:
+        raise InvalidInputError(f"{name} is None", hint="give an array")
+    if hasattr(x, "tocsr"):
+        raise InvalidInputError(f"{name} is a sparse matrix", hint=f"{name}.toarray() is an array")
     try:
         array = np.asarray(x)
     except ValueError as error:
         raise InvalidInputError(f"{name} cannot become an array: {error}", hint="give rows of equal length") from None
-    except TypeError:
+    except (TypeError, RuntimeError) as error:
         from .gpu.arrays import is_on_gpu  # which needs this module
 
-        if not is_on_gpu(x):
-            raise
+        if not is_on_gpu(x):  # a tensor that NumPy cannot read
+            hint = f"of a tensor give {name}.detach().float(), and .to_dense() first if it is sparse"
+            raise InvalidInputError(f"{name} cannot become an array: {error}", hint=hint) from None
         hint = "not everything runs there: copy it to the CPU"
         raise InvalidInputError(f"{name} is on the GPU", hint=hint) from None
     return array.astype(np.float64) if array.dtype.kind in "iu" and not isinstance(x, np.ndarray) else array

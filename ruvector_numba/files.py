@@ -12,7 +12,7 @@ import math
 import os
 import secrets
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +21,7 @@ from .errors import DimensionMismatchError, InvalidConfigError, InvalidInputErro
 
 Array = NDArray[Any]
 Shape = tuple[int, ...]
+T = TypeVar("T")
 
 HEADER_LIMIT = 1 << 20  # bytes; those of a layer are some hundreds
 ITEM_SIZES = {"F32": 4, "F64": 8}
@@ -100,6 +101,26 @@ def metadata(path: str | os.PathLike[str]) -> dict[str, str]:
     """The texts in the header of a file, by name; `InvalidInputError` as in `read`."""
     with _opened(path) as file:
         return _header(path, file)[2]
+
+
+def described(path: str | os.PathLike[str], kind: str, make: Callable[[dict[str, str]], T]) -> T:
+    """The object of this kind that the header of a file describes.
+
+    Whoever wrote the header chose what `make` gets to see, so whatever it raises says that the header is no good.
+
+    Raises
+    ------
+    InvalidInputError
+        As in `read`.
+    InvalidConfigError
+        If `make` cannot make the object.
+    """
+    texts = metadata(path)
+    try:
+        return make(texts)
+    except Exception as error:
+        hint = f"give a file that {kind}.save wrote"
+        raise InvalidConfigError(f"{path} describes no {kind}", hint=hint) from error
 
 
 @contextlib.contextmanager

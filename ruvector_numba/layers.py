@@ -6,7 +6,7 @@ a number above 0.5. In the functions `attn_mask` attends, as in torch's function
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -38,9 +38,14 @@ def dice(seed: object) -> np.random.Generator:
         raise InvalidConfigError(f"seed is {seed!r}: {error}", hint="give a whole number, or None") from None
 
 
-def dropout(
-    config: AttentionConfig, training: bool, seed: int | None, dice: np.random.Generator
-) -> tuple[float, int | None]:
+class _Drops(Protocol):
+    """A configuration, or a layer that is its own."""
+
+    @property
+    def dropout(self) -> float: ...
+
+
+def dropout(config: _Drops, training: bool, seed: int | None, dice: np.random.Generator) -> tuple[float, int | None]:
     """The probability to drop a weight, and the seed that decides which."""
     if not training:
         return 0.0, seed

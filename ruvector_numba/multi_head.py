@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from . import checks, dense_past, files, gpu, halves, layers, layers_half, masks, visibility
+from . import checks, dense_past, gpu, halves, layers, layers_half, masks, visibility
 from .config import AttentionConfig
 from .errors import InvalidConfigError, InvalidInputError
 from .gpu import layers as gpu_layers
@@ -340,24 +340,9 @@ class MultiHeadAttention(Trainable, TrainableAttention):
         return {"kind": self.name(), "config": self.config.to_json(), "widths": json.dumps(widths)}
 
     @classmethod
-    def from_file(cls, path: str) -> MultiHeadAttention:
-        """The layer that `save` wrote to a file, with the configuration that it had.
-
-        Raises
-        ------
-        InvalidInputError, InvalidConfigError, DimensionMismatchError
-            If the file is missing, damaged, or not one of this kind of layer.
-        """
-        header = files.metadata(path)
-        try:
-            widths = json.loads(header.get("widths", ""))
-            config, kdim, vdim = AttentionConfig.from_json(header["config"]), widths["kdim"], widths["vdim"]
-        except (KeyError, TypeError, ValueError) as error:
-            hint = "give a file that MultiHeadAttention.save wrote"
-            raise InvalidConfigError(f"{path} does not describe a MultiHeadAttention", hint=hint) from error
-        layer = cls(config, kdim=kdim, vdim=vdim)
-        layer.load(path)
-        return layer
+    def _of_file_header(cls, header: dict[str, str]) -> MultiHeadAttention:
+        widths = json.loads(header["widths"])
+        return cls(AttentionConfig.from_json(header["config"]), kdim=widths["kdim"], vdim=widths["vdim"])
 
 
 # --- the passes ------------------------------------------------------------------------------------------------------

@@ -43,7 +43,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
@@ -51,6 +51,9 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 from . import files, gpu
 from .checks import FLOATS, floats
 from .errors import DimensionMismatchError, InvalidConfigError, InvalidInputError, TrainingError
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 __all__ = ["ParameterSet", "Trainable"]
 
@@ -412,6 +415,24 @@ class Trainable:
         new = ParameterSet(arrays)
         self._change(lambda _: new)
 
+    @classmethod
+    def from_file(cls, path: str | os.PathLike[str]) -> Self:
+        """The layer that `save` wrote to a file, with the settings that it had.
+
+        Raises
+        ------
+        InvalidInputError, InvalidConfigError, DimensionMismatchError
+            If the file is missing, damaged, or not one of this kind of layer.
+        """
+        layer = files.described(path, cls.__name__, cls._of_file_header)
+        layer.load(path)
+        return layer
+
+    @classmethod
+    def _of_file_header(cls, header: dict[str, str]) -> Self:
+        """A layer with the settings in a file's header, which anybody may have written. It may raise anything."""
+        raise NotImplementedError
+
     def _file_header(self) -> dict[str, str]:
         """What a file says about the layer. A class with a configuration adds it, as JSON."""
         return {"kind": type(self).__name__}
@@ -422,7 +443,7 @@ class Trainable:
             theirs = metadata.get(name)
             if theirs != own:
                 both = {"in the file": "nothing" if theirs is None else theirs[:500], "in this object": own}
-                hint = "make the object as it was when the file was saved"
+                hint = "from_file makes an object with the file's settings; load wants one that has them"
                 raise InvalidConfigError(f"{path} does not fit this object: {name} differs", shapes=both, hint=hint)
 
 

@@ -48,7 +48,8 @@ def product(
     elif parts > 1:
         np.sum(made, axis=0, out=out)
     if sums is not None:
-        sums[...] = np.asarray(made_sums).sum(axis=0).reshape(sums.shape)
+        assert made_sums is not None  # it is there where `sums` is
+        sums[...] = made_sums.sum(axis=0).reshape(sums.shape)
 
 
 def linear(x: Array, weight: Array, bias: Array | None = None) -> Array:
@@ -95,17 +96,17 @@ def linears_backward(
     x: Array,
     parameters: Mapping[str, Array],
     names: tuple[str, ...],
-    found: dict[str, Array],
+    gradients: dict[str, Array],
     so_far: Array | None = None,
 ) -> Array:
-    """The gradient of x, added to `so_far`; those of the parameters are put into `found`, or added to what is there."""
+    """The gradient of x, added to `so_far`; those of the parameters go into `gradients`, added to what is there."""
     weight = np.concatenate([parameters[f"{name}.weight"] for name in names])
     dx, dweight, dbias = linear_backward(flattened(grad), x, weight, so_far)
-    made = {"weight": dweight, "bias": dbias} if f"{names[0]}.bias" in parameters else {"weight": dweight}
-    for kind, whole in made.items():
+    kinds = {"weight": dweight, "bias": dbias} if f"{names[0]}.bias" in parameters else {"weight": dweight}
+    for kind, whole in kinds.items():
         for name, part in zip(names, np.split(whole, len(names)), strict=True):
             key = f"{name}.{kind}"
-            found[key] = found[key] + part if key in found else part
+            gradients[key] = gradients[key] + part if key in gradients else part
     return dx
 
 

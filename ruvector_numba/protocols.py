@@ -105,7 +105,11 @@ class Attention(Protocol):
 
 @runtime_checkable
 class GraphAttention(Attention, Protocol):
-    """Attention of nodes to their neighbours."""
+    """Attention of nodes to their neighbours.
+
+    It extends `Attention` because ruvector-attention's trait does. So ``isinstance(rv.GAT(3, 4), rv.Attention)`` is
+    True, which says little: `forward` of a graph layer takes nodes and edges, not query, key and value.
+    """
 
     @abstractmethod
     def graph_forward(

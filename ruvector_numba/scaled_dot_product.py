@@ -176,3 +176,7 @@ class ScaledDotProductAttention(Trainable, TrainableAttention):
 
     def _file_header(self) -> dict[str, str]:
         return {"kind": self.name(), "config": self.config.to_json()}
+
+    @classmethod
+    def _of_file_header(cls, header: dict[str, str]) -> ScaledDotProductAttention:
+        return cls(AttentionConfig.from_json(header["config"]))

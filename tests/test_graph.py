@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 import ruvector_numba as rv
 from ruvector_numba.errors import DimensionMismatchError, GraphStructureError
 from ruvector_numba.graphs import edges
+from ruvector_numba.graphs.derived import Derived
 from ruvector_numba.graphs.graph import CSRGraph
 
 MOST = numba.config.NUMBA_NUM_THREADS
@@ -225,6 +226,14 @@ def test_what_is_derived_is_made_once():
         thread.join()
     assert len(found) == 4
     assert all(a is graph.transposed and b is graph.with_self_loops("replace") for a, b in found)
+
+
+def test_what_is_derived_depends_on_its_kind_and_on_what_it_is_of():
+    graph, other = (CSRGraph.from_edge_index([[0], [1]]) for _ in range(2))
+    one, two = Derived("one"), Derived("one")
+    made = [graph.derived(*key) for key in ((one, list), (two, list), (one, list, 3), (one, list, "3"))]
+    assert len({*map(id, made)}) == 4 and made[0] is graph.derived(one, dict) and made[2] is graph.derived(one, dict, 3)
+    assert other.derived(one, dict) == {} and pickle.loads(pickle.dumps(graph)).derived(one, dict) == {}
 
 
 @pytest.mark.parametrize("in_order", [False, True])

@@ -34,6 +34,17 @@ def test_layers(kind, settings, sizes, aggregation):
         assert edge_dim is None or gradients.edge_attr.shape == (0, 2)
 
 
+@pytest.mark.parametrize("loops", [True, False])
+@pytest.mark.parametrize(("kind", "settings"), KINDS)
+def test_attributes_of_no_edges_can_be_left_out(kind, settings, loops):
+    more = {} if kind is rv.GraphTransformer else {"add_self_loops": loops}
+    layer = kind(4, 3, edge_dim=2, **settings, **more)
+    output, cache = layer.forward_cached(np.ones((5, 4), np.float32), np.zeros((2, 0), int))
+    gradients = layer.backward(output, cache)
+    assert gradients.edge_attr is None
+    assert gradients.parameters["lin_edge.weight"].shape == (3, 2)
+
+
 @pytest.mark.parametrize("sizes", SIZES)
 @pytest.mark.parametrize("shape", [(0,), (0, 2)])
 def test_edge_softmax(shape, sizes):

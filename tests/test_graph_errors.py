@@ -1,9 +1,12 @@
 """Every way to get a graph wrong, and what is then said."""
 
+import types
+
 import numpy as np
 import pytest
 import scipy.sparse
 
+import ruvector_numba as rv
 from ruvector_numba.errors import (
     DimensionMismatchError,
     GraphStructureError,
@@ -44,8 +47,50 @@ def test_more_indices_that_are_no_nodes():
     top = np.array([[0, 2**63], [1, 1]], np.uint64)
     refused(lambda: CSRGraph.from_edge_index(top, 4), f"edge 1 has source {2**63}", f"num_nodes={2**63 + 1}")
     refused(lambda: CSRGraph.from_edge_index(np.array([[2**31 - 1], [0]], np.int32), 4), f"num_nodes={2**31}")
-    huge = np.array([[0], [2**61]])
-    refused(lambda: CSRGraph.from_edge_index(huge), "is num_nodes right?", kind=OutOfMemoryError)
+    huge = np.array([[0, 1], [2, 2**61]])
+    refused(lambda: CSRGraph.from_edge_index(huge), f"edge 1 has target {2**61}, too large", "pass num_nodes")
+    refused(lambda: CSRGraph.from_edge_index(huge, 2**62), "is num_nodes right?", kind=OutOfMemoryError)
+
+
+class Tensor:
+    """One that NumPy cannot read."""
+
+    def __array__(self, dtype=None, copy=None):
+        raise RuntimeError("Can't call numpy() on Tensor that requires grad.")
+
+
+def test_graphs_and_arrays_of_other_libraries():
+    data, net = types.SimpleNamespace(edge_index=np.zeros((2, 3), int)), types.SimpleNamespace()
+    net.adjacency = net.is_multigraph = None
+    x = np.ones((3, 3))
+    for graph, told in (
+        (None, "give whole numbers"), (net, "CSRGraph.from_networkx"), (data, "data.edge_index"),
+        (scipy.sparse.eye_array(3), "CSRGraph.from_scipy"), (Tensor(), "edge_index.detach()"),
+    ):  # fmt: skip
+        refused(lambda graph=graph: CSRGraph.from_edge_index(graph), "edge_index", told)
+        refused(lambda graph=graph: rv.GAT(3, 2)(x, graph), told)
+        made = rv.HGT(3, 2, (["n"], [("n", "to", "n")]))
+        refused(lambda graph=graph, made=made: made({"n": x}, {("n", "to", "n"): graph}), told)
+
+
+def test_arrays_that_numpy_cannot_read_or_that_are_none():
+    edge_index = np.zeros((2, 3), int)
+    for wrong, told in (
+        (Tensor(), "x.detach().float()"), (None, "is None"), (scipy.sparse.csr_array(np.eye(3)), "x.toarray()"),
+    ):  # fmt: skip
+        refused(lambda wrong=wrong: rv.GAT(3, 2)(wrong, edge_index), told, kind=InvalidInputError)
+    graph, q = CSRGraph.from_edge_index(edge_index), np.ones((1, 2, 4))
+    refused(lambda: rv.edge_softmax(None, graph), "scores is None", kind=InvalidInputError)
+    refused(lambda: rv.neighbor_attention(q, None, q, graph), "key is None", kind=InvalidInputError)
+    mask = np.ones((3, 2), bool)
+    told = "numpy.where(edge_bias, 0, -numpy.inf)"
+    refused(lambda: rv.neighbor_attention(q, q, q, graph, mask), told, kind=InvalidInputError)
+
+
+def test_a_list_takes_the_dtype_of_the_nodes():
+    q, graph = np.ones((1, 1, 4), np.float32), CSRGraph.from_edge_index([[0, 0], [0, 0]])
+    output = rv.neighbor_attention(q, q, q, graph, edge_weight=[1.0, 3.0])
+    assert output.dtype == np.float32 and (output == 2).all()
 
 
 @pytest.mark.parametrize("shape", [(5, 2), (3, 4), (4,), (2, 2, 2), ()])
@@ -69,6 +114,7 @@ def test_shapes(shape):
         ([["a"], ["b"]], "give whole numbers"),
         ([[0, 1], [0]], "give rows of equal length"),
         (None, "give whole numbers"),
+        (np.ma.array([[0, 1], [1, 0]], mask=[[1, 0], [0, 0]]), "is a numpy.ma array, whose own mask would be lost"),
         (scipy.sparse.eye_array(3), "CSRGraph.from_scipy"),
     ],
     ids=str,
@@ -137,10 +183,20 @@ def test_attributes_that_are_none():
     attr = np.ones((1, 3))
     for fill, kind, told in [
         ("max", InvalidConfigError, "fill_value is 'max'"),
-        (None, InvalidInputError, "fill_value has dtype object"),
+        (None, InvalidInputError, "fill_value is None"),
         ([1.0, 2.0], DimensionMismatchError, "fill_value.shape: (2,)"),
         (np.zeros((3, 3)), DimensionMismatchError, "one entry for each node"),
         ([[1.0], [2.0, 3.0]], InvalidInputError, "fill_value cannot become an array"),
         ([1j], InvalidInputError, "fill_value has dtype complex128"),
     ]:
         refused(lambda fill=fill: graph.edge_attr_with_self_loops(attr, "add", fill), told, kind=kind)
+
+
+def test_tensors_of_torch_that_are_no_arrays():
+    torch = pytest.importorskip("torch")
+    x, edge_index = np.ones((3, 3), np.float32), np.zeros((2, 3), int)
+    whole = torch.ones(3, 3)
+    for wrong in (whole.requires_grad_(), whole.detach().to_sparse(), whole.bfloat16(), whole.to("meta")):
+        refused(lambda wrong=wrong: rv.GAT(3, 2)(wrong, edge_index), "x.detach().float()", kind=InvalidInputError)
+    for wrong in (torch.eye(3).to_sparse(), torch.zeros(2, 3, dtype=torch.long, device="meta")):
+        refused(lambda wrong=wrong: rv.GAT(3, 2)(x, wrong), "edge_index.detach()", "adj.coalesce().indices()")

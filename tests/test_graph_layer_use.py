@@ -6,6 +6,7 @@ import pickle
 
 import numpy as np
 import pytest
+import scipy.sparse
 from graph_layer_cases import KINDS, make
 from neighbor_cases import refused, rows
 
@@ -165,6 +166,19 @@ def test_bad_settings(kind, name, x):
     refused(lambda: build(kind, name, x), name)
 
 
+@pytest.mark.parametrize("x", ["no", None, 2, 0.0, np.array([True])], ids=str)
+@pytest.mark.parametrize("kind, name", [
+    ("GAT", "concat"), ("GAT", "bias"), ("GAT", "residual"), ("GAT", "normalize"), ("GATv2", "share_weights"),
+    ("GraphTransformer", "beta"), ("GraphTransformer", "root_weight"), ("GraphTransformer", "normalize"),
+])  # fmt: skip
+def test_options_are_on_or_off(kind, name, x):
+    refused(lambda: build(kind, name, x), name, "give True or False")
+    for on in (True, np.True_, 1):
+        assert getattr(build(kind, name, on), name) is True
+    for off in (False, np.False_, 0):
+        assert getattr(build(kind, name, off), name) is False
+
+
 @pytest.mark.parametrize(("name", "x"), BAD_OF_GAT, ids=str)
 @pytest.mark.parametrize("kind", ["GAT", "GATv2"])
 def test_bad_settings_of_gat(kind, name, x):
@@ -173,10 +187,12 @@ def test_bad_settings_of_gat(kind, name, x):
 
 def test_shared_weights_need_one_width():
     refused(lambda: rv.GATv2((3, 5), 2, share_weights=True), "share_weights")
-    refused(lambda: rv.GAT(3, 2, share_weights=True), "share_weights")
+    with pytest.raises(TypeError, match="share_weights"):  # GATv2 alone has it
+        rv.GAT(3, 2, share_weights=True)
 
 
 EDGES = np.array([[0, 1, 2, 3, 4, 0, 0], [0, 0, 1, 1, 1, 2, 2]])
+LOOPLESS = {"add_self_loops": False}
 X, ATTR, WEIGHT = rows(5, 3), rows(7, 6), rows(7)
 BAD_CALLS = [  # of a layer with in 3, edge_dim 6
     ("x", (rows(5, 4), EDGES, ATTR)), ("x", (rows(5), EDGES, ATTR)), ("x", (rows(5, 3, 1), EDGES, ATTR)),
@@ -234,6 +250,42 @@ def test_bad_gradients_and_caches(kind):
     output, cache = case.forward_cached()
     for grad in (output[1:], output[:, 1:], output[..., None], output.astype(np.float32), output * 1j, "x", None):
         refused(lambda grad=grad: case.layer.backward(grad, cache), "grad_output")
+    twins = copy.deepcopy(case.layer), pickle.loads(pickle.dumps(case.layer))
+    for layer, left in ((twins[0], cache), (case.layer, copy.deepcopy(cache)), (twins[1], copy.deepcopy(cache))):
+        found = layer.backward(case.grad_output(), left)
+        assert np.array_equal(found.node_features, case.layer.backward(case.grad_output(), cache).node_features)
+    refused(lambda: make(kind).layer.backward(output, cache), f"cache is that of another {kind}")
     other = make("GAT" if kind != "GAT" else "GATv2").forward_cached()[1]
     for wrong in (None, output, other, make(kind).graph):
         refused(lambda wrong=wrong: case.layer.backward(output, wrong), "cache")
+
+
+# --- matrices --------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("form", ["coo", "csr", "csc", "lil"])
+@kinds
+def test_entries_of_a_matrix_are_edges(kind, form):
+    """Duplicates of a COO matrix too, whose entries other formats add up."""
+    layer = getattr(rv, kind)(3, 2, 2, edge_dim=1, dtype=np.float64, **({} if "Tr" in kind else LOOPLESS))
+    (source, target), values = EDGES, np.arange(7.0)
+    matrix = scipy.sparse.coo_array((values, (target, source)), shape=(5, 5))
+    if form != "coo":
+        matrix = matrix.asformat(form)
+        target, source = matrix.tocoo().coords
+        values = matrix.tocoo().data
+    output, coefficients = layer.graph_forward(X, [source, target], values)
+    features, found = layer.sparse_forward(X, matrix)
+    np.testing.assert_allclose(features, output, rtol=1e-12)
+    assert found.shape == (5, 5) and found.nnz == len(values)
+    np.testing.assert_allclose(found.sum(axis=1)[:3], 1)  # the others have no edges
+    np.testing.assert_allclose(found.sum(), coefficients.mean(axis=1).sum())
+
+
+@kinds
+def test_matrices_of_a_bipartite_graph_and_of_complex_numbers(kind):
+    layer = getattr(rv, kind)((3, 4), 2, edge_dim=1, **({} if "Tr" in kind else LOOPLESS))
+    pair = rows(5, 3, dtype=np.float32), rows(3, 4, dtype=np.float32)
+    matrix = scipy.sparse.coo_array((np.arange(7.0), EDGES[::-1]), shape=(3, 5))
+    for given in (pair, list(pair)):
+        features, found = layer.sparse_forward(given, matrix)
+    assert features.shape == (3, 2) and features.dtype == np.float32 and found.shape == (3, 5)
+    refused(lambda: layer.sparse_forward(pair, matrix * 1j), "adjacency has dtype complex128")

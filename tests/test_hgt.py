@@ -1,8 +1,10 @@
 """The heterogeneous graph transformer against its formula in plain NumPy, its gradients against differences."""
 
 import copy
+import gc
 import math
 import pickle
+import weakref
 
 import numpy as np
 import pytest
@@ -162,6 +164,31 @@ def test_all_gradients_by_differences(name):
         differences(lambda v, k=kind: loss(attr={k: v}), attr[kind], found.edge_attr[kind], kind)
 
 
+def test_weights_of_edges_and_their_gradients():
+    made, (x, index, attr) = case(edge_dim={CITES: 1})
+    rng = np.random.default_rng(5)
+    weight = {CITES: rng.standard_normal(EDGES[CITES]), AT: rng.standard_normal(EDGES[AT])}
+    output, cache = made.forward_cached(x, index, {CITES: attr[CITES][:, 0]}, training=True, edge_weight=weight)
+    same(made(x, index, attr, edge_weight=weight), output, 0)
+    same(made(x, index, attr, edge_weight={kind: np.ones(E) for kind, E in EDGES.items()}), made(x, index, attr))
+    same(cache.coefficients(), made.forward_cached(x, index, attr)[1].coefficients())
+    grads = {kind: rng.standard_normal(o.shape) for kind, o in output.items()}
+    found = made.backward(grads, cache)
+    assert list(found.edge_weight) == [CITES, AT] and found.edge_attr[CITES].shape == (EDGES[CITES],)
+    assert made.backward(grads, made.forward_cached(x, index, attr)[1]).edge_weight == {}
+
+    def loss(attr=attr, **new):
+        outputs = made.forward(x, index, attr, edge_weight={**weight, **new.get("weight", {})})
+        return sum((grads[kind] * o).sum() for kind, o in outputs.items())
+
+    for kind, of_kind in weight.items():
+        differences(lambda v, k=kind: loss(weight={k: v}), of_kind, found.edge_weight[kind], kind)
+    differences(lambda v: loss(attr={CITES: v}), attr[CITES][:, 0], found.edge_attr[CITES], "attr")
+    for wrong in ({CITES: weight[CITES][1:]}, {CITES: weight[CITES][:, None]}, {AT: weight[AT].astype("f4")}, [1.0], 3):
+        with pytest.raises(errors.AttentionError, match="edge_weight"):
+            made(x, index, attr, edge_weight=wrong)
+
+
 def differences(f, at, gradient, name, directions=6, step=1e-5):
     """Along random directions, so that every entry counts, and along single entries."""
     assert gradient.shape == at.shape
@@ -255,8 +282,22 @@ class TestGraphs:
         output, cache = made.forward_cached(x, index, attr)
         for _ in range(2):
             same(made(x, graphs, attr), output, 0)
-        joined = made.forward_cached(x, graphs, attr)[1].joined
-        assert joined is layer(edge_dim=1, seed=5).forward_cached(x, graphs, attr)[1].joined is not cache.joined
+        joined = made.forward_cached(x, graphs, attr)[1].graph
+        assert joined is layer(edge_dim=1, seed=5).forward_cached(x, graphs, attr)[1].graph is not cache.graph
+
+    def test_a_joined_graph_keeps_none_alive_and_one_for_each_pairing(self):
+        made, (x, index, attr) = case(edge_dim=1)
+        graphs = self.graphs(index)
+        first, others = next(iter(graphs.values())), [weakref.ref(graph) for graph in list(graphs.values())[1:]]
+        one = made.forward_cached(x, graphs, attr)[1].graph
+        kinds = list(graphs)
+        again = self.graphs(index) | {kinds[0]: first}
+        two = made.forward_cached(x, again, attr)[1].graph
+        assert two is not one and made.forward_cached(x, graphs, attr)[1].graph is one
+        del graphs
+        gc.collect()
+        assert not any(ref() for ref in others)
+        assert made.forward_cached(x, again, attr)[1].graph is two
 
     def test_what_was_joined_is_not_taken_for_other_graphs(self):
         made, (x, index, _) = case()
@@ -314,10 +355,13 @@ class TestTheLayer:
         output, cache = made.forward_cached(*call)
         before = made.backward(output, cache)
         made.set_parameters(2 * made.get_parameters())
-        again = layer(seed=4).backward(output, cache)
-        for name, g in before.parameters.items():
-            np.testing.assert_array_equal(again.parameters[name], g)
-        assert "HGT" in repr(cache)
+        for twin in (made, copy.deepcopy(made), pickle.loads(pickle.dumps(made))):
+            again = twin.backward(output, cache)
+            for name, g in before.parameters.items():
+                np.testing.assert_array_equal(again.parameters[name], g)
+        assert "HGT" in repr(cache) and cache == cache and cache != made.forward_cached(*call)[1]
+        with pytest.raises(errors.InvalidInputError, match="cache is that of another HGT"):
+            layer(seed=4).backward(output, cache)
 
     def test_copies_and_files(self, tmp_path):
         pytest.importorskip("safetensors")
@@ -329,7 +373,7 @@ class TestTheLayer:
         with pytest.raises(errors.InvalidConfigError, match="does not fit"):
             layer(edge_dim={AT: 2}).load(path)
         rv.GAT(3, 2, seed=0).save(path)
-        with pytest.raises(errors.InvalidConfigError, match="does not describe an HGT"):
+        with pytest.raises(errors.InvalidConfigError, match="describes no HGT"):
             HGT.from_file(path)
 
 
@@ -351,6 +395,14 @@ class TestOneTypeOfEach:
         features, found = made.sparse_forward(self.x, matrix)
         np.testing.assert_allclose(features, output, rtol=1e-12)
         np.testing.assert_allclose(found.toarray()[self.index[1], self.index[0]], coefficients.mean(axis=1), rtol=1e-12)
+
+    def test_entries_with_one_place_are_edges_of_their_own(self):
+        made, twice = self.made(edge_dim=1), np.concatenate([self.index, self.index], axis=1)
+        weights = np.arange(8.0)
+        features, found = made.sparse_forward(self.x, scipy.sparse.coo_array((weights, twice[::-1]), shape=(5, 5)))
+        output, coefficients = made.graph_forward(self.x, twice, weights)
+        np.testing.assert_array_equal(features, output)
+        assert found.nnz == 8 and found.sum() == pytest.approx(coefficients.mean(axis=1).sum())
 
     def test_several_types_are_refused(self):
         with pytest.raises(errors.InvalidInputError, match=r"several types(.|\n)*HINT: call forward"):

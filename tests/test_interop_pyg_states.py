@@ -206,7 +206,7 @@ REFUSED = [
     (0, {}, changed(0, bias=np.ones(8)), InvalidInputError, r"bias.dtype\s*: float64", "cast them"),
     (0, {}, changed(0, bias=np.arange(8)), InvalidInputError, "bias has dtype int64", "astype"),
     (0, {}, changed(0, bias=np.ones(8, np.float16)), InvalidInputError, "bias has dtype float16", r"\.float\(\)"),
-    (0, {}, changed(0, bias=None), InvalidInputError, "bias has dtype object", None),
+    (0, {}, changed(0, bias=None), InvalidInputError, "bias is None", None),
     (0, {}, changed(0, bias=[[1.0], [1.0, 2.0]]), InvalidInputError, "bias cannot become an array", "rows of"),
     (0, {}, changed(0, bias=np.full(8, np.nan, np.float32)), TrainingError, "'bias' is not finite", None),
     # no state at all

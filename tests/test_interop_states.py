@@ -166,7 +166,7 @@ REFUSED = [
     ({}, {n: halved(x) for n, x in state_of().items()}, InvalidInputError, "dtype float16", r"\.float\(\) of a tensor"),
     ({}, changed(out_proj__bias=np.arange(6)), InvalidInputError, "dtype int64, not float32", "astype"),
     ({}, changed(out_proj__bias=np.ones(6, ">f4")), InvalidInputError, "dtype >f4", "cast it"),
-    ({}, changed(out_proj__bias=None), InvalidInputError, "out_proj.bias has dtype object", None),
+    ({}, changed(out_proj__bias=None), InvalidInputError, "out_proj.bias is None", None),
     ({}, changed(out_proj__bias=[[1.0], [1.0, 2.0]]), InvalidInputError, "out_proj.bias cannot become", None),
     # no state at all
     ({}, None, InvalidInputError, "state is a NoneType", r"layer.state_dict\(\)"),

@@ -43,6 +43,32 @@ def test_bad_inputs(name, x):
         refused(lambda call=call: call(**call_with(name, x), **more), name)
 
 
+@pytest.mark.parametrize(
+    "name, x, told",
+    [
+        ("key", rows(5, 1, 4), "expected (2, 4), got (1, 4)"),
+        ("value", rows(5, 3, 6), "expected (5, 2), got (5, 3)"),
+        ("value", rows(4, 2, 6), "expected (5, 2), got (4, 2)"),
+    ],
+)
+def test_the_sizes_told_are_those_that_differ(name, x, told):
+    refused(lambda: rv.neighbor_attention(**call_with(name, x)), told)
+
+
+def test_what_others_call_add_is_sum():
+    refused(
+        lambda: rv.neighbor_attention(**call_with("aggregation", "add")), "aggregation is 'add'\nHINT: give \"sum\""
+    )
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_no_heads(dtype):
+    graph, x = call_with()["graph"], rows(5, 0, 4, dtype=dtype)
+    cache = rv.neighbor_attention_forward(x[:3], x, x, graph)
+    assert cache.output.shape == (3, 0, 4) and cache.coefficients().shape == (7, 0)
+    assert rv.neighbor_attention_backward(cache.output, cache).key.shape == (5, 0, 4)
+
+
 @pytest.mark.parametrize("graph", ODD_GRAPHS, ids=lambda x: type(x).__name__)
 def test_what_is_no_graph(graph):
     refused(lambda: rv.neighbor_attention(**call_with("graph", graph)), "graph", "CSRGraph")

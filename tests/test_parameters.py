@@ -124,7 +124,7 @@ SETS = [
     ({"w": np.ones(2, ">f8")}, InvalidInputError, "w has dtype >f8"),
     ({"w": np.ones(2, complex)}, InvalidInputError, "w has dtype complex128"),
     ({"w": "text"}, InvalidInputError, "w has dtype <U4"),
-    ({"w": None}, InvalidInputError, "w has dtype object"),
+    ({"w": None}, InvalidInputError, "w is None"),
     ({"w": [[1.0], [1.0, 2.0]]}, InvalidInputError, "w cannot become an array.*\n.*rows of equal length"),
     (
         {"w": np.ones(2), "b": np.ones(2, F32)},
@@ -166,7 +166,7 @@ FLATS = [
     (1.0, InvalidInputError, "flat has 0 axes"),
     (np.ones(5, int), InvalidInputError, "flat has dtype int64"),
     (np.ones(5, complex), InvalidInputError, "flat has dtype complex128"),
-    (None, InvalidInputError, "flat has dtype object"),
+    (None, InvalidInputError, "flat is None"),
     ("five!", InvalidInputError, "flat has dtype <U5"),
     ([1, 2, 3, 4, np.nan], TrainingError, "parameter 'b' is not finite"),
     ([np.inf, 2, 3, 4, 5], TrainingError, "parameter 'w' is not finite"),

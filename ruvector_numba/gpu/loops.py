@@ -13,11 +13,14 @@ import numpy as np
 
 from .. import gpu
 from ..checks import Array
+from ..graphs.derived import Derived
 from ..graphs.graph import CSRGraph
 from .arrays import GpuArray, Space
 from .neighbors import Past, Terms
 
 __all__ = ["loops_put_in", "loops_taken_out"]
+
+OF_LOOPS = Derived[tuple[CSRGraph, Array, int]]("from the caller's edges to those with self-loops")
 
 
 def loops_put_in(space: Space, graph: CSRGraph, values: GpuArray, policy: Any, fill_value: Any) -> GpuArray:
@@ -58,7 +61,7 @@ def _rows(x: GpuArray) -> GpuArray:
 
 def _made_of(graph: CSRGraph, policy: Any, word: str | None) -> tuple[CSRGraph, Array, int]:
     """The graph from the caller's edges to those with self-loops, the weights of its edges, and how many loops."""
-    return graph._once(f"made of {policy} {word}", lambda: _built(graph, policy, word))
+    return graph.derived(OF_LOOPS, lambda: _built(graph, policy, word), policy, word)
 
 
 def _built(graph: CSRGraph, policy: Any, word: str | None) -> tuple[CSRGraph, Array, int]:

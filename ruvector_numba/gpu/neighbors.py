@@ -13,6 +13,7 @@ from .. import gpu
 from ..checks import Array
 from ..errors import GraphStructureError, InvalidInputError
 from ..graphs import neighbors
+from ..graphs.derived import Derived
 from ..graphs.graph import CSRGraph
 from ..graphs.neighbors import NeighborGradients
 from .arrays import GpuArray, Space
@@ -178,9 +179,13 @@ class _Walk(NamedTuple):
     most: int
 
 
+BY_TARGET = Derived[_Walk]("the edges in the order of their targets, on a GPU")
+BY_SOURCE = Derived[_Walk]("the edges in the order of their sources, on a GPU")
+
+
 def _walk(graph: CSRGraph, space: Space, by_source: bool) -> _Walk:
-    key = f"by {'source' if by_source else 'target'} on {space.library.key}"
-    return graph._once(key, lambda: _uploaded(graph, space, by_source))
+    kind = BY_SOURCE if by_source else BY_TARGET
+    return graph.derived(kind, lambda: _uploaded(graph, space, by_source), space.library.key)
 
 
 def _uploaded(graph: CSRGraph, space: Space, by_source: bool) -> _Walk:

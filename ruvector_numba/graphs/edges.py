@@ -7,10 +7,27 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ..checks import Array, from_sequence
-from ..errors import DimensionMismatchError, GraphStructureError, InvalidConfigError, InvalidInputError
+from ..checks import Array, from_sequence, memory
+from ..errors import (
+    DimensionMismatchError,
+    GraphStructureError,
+    InvalidConfigError,
+    InvalidInputError,
+    OutOfMemoryError,
+)
 
-__all__ = ["LoopPolicy", "ends", "filled", "index_dtype", "integers", "neighbors", "no_node", "policy", "starts"]
+__all__ = [
+    "LoopPolicy",
+    "ends",
+    "filled",
+    "index_dtype",
+    "integers",
+    "neighbors",
+    "no_node",
+    "policy",
+    "refuse_masked",
+    "starts",
+]
 
 LoopPolicy = Literal["replace", "add", "keep"]
 NARROW = 2**31 - 1  # what int32 can count: half the memory of int64, and reading it is what takes the time
@@ -18,6 +35,7 @@ NARROW = 2**31 - 1  # what int32 can count: half the memory of int64, and readin
 
 def ends(edge_index: ArrayLike, num_nodes: int | tuple[int, int] | None) -> tuple[Array, int, int]:
     """The sources and targets (2, E), not yet looked at, and how many there are of both."""
+    _refuse_other_graphs(edge_index)
     found = integers("edge_index", edge_index)
     if found.ndim != 2 or found.shape[0] != 2:
         hint = "give two rows: the sources and the targets"
@@ -26,9 +44,34 @@ def ends(edge_index: ArrayLike, num_nodes: int | tuple[int, int] | None) -> tupl
         raise GraphStructureError("edge_index is not (2, E)", shapes={"edge_index.shape": found.shape}, hint=hint)
     if num_nodes is None:
         num_sources = num_targets = int(found.max()) + 1 if found.size else 0
+        _check_counted(found, num_sources)
     else:
         num_sources, num_targets = _sizes(num_nodes)
     return found, max(0, num_sources), max(0, num_targets)
+
+
+def _check_counted(found: Array, num_nodes: int) -> None:
+    """A number so large that its graph has no room in memory is no node that anybody meant."""
+    try:
+        memory((num_nodes + 1,), index_dtype(num_nodes), "indptr")
+    except OutOfMemoryError:
+        row, e = np.unravel_index(int(found.argmax()), found.shape)
+        reason = f"edge {e} has {('source', 'target')[row]} {found[row, e]}, too large a number to count nodes up to"
+        hint = "pass num_nodes, which says how many there are; numbers count from 0, without gaps"
+        raise GraphStructureError(reason, hint=hint) from None
+
+
+def _refuse_other_graphs(graph: object) -> None:
+    """Graphs of other libraries, which NumPy would take for single objects."""
+    kind = f"edge_index is a {type(graph).__name__}"
+    if graph is None:
+        raise GraphStructureError("edge_index is None", hint="give whole numbers (2, E), or a CSRGraph")
+    if hasattr(graph, "tocsr"):
+        raise GraphStructureError(kind, hint="for a sparse matrix there is CSRGraph.from_scipy, whose rows are targets")
+    if hasattr(graph, "adjacency") and hasattr(graph, "is_multigraph"):
+        raise GraphStructureError(kind, hint="for a NetworkX graph there is CSRGraph.from_networkx")
+    if hasattr(graph, "edge_index"):
+        raise GraphStructureError(kind, hint="give its edges: data.edge_index")
 
 
 def starts(indptr: ArrayLike, num_edges: int) -> Array:
@@ -67,18 +110,20 @@ def neighbors(indptr: ArrayLike, indices: ArrayLike, num_sources: int | None) ->
 
 def integers(name: str, x: ArrayLike) -> Array:
     """The argument as an array of integers, whichever kind."""
+    refuse_masked(name, x)
     try:
         array = np.asarray(x)
     except ValueError as error:
         raise GraphStructureError(f"{name} cannot become an array: {error}", hint="give rows of equal length") from None
+    except (TypeError, RuntimeError) as error:  # a tensor that NumPy cannot read
+        hint = f"of a tensor give {name}.detach(); of a sparse one, adj.coalesce().indices()"
+        raise GraphStructureError(f"{name} cannot become an array: {error}", hint=hint) from None
     if array.dtype.kind in "iu":
         return array
     if array.size == 0 and not isinstance(x, np.ndarray):
         return array.astype(np.int64)
     hint = f"cast it: {name}.astype(numpy.int64)"
-    if hasattr(x, "tocsr"):
-        hint = "for a sparse matrix there is CSRGraph.from_scipy"
-    elif array.dtype.kind not in "fb":
+    if array.dtype.kind not in "fb":
         hint = "give whole numbers, the nodes' places in their order"
     elif array.dtype.kind == "f":
         odd = np.argwhere(~(np.isfinite(array) & (array == np.round(array))))
@@ -88,6 +133,13 @@ def integers(name: str, x: ArrayLike) -> Array:
             reason = f"{name} has dtype {array.dtype}, not an integer one, and at {place} it is {array[at]}"
             raise GraphStructureError(reason, hint="leave out the edges that have no node")
     raise GraphStructureError(f"{name} has dtype {array.dtype}, not an integer one", hint=hint)
+
+
+def refuse_masked(name: str, x: object) -> None:
+    """NumPy reads what a masked array hides as if it were data."""
+    if isinstance(x, np.ma.MaskedArray):
+        hint = f"leave out what it hides: {name}.compressed() has the rest, in one axis"
+        raise GraphStructureError(f"{name} is a numpy.ma array, whose own mask would be lost", hint=hint)
 
 
 def _sizes(num_nodes: object) -> tuple[int, int]:
@@ -127,14 +179,14 @@ def no_node(
 
 
 def index_dtype(*counts: int) -> np.dtype[Any]:
-    """What counts as far as all of these."""
+    """The narrower type of integers that can hold all of these."""
     return np.dtype(np.int32 if max(counts) <= NARROW else np.int64)
 
 
-def policy(given: LoopPolicy) -> LoopPolicy:
-    if not isinstance(given, str) or given not in get_args(LoopPolicy):
-        raise InvalidConfigError(f"policy is {given!r}", hint='give "replace", "add" or "keep"')
-    return given
+def policy(name: LoopPolicy) -> LoopPolicy:
+    if not isinstance(name, str) or name not in get_args(LoopPolicy):
+        raise InvalidConfigError(f"policy is {name!r}", hint='give "replace", "add" or "keep"')
+    return name
 
 
 def filled(fill_value: ArrayLike, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:

@@ -11,17 +11,16 @@ from ..checks import Array
 from ..errors import InvalidConfigError
 from ..parameters import ParameterSet
 from ..projection import flattened, linear, linear_backward, linears, linears_backward
-from .inputs import Inputs, checked_slope, loop_policy
-from .layer import GraphLayer, Record
+from .inputs import Inputs, checked_slope, loop_policy, switch
+from .layer import GraphLayer
 from .neighbors import Past
+from .results import Record
 
 __all__ = ["GAT", "GATv2"]
 
 
 class _Convolution(GraphLayer):
-    """What both have: LeakyReLU, self-loops, a residual."""
-
-    can_share_weights = False
+    """The common part of GAT and GATv2: LeakyReLU, self-loops, a residual."""
 
     def __init__(
         self,
@@ -39,7 +38,6 @@ class _Convolution(GraphLayer):
         residual: bool = False,
         aggregation: str = "sum",
         normalize: bool = True,
-        share_weights: bool = False,
         seed: int | None = None,
         dtype: DTypeLike = np.float32,
     ) -> None:
@@ -47,14 +45,8 @@ class _Convolution(GraphLayer):
         self.negative_slope, self.add_self_loops = checked_slope(negative_slope), loop_policy(add_self_loops)
         if fill_value is None or (isinstance(fill_value, str) and fill_value not in ("mean", "add")):
             raise InvalidConfigError(f"fill_value is {fill_value!r}", hint='give "mean", "add", a number or an array')
-        self.fill_value, self.residual, self.normalize = fill_value, bool(residual), bool(normalize)
-        self.share_weights = bool(share_weights)
-        if self.share_weights and not self.can_share_weights:
-            raise InvalidConfigError(f"{self.name()} has no share_weights", hint="GATv2 has")
-        if self.share_weights and self.in_channels[0] != self.in_channels[1]:
-            widths = {"in_channels": self.in_channels}
-            hint = "give both the same number of channels, or share_weights=False"
-            raise InvalidConfigError("share_weights needs one width", shapes=widths, hint=hint)
+        self.fill_value = fill_value
+        self.residual, self.normalize = switch("residual", residual), switch("normalize", normalize)
         self._start(self._shapes(), dtype)
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
@@ -90,36 +82,44 @@ class GAT(_Convolution):
 
     Parameters
     ----------
-    in_channels : int, or (int, int) for sources and targets that are projected each in their own way
+    in_channels : int or (int, int)
+        Channels of the nodes; a pair for sources and targets, each projected in its own way.
     out_channels : int
-        Of one head.
-    heads : int
-    concat : bool
-        Whether heads are joined, else averaged.
-    negative_slope : float
-        Of the LeakyReLU.
-    dropout : float
-        The probability to drop a coefficient, in training only.
-    add_self_loops : bool, or "replace", "add", "keep"
-        True is "replace": loops that are there go, and each node gets one. See `CSRGraph.with_self_loops`.
+        Channels of one head of the output.
+    heads : int, default 1
+        Attention heads.
+    concat : bool, default True
+        Whether heads are joined; if not, they are averaged.
+    negative_slope : float, default 0.2
+        Slope of the LeakyReLU below zero.
+    dropout : float, default 0
+        Probability, 0 to 1, to drop a coefficient; in training only.
+    add_self_loops : bool, or {"replace", "add", "keep"}, default True
+        True is "replace": existing loops are removed and each node gets one. See `CSRGraph.with_self_loops`.
     edge_dim : int, optional
-        Channels of `edge_attr`.
-    fill_value : "mean", "add", number or array
-        Attributes of self-loops that the layer puts in. See `CSRGraph.edge_attr_with_self_loops`.
-    bias, residual : bool
-    aggregation : {"sum", "mean", "max"}
-        How a node joins what its edges bring, coefficient times h_j: "mean" divides by their number, "max" takes the
-        largest in each channel, of equal ones the first edge's.
-    normalize : bool
-        False leaves the softmax out: the coefficients are the scores.
+        Channels of `edge_attr`; None for edges without attributes.
+    fill_value : {"mean", "add"}, number or array, default "mean"
+        Attributes of the self-loops that the layer adds. See `CSRGraph.edge_attr_with_self_loops`.
+    bias : bool, default True
+        Whether a bias is added to the output.
+    residual : bool, default False
+        Whether ``res.weight x_i`` is added to the output.
+    aggregation : {"sum", "mean", "max"}, default "sum"
+        How a target joins its messages, coefficient times h_j: "mean" divides their sum by the number of edges, "max"
+        takes the largest in each channel, and among equal ones the first edge's. A dropped edge brings 0 to "max".
+    normalize : bool, default True
+        Whether scores go through a softmax. If not, the coefficients are the scores.
     seed : int, optional
-        Of the initial parameters and the dropout.
-    dtype : float32 or float64
-        Of the initial parameters. What is computed has the dtype of the inputs.
+        Seed of the initial parameters and of the dropout.
+    dtype : float32 or float64, default float32
+        Type of the initial parameters. What is computed has the dtype of the inputs.
 
     Raises
     ------
     InvalidConfigError
+        If an option has a wrong type or value.
+    InvalidInputError
+        If `dtype` is neither float32 nor float64.
 
     Examples
     --------
@@ -155,10 +155,10 @@ class GAT(_Convolution):
         h = self._nodes_of(linear(inputs.source, p[source_name]))
         shared = not inputs.is_pair and source_name == target_name
         att = np.concatenate([p["att_src"], p["att_dst"]] if shared else [p["att_src"]])
-        terms = plan.fold(h, att)[..., None]
+        products = plan.fold(h, att)[..., None]  # att_src . h_j, and att_dst . h_i where the nodes are the same
         h_target = None
         if shared:
-            query = terms[1]
+            query = products[1]
         elif inputs.target is None:
             query = np.zeros((inputs.graph.num_targets, self.heads, 1), h.dtype)
         else:
@@ -168,32 +168,37 @@ class GAT(_Convolution):
         if inputs.edge_attr is not None:  # att . (W a) = (att W) a: no array of edges is as wide as a node
             by_edge = joined(p["att_edge"], p["lin_edge.weight"])
             edge = linear(inputs.edge_attr, by_edge)[..., None]
-        made = plan.Terms(plan.SUM, terms[0], query, h, edge=edge, fold=att, **self._common(inputs, p))
-        return Past(inputs.graph, made, keeps), (h_target, by_edge)
+        terms = plan.Terms(plan.SUM, products[0], query, h, edge=edge, fold=att, **self._common(inputs, p))
+        return Past(inputs.graph, terms, keeps), (h_target, by_edge)
 
     def _attend_back(
-        self, made: Any, record: Record, found: dict[str, Array], so_far: Array | None
+        self, back: Any, record: Record, gradients: dict[str, Array], so_far: Array | None
     ) -> tuple[Array, Array | None, Array | None]:
         inputs, p = record.inputs, record.parameters
         source_name, target_name = self._names()
         h_target, by_edge = record.extra
-        found["att_src"] = made.att[:1]
-        found["att_dst"] = made.att[1:] if len(made.att) > 1 else np.zeros_like(made.att)
-        dh = flattened(made.value)
-        both = None if inputs.is_pair else so_far
-        dsource, found[source_name], _ = linear_backward(dh, inputs.source, p[source_name], both)
+        gradients["att_src"] = back.att[:1]
+        gradients["att_dst"] = back.att[1:] if len(back.att) > 1 else np.zeros_like(back.att)
+        # Where sources and targets are the same nodes, what their residual gave so far is part of the one gradient.
+        of_sources_so_far = None if inputs.is_pair else so_far
+        dsource, gradients[source_name], _ = linear_backward(
+            flattened(back.value), inputs.source, p[source_name], of_sources_so_far
+        )
         dtarget = so_far if inputs.is_pair else dsource
         if h_target is not None:
-            found["att_dst"] = np.einsum("nh,nhc->hc", made.query[..., 0], h_target)[None]
-            dh = flattened(made.query * p["att_dst"])
-            dtarget, dweight, _ = linear_backward(dh, np.asarray(inputs.target), p[target_name], dtarget)
-            found[target_name] = dweight + found[target_name] if target_name in found else dweight
-        elif target_name not in found:
-            found[target_name] = np.zeros_like(p[target_name])
+            assert inputs.target is not None  # h_target was made of it
+            gradients["att_dst"] = np.einsum("nh,nhc->hc", back.query[..., 0], h_target)[None]
+            dh = flattened(back.query * p["att_dst"])
+            dtarget, dweight, _ = linear_backward(dh, inputs.target, p[target_name], dtarget)
+            gradients[target_name] = dweight + gradients[target_name] if target_name in gradients else dweight
+        elif target_name not in gradients:
+            gradients[target_name] = np.zeros_like(p[target_name])
         dattr = None
         if by_edge is not None:
-            dattr, dby_edge, _ = linear_backward(made.edge[..., 0], np.asarray(inputs.edge_attr), by_edge)
-            found["att_edge"], found["lin_edge.weight"] = _joined_back(dby_edge, p["att_edge"], p["lin_edge.weight"])
+            assert inputs.edge_attr is not None  # `by_edge` is what multiplied it
+            dattr, dby_edge, _ = linear_backward(back.edge[..., 0], inputs.edge_attr, by_edge)
+            datt, dweight = _joined_back(dby_edge, p["att_edge"], p["lin_edge.weight"])
+            gradients["att_edge"], gradients["lin_edge.weight"] = datt, dweight
         return dsource, dtarget, dattr
 
 
@@ -213,14 +218,49 @@ class GATv2(_Convolution):
 
     s = att . LeakyReLU(lin_l(x_j) + lin_r(x_i) [+ lin_edge(edge_attr)]), and what goes along an edge is lin_l(x_j).
 
-    Parameters are those of `GAT`, and
-
-    share_weights : bool
-        Whether lin_r is lin_l.
+    Parameters
+    ----------
+    in_channels : int or (int, int)
+        Channels of the nodes; a pair for sources and targets, each projected in its own way.
+    out_channels : int
+        Channels of one head of the output.
+    heads : int, default 1
+        Attention heads.
+    concat : bool, default True
+        Whether heads are joined; if not, they are averaged.
+    negative_slope : float, default 0.2
+        Slope of the LeakyReLU below zero.
+    dropout : float, default 0
+        Probability, 0 to 1, to drop a coefficient; in training only.
+    add_self_loops : bool, or {"replace", "add", "keep"}, default True
+        True is "replace": existing loops are removed and each node gets one. See `CSRGraph.with_self_loops`.
+    edge_dim : int, optional
+        Channels of `edge_attr`; None for edges without attributes.
+    fill_value : {"mean", "add"}, number or array, default "mean"
+        Attributes of the self-loops that the layer adds. See `CSRGraph.edge_attr_with_self_loops`.
+    bias : bool, default True
+        Whether ``lin_l`` and ``lin_r`` have a bias and one is added to the output.
+    residual : bool, default False
+        Whether ``res.weight x_i`` is added to the output.
+    aggregation : {"sum", "mean", "max"}, default "sum"
+        How a target joins its messages, coefficient times lin_l(x_j): "mean" divides their sum by the number of edges,
+        "max" takes the largest in each channel, and among equal ones the first edge's. A dropped edge brings 0 to
+        "max".
+    normalize : bool, default True
+        Whether scores go through a softmax. If not, the coefficients are the scores.
+    share_weights : bool, default False
+        Whether ``lin_r`` is ``lin_l``.
+    seed : int, optional
+        Seed of the initial parameters and of the dropout.
+    dtype : float32 or float64, default float32
+        Type of the initial parameters. What is computed has the dtype of the inputs.
 
     Raises
     ------
     InvalidConfigError
+        If an option has a wrong type or value, or `share_weights` is set and sources and targets differ in width.
+    InvalidInputError
+        If `dtype` is neither float32 nor float64.
 
     Examples
     --------
@@ -230,7 +270,36 @@ class GATv2(_Convolution):
     (4, 16)
     """
 
-    can_share_weights = True
+    def __init__(
+        self,
+        in_channels: int | tuple[int, int],
+        out_channels: int,
+        heads: int = 1,
+        *,
+        concat: bool = True,
+        negative_slope: float = 0.2,
+        dropout: float = 0.0,
+        add_self_loops: bool | str = True,
+        edge_dim: int | None = None,
+        fill_value: str | ArrayLike = "mean",
+        bias: bool = True,
+        residual: bool = False,
+        aggregation: str = "sum",
+        normalize: bool = True,
+        share_weights: bool = False,
+        seed: int | None = None,
+        dtype: DTypeLike = np.float32,
+    ) -> None:
+        self.share_weights = switch("share_weights", share_weights)  # the base asks for the shapes, which need it
+        super().__init__(
+            in_channels, out_channels, heads, concat=concat, negative_slope=negative_slope, dropout=dropout,
+            add_self_loops=add_self_loops, edge_dim=edge_dim, fill_value=fill_value, bias=bias, residual=residual,
+            aggregation=aggregation, normalize=normalize, seed=seed, dtype=dtype,
+        )  # fmt: skip
+        if self.share_weights and self.in_channels[0] != self.in_channels[1]:
+            widths = {"in_channels": self.in_channels}
+            hint = "give both the same number of channels, or share_weights=False"
+            raise InvalidConfigError("share_weights needs one width", shapes=widths, hint=hint)
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         H, C = self.heads, self.out_channels
@@ -249,7 +318,8 @@ class GATv2(_Convolution):
     def _attend(self, inputs: Inputs, p: ParameterSet, keeps: bool) -> tuple[Past, Any]:
         from ..plan import csr as plan
 
-        source, target, H = inputs.source, np.asarray(inputs.target), self.heads
+        assert inputs.target is not None  # `needs_target`: the layer refuses a call without
+        source, target, H = inputs.source, inputs.target, self.heads
         if self.share_weights:
             left = linears(source, p, ("lin_l",), H)[0]
             right = left if not inputs.is_pair else linears(target, p, ("lin_l",), H)[0]
@@ -267,21 +337,22 @@ class GATv2(_Convolution):
         return () if inputs.is_pair or self.share_weights else ("value", "query")
 
     def _attend_back(
-        self, made: Any, record: Record, found: dict[str, Array], so_far: Array | None
+        self, back: Any, record: Record, gradients: dict[str, Array], so_far: Array | None
     ) -> tuple[Array, Array | None, Array | None]:
         inputs, p = record.inputs, record.parameters
-        found["att"] = made.att[None]
+        assert inputs.target is not None  # `needs_target`: the layer refuses a call without
+        gradients["att"] = back.att[None]
         right = "lin_l" if self.share_weights else "lin_r"
         if not inputs.is_pair and self.share_weights:
-            made.value[...] += made.query
-            dsource = dtarget = linears_backward(made.value, inputs.source, p, ("lin_l",), found, so_far)
+            back.value[...] += back.query
+            dsource = dtarget = linears_backward(back.value, inputs.source, p, ("lin_l",), gradients, so_far)
         elif not inputs.is_pair:
-            dsource = dtarget = linears_backward(made.joined, inputs.source, p, ("lin_l", "lin_r"), found, so_far)
+            dsource = dtarget = linears_backward(back.joined, inputs.source, p, ("lin_l", "lin_r"), gradients, so_far)
         else:
-            dsource = linears_backward(made.value, inputs.source, p, ("lin_l",), found)
-            dtarget = linears_backward(made.query, np.asarray(inputs.target), p, (right,), found, so_far)
+            dsource = linears_backward(back.value, inputs.source, p, ("lin_l",), gradients)
+            dtarget = linears_backward(back.query, inputs.target, p, (right,), gradients, so_far)
         dattr = None
         if inputs.edge_attr is not None:
-            dedge = flattened(made.edge)
-            dattr, found["lin_edge.weight"], _ = linear_backward(dedge, inputs.edge_attr, p["lin_edge.weight"])
+            dedge = flattened(back.edge)
+            dattr, gradients["lin_edge.weight"], _ = linear_backward(dedge, inputs.edge_attr, p["lin_edge.weight"])
         return dsource, dtarget, dattr

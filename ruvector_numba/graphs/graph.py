@@ -5,7 +5,7 @@
     indices      (E): the source at each position
     edge_ids     (E): the caller's number of the edge at each position; None if these are the positions themselves
 
->>> graph = CSRGraph.from_edge_index([[0, 2, 1, 0], [1, 0, 1, 2]], num_nodes=3)
+>>> graph = rv.CSRGraph.from_edge_index([[0, 2, 1, 0], [1, 0, 1, 2]], num_nodes=3)
 >>> graph
 CSRGraph(num_nodes=3, num_edges=4)
 >>> graph.indptr.tolist(), graph.indices.tolist(), graph.edge_ids.tolist()
@@ -17,17 +17,20 @@ handed in and out in the caller's order.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Callable, Hashable
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ..checks import Array, floats, memory
-from ..errors import DimensionMismatchError, GraphStructureError, InvalidConfigError
-from . import edges
+from ..errors import DimensionMismatchError, GraphStructureError
+from . import edges, self_loops
+from .derived import Derived
 from .edges import LoopPolicy
+
+if TYPE_CHECKING:
+    from ..plan import grouping
 
 __all__ = ["CSRGraph", "Transposed"]
 
@@ -40,6 +43,11 @@ class Transposed(NamedTuple):
     indptr: Array  # (num_sources + 1)
     targets: Array  # (E), ascending in each group
     positions: Array  # (E): where the edge stands among those grouped by target
+
+
+TRANSPOSED = Derived[Transposed]("the edges grouped by source")
+LOOPS: Derived[grouping.Loops] = Derived("where its self-loops are")
+WITH_LOOPS: Derived[CSRGraph] = Derived("the graph with self-loops by a policy")
 
 
 class CSRGraph:
@@ -55,17 +63,17 @@ class CSRGraph:
     num_sources, num_targets, num_edges : int
         Sources and targets are the same nodes, unless these numbers differ.
 
-    Source: the layout of SciPy's CSR matrices, with the row a target and the column a source, so that
+    The layout is that of SciPy's CSR matrices, with the row a target and the column a source, so that
     ``graph.to_scipy(weights) @ x`` sums what each target receives.
     """
 
-    __slots__ = ("_made", "edge_ids", "indices", "indptr", "num_sources")
+    __slots__ = ("__weakref__", "_derived", "edge_ids", "indices", "indptr", "num_sources")
 
     indptr: Array
     indices: Array
     edge_ids: Array | None
     num_sources: int
-    _made: dict[str, Any]  # what was derived from it so far
+    _derived: dict[tuple[Derived[Any], tuple[Hashable, ...]], Any]  # by `derived` alone
 
     def __init__(self) -> None:
         hint = "use CSRGraph.from_edge_index, from_neighbors, from_scipy or from_networkx"
@@ -102,7 +110,7 @@ class CSRGraph:
 
         Examples
         --------
-        >>> CSRGraph.from_edge_index([[0, 4], [1, 1]], num_nodes=(5, 2))
+        >>> rv.CSRGraph.from_edge_index([[0, 4], [1, 1]], num_nodes=(5, 2))
         CSRGraph(num_sources=5, num_targets=2, num_edges=2)
         """
         ends, num_sources, num_targets = edges.ends(edge_index, num_nodes)
@@ -128,7 +136,7 @@ class CSRGraph:
 
         Examples
         --------
-        >>> CSRGraph.from_neighbors([0, 2, 2, 3], [1, 2, 0])
+        >>> rv.CSRGraph.from_neighbors([0, 2, 2, 3], [1, 2, 0])
         CSRGraph(num_nodes=3, num_edges=3)
         """
         starts, sources, num_sources = edges.neighbors(indptr, indices, num_sources)
@@ -153,7 +161,7 @@ class CSRGraph:
         Examples
         --------
         >>> import scipy.sparse
-        >>> CSRGraph.from_scipy(scipy.sparse.csc_array([[0, 2, 0], [3, 0, 0]]))
+        >>> rv.CSRGraph.from_scipy(scipy.sparse.csc_array([[0, 2, 0], [3, 0, 0]]))
         CSRGraph(num_sources=3, num_targets=2, num_edges=2)
         """
         form = getattr(matrix, "format", None)
@@ -187,7 +195,7 @@ class CSRGraph:
         Examples
         --------
         >>> import networkx  # doctest: +SKIP
-        >>> CSRGraph.from_networkx(networkx.path_graph(3))  # doctest: +SKIP
+        >>> rv.CSRGraph.from_networkx(networkx.path_graph(3))  # doctest: +SKIP
         CSRGraph(num_nodes=3, num_edges=4)
         """
         if not hasattr(graph, "adjacency") or not hasattr(graph, "is_multigraph"):
@@ -230,11 +238,11 @@ class CSRGraph:
 
         Examples
         --------
-        >>> graph = CSRGraph.from_edge_index([[0, 2, 1, 0], [1, 0, 1, 2]])
+        >>> graph = rv.CSRGraph.from_edge_index([[0, 2, 1, 0], [1, 0, 1, 2]])
         >>> graph.transposed.indptr.tolist(), graph.transposed.targets.tolist(), graph.transposed.positions.tolist()
         ([0, 2, 3, 4], [1, 2, 1, 0], [1, 3, 2, 0])
         """
-        return self._once("transposed", self._transpose)
+        return self.derived(TRANSPOSED, self._transpose)
 
     def __repr__(self) -> str:
         nodes = f"num_nodes={self.num_targets}"
@@ -247,25 +255,25 @@ class CSRGraph:
 
         Raises DimensionMismatchError if there is not one for each edge, as `by_edge` does.
         """
-        found = self._one_each("values", np.asarray(values))
-        return found if self.edge_ids is None else found[self.edge_ids]
+        one_each = self._one_each("values", np.asarray(values))
+        return one_each if self.edge_ids is None else one_each[self.edge_ids]
 
     def by_edge(self, values: ArrayLike) -> Array:
         """Values (E, ...) as the edges stand in `indices`, now in the caller's order.
 
         Examples
         --------
-        >>> graph = CSRGraph.from_edge_index([[0, 2, 1, 0], [1, 0, 1, 2]])
+        >>> graph = rv.CSRGraph.from_edge_index([[0, 2, 1, 0], [1, 0, 1, 2]])
         >>> graph.by_position([10, 11, 12, 13]).tolist()
         [11, 10, 12, 13]
         >>> graph.by_edge([11, 10, 12, 13]).tolist()
         [10, 11, 12, 13]
         """
-        found = self._one_each("values", np.asarray(values))
+        one_each = self._one_each("values", np.asarray(values))
         if self.edge_ids is None:
-            return found
-        out = np.empty_like(found)
-        out[self.edge_ids] = found
+            return one_each
+        out = np.empty_like(one_each)
+        out[self.edge_ids] = one_each
         return out
 
     def to_edge_index(self) -> NDArray[np.int64]:
@@ -273,7 +281,7 @@ class CSRGraph:
 
         Examples
         --------
-        >>> CSRGraph.from_edge_index([[0, 2], [1, 0]]).to_edge_index().tolist()
+        >>> rv.CSRGraph.from_edge_index([[0, 2], [1, 0]]).to_edge_index().tolist()
         [[0, 2], [1, 0]]
         """
         out = np.empty((2, self.num_edges), np.int64)
@@ -297,7 +305,7 @@ class CSRGraph:
 
         Examples
         --------
-        >>> CSRGraph.from_edge_index([[0, 2], [1, 0]]).to_scipy([5.0, 6.0]).toarray().tolist()
+        >>> rv.CSRGraph.from_edge_index([[0, 2], [1, 0]]).to_scipy([5.0, 6.0]).toarray().tolist()
         [[0.0, 0.0, 6.0], [5.0, 0.0, 0.0], [0.0, 0.0, 0.0]]
         """
         import scipy.sparse
@@ -329,29 +337,33 @@ class CSRGraph:
         --------
         edge_attr_with_self_loops : what belongs to these edges.
 
-        Source: `GATConv` ("replace") and `add_self_loops` ("add") of PyTorch Geometric.
+        References
+        ----------
+        `GATConv` ("replace") and `add_self_loops` ("add") of PyTorch Geometric.
 
         Examples
         --------
-        >>> graph = CSRGraph.from_edge_index([[0, 1, 1], [1, 1, 0]])
+        >>> graph = rv.CSRGraph.from_edge_index([[0, 1, 1], [1, 1, 0]])
         >>> graph.with_self_loops().to_edge_index().tolist()
         [[0, 1, 0, 1], [1, 0, 0, 1]]
         """
-        return self if edges.policy(policy) == "keep" else self._once(policy, lambda: self._put_loops(policy))
+        if edges.policy(policy) == "keep":
+            return self
+        return self.derived(WITH_LOOPS, lambda: self._put_loops(policy), policy)
 
     def edge_attr_with_self_loops(
         self, edge_attr: ArrayLike, policy: LoopPolicy = "replace", fill_value: str | ArrayLike = "mean"
     ) -> Array:
-        """What belongs to edges, for the edges of ``with_self_loops(policy)``, in their order.
+        """An array of edges, extended to the edges of ``with_self_loops(policy)``, in their order.
 
         Parameters
         ----------
         edge_attr : array_like of floats (E, ...)
             For the edges of this graph, in the caller's order.
         policy : {"replace", "add", "keep"}
-            As there.
+            As in `with_self_loops`.
         fill_value : "mean", "add", number or array_like
-            What new self-loops get: the mean or the sum of what the other edges to the node have (0 where there are
+            Entries of new self-loops: the mean or the sum of those of the other edges to the node (0 where there are
             none; with "add" its older self-loops count), or this number, or this array, which broadcasts to one entry
             for each node.
 
@@ -366,7 +378,7 @@ class CSRGraph:
 
         Examples
         --------
-        >>> graph = CSRGraph.from_edge_index([[0, 1, 1], [1, 1, 0]])
+        >>> graph = rv.CSRGraph.from_edge_index([[0, 1, 1], [1, 1, 0]])
         >>> graph.edge_attr_with_self_loops([3.0, 5.0, 7.0]).tolist()
         [3.0, 7.0, 7.0, 3.0]
         """
@@ -374,19 +386,40 @@ class CSRGraph:
         if edges.policy(policy) == "keep":
             return values.copy()
         stays = self._loops().stays if policy == "replace" else np.ones(self.num_edges, np.bool_)
-        loops = self._filled(values, stays, fill_value)
+        loops = self_loops.filled(self, values, stays, fill_value)
         kept = int(np.count_nonzero(stays))
         out = np.empty((kept + len(loops), *values.shape[1:]), values.dtype)
         np.compress(stays, values, axis=0, out=out[:kept])
         out[kept:] = loops
         return out
 
-    # --- inside ----------------------------------------------------------------------------------------------------
-    def _once(self, name: str, make: Callable[[], _T]) -> _T:
-        """Two threads may both make it, and both get the one that was kept."""
-        found = self._made.get(name)
-        return self._made.setdefault(name, make()) if found is None else found
+    # --- what is derived from it -----------------------------------------------------------------------------------
+    def derived(self, kind: Derived[_T], make: Callable[[], _T], *of: Hashable) -> _T:
+        """Something that follows from the graph, made when first asked for and kept as long as the graph lives.
 
+        Parameters
+        ----------
+        kind : Derived
+            The kind of thing, and so its type.
+        make : callable
+            Makes it. Two threads may both do so; both get the one that is kept. It must not hold on to other graphs of
+            the caller, which would live as long as this one.
+        *of : hashable
+            All that it depends on besides the graph, such as a policy or a device: there is one for each.
+
+        Examples
+        --------
+        >>> from ruvector_numba.graphs.derived import Derived
+        >>> LARGEST = Derived[int]("the largest in-degree")
+        >>> graph = rv.CSRGraph.from_edge_index([[0, 2, 1], [1, 0, 1]])
+        >>> graph.derived(LARGEST, lambda: int(graph.in_degrees.max()))
+        2
+        """
+        key = kind, of
+        found = self._derived.get(key)
+        return self._derived.setdefault(key, make()) if found is None else found
+
+    # --- inside ----------------------------------------------------------------------------------------------------
     def _targets(self) -> Array:
         """(E): the target at each position."""
         return np.repeat(np.arange(self.num_targets, dtype=self.indices.dtype), self.in_degrees)
@@ -394,16 +427,16 @@ class CSRGraph:
     def _transpose(self) -> Transposed:
         from ..plan import grouping as plan
 
-        found = plan.survey(self.indices, self._targets(), self.num_sources, self.num_targets, self.indices.dtype)
-        indptr, targets, positions = plan.group(found)
+        survey = plan.survey(self.indices, self._targets(), self.num_sources, self.num_targets, self.indices.dtype)
+        indptr, targets, positions = plan.group(survey)
         if positions is None:
             positions = np.arange(self.num_edges, dtype=self.indices.dtype)
         return Transposed(*map(_frozen, (indptr, targets, positions)))
 
-    def _loops(self) -> Any:
+    def _loops(self) -> grouping.Loops:
         from ..plan import grouping as plan
 
-        return self._once("loops", lambda: plan.find_loops(plan.Grouped(self.indptr, self.indices, self.edge_ids)))
+        return self.derived(LOOPS, lambda: plan.find_loops(plan.Grouped(self.indptr, self.indices, self.edge_ids)))
 
     def _put_loops(self, policy: LoopPolicy) -> CSRGraph:
         from ..plan import grouping as plan
@@ -413,27 +446,6 @@ class CSRGraph:
         graph = plan.Grouped(self.indptr, self.indices, self.edge_ids)
         made = plan.put_loops(graph, self._loops() if policy == "replace" else None, loops, dtype)
         return _assembled(*made, self.num_sources)
-
-    def _filled(self, values: Array, stays: NDArray[np.bool_], fill_value: str | ArrayLike) -> Array:
-        """What belongs to the new loops."""
-        n = min(self.num_sources, self.num_targets)
-        shape = (n, *values.shape[1:])
-        if not isinstance(fill_value, str):
-            return edges.filled(fill_value, shape, values.dtype)
-        if fill_value not in ("mean", "add"):
-            hint = 'give "mean", "add", a number or an array'
-            raise InvalidConfigError(f"fill_value is {fill_value!r}", hint=hint)
-        import scipy.sparse
-
-        ids = np.arange(self.num_edges, dtype=self.indices.dtype) if self.edge_ids is None else self.edge_ids
-        here = stays[ids]
-        ends = np.append(0, np.cumsum(here))[self.indptr[: n + 1]].astype(ids.dtype)
-        chosen = ids[here][: ends[-1]]
-        one_each = scipy.sparse.csr_array((np.ones(len(chosen), values.dtype), chosen, ends), (n, self.num_edges))
-        sums = one_each @ values.reshape(self.num_edges, math.prod(shape[1:]))
-        if fill_value == "mean":
-            sums /= np.maximum(np.diff(ends), 1)[:, None].astype(values.dtype)
-        return sums.reshape(shape)
 
     def _one_each(self, name: str, x: Array) -> Array:
         if x.ndim == 0 or len(x) != self.num_edges:
@@ -457,7 +469,7 @@ def _assembled(indptr: Array, indices: Array, edge_ids: Array | None, num_source
         ("indices", _frozen(indices)),
         ("edge_ids", None if edge_ids is None else _frozen(edge_ids)),
         ("num_sources", num_sources),
-        ("_made", {}),
+        ("_derived", {}),
     ):
         object.__setattr__(graph, name, value)
     return graph
@@ -470,9 +482,9 @@ def _grouped(sources: Array, targets: Array, num_sources: int, num_targets: int)
     dtype = edges.index_dtype(num_sources, num_targets, len(sources))
     memory((num_targets + 1,), dtype, "indptr", hint="it has one number for each target: is num_nodes right?")
     is_narrow = dtype == np.int32 and sources.dtype == targets.dtype == dtype
-    given = dtype if is_narrow else np.dtype(np.int64)
-    keys, others = (np.require(ends, given, ["C", "A"]) for ends in (targets, sources))
-    found = plan.survey(keys, others, num_targets, num_sources, dtype)
-    if found.bad >= 0:
-        raise edges.no_node(found.bad, sources[found.bad], targets[found.bad], num_sources, num_targets)
-    return _assembled(*plan.group(found), num_sources)
+    integer = dtype if is_narrow else np.dtype(np.int64)
+    keys, others = (np.require(ends, integer, ["C", "A"]) for ends in (targets, sources))
+    survey = plan.survey(keys, others, num_targets, num_sources, dtype)
+    if survey.bad >= 0:
+        raise edges.no_node(survey.bad, sources[survey.bad], targets[survey.bad], num_sources, num_targets)
+    return _assembled(*plan.group(survey), num_sources)

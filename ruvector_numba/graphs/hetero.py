@@ -2,18 +2,33 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..checks import Array
+from .. import gpu
+from ..checks import Array, from_sequence
 from ..errors import DimensionMismatchError, GraphStructureError, InvalidConfigError, InvalidInputError
 from . import edges
+from .derived import Derived
 from .graph import CSRGraph
-from .inputs import size
+from .inputs import features, size
+from .neighbors import edge_values, packed
 
-__all__ = ["EdgeType", "Joined", "by_type", "checked_metadata", "joined_edges", "known_types", "parameter_key"]
+__all__ = [
+    "EdgeType",
+    "Joined",
+    "attributes_by_type",
+    "by_type",
+    "checked_metadata",
+    "joined_edges",
+    "known_types",
+    "nodes_by_type",
+    "parameter_key",
+    "weights_of_edges",
+]
 
 EdgeType = tuple[str, str, str]
 
@@ -27,31 +42,107 @@ class Joined(NamedTuple):
     edges: dict[EdgeType, slice]
 
 
+class _Kept(NamedTuple):
+    """A joined graph, and what it was made of, without keeping that alive."""
+
+    made_of: list[weakref.ref[CSRGraph]]
+    joined: Joined
+
+
+JOINED: Derived[dict[Any, _Kept]] = Derived("graphs that it was joined to, as the first of them")
+
+
 def joined_edges(edge_types: list[EdgeType], edge_index_dict: Any, nodes: dict[str, Array]) -> Joined:
-    """All edges that were given as one graph; kept in the first of them if all are graphs."""
-    given = known_types("edge_index_dict", edge_index_dict, edge_types)
-    for kind in given:
+    """All edges of a call as one graph. If all are graphs, it is kept with the first as long as the others live."""
+    edges_of = known_types("edge_index_dict", edge_index_dict, edge_types)
+    for kind in edges_of:
         for node in kind[::2]:
             if node not in nodes:
                 hint = "give the features of both ends of the edges"
                 raise InvalidInputError(f"there are edges {kind!r}, x_dict lacks {node!r}", hint=hint)
     reached = {kind[2] for kind in edge_types}
-    sources = _places({kind: len(nodes[kind[0]]) for kind in given})
+    sources = _places({kind: len(nodes[kind[0]]) for kind in edges_of})
     targets = _places({node: len(x) for node, x in nodes.items() if node in reached})
-    graphs = list(given.values())
-    is_kept = bool(graphs) and all(isinstance(graph, CSRGraph) for graph in graphs)
-    kept: Any = graphs[0]._made.get("joined", [()]) if is_kept else [()]
-    layout = [*map(id, graphs)], sources, targets
-    if kept[0] == layout:
-        return kept[1]
-    ends = {kind: _ends(kind, graph, nodes) for kind, graph in given.items()}
+    graphs = list(edges_of.values())
+    if not graphs or not all(isinstance(graph, CSRGraph) for graph in graphs):
+        return _joined(edges_of, sources, targets, nodes)
+    kept = graphs[0].derived(JOINED, dict)
+    sizes = [(kind, at.stop) for places in (sources, targets) for kind, at in places.items()]
+    key = (*map(id, graphs), *sizes)
+    found = kept.get(key)
+    # An id may have been another graph's, which is gone.
+    if found is None or any(ref() is not graph for ref, graph in zip(found.made_of, graphs, strict=True)):
+        for old, one in list(kept.items()):
+            if any(ref() is None for ref in one.made_of):
+                kept.pop(old, None)
+        found = _Kept([*map(weakref.ref, graphs)], _joined(edges_of, sources, targets, nodes))
+        kept[key] = found
+    return found.joined
+
+
+def _joined(
+    edges_of: dict[EdgeType, Any], sources: dict[EdgeType, slice], targets: dict[str, slice], nodes: dict[str, Array]
+) -> Joined:
+    ends = {kind: _ends(kind, one, nodes) for kind, one in edges_of.items()}
     moved = [x + [[sources[kind].start], [targets[kind[2]].start]] for kind, x in ends.items()]
     numbers = tuple(sum(at.stop - at.start for at in places.values()) for places in (sources, targets))
     whole = CSRGraph.from_edge_index(np.concatenate([np.empty((2, 0), np.int64), *moved], axis=1), numbers)
-    made = Joined(whole, sources, targets, _places({kind: x.shape[1] for kind, x in ends.items()}))
-    if is_kept:
-        graphs[0]._made["joined"] = layout, made, graphs  # which stay, and so do their ids
-    return made
+    return Joined(whole, sources, targets, _places({kind: x.shape[1] for kind, x in ends.items()}))
+
+
+# --- what a call has by type -----------------------------------------------------------------------------------------
+def nodes_by_type(x_dict: Any, widths: dict[str, int]) -> dict[str, Array]:
+    """The features of the nodes, of these widths and one dtype."""
+    nodes = {}
+    for kind, x in known_types("x_dict", x_dict, list(widths)).items():
+        name, width = f"x_dict[{kind!r}]", widths[kind]
+        if gpu.is_on_gpu(x):
+            raise InvalidInputError(f"{name} lies on a GPU, where HGT does not run", hint="take it to the CPU")
+        nodes[kind] = array = features(name, x)
+        if array.shape[1] != width:
+            hint = f"the layer was built for {width} channels of {kind!r}"
+            raise DimensionMismatchError(width, array.shape[1], shapes={f"{name}.shape": array.shape}, hint=hint)
+    if not nodes:
+        raise InvalidInputError("x_dict is empty", hint="give the features of each type of nodes")
+    if len({x.dtype for x in nodes.values()}) > 1:
+        dtypes = {f"x_dict[{kind!r}].dtype": x.dtype for kind, x in nodes.items()}
+        raise InvalidInputError("the types of nodes differ in dtype", shapes=dtypes, hint="cast them to one")
+    return nodes
+
+
+def attributes_by_type(
+    edge_attr_dict: Any, widths: dict[EdgeType, int], joined: Joined, dtype: np.dtype[Any]
+) -> tuple[dict[EdgeType, Array], dict[EdgeType, tuple[int, ...]]]:
+    """The attributes (E, edge_dim) of the edges that have some, and the shapes in which they were given."""
+    by_kind = {} if edge_attr_dict is None else known_types("edge_attr_dict", edge_attr_dict, list(joined.edges))
+    attr: dict[EdgeType, Array] = {}
+    shapes: dict[EdgeType, tuple[int, ...]] = {}
+    for kind, at in joined.edges.items():
+        name, width, E = f"edge_attr_dict[{kind!r}]", widths.get(kind), at.stop - at.start
+        if width is None and kind in by_kind:
+            raise InvalidInputError(f"{name} was given, these edges have no edge_dim", hint="build it with edge_dim")
+        if width is None:
+            continue
+        if kind in by_kind:
+            array = from_sequence(name, by_kind[kind])
+            shapes[kind] = array.shape
+            array = array[:, None] if array.ndim == width == 1 else array
+            attr[kind] = packed(edge_values(name, array, (E, width), dtype))
+        elif E:
+            raise InvalidInputError(f"{name} is missing", hint=f"give an array (E, {width}), one row for each edge")
+    return attr, shapes
+
+
+def weights_of_edges(edge_weight: Any, joined: Joined, dtype: np.dtype[Any]) -> tuple[Array | None, list[EdgeType]]:
+    """The weights of all edges (E,), 1 where none were given, and the types that were given some."""
+    if edge_weight is None:
+        return None, []
+    by_kind = known_types("edge_weight", edge_weight, list(joined.edges))
+    weight = np.ones(joined.graph.num_edges, dtype)
+    for kind, x in by_kind.items():
+        at = joined.edges[kind]
+        weight[at] = edge_values(f"edge_weight[{kind!r}]", x, (at.stop - at.start,), dtype)
+    return weight, list(by_kind)
 
 
 # --- types -----------------------------------------------------------------------------------------------------------
@@ -73,44 +164,46 @@ def checked_metadata(metadata: Any) -> tuple[list[str], list[EdgeType]]:
     return node_types, edge_types
 
 
-def by_type(name: str, given: Any, kinds: list[Any]) -> dict[Any, int]:
+def by_type(name: str, numbers: Any, kinds: list[Any]) -> dict[Any, int]:
     """One number for all types, or for each its own, in the order of the types."""
-    if not isinstance(given, Mapping):
-        return dict.fromkeys(kinds, size(name, given))
-    known = known_types(name, given, kinds, InvalidConfigError)
+    if not isinstance(numbers, Mapping):
+        return dict.fromkeys(kinds, size(name, numbers))
+    known = known_types(name, numbers, kinds, InvalidConfigError)
     return {kind: size(f"{name}[{kind!r}]", n) for kind, n in known.items()}
 
 
 def known_types(
-    name: str, given: Any, kinds: list[Any], error: type[InvalidInputError | InvalidConfigError] = InvalidInputError
+    name: str, by_kind: Any, kinds: list[Any], error: type[InvalidInputError | InvalidConfigError] = InvalidInputError
 ) -> dict[Any, Any]:
-    """What is given by type, in the order of the types."""
-    if not isinstance(given, Mapping):
-        raise InvalidInputError(f"{name} is a {type(given).__name__}", hint="give a dictionary by type")
-    for kind in given:
+    """The entries of a dictionary by type, in the order of the types."""
+    if not isinstance(by_kind, Mapping):
+        raise InvalidInputError(f"{name} is a {type(by_kind).__name__}", hint="give a dictionary by type")
+    for kind in by_kind:
         if kind not in kinds:
             raise error(f"{name} has {kind!r}", hint=f"the types are {', '.join(map(repr, kinds))}")
-    return {kind: given[kind] for kind in kinds if kind in given}
+    return {kind: by_kind[kind] for kind in kinds if kind in by_kind}
 
 
-def _ends(kind: EdgeType, given: Any, nodes: dict[str, Array]) -> Array:
+def _ends(kind: EdgeType, edge_index: Any, nodes: dict[str, Array]) -> Array:
     """The sources and targets (2, E) of edges of one type, checked."""
     numbers = len(nodes[kind[0]]), len(nodes[kind[2]])
-    if isinstance(given, CSRGraph):
-        if (given.num_sources, given.num_targets) != numbers:
-            shapes = {f"nodes {kind[0]!r}, {kind[2]!r}": numbers, f"edge_index_dict[{kind!r}]": given}
+    if isinstance(edge_index, CSRGraph):
+        if (edge_index.num_sources, edge_index.num_targets) != numbers:
+            shapes = {f"nodes {kind[0]!r}, {kind[2]!r}": numbers, f"edge_index_dict[{kind!r}]": edge_index}
             hint = "the graph has a source for each row of the one, a target for each of the other"
-            raise DimensionMismatchError((given.num_sources, given.num_targets), numbers, shapes=shapes, hint=hint)
-        return given.to_edge_index()
+            raise DimensionMismatchError(
+                (edge_index.num_sources, edge_index.num_targets), numbers, shapes=shapes, hint=hint
+            )
+        return edge_index.to_edge_index()
     try:
-        found = edges.ends(given, numbers)[0]
-        bad = np.flatnonzero(((found < 0) | (found >= np.array(numbers)[:, None])).any(axis=0))
+        ends = edges.ends(edge_index, numbers)[0]
+        bad = np.flatnonzero(((ends < 0) | (ends >= np.array(numbers)[:, None])).any(axis=0))
         if len(bad):
-            raise edges.no_node(int(bad[0]), found[0, bad[0]], found[1, bad[0]], *numbers)
+            raise edges.no_node(int(bad[0]), ends[0, bad[0]], ends[1, bad[0]], *numbers)
     except GraphStructureError as error:
         reason = f"edge_index_dict[{kind!r}]: {error.reason}"
         raise GraphStructureError(reason, shapes=error.shapes, hint=error.hint) from None
-    return found.astype(np.int64)
+    return ends.astype(np.int64)
 
 
 def _places(sizes: dict[Any, int]) -> dict[Any, slice]:

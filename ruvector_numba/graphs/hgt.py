@@ -10,66 +10,38 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
-from .. import checks, files, gpu, layers
-from ..checks import Array, from_sequence
-from ..errors import DimensionMismatchError, GraphStructureError, InvalidConfigError, InvalidInputError
+from .. import checks, layers
+from ..checks import Array
+from ..errors import InvalidConfigError, InvalidInputError
 from ..parameters import ParameterSet, Trainable
-from ..projection import linear_backward, product
+from ..projection import linear_backward
 from ..protocols import GraphAttention
-from .graph import CSRGraph
-from .hetero import EdgeType, Joined, by_type, checked_metadata, joined_edges, known_types, parameter_key
-from .inputs import features, initial, size
-from .neighbors import Past, edge_array
+from .hetero import (
+    EdgeType,
+    attributes_by_type,
+    by_type,
+    checked_metadata,
+    joined_edges,
+    known_types,
+    nodes_by_type,
+    parameter_key,
+    weights_of_edges,
+)
+from .hgt_products import along, along_back, flat, gate_of, linear_back, linear_rows, normal
+from .inputs import along_matrix, check_owner, identity, initial, size
+from .neighbors import Past
+from .results import HeteroCache, HeteroGradients, HeteroRecord
 
 __all__ = ["HGT", "HeteroCache", "HeteroGradients"]
 
 Nodes = Mapping[str, ArrayLike]
 Edges = Mapping[EdgeType, Any]
 Attributes = Mapping[EdgeType, ArrayLike] | None
-
-
-class HeteroCache(NamedTuple):
-    """What `HGT`'s forward pass leaves for its backward pass.
-
-    It refers to the arrays of the call and copies none: they must not change before the backward pass.
-    """
-
-    layer: HGT
-    nodes: dict[str, Array]
-    joined: Joined
-    attr: dict[EdgeType, Array]
-    parameters: ParameterSet
-    past: Past
-
-    def __repr__(self) -> str:
-        return f"HeteroCache({self.layer!r}, {self.joined.graph!r})"
-
-    def coefficients(self) -> dict[EdgeType, Array]:
-        """By edge type (E, H): how much each edge counts, in the caller's order; 1 in all over the edges of a node."""
-        found = self.past.coefficients()
-        return {kind: found[at] for kind, at in self.joined.edges.items()}
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class HeteroGradients:
-    """The gradients that `HGT`'s backward pass gives.
-
-    Attributes
-    ----------
-    parameters : dict of str to array
-    node_features : dict of str to array, for all node types that were given
-    edge_attr : dict of (str, str, str) to array, for all edge types whose attributes were given
-    """
-
-    parameters: dict[str, Array]
-    node_features: dict[str, Array]
-    edge_attr: dict[EdgeType, Array]
 
 
 class HGT(Trainable, GraphAttention):
@@ -86,22 +58,29 @@ class HGT(Trainable, GraphAttention):
     ----------
     in_channels : int, or dict of str to int by node type
     out_channels : int
-        Of all heads together.
+        Channels of the output, of all heads together.
     metadata : (list of str, list of (str, str, str))
         The node types, and the edge types as (source type, relation, target type).
-    heads : int
+    heads : int, default 1
+        Attention heads, which share `out_channels` evenly.
     edge_dim : int, or dict of (str, str, str) to int, optional
         Channels of the edge attributes, of all edge types or of those in the dictionary. `HGTConv` has none.
     seed : int, optional
-        Of the initial parameters.
-    dtype : float32 or float64
-        Of the initial parameters. What is computed has the dtype of the inputs.
+        Seed of the initial parameters.
+    dtype : float32 or float64, default float32
+        Type of the initial parameters. What is computed has the dtype of the inputs.
 
     Raises
     ------
     InvalidConfigError
+        If `metadata` does not describe types of nodes and edges, a number of channels or heads is none, `heads` does
+        not divide `out_channels`, or a dictionary names a type that is not in `metadata`.
+    InvalidInputError
+        If `dtype` is neither float32 nor float64.
 
-    Source: Hu et al., "Heterogeneous Graph Transformer", 2020, without its relative temporal encoding.
+    References
+    ----------
+    Hu et al., "Heterogeneous Graph Transformer", 2020, without its relative temporal encoding.
 
     Examples
     --------
@@ -135,6 +114,7 @@ class HGT(Trainable, GraphAttention):
             sizes = {"out_channels": self.out_channels, "heads": self.heads}
             raise InvalidConfigError("heads does not divide out_channels", shapes=sizes, hint="heads share them evenly")
         self.edge_dim = {} if edge_dim is None else by_type("edge_dim", edge_dim, self.edge_types)
+        self._identity = identity()
         dice = layers.dice(seed)
         ones = "skip.", "p_rel."
         arrays = {n: np.ones(s) if n.startswith(ones) else initial(dice, n, s) for n, s in self._shapes().items()}
@@ -175,12 +155,24 @@ class HGT(Trainable, GraphAttention):
         return f"HGT({self.in_channels}, {self.out_channels}, {metadata}, heads={self.heads}{more})"
 
     # --- forward ----------------------------------------------------------------------------------------------------
-    def __call__(self, x_dict: Nodes, edge_index_dict: Edges, edge_attr_dict: Attributes = None) -> dict[str, Array]:
+    def __call__(
+        self,
+        x_dict: Nodes,
+        edge_index_dict: Edges,
+        edge_attr_dict: Attributes = None,
+        *,
+        edge_weight: Attributes = None,
+    ) -> dict[str, Array]:
         """As `forward`."""
-        return self.forward(x_dict, edge_index_dict, edge_attr_dict)
+        return self.forward(x_dict, edge_index_dict, edge_attr_dict, edge_weight=edge_weight)
 
     def forward(  # type: ignore[override]  # dictionaries of nodes and edges, not query, key and value
-        self, x_dict: Nodes, edge_index_dict: Edges, edge_attr_dict: Attributes = None
+        self,
+        x_dict: Nodes,
+        edge_index_dict: Edges,
+        edge_attr_dict: Attributes = None,
+        *,
+        edge_weight: Attributes = None,
     ) -> dict[str, Array]:
         """Attend to neighbours of all types.
 
@@ -191,8 +183,10 @@ class HGT(Trainable, GraphAttention):
         edge_index_dict : dict of (str, str, str) to CSRGraph, or array_like of integers (2, E)
             The edges of each type: sources, counted within their type, above targets. A type that is missing has no
             edges. If all are `CSRGraph`, they are joined at the first call only.
-        edge_attr_dict : dict of (str, str, str) to array (E, edge_dim), optional
+        edge_attr_dict : dict of (str, str, str) to array (E, edge_dim) or, for edge_dim 1, (E,), optional
             Features of the edges, of each type that has an edge_dim.
+        edge_weight : dict of (str, str, str) to array (E,), optional
+            Multiplies the coefficients after the softmax; 1 for the types that are missing.
 
         Returns
         -------
@@ -201,50 +195,85 @@ class HGT(Trainable, GraphAttention):
 
         Raises
         ------
-        InvalidInputError, DimensionMismatchError, GraphStructureError
+        InvalidInputError
+            If features, attributes or weights are missing, no numbers, or of different dtypes, a type is unknown, or
+            an array lies on a GPU.
+        DimensionMismatchError
+            If an array does not have a row for each node or each edge, or another number of channels.
+        GraphStructureError
+            If an edge has no node at one of its ends.
         """
-        return self._run(x_dict, edge_index_dict, edge_attr_dict, keeps=False)[0]
+        return self._run(x_dict, edge_index_dict, edge_attr_dict, edge_weight, keeps=False)[0]
 
     def forward_cached(
-        self, x_dict: Nodes, edge_index_dict: Edges, edge_attr_dict: Attributes = None
+        self,
+        x_dict: Nodes,
+        edge_index_dict: Edges,
+        edge_attr_dict: Attributes = None,
+        training: bool = True,
+        *,
+        edge_weight: Attributes = None,
     ) -> tuple[dict[str, Array], HeteroCache]:
-        """The output, and what `backward` needs. All else as in `forward`."""
-        return self._run(x_dict, edge_index_dict, edge_attr_dict, keeps=True)
+        """The output, and what `backward` needs.
 
-    def _run(self, x_dict: Any, edge_index_dict: Any, edge_attr_dict: Any, keeps: bool) -> tuple[Any, HeteroCache]:
+        Parameters
+        ----------
+        x_dict, edge_index_dict, edge_attr_dict, edge_weight
+            As in `forward`.
+        training : bool, default True
+            Changes nothing: there is no dropout. The other layers have it.
+
+        Returns
+        -------
+        output : dict of str to array (N, out_channels)
+        cache : HeteroCache
+
+        Raises
+        ------
+        InvalidInputError, DimensionMismatchError, GraphStructureError
+            As in `forward`.
+        """
+        return self._run(x_dict, edge_index_dict, edge_attr_dict, edge_weight, keeps=True)
+
+    def _run(
+        self, x_dict: Any, edge_index_dict: Any, edge_attr_dict: Any, edge_weight: Any, keeps: bool
+    ) -> tuple[Any, HeteroCache]:
         from ..plan import csr as plan
 
-        nodes = self._nodes(x_dict)
+        nodes = nodes_by_type(x_dict, self.in_channels)
         joined = joined_edges(self.edge_types, edge_index_dict, nodes)
         p = self._parameters.as_type(next(iter(nodes.values())).dtype)
-        attr = self._attr(edge_attr_dict, joined, p.dtype)
-        heads, both = (self.heads, self.out_channels // self.heads), None
+        attr, attr_shapes = attributes_by_type(edge_attr_dict, self.edge_dim, joined, p.dtype)
+        weight, weighted = weights_of_edges(edge_weight, joined, p.dtype)
+        H, D = self.heads, self.out_channels // self.heads
         weights = {node: self._weights(node, p) for node in nodes}
-        key_value = np.empty((joined.graph.num_sources, 2, *heads), p.dtype)
+        key_value = np.empty((joined.graph.num_sources, 2, H, D), p.dtype)
         for kind, at in joined.sources.items():
             turned = self._turn(kind, p).swapaxes(-1, -2) @ weights[kind[0]][::2]
-            _linear(nodes[kind[0]], turned[..., :-1], turned[..., -1], key_value[at])
-        query = np.empty((joined.graph.num_targets, *heads), p.dtype)
+            linear_rows(nodes[kind[0]], turned[..., :-1], turned[..., -1], key_value[at])
+        query = np.empty((joined.graph.num_targets, H, D), p.dtype)
         for node, at in joined.targets.items():
-            _linear(nodes[node], weights[node][1, ..., :-1], weights[node][1, ..., -1], query[at])
+            linear_rows(nodes[node], weights[node][1, ..., :-1], weights[node][1, ..., -1], query[at])
+        edge_rows = None  # what edges add to keys and to values
         if attr:
-            both = np.zeros((joined.graph.num_edges, 2, *heads), p.dtype)
+            edge_rows = np.zeros((joined.graph.num_edges, 2, H, D), p.dtype)
             for kind, x in attr.items():
-                _linear(x, _along(kind, p, *2 * [self._of_edges(kind, p)]), None, both[joined.edges[kind]])
+                linear_rows(x, along(kind, p, *2 * [self._of_edges(kind, p)]), None, edge_rows[joined.edges[kind]])
         terms = plan.Terms(
-            plan.DOT, key_value[:, 0], query, key_value[:, 1], scale=1 / math.sqrt(heads[1]),
-            edge=None if both is None else both[:, 0], edge_value=None if both is None else both[:, 1],
+            plan.DOT, key_value[:, 0], query, key_value[:, 1], scale=1 / math.sqrt(D), edge_weight=weight,
+            edge=None if edge_rows is None else edge_rows[:, 0],
+            edge_value=None if edge_rows is None else edge_rows[:, 1],
         )  # fmt: skip
         past = Past(joined.graph, terms, keeps)
         output = {node: self._finish(node, past.output[at], nodes[node], p) for node, at in joined.targets.items()}
-        return output, HeteroCache(self, nodes, joined, attr, p, past)
+        return output, HeteroCache(HeteroRecord(self, nodes, joined, attr, attr_shapes, weighted, p, past))
 
     def _finish(self, kind: str, attended: Array, x: Array, p: ParameterSet) -> Array:
         a, name = attended.reshape(len(x), self.out_channels), f"out_lin.lins.{kind}"
         output = np.empty_like(a)
-        _linear(a * _normal(a), p[f"{name}.weight"], p[f"{name}.bias"], output)
+        linear_rows(a * normal(a), p[f"{name}.weight"], p[f"{name}.bias"], output)
         if x.shape[1] == self.out_channels:
-            gate = _gate(kind, p)
+            gate = gate_of(kind, p)
             output *= gate
             output += (1 - gate) * x
         return output
@@ -257,7 +286,7 @@ class HGT(Trainable, GraphAttention):
 
     def _turn(self, kind: EdgeType, p: ParameterSet) -> Array:
         """(2, H, D, D): what keys and values are multiplied by along a type of edges."""
-        return _along(kind, p, self._of_relation("k_rel", kind, p), self._of_relation("v_rel", kind, p))
+        return along(kind, p, self._of_relation("k_rel", kind, p), self._of_relation("v_rel", kind, p))
 
     def _of_relation(self, name: str, kind: EdgeType, p: Mapping[str, Array]) -> Array:
         """(H, D, D), a view: HGTConv counts the edge types of the first head, then those of the next."""
@@ -277,86 +306,114 @@ class HGT(Trainable, GraphAttention):
         grad_output : dict of str to array of the shape and dtype of the output
             A type that is missing counts as 0.
         cache : HeteroCache
-            Of `forward_cached`: the gradients are those of what was computed then, with the parameters of then.
+            From this layer's `forward_cached`. The gradients are those of that call, with its parameters.
+
+        Returns
+        -------
+        HeteroGradients
 
         Raises
         ------
-        InvalidInputError, DimensionMismatchError
+        InvalidInputError
+            If `cache` is none of this layer's, or `grad_output` holds an unknown type or another dtype.
+        DimensionMismatchError
+            If an array of `grad_output` has another shape than the output.
         """
         if not isinstance(cache, HeteroCache):
             hint = "give what this layer's forward_cached returned"
             raise InvalidInputError(f"cache is a {type(cache).__name__}, not a HeteroCache", hint=hint)
+        record = cache._record
+        check_owner(self, record.layer)
         grads = {}
-        for kind, g in known_types("grad_output", grad_output, list(cache.joined.targets)).items():
-            shape = len(cache.nodes[kind]), cache.layer.out_channels
-            grads[kind] = checks.gradient(f"grad_output[{kind!r}]", g, shape, cache.parameters.dtype)
-        return cache.layer._backward(grads, cache)
+        for kind, g in known_types("grad_output", grad_output, list(record.joined.targets)).items():
+            shape = len(record.nodes[kind]), record.layer.out_channels
+            grads[kind] = checks.gradient(f"grad_output[{kind!r}]", g, shape, record.parameters.dtype)
+        return record.layer._backward(grads, record)
 
-    def _backward(self, grads: dict[str, Array], cache: HeteroCache) -> HeteroGradients:
-        joined, p, nodes = cache.joined, cache.parameters, cache.nodes
-        found = {name: np.zeros_like(x) for name, x in p.items()}
+    def _backward(self, grads: dict[str, Array], record: HeteroRecord) -> HeteroGradients:
+        joined, p, nodes = record.joined, record.parameters, record.nodes
+        gradients = {name: np.zeros_like(x) for name, x in p.items()}
         dnodes = {node: np.zeros(x.shape, x.dtype) for node, x in nodes.items()}
-        dattended = np.zeros_like(cache.past.output)
+        dattended = np.zeros_like(record.past.output)
         for node, grad in grads.items():
-            dattended[joined.targets[node]] = self._finish_back(node, grad, cache, found, dnodes[node])
-        made = cache.past.backward(dattended)
+            dattended[joined.targets[node]] = self._finish_back(node, grad, record, gradients, dnodes[node])
+        back = record.past.backward(dattended)
+        assert back.key is not None  # dot products have keys
         weights = {node: self._weights(node, p) for node in nodes}
         dweights = {node: np.zeros_like(weight) for node, weight in weights.items()}
         for node, at in joined.targets.items():
-            dx, dweights[node][1] = _linear_back(made.query[at], nodes[node], weights[node][1])
+            dx, dweights[node][1] = linear_back(back.query[at], nodes[node], weights[node][1])
             dnodes[node] += dx
         for kind, at in joined.sources.items():
             node, turn, weight = kind[0], self._turn(kind, p), weights[kind[0]][::2]
-            grad = np.stack([np.asarray(made.key)[at], made.value[at]], axis=1)
-            dx, dturned = _linear_back(grad, nodes[node], turn.swapaxes(-1, -2) @ weight)
+            grad = np.stack([back.key[at], back.value[at]], axis=1)
+            dx, dturned = linear_back(grad, nodes[node], turn.swapaxes(-1, -2) @ weight)
             dnodes[node] += dx
             dweights[node][::2] += turn @ dturned
-            dkey, dvalue = _along_back(
-                kind, p, found, weight @ dturned.swapaxes(-1, -2), self._of_relation("k_rel", kind, p)
-            )
-            self._of_relation("k_rel", kind, found)[...], self._of_relation("v_rel", kind, found)[...] = dkey, dvalue
+            dturn = weight @ dturned.swapaxes(-1, -2)
+            dkey, dvalue = along_back(kind, p, gradients, dturn, self._of_relation("k_rel", kind, p))
+            self._of_relation("k_rel", kind, gradients)[...] = dkey
+            self._of_relation("v_rel", kind, gradients)[...] = dvalue
         for node, dweight in dweights.items():
             name = f"kqv_lin.lins.{node}"
-            found[f"{name}.weight"], found[f"{name}.bias"] = _flat(dweight[..., :-1]), dweight[..., -1].ravel()
-        return HeteroGradients(found, dnodes, {kind: self._attr_back(kind, made, cache, found) for kind in cache.attr})
+            gradients[f"{name}.weight"], gradients[f"{name}.bias"] = flat(dweight[..., :-1]), dweight[..., -1].ravel()
+        dattr = {kind: self._attr_back(kind, back, record, gradients) for kind in record.attr}
+        of_weights = {} if back.edge_weight is None else {k: back.edge_weight[joined.edges[k]] for k in record.weighted}
+        return HeteroGradients(gradients, dnodes, dattr, of_weights)
 
-    def _finish_back(self, kind: str, grad: Array, cache: HeteroCache, found: dict[str, Array], dx: Array) -> Array:
-        p, x, name = cache.parameters, cache.nodes[kind], f"out_lin.lins.{kind}"
-        attended = cache.past.output[cache.joined.targets[kind]]
+    def _finish_back(
+        self, kind: str, grad: Array, record: HeteroRecord, gradients: dict[str, Array], dx: Array
+    ) -> Array:
+        p, x, name = record.parameters, record.nodes[kind], f"out_lin.lins.{kind}"
+        attended = record.past.output[record.joined.targets[kind]]
         a, weight, bias = attended.reshape(grad.shape), p[f"{name}.weight"], p[f"{name}.bias"]
-        below = _normal(a)
+        below = normal(a)
         da, dweight, dbias = linear_backward(grad, a * below, weight)
         if x.shape[1] == self.out_channels:
-            gate = _gate(kind, p)
+            gate = gate_of(kind, p)
             # the product of grad and what out_lin gave is that of its gradients and its parameters
             dgate = (dweight * weight).sum() + (dbias * bias).sum() - (grad * x).sum()
-            found[f"skip.{parameter_key(kind)}"][0] = dgate * gate * (1 - gate)
+            gradients[f"skip.{parameter_key(kind)}"][0] = dgate * gate * (1 - gate)
             for y in (da, dweight, dbias):
                 y *= gate
             dx += (1 - gate) * grad
-        found[f"{name}.weight"], found[f"{name}.bias"] = dweight, dbias
+        gradients[f"{name}.weight"], gradients[f"{name}.bias"] = dweight, dbias
         return (da * (below + a * np.exp(-0.5 * a * a) * (1 / math.sqrt(2 * math.pi)))).reshape(attended.shape)
 
-    def _attr_back(self, kind: EdgeType, made: Any, cache: HeteroCache, found: dict[str, Array]) -> Array:
-        p, at, x, weight = (
-            cache.parameters,
-            cache.joined.edges[kind],
-            cache.attr[kind],
-            self._of_edges(kind, cache.parameters),
-        )
-        grad = np.stack([made.edge[at], made.edge_value[at]], axis=1).reshape(len(x), 2 * self.out_channels)
-        both = _along(kind, p, weight, weight)
-        dattr, dboth, _ = linear_backward(grad, x, _flat(both))
-        self._of_edges(kind, found)[...] = _along_back(kind, p, found, dboth.reshape(both.shape), weight).sum(axis=0)
-        return dattr
+    def _attr_back(self, kind: EdgeType, back: Any, record: HeteroRecord, gradients: dict[str, Array]) -> Array:
+        p, at, x = record.parameters, record.joined.edges[kind], record.attr[kind]
+        weight = self._of_edges(kind, p)
+        grad = np.stack([back.edge[at], back.edge_value[at]], axis=1).reshape(len(x), 2 * self.out_channels)
+        maps = along(kind, p, weight, weight)
+        dattr, dmaps, _ = linear_backward(grad, x, flat(maps))
+        dkey, dvalue = along_back(kind, p, gradients, dmaps.reshape(maps.shape), weight)
+        self._of_edges(kind, gradients)[...] = dkey + dvalue
+        return dattr.reshape(record.attr_shapes[kind])
 
-    # --- the plan's -------------------------------------------------------------------------------------------------
+    # --- ruvector-attention's graph interface -----------------------------------------------------------------------
     def graph_forward(
         self, node_features: Any, edge_index: Any, edge_attr: ArrayLike | None = None
     ) -> tuple[Array, Array]:
-        """The output and the coefficients (E, heads) of a layer of one node type and one edge type.
+        """The output and the coefficients of a layer of one node type and one edge type.
 
-        Raises InvalidInputError if it has more, else as `forward` does.
+        Parameters
+        ----------
+        node_features : array (N, in_channels)
+        edge_index : CSRGraph, or array_like of integers (2, E)
+        edge_attr : array (E, edge_dim), optional
+
+        Returns
+        -------
+        features : array (N, out_channels)
+        coefficients : array (E, heads)
+            In the order of `edge_index`.
+
+        Raises
+        ------
+        InvalidInputError
+            If the layer has several types of nodes or edges, and as `forward` does.
+        DimensionMismatchError, GraphStructureError
+            As `forward` does.
         """
         if len(self.node_types) > 1 or len(self.edge_types) > 1:
             hint = "call forward, or forward_cached and its cache's coefficients(), with dictionaries by type"
@@ -370,19 +427,28 @@ class HGT(Trainable, GraphAttention):
         return output[node], cache.coefficients()[edge]
 
     def sparse_forward(self, node_features: Any, adjacency: Any) -> tuple[Array, Any]:
-        """`graph_forward` along the entries of a scipy.sparse matrix (N, N), whose rows are targets.
+        """The output and the coefficients as a matrix, of a layer of one node type and one edge type.
 
-        With ``edge_dim=1`` they are the edges' features. The coefficients, averaged over heads, are a csr_array.
+        Parameters
+        ----------
+        node_features : array (N, in_channels)
+        adjacency : scipy.sparse matrix (N, N)
+            As in `GAT.sparse_forward`: node i, a row, attends to node j where an entry is stored; with ``edge_dim=1``
+            its value is the edge's feature.
+
+        Returns
+        -------
+        features : array (N, out_channels)
+        coefficients : scipy.sparse.csr_array (N, N)
+            With the entries of `adjacency`; the mean over heads.
+
+        Raises
+        ------
+        InvalidInputError, DimensionMismatchError, GraphStructureError
+            As `graph_forward` does; GraphStructureError also if `adjacency` is no sparse matrix of real numbers.
         """
-        if not hasattr(adjacency, "tocsr"):
-            hint = "scipy.sparse.csr_array makes one; for an edge_index there is graph_forward"
-            raise GraphStructureError(f"adjacency is a {type(adjacency).__name__}, not a sparse matrix", hint=hint)
-        matrix = adjacency.tocsr()
-        graph, attr = CSRGraph.from_scipy(matrix), None
-        if self.edge_dim.get(self.edge_types[0]) == 1:
-            attr = np.asarray(matrix.data, from_sequence("node_features", node_features).dtype)[:, None]
-        output, found = self.graph_forward(node_features, graph, attr)
-        return output, graph.to_scipy(found.mean(axis=1))
+        takes_values = self.edge_dim.get(self.edge_types[0]) == 1
+        return along_matrix(self.graph_forward, node_features, adjacency, takes_values)
 
     # --- files ------------------------------------------------------------------------------------------------------
     def _file_header(self) -> dict[str, str]:
@@ -393,90 +459,7 @@ class HGT(Trainable, GraphAttention):
         return {"kind": "HGT", "settings": json.dumps(settings)}
 
     @classmethod
-    def from_file(cls, path: str) -> HGT:
-        """The layer that `save` wrote to a file, with the settings that it had. It raises what `load` does."""
-        header = files.metadata(path)
-        if header.get("kind") != "HGT":
-            raise InvalidConfigError(f"{path} does not describe an HGT", hint="give a file that HGT.save wrote")
+    def _of_file_header(cls, header: dict[str, str]) -> HGT:
         settings = json.loads(header["settings"])
         settings["edge_dim"] = {tuple(kind): n for kind, n in settings["edge_dim"]}
-        layer = cls(**settings)
-        layer.load(path)
-        return layer
-
-    # --- checks -----------------------------------------------------------------------------------------------------
-    def _nodes(self, x_dict: Any) -> dict[str, Array]:
-        nodes = {}
-        for kind, x in known_types("x_dict", x_dict, self.node_types).items():
-            name, width = f"x_dict[{kind!r}]", self.in_channels[kind]
-            if gpu.is_on_gpu(x):
-                raise InvalidInputError(f"{name} lies on a GPU, where HGT does not run", hint="take it to the CPU")
-            nodes[kind] = array = features(name, x)
-            if array.shape[1] != width:
-                hint = f"the layer was built for {width} channels of {kind!r}"
-                raise DimensionMismatchError(width, array.shape[1], shapes={f"{name}.shape": array.shape}, hint=hint)
-        if not nodes:
-            raise InvalidInputError("x_dict is empty", hint="give the features of each type of nodes")
-        if len({x.dtype for x in nodes.values()}) > 1:
-            dtypes = {f"x_dict[{kind!r}].dtype": x.dtype for kind, x in nodes.items()}
-            raise InvalidInputError("the types of nodes differ in dtype", shapes=dtypes, hint="cast them to one")
-        return nodes
-
-    def _attr(self, edge_attr_dict: Any, joined: Joined, dtype: np.dtype[Any]) -> dict[EdgeType, Array]:
-        given = {} if edge_attr_dict is None else known_types("edge_attr_dict", edge_attr_dict, list(joined.edges))
-        attr: dict[EdgeType, Array] = {}
-        for kind, at in joined.edges.items():
-            name, width, E = f"edge_attr_dict[{kind!r}]", self.edge_dim.get(kind), at.stop - at.start
-            if kind not in given and width is not None and E:
-                raise InvalidInputError(f"{name} is missing", hint=f"give an array (E, {width}), one row for each edge")
-            if kind in given and width is None:
-                raise InvalidInputError(
-                    f"{name} was given, these edges have no edge_dim", hint="build it with edge_dim"
-                )
-            if kind in given:
-                attr[kind] = np.asarray(edge_array(name, given[kind], (E, width or 0), dtype))
-        return attr
-
-
-# --- arithmetic ------------------------------------------------------------------------------------------------------
-def _flat(weights: Array) -> Array:
-    return weights.reshape(-1, weights.shape[-1])
-
-
-def _linear(x: Array, weights: Array, bias: Array | None, out: Array) -> None:
-    """All that the rows of `weights` make of x, into `out`."""
-    weight, flat_bias = _flat(weights), None if bias is None else bias.ravel()
-    product(x[None, :, None], weight.T[None, :, None], out.reshape(1, len(x), 1, len(weight)), flat_bias)
-
-
-def _linear_back(grad: Array, x: Array, weights: Array) -> tuple[Array, Array]:
-    """The gradients of x and of `weights`, in which the biases come last."""
-    weight = _flat(weights[..., :-1])
-    dx, dweight, dbias = linear_backward(grad.reshape(len(x), len(weight)), x, weight)
-    return dx, np.concatenate([dweight, dbias[:, None]], axis=1).reshape(weights.shape)
-
-
-def _along(kind: EdgeType, p: ParameterSet, key: Array, value: Array) -> Array:
-    """(2, H, ...): for keys, with the priority of the edge type, and for values."""
-    return np.stack([_priority(kind, p) * key, value])
-
-
-def _along_back(kind: EdgeType, p: ParameterSet, found: dict[str, Array], grad: Array, key: Array) -> Array:
-    """The gradients of key and value; that of the priority is added to `found`."""
-    found[f"p_rel.{parameter_key(*kind)}"][0] += (grad[0] * key).sum(axis=(-1, -2))
-    return np.stack([_priority(kind, p) * grad[0], grad[1]])
-
-
-def _priority(kind: EdgeType, p: ParameterSet) -> Array:
-    return p[f"p_rel.{parameter_key(*kind)}"].reshape(-1, 1, 1)
-
-
-def _gate(kind: str, p: ParameterSet) -> Any:
-    return 1 / (1 + np.exp(-p[f"skip.{parameter_key(kind)}"][0]))
-
-
-def _normal(x: Array) -> Array:
-    """The share of the normal distribution below x: gelu is x times it."""
-    import scipy.special
-
-    return np.asarray(scipy.special.ndtr(x))
+        return cls(**settings)

@@ -1,9 +1,11 @@
-"""What graph layers are called with, checked: nodes, a graph with self-loops, and what belongs to its edges."""
+"""Checks of a graph layer's options and calls: nodes, a graph with self-loops, and the arrays of its edges."""
 
 from __future__ import annotations
 
 import math
 import operator
+import secrets
+from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -12,19 +14,24 @@ from numpy.typing import ArrayLike
 from .. import checks
 from ..checks import Array
 from ..errors import DimensionMismatchError, GraphStructureError, InvalidConfigError, InvalidInputError
-from . import edges
+from . import edges, self_loops
 from .graph import CSRGraph
 
 __all__ = [
     "Inputs",
+    "along_matrix",
+    "check_owner",
     "checked_slope",
     "edge_gradients",
     "features",
     "graph_of",
+    "identity",
     "initial",
+    "is_pair",
     "listed",
     "loop_policy",
     "size",
+    "switch",
 ]
 
 
@@ -77,11 +84,59 @@ def size(name: str, n: object) -> int:
     return found
 
 
+def switch(name: str, x: object) -> bool:
+    """An option that is on or off: a text would be on whatever it says."""
+    is_one = isinstance(x, bool | np.bool_) or (isinstance(x, int | np.integer) and x in (0, 1))
+    if not is_one:
+        raise InvalidConfigError(f"{name} is {x!r}", hint="give True or False")
+    return bool(x)
+
+
+def identity() -> bytes:
+    """A number that tells a layer, with its copies, from all others."""
+    return secrets.token_bytes(16)
+
+
+def check_owner(layer: Any, owner: Any) -> None:
+    """Raise unless a cache that `owner` left is the layer's: of itself, or of what it is a copy of."""
+    hint = "give what this layer's own forward_cached returned"
+    if type(owner) is not type(layer):
+        reason = f"cache is that of a {owner.name()}, another kind of layer"
+        raise InvalidInputError(reason, hint=hint)
+    if owner._identity != layer._identity:
+        raise InvalidInputError(f"cache is that of another {layer.name()}", hint=hint)
+
+
+def along_matrix(
+    forward: Callable[..., tuple[Array, Array]], node_features: Any, adjacency: Any, takes_values: bool
+) -> tuple[Array, Any]:
+    """`sparse_forward` in terms of `graph_forward`; the entries are the edges' features if it `takes_values`."""
+    if not hasattr(adjacency, "tocsr"):
+        hint = "scipy.sparse.csr_array makes one; for an edge_index there is graph_forward"
+        raise GraphStructureError(f"adjacency is a {type(adjacency).__name__}, not a sparse matrix", hint=hint)
+    # tocsr would add up entries of a COO matrix that have one place.
+    matrix = adjacency if getattr(adjacency, "format", None) in ("csr", "csc", "coo") else adjacency.tocsr()
+    graph, attr = CSRGraph.from_scipy(matrix), None
+    if takes_values:
+        if matrix.dtype.kind not in "biuf":
+            hint = "the entries are the edges' features: take adjacency.real, or other real numbers"
+            raise GraphStructureError(f"adjacency has dtype {matrix.dtype}, which is no real number", hint=hint)
+        sources = checks.from_sequence("node_features", node_features[0] if is_pair(node_features) else node_features)
+        attr = matrix.data[: graph.num_edges, None].astype(sources.dtype)
+    output, coefficients = forward(node_features, graph, attr)
+    return output, graph.to_scipy(coefficients.mean(axis=1))
+
+
 def initial(dice: np.random.Generator, name: str, shape: tuple[int, ...]) -> Array:
     if name.endswith("bias"):
         return np.zeros(shape)
     bound = math.sqrt(6 / (shape[-1] + shape[-2]))
     return dice.uniform(-bound, bound, shape)
+
+
+def is_pair(x: Any) -> bool:
+    """Is it (x_source, x_target)? A list of two rows is one array."""
+    return isinstance(x, tuple) or (isinstance(x, list) and len(x) == 2 and np.ndim(x[0]) == 2)
 
 
 def features(name: str, x: ArrayLike) -> Array:
@@ -113,29 +168,9 @@ def edge_gradients(
     inputs: Inputs, dattr: Array | None, dweight: Array | None, policy: edges.LoopPolicy, fill_value: Any
 ) -> tuple[Array | None, Array | None]:
     """The gradients of what the caller's edges have, from those of the edges with self-loops."""
-    if dattr is not None:
-        dattr = _without_loops(inputs, dattr, policy, fill_value).reshape(inputs.attr_shape)
-    if dweight is not None:
-        dweight = _without_loops(inputs, dweight, policy, 1.0)
-    return dattr, dweight
-
-
-def _without_loops(inputs: Inputs, grad: Array, policy: edges.LoopPolicy, fill_value: Any) -> Array:
-    """The adjoint of `edge_attr_with_self_loops`: what loops were filled with came from the other edges."""
-    given = inputs.given
-    if inputs.graph is given:
-        return grad
-    loops = min(given.num_sources, given.num_targets)
-    kept = len(grad) - loops
-    source, target = given.to_edge_index()
-    stays = source != target if policy == "replace" else np.ones(len(source), np.bool_)
-    out = np.zeros((given.num_edges, *grad.shape[1:]), grad.dtype)
-    out[stays] = grad[:kept]
-    if isinstance(fill_value, str):
-        of_loops = np.zeros((given.num_targets, *grad.shape[1:]), grad.dtype)
-        of_loops[:loops] = grad[kept:]
-        if fill_value == "mean":
-            degrees = np.bincount(target[stays], minlength=given.num_targets)
-            of_loops /= np.maximum(degrees, 1).reshape(-1, *[1] * (grad.ndim - 1)).astype(grad.dtype)
-        out[stays] += of_loops[target[stays]]
-    return out
+    if inputs.graph is not inputs.given:
+        dattr = None if dattr is None else self_loops.taken_out(inputs.given, dattr, policy, fill_value)
+        dweight = None if dweight is None else self_loops.taken_out(inputs.given, dweight, policy, 1.0)
+    if dattr is not None and inputs.attr_shape is not None:
+        dattr = dattr.reshape(inputs.attr_shape)
+    return None if inputs.attr_shape is None else dattr, dweight

@@ -1,87 +1,49 @@
-"""What the layers of attention on graphs share: nodes and edges checked, self-loops, what comes after the attention.
+"""The base of the layers on graphs: nodes and edges checked, self-loops, and all that comes after the attention.
 
 A layer says how its scores and values are made of the nodes (`_attend`) and how gradients go back through that
 (`_attend_back`). The rest is here: which graph, which edge attributes, dropout, heads joined or averaged, residual and
-bias, and the plan's `graph_forward` and `sparse_forward`.
+bias, and ruvector-attention's `graph_forward` and `sparse_forward`.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
-from .. import checks, files, gpu, layers
+from .. import checks, gpu, layers
 from ..checks import Array, from_sequence
-from ..errors import DimensionMismatchError, GraphStructureError, InvalidConfigError, InvalidInputError
+from ..errors import DimensionMismatchError, InvalidConfigError, InvalidInputError
 from ..parameters import ParameterSet, Trainable
 from ..projection import linear, linear_backward
 from ..protocols import GraphAttention
 from . import edges
 from .graph import CSRGraph
-from .inputs import Inputs, edge_gradients, features, graph_of, initial, listed, size
+from .inputs import (
+    Inputs,
+    along_matrix,
+    check_owner,
+    edge_gradients,
+    features,
+    graph_of,
+    identity,
+    initial,
+    is_pair,
+    listed,
+    size,
+    switch,
+)
 from .neighbors import Past, checked_aggregation, checked_edges, packed
+from .results import GraphCache, GraphGradients, Record
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 __all__ = ["GraphCache", "GraphGradients", "GraphLayer"]
 
 Nodes = ArrayLike | tuple[ArrayLike, ArrayLike | None]
-Layer = TypeVar("Layer", bound="GraphLayer")
-
-
-class Record(NamedTuple):
-    """What a layer's forward pass remembers."""
-
-    layer: GraphLayer
-    inputs: Inputs
-    parameters: ParameterSet
-    past: Past
-    extra: Any  # the layer's own
-
-
-class GraphCache:
-    """What a graph layer's forward pass leaves for its backward pass.
-
-    It refers to the arrays of the call, on a GPU to the output too: they must not change before the backward pass.
-
-    Attributes
-    ----------
-    graph : CSRGraph
-        With the self-loops that the layer put in; the edges of `coefficients`.
-    """
-
-    __slots__ = ("_record", "graph")
-
-    def __init__(self, record: Record) -> None:
-        self._record, self.graph = record, record.inputs.graph
-
-    def __repr__(self) -> str:
-        return f"GraphCache({self._record.layer.name()}, {self.graph!r})"
-
-    def coefficients(self) -> Array:
-        """(E, H): how much each edge counts, before dropout and edge weights, in the order of `graph`'s edges."""
-        return self._record.past.coefficients()
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class GraphGradients:
-    """The gradients that a graph layer's backward pass gives.
-
-    Attributes
-    ----------
-    parameters : dict of str to array
-    node_features : array, or pair of arrays
-        As the nodes were given; in a pair None where None was.
-    edge_attr, edge_weight : array or None
-        Of the caller's edges; None if there were none.
-    """
-
-    parameters: dict[str, Array]
-    node_features: Any
-    edge_attr: Array | None = None
-    edge_weight: Array | None = None
 
 
 class GraphLayer(Trainable, GraphAttention):
@@ -111,13 +73,13 @@ class GraphLayer(Trainable, GraphAttention):
         self.in_channels = tuple(size("in_channels", n) for n in widths)
         self.out_channels, self.heads = size("out_channels", out_channels), size("heads", heads)
         self.edge_dim = None if edge_dim is None else size("edge_dim", edge_dim)
-        self.concat, self.bias = bool(concat), bool(bias)
+        self.concat, self.bias = switch("concat", concat), switch("bias", bias)
         self.aggregation = checked_aggregation(aggregation)
         try:
             self.dropout, _ = checks.dropout(dropout, 0)
         except InvalidInputError:
             raise InvalidConfigError(f"dropout is {dropout!r}", hint="give a probability, 0 to 1") from None
-        self._dice = layers.dice(seed)
+        self._dice, self._identity = layers.dice(seed), identity()
 
     def _start(self, shapes: dict[str, tuple[int, ...]], dtype: DTypeLike) -> None:
         """Initial parameters: Glorot-uniform, biases 0, in the order of their names."""
@@ -203,7 +165,13 @@ class GraphLayer(Trainable, GraphAttention):
 
         Raises
         ------
-        InvalidInputError, DimensionMismatchError, GraphStructureError
+        InvalidInputError
+            If features, attributes or weights are missing, hold other than float32 or float64 numbers, or differ in
+            dtype, or the layer has no `edge_dim` and `edge_attr` is given.
+        DimensionMismatchError
+            If an array does not have a row for each node or each edge, or another number of channels.
+        GraphStructureError
+            If `graph` is no graph, or an edge has no node at one of its ends.
         """
         return self._run(x, graph, edge_attr, edge_weight, 0.0, 0, keeps=False, device=device)[0]
 
@@ -220,12 +188,26 @@ class GraphLayer(Trainable, GraphAttention):
     ) -> tuple[Array, GraphCache]:
         """The output, and what `backward` needs; with dropout of the coefficients if `training`.
 
-        `seed` decides what is dropped; without it, the layer's own generator does. The rest is as in `forward`.
+        Parameters
+        ----------
+        x, graph, edge_attr, edge_weight, device
+            As in `forward`.
+        training : bool, default True
+            Whether coefficients are dropped, with the probability `dropout` of the layer.
+        seed : int, optional
+            Decides which are dropped; without it, the layer's own generator does.
+
+        Returns
+        -------
+        output : array (Nt, heads * out_channels), or (Nt, out_channels) if heads are averaged
+        cache : GraphCache
+
+        Raises
+        ------
+        InvalidInputError, DimensionMismatchError, GraphStructureError
+            As in `forward`; InvalidInputError also for a `seed` that is no whole number from 0 to 2**63 - 1.
         """
-        drops = training and self.dropout > 0
-        if drops and seed is None:
-            seed = int(self._dice.integers(1 << 63))
-        dropout = self.dropout if drops else 0.0
+        dropout, seed = layers.dropout(self, training, seed, self._dice)
         output, record = self._run(x, graph, edge_attr, edge_weight, dropout, seed, device=device)
         return output, GraphCache(record)
 
@@ -255,7 +237,7 @@ class GraphLayer(Trainable, GraphAttention):
         raise NotImplementedError
 
     def _offset(self, p: ParameterSet) -> Array | None:
-        """What the attention's output begins with, (1, H, C): the bias, where no heads are averaged."""
+        """The numbers that the attention's output begins with, (1, H, C): the bias, where no heads are averaged."""
         return p["bias"].reshape(1, self.heads, self.out_channels) if self.bias and self.concat else None
 
     def _finish(self, attended: Array, inputs: Inputs, p: ParameterSet, extra: Any) -> tuple[Array, Any]:
@@ -277,19 +259,25 @@ class GraphLayer(Trainable, GraphAttention):
         ----------
         grad_output : array of the shape and dtype of the output
         cache : GraphCache
-            Of `forward_cached`: the gradients are those of what was computed then, with the parameters of then.
+            From this layer's `forward_cached`. The gradients are those of that call, with its parameters. A
+            layer and its copies take each other's caches.
+
+        Returns
+        -------
+        GraphGradients
 
         Raises
         ------
-        InvalidInputError, DimensionMismatchError
+        InvalidInputError
+            If `cache` is none of this layer's, or `grad_output` has another dtype than the output.
+        DimensionMismatchError
+            If `grad_output` has another shape than the output.
         """
         if not isinstance(cache, GraphCache):
             hint = "give what this layer's forward_cached returned"
             raise InvalidInputError(f"cache is a {type(cache).__name__}, not a GraphCache", hint=hint)
         record: Any = cache._record
-        if type(record.layer) is not type(self):
-            hint = f"it was left by a {record.layer.name()}: give what this layer's forward_cached returned"
-            raise InvalidInputError("cache is that of another kind of layer", hint=hint)
+        check_owner(self, record.layer)
         if not isinstance(record, Record):
             from ..gpu import graph_layers as gpu_graph_layers
 
@@ -300,36 +288,36 @@ class GraphLayer(Trainable, GraphAttention):
         return record.layer._backward(grad, record, inputs)
 
     def _backward(self, grad: Array, record: Record, inputs: Inputs) -> GraphGradients:
-        found: dict[str, Array] = {}
-        grad, dtarget = self._finish_back(grad, record, found)
-        made = record.past.backward(
+        gradients: dict[str, Array] = {}
+        grad, dtarget = self._finish_back(grad, record, gradients)
+        back = record.past.backward(
             grad.reshape(len(grad), self.heads, self.out_channels) if self.concat else self._spread(grad),
             joined=self._joined(inputs),
         )
         if self.bias and self.concat and "bias" in record.parameters:
-            found["bias"] = made.offset.reshape(-1)
-        dsource, dtarget, dattr = self._attend_back(made, record, found, dtarget)
+            gradients["bias"] = back.offset.reshape(-1)
+        dsource, dtarget, dattr = self._attend_back(back, record, gradients, dtarget)
         if dtarget is None and inputs.target is not None:
             dtarget = np.zeros_like(inputs.target)
         nodes: Any = (dsource, dtarget) if inputs.is_pair else dsource
-        named = {name: found[name] for name in record.parameters}
-        of_edges = edge_gradients(inputs, dattr, made.edge_weight, self.add_self_loops, self.fill_value)
+        named = {name: gradients[name] for name in record.parameters}
+        of_edges = edge_gradients(inputs, dattr, back.edge_weight, self.add_self_loops, self.fill_value)
         return GraphGradients(named, nodes, *of_edges)
 
     def _spread(self, grad: Array) -> Array:
         """The gradient of each head, where their mean was taken."""
         return np.repeat(grad[:, None, :] / grad.dtype.type(self.heads), self.heads, axis=1)
 
-    def _finish_back(self, grad: Array, record: Record, found: dict[str, Array]) -> tuple[Array, Array | None]:
+    def _finish_back(self, grad: Array, record: Record, gradients: dict[str, Array]) -> tuple[Array, Array | None]:
         """The gradient of what attention gave, and that of the targets so far."""
         if self.bias and not self.concat:
-            found["bias"] = grad.sum(axis=0)
+            gradients["bias"] = grad.sum(axis=0)
         if not self.residual:
             return grad, None
         if record.inputs.target is None:
-            found["res.weight"] = np.zeros_like(record.parameters["res.weight"])
+            gradients["res.weight"] = np.zeros_like(record.parameters["res.weight"])
             return grad, None
-        dx, found["res.weight"], _ = linear_backward(grad, record.inputs.target, record.parameters["res.weight"])
+        dx, gradients["res.weight"], _ = linear_backward(grad, record.inputs.target, record.parameters["res.weight"])
         return grad, dx
 
     def _joined(self, inputs: Inputs) -> tuple[str, ...]:
@@ -337,13 +325,12 @@ class GraphLayer(Trainable, GraphAttention):
         return ()
 
     def _attend_back(
-        self, made: Any, record: Record, found: dict[str, Array], so_far: Array | None
+        self, back: Any, record: Record, gradients: dict[str, Array], so_far: Array | None
     ) -> tuple[Array, Array | None, Array | None]:
-        """The gradients of sources, of targets and of edge attributes. That of targets, or of nodes that are both, is
-        added to what it is so far."""
+        """The gradients of sources, targets and edge attributes. The target gradient is accumulated onto `so_far`."""
         raise NotImplementedError
 
-    # --- the plan's ---------------------------------------------------------------------------------------------------
+    # --- ruvector-attention's graph interface -----------------------------------------------------------------------
     def graph_forward(
         self, node_features: Any, edge_index: Any, edge_attr: ArrayLike | None = None
     ) -> tuple[Array, Array]:
@@ -360,22 +347,27 @@ class GraphLayer(Trainable, GraphAttention):
         coefficients : array (E, heads)
             In the order of `edge_index`. Where the layer replaces self-loops, one that was given has the coefficient of
             the node's new one; those of nodes without one are left out, so sums over a node's edges may be below 1.
+
+        Raises
+        ------
+        InvalidInputError, DimensionMismatchError, GraphStructureError
+            As in `forward`; InvalidInputError also for arrays on a GPU.
         """
         if gpu.any_on_gpu(node_features):
             hint = "take node_features to the CPU, or use forward_cached and its cache's coefficients()"
             raise InvalidInputError("graph_forward is given arrays on the GPU", hint=hint)
         output, record = self._run(node_features, edge_index, edge_attr, None, 0.0, 0)
-        inputs, found = record.inputs, record.past.coefficients()
+        inputs, all_edges = record.inputs, record.past.coefficients()  # with the self-loops that were put in
         if inputs.graph is inputs.given:
-            return output, found
+            return output, all_edges
         E, loops = inputs.given.num_edges, min(inputs.given.num_sources, inputs.given.num_targets)
         if self.add_self_loops == "add":
-            return output, found[:E]
+            return output, all_edges[:E]
         source, target = inputs.given.to_edge_index()
         is_loop = source == target
-        coefficients = np.empty((E, self.heads), found.dtype)
-        coefficients[~is_loop] = found[: len(found) - loops]
-        coefficients[is_loop] = found[len(found) - loops + source[is_loop]]
+        coefficients = np.empty((E, self.heads), all_edges.dtype)
+        coefficients[~is_loop] = all_edges[: len(all_edges) - loops]
+        coefficients[is_loop] = all_edges[len(all_edges) - loops + source[is_loop]]
         return output, coefficients
 
     def sparse_forward(self, node_features: Any, adjacency: Any) -> tuple[Array, Any]:
@@ -393,41 +385,27 @@ class GraphLayer(Trainable, GraphAttention):
         features : array (N, d_model)
         coefficients : scipy.sparse.csr_array (N, N)
             With the entries of `adjacency`; the mean over heads.
+
+        Raises
+        ------
+        InvalidInputError, DimensionMismatchError, GraphStructureError
+            As in `graph_forward`; GraphStructureError also if `adjacency` is no sparse matrix, or holds complex numbers
+            that are to be features.
         """
-        if not hasattr(adjacency, "tocsr"):
-            hint = "scipy.sparse.csr_array makes one; for an edge_index there is graph_forward"
-            raise GraphStructureError(f"adjacency is a {type(adjacency).__name__}, not a sparse matrix", hint=hint)
-        matrix = adjacency.tocsr()
-        graph = CSRGraph.from_scipy(matrix)
-        attr = None
-        if self.edge_dim == 1:
-            attr = np.asarray(matrix.data, from_sequence("node_features", node_features).dtype)[:, None]
-        output, found = self.graph_forward(node_features, graph, attr)
-        return output, graph.to_scipy(found.mean(axis=1))
+        return along_matrix(self.graph_forward, node_features, adjacency, self.edge_dim == 1)
 
     # --- files ------------------------------------------------------------------------------------------------------
     def _file_header(self) -> dict[str, str]:
         return {"kind": self.name(), "settings": json.dumps(self._settings(), default=listed)}
 
     @classmethod
-    def from_file(cls: type[Layer], path: str) -> Layer:
-        """The layer that `save` wrote to a file, with the settings that it had.
-
-        Raises
-        ------
-        InvalidInputError, InvalidConfigError, DimensionMismatchError
-            If the file is missing, damaged, or not one of this kind of layer.
-        """
-        header = files.metadata(path)
-        if header.get("kind") != cls.__name__:
-            hint = f"give a file that {cls.__name__}.save wrote"
-            raise InvalidConfigError(f"{path} does not describe a {cls.__name__}", hint=hint)
+    def _of_file_header(cls, header: dict[str, str]) -> Self:
+        if header["kind"] != cls.__name__:
+            raise InvalidConfigError(f"the file is of a {header['kind'][:50]}")
         settings = json.loads(header["settings"])
         if isinstance(settings["in_channels"], list):
             settings["in_channels"] = tuple(settings["in_channels"])
-        layer = cls(**settings)
-        layer.load(path)
-        return layer
+        return cls(**settings)
 
     # --- checks -----------------------------------------------------------------------------------------------------
     def _inputs(self, x: Nodes, graph: Any, edge_attr: Any, edge_weight: Any, dropout: float, seed: int) -> Inputs:
@@ -442,35 +420,33 @@ class GraphLayer(Trainable, GraphAttention):
         return inputs._replace(edge_attr=attr, edge_weight=weight)
 
     def _checked(self, x: Nodes, graph: Any, edge_attr: Any, edge_weight: Any, dropout: float, seed: int) -> Inputs:
-        """What belongs to edges is that of the caller's edges yet."""
-        source, target, is_pair = self._nodes(x)
+        """Edge arrays still belong to the caller's edges; self-loops are added later."""
+        source, target, pair = self._nodes(x)
         targets = None if target is None else len(target)
-        given = graph_of(graph, len(source), targets, is_pair)
+        given = graph_of(graph, len(source), targets, pair)
         attr = self._attr(edge_attr, given, source.dtype)
         weight = checked_edges("edge_weight", edge_weight, (given.num_edges,), source.dtype)
-        attr_shape = None if attr is None else np.shape(edge_attr)
+        attr_shape = None if edge_attr is None else np.shape(edge_attr)
         whole = given.with_self_loops(self.add_self_loops)
-        return Inputs(source, target, is_pair, given, whole, attr, weight, attr_shape, dropout, seed)
+        return Inputs(source, target, pair, given, whole, attr, weight, attr_shape, dropout, seed)
 
     def _nodes(self, x: Any) -> tuple[Array, Array | None, bool]:
-        is_pair = isinstance(x, tuple) or (isinstance(x, list) and len(x) == 2 and np.ndim(x[0]) == 2)
-        if is_pair and len(x) != 2:
+        pair = is_pair(x)
+        if pair and len(x) != 2:
             raise InvalidInputError(f"x is a tuple of {len(x)}", hint="give (x_source, x_target)")
-        source, target = x if is_pair else (x, x)
-        if self.is_bipartite and not is_pair and self.in_channels[0] != self.in_channels[1]:
+        source, target = x if pair else (x, x)
+        if self.is_bipartite and not pair and self.in_channels[0] != self.in_channels[1]:
             hint = "the layer was built for sources and targets: give (x_source, x_target)"
             raise InvalidInputError("x is one array", hint=hint)
         if source is None:
-            raise InvalidInputError(
-                "x_source is None" if is_pair else "x is None", hint="give an array (nodes, channels)"
-            )
+            raise InvalidInputError("x_source is None" if pair else "x is None", hint="give an array (nodes, channels)")
         if target is None and self.needs_target:
             raise InvalidInputError("x_target is None", hint=f"{self.name()} needs features of the targets")
-        names = ("x_source", "x_target") if is_pair else ("x", "x")
+        names = ("x_source", "x_target") if pair else ("x", "x")
         arrays = [
             None if one is None else features(name, one) for name, one in zip(names, (source, target), strict=True)
         ]
-        if not is_pair:
+        if not pair:
             arrays[1] = arrays[0]
         first = cast(Array, arrays[0])
         for name, array, width in zip(names, arrays, self.in_channels, strict=True):
@@ -480,7 +456,7 @@ class GraphLayer(Trainable, GraphAttention):
             if array is not None and array.dtype != first.dtype:
                 dtypes = {"x_source.dtype": first.dtype, "x_target.dtype": array.dtype}
                 raise InvalidInputError("x_source and x_target differ in dtype", shapes=dtypes, hint="cast them to one")
-        return first, arrays[1], is_pair
+        return first, arrays[1], pair
 
     def _attr(self, edge_attr: Any, graph: CSRGraph, dtype: np.dtype[Any]) -> Array | None:
         if edge_attr is None:

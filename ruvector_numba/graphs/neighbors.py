@@ -28,7 +28,7 @@ from numpy.typing import ArrayLike
 from .. import checks, gpu
 from ..checks import Array, from_sequence
 from ..errors import DimensionMismatchError, GraphStructureError, InvalidConfigError, InvalidInputError
-from ..projection import flattened
+from .derived import Derived
 from .graph import CSRGraph
 
 if TYPE_CHECKING:
@@ -38,8 +38,6 @@ if TYPE_CHECKING:
 __all__ = [
     "NeighborCache",
     "NeighborGradients",
-    "edge_softmax",
-    "edge_softmax_backward",
     "neighbor_attention",
     "neighbor_attention_backward",
     "neighbor_attention_forward",
@@ -50,7 +48,7 @@ AGGREGATIONS = ("sum", "mean", "max")
 
 # --- what the layers work with ---------------------------------------------------------------------------------------
 class Past:
-    """What a pass over the edges remembers, for its coefficients and its gradients."""
+    """A pass over the edges: its output, and all that its coefficients and gradients need."""
 
     def __init__(self, graph: CSRGraph, terms: plan.Terms, keeps: bool = True) -> None:
         from ..plan import csr as plan
@@ -81,28 +79,33 @@ class Past:
 
     def gradients(self, grad_output: ArrayLike) -> NeighborGradients:
         grad = checks.gradient("grad_output", grad_output, self.output.shape, self.output.dtype)
-        made = self.backward(grad)
-        key = np.asarray(made.key)
-        return NeighborGradients(made.query, key, made.value, made.bias, made.edge, made.edge_value, made.edge_weight)
+        back = self.backward(grad)
+        assert back.key is not None  # dot products have keys
+        of_edges = back.bias, back.edge, back.edge_value, back.edge_weight
+        return NeighborGradients(back.query, back.key, back.value, *of_edges)
 
 
-def by_target(graph: CSRGraph) -> Any:
+BY_TARGET: Derived[plan.Walk] = Derived("the edges in the order of their targets, cut into tasks")
+BY_SOURCE: Derived[plan.Walk] = Derived("the edges in the order of their sources, cut into tasks")
+
+
+def by_target(graph: CSRGraph) -> plan.Walk:
     from ..plan import csr as plan
 
-    return graph._once("by target", lambda: plan.walk_of(graph.indptr, graph.indices, graph.edge_ids))
+    return graph.derived(BY_TARGET, lambda: plan.walk_of(graph.indptr, graph.indices, graph.edge_ids))
 
 
-def by_source(graph: CSRGraph) -> Any:
+def by_source(graph: CSRGraph) -> plan.Walk:
     from ..plan import csr as plan
 
     turned = graph.transposed
-    return graph._once(
-        "by source", lambda: plan.walk_of(turned.indptr, turned.targets, graph.edge_ids, turned.positions)
+    return graph.derived(
+        BY_SOURCE, lambda: plan.walk_of(turned.indptr, turned.targets, graph.edge_ids, turned.positions)
     )
 
 
 def packed(x: Array) -> Array:
-    """With each node's numbers together, as the kernels read them; a copy only where it must be."""
+    """The array with each node's numbers side by side, as the kernels read them; a copy only where it must be."""
     itemsize, wanted = x.itemsize, x.itemsize
     if x.ndim == 1:
         return np.ascontiguousarray(x)
@@ -113,98 +116,24 @@ def packed(x: Array) -> Array:
     return x if fits else np.ascontiguousarray(x)
 
 
-# --- softmax over edges ----------------------------------------------------------------------------------------------
-def edge_softmax(scores: ArrayLike, graph: CSRGraph) -> Array:
-    """The softmax of the scores of edges over all edges into the same target.
-
-    Parameters
-    ----------
-    scores : array (E,) or (E, H), float32 or float64
-        In the caller's order of edges. -inf hides an edge: it gets 0, also where all edges of a target are hidden.
-    graph : CSRGraph
-
-    Returns
-    -------
-    array of the shape and dtype of `scores`
-
-    Raises
-    ------
-    InvalidInputError, DimensionMismatchError, GraphStructureError
-
-    Source: `softmax` of PyTorch Geometric and `edge_softmax` of DGL, without their 1e-16 in the denominator.
-
-    Examples
-    --------
-    >>> import numpy as np, ruvector_numba as rv
-    >>> graph = rv.CSRGraph.from_edge_index([[0, 1, 2], [2, 2, 1]])
-    >>> rv.edge_softmax(np.log([1.0, 3.0, 5.0]), graph)
-    array([0.25, 0.75, 1.  ])
-    """
-    if gpu.any_on_gpu(scores):
-        from ..gpu import neighbors as gpu_neighbors
-
-        return gpu_neighbors.edge_softmax(scores, graph)
-    s = edge_numbers("scores", scores, checked_graph(graph))
-    bias = flattened(s)
-    return _edge_terms(bias, graph).coefficients().reshape(s.shape)
-
-
-def edge_softmax_backward(grad_weights: ArrayLike, weights: ArrayLike, graph: CSRGraph) -> Array:
-    """The gradient of the scores that `edge_softmax` was given.
-
-    Parameters
-    ----------
-    grad_weights : array of the shape and dtype of `weights`
-    weights : array (E,) or (E, H)
-        What `edge_softmax` gave.
-    graph : CSRGraph
-
-    Returns
-    -------
-    array of the shape of `weights`
-        weights * (grad_weights - the sum over the target's edges of weights * grad_weights).
-
-    Raises
-    ------
-    InvalidInputError, DimensionMismatchError, GraphStructureError
-
-    Examples
-    --------
-    >>> import numpy as np, ruvector_numba as rv
-    >>> graph = rv.CSRGraph.from_edge_index([[0, 1, 2], [2, 2, 1]])
-    >>> rv.edge_softmax_backward(np.array([1.0, 0.0, 1.0]), np.array([0.25, 0.75, 1.0]), graph)
-    array([ 0.1875, -0.1875,  0.    ])
-    """
-    if gpu.any_on_gpu(weights):
-        from ..gpu import neighbors as gpu_neighbors
-
-        return gpu_neighbors.edge_softmax_backward(grad_weights, weights, graph)
-    p = edge_numbers("weights", weights, checked_graph(graph))
-    grad = checks.gradient("grad_weights", grad_weights, p.shape, p.dtype)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        past = _edge_terms(flattened(np.log(p)), graph)
-    none = np.zeros((graph.num_targets, past.terms.value.shape[1], 0), p.dtype)
-    made = past.backward(none, np.ascontiguousarray(flattened(grad)))
-    return np.asarray(made.bias).reshape(p.shape)
-
-
-def _edge_terms(bias: Array, graph: CSRGraph) -> Past:
-    from ..plan import csr as plan
-
-    H = bias.shape[1]
-    targets, sources = (np.zeros((n, H, 0), bias.dtype) for n in (graph.num_targets, graph.num_sources))
-    return Past(graph, plan.Terms(plan.GIVEN, sources, targets, sources, bias=packed(bias)))
-
-
 # --- attention -------------------------------------------------------------------------------------------------------
 class NeighborCache:
-    """What `neighbor_attention_forward` leaves.
+    """The output of `neighbor_attention_forward`, and all that its gradients need.
 
     Attributes
     ----------
     output : array (Nt, H, C)
     lse : array (Nt, H)
         The natural logarithm of the sum of exp(score) over a target's edges; -inf where there are none.
+
+    Examples
+    --------
+    >>> import numpy as np, ruvector_numba as rv
+    >>> graph = rv.CSRGraph.from_edge_index([[0, 1, 2, 2], [1, 2, 0, 1]])
+    >>> x = np.zeros((3, 1, 4))
+    >>> cache = rv.neighbor_attention_forward(x, x, x, graph)
+    >>> np.exp(cache.lse).ravel().round(), cache.coefficients().ravel()
+    (array([1., 2., 1.]), array([0.5, 1. , 1. , 0.5]))
     """
 
     __slots__ = ("_past", "output")
@@ -258,10 +187,9 @@ def neighbor_attention(
     Parameters
     ----------
     query : array (Nt, H, D), float32 or float64
-        Of the targets.
-    key : array (Ns, H, D)
-        Of the sources.
-    value : array (Ns, H, C)
+        One row for each target.
+    key, value : array (Ns, H, D) and (Ns, H, C)
+        One row for each source.
     graph : CSRGraph
         With Ns sources and Nt targets.
     edge_bias : array (E, H), optional
@@ -269,16 +197,18 @@ def neighbor_attention(
     edge_key, edge_value : array (E, H, D) and (E, H, C), optional
         Added to the keys and to the values that go along the edges.
     scale : float, optional
-        1 / sqrt(D) if None.
+        Multiplies the products of query and key; 1 / sqrt(D) if None.
     edge_weight : array (E,), optional
         Multiplies the weights after the softmax.
-    dropout_p : float
+    dropout_p : float, default 0
         The probability to drop a weight, after the softmax; the others are divided by 1 - dropout_p.
-    aggregation : {"sum", "mean", "max"}
-        How what a target's edges carry, weight times value, is joined: "mean" is the sum divided by their number;
-        "max" takes the largest in each channel, and of equal ones the first edge in the caller's order.
+    aggregation : {"sum", "mean", "max"}, default "sum"
+        How a target joins its messages, weight times value: "mean" is their sum divided by the number of its edges;
+        "max" takes the largest in each channel, and among equal ones the first edge's in the caller's order. -inf takes
+        an edge out of the softmax and of "max"; "mean" still divides by all edges, as PyTorch Geometric's does. A
+        dropped edge brings 0 to "max".
     seed : int, optional
-        Of the dropout.
+        Decides what is dropped; a fresh one if None.
     device : {"cuda", "cpu"}, optional
         "cuda" moves arrays of NumPy to the GPU and the results back. Without it, arrays that lie on a GPU (of CuPy,
         torch or Numba: float32, float16 or bfloat16) stay there, and so do the results.
@@ -291,9 +221,19 @@ def neighbor_attention(
 
     Raises
     ------
-    InvalidInputError, DimensionMismatchError, InvalidConfigError, GraphStructureError
+    InvalidInputError
+        If an array is missing, has the wrong number of axes, or holds other than float32 or float64 numbers, if they
+        differ in dtype, or `scale`, `dropout_p` or `seed` is no such number.
+    DimensionMismatchError
+        If two sizes differ that must agree.
+    InvalidConfigError
+        If `aggregation` is unknown.
+    GraphStructureError
+        If `graph` is no `CSRGraph`.
 
-    Source: the attention of `TransformerConv` of PyTorch Geometric; edge weights as in `GATConv` of DGL.
+    References
+    ----------
+    The attention of `TransformerConv` of PyTorch Geometric; edge weights as in `GATConv` of DGL.
 
     Examples
     --------
@@ -325,8 +265,51 @@ def neighbor_attention_forward(
 ) -> NeighborCache:
     """`neighbor_attention` with what its gradients need: the scores, (E, H), and their logsumexp.
 
-    Parameters and errors are those of `neighbor_attention`. The arrays, on a GPU the output too, are referred to, not
-    copied: they must not change before the backward pass.
+    Parameters
+    ----------
+    query : array (Nt, H, D), float32 or float64
+        One row for each target.
+    key, value : array (Ns, H, D) and (Ns, H, C)
+        One row for each source.
+    graph : CSRGraph
+        With Ns sources and Nt targets.
+    edge_bias : array (E, H), optional
+        Added to the scores; -inf hides an edge from a head.
+    edge_key, edge_value : array (E, H, D) and (E, H, C), optional
+        Added to the keys and to the values that go along the edges.
+    scale : float, optional
+        Multiplies the products of query and key; 1 / sqrt(D) if None.
+    edge_weight : array (E,), optional
+        Multiplies the weights after the softmax.
+    dropout_p : float, default 0
+        The probability to drop a weight, after the softmax; the others are divided by 1 - dropout_p.
+    aggregation : {"sum", "mean", "max"}, default "sum"
+        How a target joins its messages, weight times value: "mean" is their sum divided by the number of its edges;
+        "max" takes the largest in each channel, and among equal ones the first edge's in the caller's order. -inf takes
+        an edge out of the softmax and of "max"; "mean" still divides by all edges, as PyTorch Geometric's does. A
+        dropped edge brings 0 to "max".
+    seed : int, optional
+        Decides what is dropped; a fresh one if None.
+    device : {"cuda", "cpu"}, optional
+        "cuda" moves arrays of NumPy to the GPU and the results back. Without it, arrays that lie on a GPU (of CuPy,
+        torch or Numba: float32, float16 or bfloat16) stay there, and so do the results.
+
+    Returns
+    -------
+    NeighborCache
+        It refers to the arrays, on a GPU to the output too: they must not change before the backward pass.
+
+    Raises
+    ------
+    InvalidInputError
+        If an array is missing, has the wrong number of axes, or holds other than float32 or float64 numbers, if they
+        differ in dtype, or `scale`, `dropout_p` or `seed` is no such number.
+    DimensionMismatchError
+        If two sizes differ that must agree.
+    InvalidConfigError
+        If `aggregation` is unknown.
+    GraphStructureError
+        If `graph` is no `CSRGraph`.
 
     Examples
     --------
@@ -349,15 +332,31 @@ def neighbor_attention_backward(grad_output: ArrayLike, cache: NeighborCache) ->
     Parameters
     ----------
     grad_output : array (Nt, H, C)
+        The gradient of the loss by the output, in its dtype.
     cache : NeighborCache
+        The result of `neighbor_attention_forward`.
+
+    Returns
+    -------
+    NeighborGradients
+        Each in the shape of what it is the gradient of. Those of edges stand in the caller's order.
 
     Raises
     ------
-    InvalidInputError, DimensionMismatchError
+    InvalidInputError
+        If `cache` is no `NeighborCache`, or `grad_output` has another dtype than the output.
+    DimensionMismatchError
+        If `grad_output` has another shape than the output.
 
     Examples
     --------
-    See `neighbor_attention_forward`.
+    >>> import numpy as np, ruvector_numba as rv
+    >>> graph = rv.CSRGraph.from_edge_index([[0, 1, 2, 2], [1, 2, 0, 1]])
+    >>> x = np.random.default_rng(0).standard_normal((3, 2, 4))
+    >>> cache = rv.neighbor_attention_forward(x, x, x, graph, edge_weight=np.ones(4))
+    >>> gradients = rv.neighbor_attention_backward(np.ones_like(cache.output), cache)
+    >>> gradients.value.shape, gradients.edge_weight.shape, gradients.edge_bias
+    ((3, 2, 4), (4,), None)
     """
     if not isinstance(cache, NeighborCache):
         hint = "give what neighbor_attention_forward returned"
@@ -375,26 +374,28 @@ def checked_graph(graph: object) -> CSRGraph:
 
 def checked_aggregation(aggregation: object) -> str:
     if aggregation not in AGGREGATIONS:
-        raise InvalidConfigError(f"aggregation is {aggregation!r}", hint='give "sum", "mean" or "max"')
+        hint = 'give "sum"' if aggregation == "add" else 'give "sum", "mean" or "max"'
+        raise InvalidConfigError(f"aggregation is {aggregation!r}", hint=hint)
     return str(aggregation)
 
 
-def edge_array(name: str, x: ArrayLike | None, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array | None:
-    """What belongs to edges, of this shape and dtype, as the kernels read it."""
-    array = checked_edges(name, x, shape, dtype)
-    return None if array is None else packed(array)
-
-
 def checked_edges(name: str, x: ArrayLike | None, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array | None:
-    if x is None:
-        return None
+    return None if x is None else edge_values(name, x, shape, dtype)
+
+
+def edge_values(name: str, x: ArrayLike, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+    """An array that belongs to edges, of this shape and dtype; a list takes the dtype."""
     array = from_sequence(name, x)
+    if array.dtype == np.float64 and not hasattr(x, "dtype"):
+        array = array.astype(dtype)
     if array.shape != shape:
         shapes = {f"{name}.shape": array.shape, "expected": shape}
         hint = "one entry for each edge, in the order of the edges as they were given"
         raise DimensionMismatchError(shape, array.shape, shapes=shapes, hint=hint)
     if array.dtype != dtype:
         hint = f"cast it: {name}.astype(numpy.{dtype})"
+        if array.dtype.kind == "b":
+            hint = f"if True is an edge that counts: numpy.where({name}, 0, -numpy.inf).astype(numpy.{dtype})"
         raise InvalidInputError(f"{name} has dtype {array.dtype}, the nodes {dtype}", hint=hint)
     return array
 
@@ -451,9 +452,10 @@ def call(
     q, k, v = _nodes({"query": query, "key": key, "value": value})
     (Nt, H, D), (Ns, _, C) = q.shape, v.shape
     shapes = {"query.shape": q.shape, "key.shape": k.shape, "value.shape": v.shape, "graph": graph}
-    if k.shape != (Ns, H, D) or v.shape[1] != H:
-        hint = "query (Nt, H, D), key (Ns, H, D), value (Ns, H, C)"
-        raise DimensionMismatchError((Ns, H, D), k.shape, shapes=shapes, hint=hint)
+    for expected, actual in (((H, D), k.shape[1:]), ((len(k), H), v.shape[:2])):
+        if actual != expected:
+            hint = "query (Nt, H, D), key (Ns, H, D), value (Ns, H, C)"
+            raise DimensionMismatchError(expected, actual, shapes=shapes, hint=hint)
     if (Nt, Ns) != (graph.num_targets, graph.num_sources):
         wanted = graph.num_targets, graph.num_sources
         raise DimensionMismatchError(wanted, (Nt, Ns), shapes=shapes, hint="a query for each target, a key each source")

@@ -7,13 +7,12 @@ number alone: no other node, no order and no number of threads has a say in it.
 Training looks like this. Three kinds of nodes, which mostly have neighbours of their own kind, and features that say
 little by themselves; a softmax regression on the mean over neighbours, taken twice:
 
->>> import numpy as np
->>> from ruvector_numba import CSRGraph
+>>> import numpy as np, ruvector_numba as rv
 >>> rng = np.random.default_rng(0)
 >>> kind = rng.integers(0, 3, 600)
 >>> ends = rng.integers(0, 600, (2, 30000))
 >>> is_edge = (kind[ends[0]] == kind[ends[1]]) | (rng.random(30000) < 0.1)
->>> graph = CSRGraph.from_edge_index(ends[:, is_edge], num_nodes=600)
+>>> graph = rv.CSRGraph.from_edge_index(ends[:, is_edge], num_nodes=600)
 >>> x = np.eye(3)[kind] + 2 * rng.standard_normal((600, 3))  # or np.load("features.npy", mmap_mode="r")
 
 >>> def logits(sample, W):
@@ -23,12 +22,12 @@ little by themselves; a softmax regression on the mean over neighbours, taken tw
 
 >>> W = np.zeros((3, 3))
 >>> for epoch in range(5):
-...     for sample in neighbor_batches(graph, np.arange(300), (5, 5), batch_size=50, seed=epoch):
+...     for sample in rv.neighbor_batches(graph, np.arange(300), (5, 5), batch_size=50, seed=epoch):
 ...         h, z = logits(sample, W)
 ...         p = np.exp(z) / np.exp(z).sum(axis=1, keepdims=True)
 ...         W -= 0.02 * h.T @ (p - np.eye(3)[kind[sample.nodes[: sample.num_targets]]])
 
->>> rest = sample_neighbors(graph, np.arange(300, 600), (-1, -1))  # all neighbours
+>>> rest = rv.sample_neighbors(graph, np.arange(300, 600), (-1, -1))  # all neighbours
 >>> bool((logits(rest, W)[1].argmax(axis=1) == kind[300:]).mean() > 0.95)
 True
 """
@@ -44,6 +43,7 @@ from numpy.typing import ArrayLike, NDArray
 from .. import checks
 from ..checks import Array
 from ..errors import DimensionMismatchError, GraphStructureError, InvalidConfigError, InvalidInputError
+from .edges import refuse_masked
 from .graph import CSRGraph
 
 __all__ = ["NeighborSample", "neighbor_batches", "sample_neighbors"]
@@ -99,7 +99,7 @@ class NeighborSample:
 
         Examples
         --------
-        >>> sample = sample_neighbors(CSRGraph.from_edge_index([[2], [0]], num_nodes=4), [0], -1)
+        >>> sample = rv.sample_neighbors(rv.CSRGraph.from_edge_index([[2], [0]], num_nodes=4), [0], -1)
         >>> sample.features([10.0, 11.0, 12.0, 13.0]).tolist()
         [10.0, 12.0]
         """
@@ -143,19 +143,21 @@ def sample_neighbors(
     InvalidConfigError
         If `fan_out` holds anything but positive whole numbers and -1.
 
+    References
+    ----------
+    Hamilton, Ying, Leskovec, "Inductive Representation Learning on Large Graphs", 2017; which nodes are expanded, and
+    how they are numbered, is as in `NeighborLoader` of PyTorch Geometric.
+
     Examples
     --------
-    >>> graph = CSRGraph.from_edge_index([[1, 2, 3, 4, 5], [0, 0, 0, 3, 4]])
-    >>> sample = sample_neighbors(graph, [0], (2, -1), seed=1)
+    >>> graph = rv.CSRGraph.from_edge_index([[1, 2, 3, 4, 5], [0, 0, 0, 3, 4]])
+    >>> sample = rv.sample_neighbors(graph, [0], (2, -1), seed=1)
     >>> sample
     NeighborSample(num_targets=1, num_nodes=4, num_edges=3)
     >>> sample.nodes.tolist(), sample.edges.tolist()
     ([0, 2, 3, 4], [1, 2, 3])
     >>> sample.graph.to_edge_index().tolist()
     [[1, 2, 3], [0, 0, 2]]
-
-    Source: Hamilton, Ying, Leskovec, "Inductive Representation Learning on Large Graphs", 2017; which nodes are
-    expanded, and how they are numbered, is as in `NeighborLoader` of PyTorch Geometric.
     """
     seeds = _nodes(graph, nodes)
     return _sample(graph, seeds, _fan_outs(fan_out), checks._seed(seed, 1.0))
@@ -172,6 +174,9 @@ def neighbor_batches(
 ) -> Iterator[NeighborSample]:
     """One epoch: `sample_neighbors` around `batch_size` of the nodes at a time, the last time around those left.
 
+    Give each epoch a seed of its own, ``seed=epoch``: with the default, every epoch draws the same neighbours, in the
+    same order.
+
     Parameters
     ----------
     graph, nodes, fan_out
@@ -179,8 +184,8 @@ def neighbor_batches(
     batch_size : int
         Target nodes of a sample.
     seed : int, optional
-        Also of the order. Give each epoch another one, such as its number: all batches of an epoch draw with the same,
-        so that a node has the same neighbours in each of them where it is new in the same hop. Fresh if None.
+        Decides the order and the draws. All batches of an epoch draw with the same, so that a node has the same
+        neighbours in each of them where it is new in the same hop. A fresh one if None.
     shuffle : bool
         Take the nodes in random order, which does not depend on the order they are given in; else in that.
 
@@ -197,8 +202,8 @@ def neighbor_batches(
 
     Examples
     --------
-    >>> graph = CSRGraph.from_edge_index([[1, 2, 3, 4], [0, 0, 3, 3]])
-    >>> [sample.nodes[:2].tolist() for sample in neighbor_batches(graph, [0, 1, 2, 3], 1, 2, shuffle=False)]
+    >>> graph = rv.CSRGraph.from_edge_index([[1, 2, 3, 4], [0, 0, 3, 3]])
+    >>> [sample.nodes[:2].tolist() for sample in rv.neighbor_batches(graph, [0, 1, 2, 3], 1, 2, shuffle=False)]
     [[0, 1], [2, 3]]
     """
     seeds, fan_outs, seed = _nodes(graph, nodes), _fan_outs(fan_out), checks._seed(seed, 1.0)
@@ -245,7 +250,9 @@ def _chosen(degrees: NDArray[np.int64], most: int, dice: Words) -> tuple[NDArray
     Floyd's choice of `most` out of n, of all nodes at once: step by step one of the first n - most + 1, n - most + 2,
     ..., n edges is drawn, and if it was drawn before, the last of them is taken, which cannot have been.
 
-    Source: Bentley, Floyd, "Programming pearls: a sample of brilliance", 1987.
+    References
+    ----------
+    Bentley, Floyd, "Programming pearls: a sample of brilliance", 1987.
     """
     is_large = degrees > most
     if most == -1 or not is_large.any():
@@ -300,6 +307,7 @@ def _nodes(graph: CSRGraph, nodes: ArrayLike) -> Nodes:
             "a drawn source is a target of the next hop: number all nodes in one row, from_edge_index(..., num_nodes=N)"
         )
         raise GraphStructureError("sources and targets are different nodes", shapes=shapes, hint=hint)
+    refuse_masked("nodes", nodes)
     found = _array("nodes", nodes)
     if found.size == 0 and not isinstance(nodes, np.ndarray):
         found = found.astype(np.int64)

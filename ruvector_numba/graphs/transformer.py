@@ -12,15 +12,16 @@ from ..checks import Array
 from ..errors import InvalidConfigError, InvalidInputError
 from ..parameters import ParameterSet
 from ..projection import flattened, linear, linear_backward, linears, linears_backward
-from .inputs import Inputs
-from .layer import GraphLayer, Record
+from .inputs import Inputs, switch
+from .layer import GraphLayer
 from .neighbors import Past
+from .results import Record
 
 __all__ = ["GraphTransformer"]
 
 
 class GraphTransformer(GraphLayer):
-    """Masked label prediction's attention (Shi et al., 2021), as PyTorch Geometric's `TransformerConv`.
+    """Dot-product attention to neighbours (Shi et al., 2021), as PyTorch Geometric's `TransformerConv`.
 
     s = scale * lin_query(x_i) . (lin_key(x_j) [+ lin_edge(edge_attr)]); the output is the sum of
     softmax(s) (lin_value(x_j) [+ lin_edge(edge_attr)]) over the edges into i, heads joined or averaged,
@@ -28,20 +29,42 @@ class GraphTransformer(GraphLayer):
 
     Parameters
     ----------
-    in_channels, out_channels, heads, concat, dropout, edge_dim, aggregation, normalize, seed, dtype
-        As in `GAT`. No self-loops are added.
-    scale : float, optional
-        What scores are multiplied by; 1 / sqrt(out_channels) if None.
-    beta : bool
-        Whether a gate, sigmoid(lin_beta [o, r, o - r]), weighs lin_skip's r against what attention gives, o.
-    bias : bool
-        Of lin_key, lin_query, lin_value and lin_skip.
-    root_weight : bool
+    in_channels : int or (int, int)
+        Channels of the nodes; a pair for sources and targets.
+    out_channels : int
+        Channels of one head of the output.
+    heads : int, default 1
+        Attention heads.
+    concat : bool, default True
+        Whether heads are joined; if not, they are averaged.
+    beta : bool, default False
+        Whether a gate, sigmoid(lin_beta [o, r, o - r]), weighs lin_skip's r against the output of attention, o.
+    dropout : float, default 0
+        Probability, 0 to 1, to drop a coefficient; in training only.
+    edge_dim : int, optional
+        Channels of `edge_attr`; None for edges without attributes.
+    bias : bool, default True
+        Whether lin_key, lin_query, lin_value and lin_skip have a bias.
+    root_weight : bool, default True
         Whether lin_skip(x_i) is added. Its parameters are there in any case, as those of `TransformerConv`.
+    aggregation : {"sum", "mean", "max"}, default "sum"
+        How a target joins its messages, coefficient times value: "mean" divides their sum by the number of edges, "max"
+        takes the largest in each channel, and among equal ones the first edge's. A dropped edge brings 0 to "max".
+    normalize : bool, default True
+        Whether scores go through a softmax. If not, the coefficients are the scores.
+    scale : float, optional
+        Multiplies the scores; 1 / sqrt(out_channels) if None.
+    seed : int, optional
+        Seed of the initial parameters and of the dropout.
+    dtype : float32 or float64, default float32
+        Type of the initial parameters. What is computed has the dtype of the inputs.
 
     Raises
     ------
     InvalidConfigError
+        If an option has a wrong type or value.
+    InvalidInputError
+        If `dtype` is neither float32 nor float64.
 
     Examples
     --------
@@ -70,8 +93,9 @@ class GraphTransformer(GraphLayer):
         dtype: DTypeLike = np.float32,
     ) -> None:
         super().__init__(in_channels, out_channels, heads, concat, dropout, edge_dim, bias, aggregation, seed)
-        self.beta, self.root_weight = bool(beta) and bool(root_weight), bool(root_weight)
-        self.normalize, self.scale = bool(normalize), scale
+        self.root_weight = switch("root_weight", root_weight)
+        self.beta = switch("beta", beta) and self.root_weight  # there is nothing else to weigh
+        self.normalize, self.scale = switch("normalize", normalize), scale
         try:
             self._scale = checks.scale_of(scale, self.out_channels)
         except InvalidInputError:
@@ -107,7 +131,8 @@ class GraphTransformer(GraphLayer):
     def _attend(self, inputs: Inputs, p: ParameterSet, keeps: bool) -> tuple[Past, Any]:
         from ..plan import csr as plan
 
-        source, target = inputs.source, np.asarray(inputs.target)
+        assert inputs.target is not None  # `needs_target`: the layer refuses a call without
+        source, target = inputs.source, inputs.target
         of_source = "lin_key", "lin_value"
         of_target = ("lin_query", "lin_skip") if self._begins_with_root else ("lin_query",)
         key, value = linears(source, p, of_source, self.heads, side_by_side=True)
@@ -126,17 +151,18 @@ class GraphTransformer(GraphLayer):
         output = attended.reshape(len(attended), self.width) if self.concat else attended.mean(axis=1)
         if self._begins_with_root or not self.root_weight:
             return output, None
-        root = linears(np.asarray(inputs.target), p, ("lin_skip",), 1)[0, :, 0]
+        assert inputs.target is not None  # `needs_target`: the layer refuses a call without
+        root = linears(inputs.target, p, ("lin_skip",), 1)[0, :, 0]
         if not self.beta:
             root += output
             return root, None
         gate = _gate(output, root, p["lin_beta.weight"])
         return gate * root + (1 - gate) * output, (output, root, gate)
 
-    def _finish_back(self, grad: Array, record: Record, found: dict[str, Array]) -> tuple[Array, Array | None]:
+    def _finish_back(self, grad: Array, record: Record, gradients: dict[str, Array]) -> tuple[Array, Array | None]:
         p, droot, dattended = record.parameters, grad, grad
         if not self.root_weight:
-            found |= {name: np.zeros_like(p[name]) for name in ("lin_skip.weight", "lin_skip.bias") if name in p}
+            gradients |= {name: np.zeros_like(p[name]) for name in ("lin_skip.weight", "lin_skip.bias") if name in p}
             return grad, None
         if self.beta:
             output, root, gate = record.extra
@@ -145,26 +171,28 @@ class GraphTransformer(GraphLayer):
             droot = grad * gate + dgate * (of_root - of_difference)
             dattended = grad * (1 - gate) + dgate * (of_output + of_difference)
             parts = (dgate[:, 0] @ x for x in (output, root, output - root))
-            found["lin_beta.weight"] = np.concatenate(list(parts))[None]
-        return dattended, linears_backward(droot, np.asarray(record.inputs.target), p, ("lin_skip",), found)
+            gradients["lin_beta.weight"] = np.concatenate(list(parts))[None]
+        assert record.inputs.target is not None  # `needs_target`: the layer refuses a call without
+        return dattended, linears_backward(droot, record.inputs.target, p, ("lin_skip",), gradients)
 
     def _joined(self, inputs: Inputs) -> tuple[str, ...]:
         return ("key", "value", "query") if not inputs.is_pair else ("key", "value")
 
     def _attend_back(
-        self, made: Any, record: Record, found: dict[str, Array], so_far: Array | None
+        self, back: Any, record: Record, gradients: dict[str, Array], so_far: Array | None
     ) -> tuple[Array, Array | None, Array | None]:
         inputs, p = record.inputs, record.parameters
         if not inputs.is_pair:
             names: tuple[str, ...] = ("lin_key", "lin_value", "lin_query")
-            dsource = dtarget = linears_backward(made.joined, inputs.source, p, names, found, so_far)
+            dsource = dtarget = linears_backward(back.joined, inputs.source, p, names, gradients, so_far)
         else:
-            dsource = linears_backward(made.joined, inputs.source, p, ("lin_key", "lin_value"), found)
-            dtarget = linears_backward(made.query, np.asarray(inputs.target), p, ("lin_query",), found, so_far)
+            dsource = linears_backward(back.joined, inputs.source, p, ("lin_key", "lin_value"), gradients)
+            assert inputs.target is not None  # `needs_target`: the layer refuses a call without
+            dtarget = linears_backward(back.query, inputs.target, p, ("lin_query",), gradients, so_far)
         dattr = None
         if inputs.edge_attr is not None:
-            dedge = flattened(made.edge + made.edge_value)
-            dattr, found["lin_edge.weight"], _ = linear_backward(dedge, inputs.edge_attr, p["lin_edge.weight"])
+            dedge = flattened(back.edge + back.edge_value)
+            dattr, gradients["lin_edge.weight"], _ = linear_backward(dedge, inputs.edge_attr, p["lin_edge.weight"])
         return dsource, dtarget, dattr
 
 

@@ -121,7 +121,9 @@ def to_pyg_state(layer: Trainable) -> dict[str, Array]:
 
     Examples
     --------
-    See `load_pyg_state`.
+    >>> import ruvector_numba as rv
+    >>> {name: x.shape for name, x in rv.interop.to_pyg_state(rv.GAT(3, 4, heads=2)).items()}
+    {'att_src': (1, 2, 4), 'att_dst': (1, 2, 4), 'lin.weight': (8, 3), 'bias': (8,)}
     """
     _check_layer(layer)
     p = layer.parameters  # read once: another thread may be training
@@ -130,7 +132,7 @@ def to_pyg_state(layer: Trainable) -> dict[str, Array]:
 
 
 def _twins(layer: Trainable) -> dict[str, str]:
-    """What a state has twice, and the layer once."""
+    """The names that a state has twice and the layer once."""
     if not (isinstance(layer, GATv2) and layer.share_weights):
         return {}
     return {name.replace("lin_l", "lin_r"): name for name in layer.parameters if name.startswith("lin_l.")}

@@ -105,7 +105,10 @@ def to_torch_state(mha: MultiHeadAttention) -> dict[str, Array]:
 
     Examples
     --------
-    See `load_torch_state`.
+    >>> import ruvector_numba as rv
+    >>> layer = rv.MultiHeadAttention(rv.AttentionConfig(d_model=8, num_heads=2))
+    >>> {name: x.shape for name, x in rv.interop.to_torch_state(layer).items()}
+    {'in_proj_weight': (24, 8), 'in_proj_bias': (24,), 'out_proj.weight': (8, 8), 'out_proj.bias': (8,)}
     """
     _check_layer(mha)
     p = mha.parameters  # read once: another thread may be training

@@ -218,7 +218,7 @@ def _heads(H: int, C: int, pad: int, lanes: int) -> Heads:
     blocks = [one for some in (whole, rest) for one in some + some[-1:] * (-len(some) % VECTORS)]
     vectors = np.array([(h, h * C + c, h * pad + c) for h, c in blocks], np.int64).reshape(-1, 3).T.copy()
     numbers = np.minimum(np.arange(span) % W, H - 1)
-    pieces = 1 if C == pad else H
+    pieces = 1 if C == pad or not H else H
     return Heads(
         H,
         C,
