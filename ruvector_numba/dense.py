@@ -267,9 +267,9 @@ def _on_gpu(precision: str | None, dtype: str | None, *arguments: Any) -> Any:
 
 
 def _checked(precision: str | None, *arguments: Any) -> Call:
-    """A checked call; one whose products shall be of bfloat16 has its arrays rounded."""
+    """A checked call; for precision="bfloat16" the arrays are rounded first."""
     c = checks.call(*arguments)
-    if not checks.precision(precision, c):
+    if not checks.rounds_products(precision, c):
         return c
     from .plan import dense as plan
 

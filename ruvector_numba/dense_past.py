@@ -13,7 +13,9 @@ from .checks import Array, Call
 from .plan import memory
 from .results import InputGradients
 
-__all__ = ["Past", "forward", "merged"]
+__all__ = ["SOME_WEIGHTS", "Past", "forward", "merged"]
+
+SOME_WEIGHTS = "ask for some of the weights: weights(rows=slice(0, 1000))"
 
 
 class Past(NamedTuple):
@@ -35,9 +37,9 @@ class Past(NamedTuple):
     def weights(self, rows: Any = None) -> Array:
         """See `AttentionCache.weights`."""
         c = self.call
-        chosen = checks.rows(rows, c.query.shape[-2])
+        chosen = checks.row_indices(rows, c.query.shape[-2])
         shape = (*c.query.shape[:-2], len(chosen), c.key.shape[-2])
-        checks.memory(shape, c.given, "weights")
+        checks.check_memory(shape, c.given, "weights", SOME_WEIGHTS)
         result = np.zeros(shape, c.given)
         if result.size:
             sums, done = _by_tiles(self).sums, 0

@@ -88,7 +88,7 @@ def attention_scores(query: ArrayLike, key: ArrayLike, scale: float | None = Non
            [2., 4., 6.]])
     """
     query, key = _query_and_key(query, key)
-    return _product(query, _transposed(key), _scale(scale, query.shape[-1]))
+    return _product(query, _transposed(key), checks.scale_of(scale, query.shape[-1]))
 
 
 def attention_scores_backward(
@@ -120,7 +120,7 @@ def attention_scores_backward(
     """
     query, key = _query_and_key(query, key)
     grad = checks.gradient("grad_scores", grad_scores, (*query.shape[:-1], key.shape[-2]), query.dtype)
-    scale = _scale(scale, query.shape[-1])
+    scale = checks.scale_of(scale, query.shape[-1])
     return _product(grad, key, scale, selects=True), _product(_transposed(grad), query, scale, selects=True)
 
 
@@ -406,7 +406,7 @@ def _array(name: str, x: ArrayLike, form: str) -> Array:
         raise InvalidInputError(
             f"{name} has {array.ndim} axes", shapes={f"{name}.shape": array.shape}, hint=f"give {form}"
         )
-    return checks._array(name, array)
+    return checks.readable(name, array)
 
 
 def _check_pair(pair: dict[str, Array], axis: int, other_axis: int, hint: str) -> None:
@@ -431,17 +431,8 @@ def _resolved(scores: Array, attn_mask: masks.Mask | ArrayLike | None, is_causal
     return masks.resolve(attn_mask, is_causal, scores.shape[:-3], heads, Lq, Lk, scores.dtype)
 
 
-def _scale(scale: float | None, D: int) -> float:
-    if scale is None:
-        return 1 / math.sqrt(D) if D else 1.0
-    scale = checks._real("scale", scale)
-    if not math.isfinite(scale):
-        raise InvalidInputError(f"scale is {scale}", hint="give a finite number, or None for 1 / sqrt(D)")
-    return scale
-
-
 def _eps(eps: float) -> float:
-    eps = checks._real("eps", eps)
+    eps = checks.real_number("eps", eps)
     if not 0 <= eps < math.inf:
         raise InvalidInputError(f"eps is {eps}", hint="give 0, or a small positive number")
     return eps

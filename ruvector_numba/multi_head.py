@@ -276,7 +276,7 @@ class MultiHeadAttention(Trainable, TrainableAttention):
         half = layers_half.half_type(dtype)
         kind = half or self._parameters.as_type(self._parameters.dtype if dtype is None else dtype).dtype
         shape = (int(batch), self.config.num_heads, int(max_len), self.config.d_k)
-        checks.memory((2, *shape), kind, "keys and values", hint="fewer positions, or a smaller batch")
+        checks.check_memory((2, *shape), kind, "keys and values", hint="fewer positions, or a smaller batch")
         return KeyValueCache(np.zeros(shape, kind), np.zeros(shape, kind))
 
     def step(self, x: ArrayLike, cache: KeyValueCache) -> Array:
@@ -380,8 +380,8 @@ class _Record(NamedTuple):
     def weights(self, rows: Any = None) -> Array:
         """Averaged over the heads: (B, rows, Lk), some rows at a time, so that the heads' own need little room."""
         B, H, Lq, Lk = *self.past.output.shape[:3], self.past.call.key.shape[2]
-        chosen = checks.rows(rows, Lq)
-        checks.memory((B, len(chosen), Lk), self.output.dtype, "weights")
+        chosen = checks.row_indices(rows, Lq)
+        checks.check_memory((B, len(chosen), Lk), self.output.dtype, "weights", dense_past.SOME_WEIGHTS)
         result = np.zeros((B, len(chosen), Lk), self.output.dtype)
         at_once = max(1, (1 << 22) // max(1, B * H * Lk))
         for i in range(0, len(chosen), at_once):

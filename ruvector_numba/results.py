@@ -113,7 +113,7 @@ class AttentionCache:
             return self.record.weights(rows)
         if self._given_weights is None:
             raise InvalidInputError("this cache was built by hand, without weights", hint="give attention_weights")
-        return self._given_weights[..., checks.rows(rows, self._given_weights.shape[-2]), :]
+        return self._given_weights[..., checks.row_indices(rows, self._given_weights.shape[-2]), :]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
