@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from . import masks
+from . import gpu, masks
 from .checks import Shape, floats, from_sequence
 from .config import AttentionConfig
 from .errors import DimensionMismatchError, InvalidConfigError, InvalidInputError, InvalidMaskError
 from .results import AttentionCache
 
-__all__ = ["batch", "check_hidden", "checked_config", "dice", "dropout", "hidden", "padded", "record_of"]
+__all__ = ["batch", "check_hidden", "checked_config", "dice", "dropout", "hidden", "joined", "padded", "record_of"]
 
 Array = NDArray[Any]
 
@@ -96,6 +96,17 @@ def hidden(mask: Any, scores: tuple[int, int, int, int], per_head: bool) -> mask
     array = from_sequence("mask", mask)
     check_hidden(array.shape, array.dtype, scores, per_head)
     return _attending("mask", array if array.ndim != 3 else array[:, None])
+
+
+def joined(mask: Any, key_padding_mask: Any, scores: tuple[int, int, int, int]) -> Any:
+    """A layer's `mask` and `key_padding_mask` in one, as `mask` takes it: what a cache keeps."""
+    if key_padding_mask is None:
+        return mask
+    (B, _, _, Lk), there = scores, gpu.is_on_gpu(key_padding_mask)
+    seen = padded(gpu.library(key_padding_mask).download(key_padding_mask) if there else key_padding_mask, B, Lk)
+    if mask is None and not isinstance(seen, masks.Mask):
+        return (key_padding_mask if there else np.asarray(key_padding_mask)).reshape(B, 1, Lk)
+    return masks.All([hidden(mask, scores, per_head=True), seen])
 
 
 def check_hidden(shape: Shape, dtype: np.dtype[Any], scores: tuple[int, int, int, int], per_head: bool) -> None:

@@ -49,6 +49,10 @@ class Rounded:
         return cls(record, inputs, halves.rounded(record.output, kind))
 
     @property
+    def mask(self) -> Any:
+        return self.record.mask
+
+    @property
     def lse(self) -> Any:
         return self.record.lse
 

@@ -43,7 +43,7 @@ class AttentionCache:
     attention_weights : array, optional
         The weights that the forward pass gave.
     mask : optional
-        As the pass was given it.
+        As the pass was given it; a layer's, joined with its `key_padding_mask` if there was one.
 
     Attributes
     ----------

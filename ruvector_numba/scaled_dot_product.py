@@ -80,11 +80,26 @@ class ScaledDotProductAttention(Trainable, TrainableAttention):
     def name(self) -> str:
         return "ScaledDotProductAttention"
 
+    def __call__(
+        self,
+        query: ArrayLike,
+        key: ArrayLike | None = None,
+        value: ArrayLike | None = None,
+        mask: Any = None,
+        *,
+        device: str | None = None,
+    ) -> Array:
+        """The output alone, without dropout; no array of Lq x Lk is formed.
+
+        The parameters are those of `forward`.
+        """
+        return self._attend(query, key, value, mask, 0.0, None, device).output
+
     def forward(
         self,
         query: ArrayLike,
-        key: ArrayLike,
-        value: ArrayLike,
+        key: ArrayLike | None = None,
+        value: ArrayLike | None = None,
         mask: Any = None,
         *,
         device: str | None = None,
@@ -94,8 +109,10 @@ class ScaledDotProductAttention(Trainable, TrainableAttention):
         Parameters
         ----------
         query : array (B, Lq, d_model), float32 or float64
-        key : array (B, Lk, d_model)
-        value : array (B, Lk, Dv), of any Dv
+        key : array (B, Lk, d_model), optional
+            The query if None.
+        value : array (B, Lk, Dv), of any Dv, optional
+            The key if None.
         mask : array (Lq, Lk) or (B, Lq, Lk), or mask of `ruvector_numba.masks`, optional
             In an array True, or a number above 0.5, **hides**; axes of 1 are shared. With `causal` in the configuration
             query i sees keys j <= i at most, for any Lq and Lk.
@@ -120,8 +137,8 @@ class ScaledDotProductAttention(Trainable, TrainableAttention):
     def forward_cached(
         self,
         query: ArrayLike,
-        key: ArrayLike,
-        value: ArrayLike,
+        key: ArrayLike | None = None,
+        value: ArrayLike | None = None,
         mask: Any = None,
         training: bool = True,
         *,
@@ -157,9 +174,11 @@ class ScaledDotProductAttention(Trainable, TrainableAttention):
         return record.backward(grad_output)
 
     def _attend(
-        self, query: ArrayLike, key: ArrayLike, value: ArrayLike, mask: Any, dropout: float, seed: int | None,
-        device: str | None = None,
+        self, query: ArrayLike, key: ArrayLike | None, value: ArrayLike | None, mask: Any, dropout: float,
+        seed: int | None, device: str | None = None,
     ) -> Any:  # fmt: skip
+        key = query if key is None else key
+        value = key if value is None else value
         config = self.config
         if gpu.concerns(device, query, key, value):
             return gpu_layers.one_head(config, (query, key, value), mask, dropout, seed, device)
