@@ -1,7 +1,7 @@
 """Training helpers: stochastic gradient descent, Adam, AdamW, clipping; each does what torch's of the same name does.
 
-An optimizer works on named arrays and keeps what it remembers by name, so it is one optimizer to a layer, or to several
-whose arrays are joined under different names:
+An optimizer works on named arrays and keeps what it remembers by name. So each layer needs its own, and `update` refuses
+one that remembers another layer. With `step`, arrays of several layers may be joined under different names:
 
 >>> import numpy as np
 >>> from ruvector_numba.optim import Adam, clip_by_norm
@@ -24,6 +24,7 @@ from __future__ import annotations
 import math
 import numbers
 import sys
+import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
@@ -46,9 +47,14 @@ class _Optimizer:
     """What optimizers share. One defines its settings, their `_check`, and `_descend` for one array."""
 
     state: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+    # The layer that `state` is of. A copy and a pickle forget it, so that they go on with a copy of the layer.
+    _layer: weakref.ref[Trainable] | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         self._check()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_layer": None}
 
     def _check(self) -> None:
         raise NotImplementedError
@@ -92,7 +98,10 @@ class _Optimizer:
         ------
         InvalidInputError
             If `layer` is not one that can be trained.
-        TrainingError, InvalidConfigError
+        TrainingError
+            As in `step`; also if the optimizer has momentum or moments of another layer. `step` cannot tell that of
+            arrays of equal shapes.
+        InvalidConfigError
             As in `step`.
         """
         if not isinstance(layer, Trainable):
@@ -100,9 +109,12 @@ class _Optimizer:
             raise InvalidInputError(f"layer is a {type(layer).__name__}", hint=hint)
 
         def change(parameters: ParameterSet) -> ParameterSet:
+            if self._layer is not None and self._layer() is not layer and any(map(_arrays, self.state.values())):
+                hint = "make one optimizer for each layer; for a copy of the layer, copy.deepcopy(optimizer)"
+                raise TrainingError("the optimizer remembers another layer", hint=hint)
             values, state = self._advance(parameters, gradients)
             new = ParameterSet(values)
-            self.state = state
+            self.state, self._layer = state, weakref.ref(layer)
             return new
 
         layer._change(change)

@@ -65,7 +65,9 @@ def test_self_attention_and_shared_values_can_be_called_briefly():
     np.testing.assert_array_equal(attention.forward(q)[1], attention.forward(q, q, q)[1])
     np.testing.assert_array_equal(attention.head_weights(q, k), attention.head_weights(q, k, k))
     g = attention.backward(q, attention.forward_cached(q, training=False)[1])
-    np.testing.assert_array_equal(g.key, attention.backward(q, attention.forward_cached(q, q, q, training=False)[1]).key)
+    np.testing.assert_array_equal(
+        g.key, attention.backward(q, attention.forward_cached(q, q, q, training=False)[1]).key
+    )
 
 
 def test_bert_can_be_built_and_has_the_right_scale():
