@@ -12,7 +12,7 @@ from . import checks, gpu, halves, masks
 from .checks import Array, Call
 from .dense_past import Past, forward, merged
 from .errors import DimensionMismatchError, InvalidInputError
-from .results import AttentionCache, InputGradients
+from .results import AttentionCache, InputGradients, read_only
 
 __all__ = [
     "attention_backward",
@@ -151,7 +151,8 @@ def attention_forward(
         return AttentionCache(query, key, value, mask=attn_mask, output=there.result, lse=lse, record=there)
     c = _checked(precision, query, key, value, attn_mask, *terms, dtype)
     result = forward(c, None if out is None else checks.output(out, c))
-    return AttentionCache(query, key, value, mask=attn_mask, output=result.output, lse=result.lse, record=result)
+    output = read_only(result.output) if out is None else result.output
+    return AttentionCache(query, key, value, mask=attn_mask, output=output, lse=result.lse, record=result)
 
 
 def attention_backward(

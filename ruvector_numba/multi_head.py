@@ -17,7 +17,7 @@ from .parameters import ParameterSet, Trainable
 from .plan import memory
 from .projection import product
 from .protocols import TrainableAttention
-from .results import AttentionCache, AttentionGradients
+from .results import AttentionCache, AttentionGradients, read_only
 
 __all__ = ["KeyValueCache", "MultiHeadAttention"]
 
@@ -198,7 +198,7 @@ class MultiHeadAttention(Trainable, TrainableAttention):
             mask = layers.joined(mask, key_padding_mask, scores)
         else:
             mask = record.mask
-        return output, AttentionCache(q, k, v, mask=mask, output=output, lse=lse, record=record)
+        return output, AttentionCache(q, k, v, mask=mask, output=read_only(output), lse=lse, record=record)
 
     def _attend(
         self,

@@ -1,7 +1,7 @@
 """Training helpers: stochastic gradient descent, Adam, AdamW, clipping; each does what torch's of the same name does.
 
-An optimizer works on named arrays and keeps what it remembers by name. So each layer needs its own, and `update` refuses
-one that remembers another layer. With `step`, arrays of several layers may be joined under different names:
+An optimizer works on named arrays and keeps what it remembers by name. So each layer needs its own, and `update`
+refuses one that remembers another layer. With `step`, arrays of several layers may be joined under different names:
 
 >>> import numpy as np
 >>> from ruvector_numba.optim import Adam, clip_by_norm

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from . import checks, gpu
@@ -21,6 +22,14 @@ class Record(Protocol):
     def weights(self, rows: Any = None) -> Array: ...
 
 
+def read_only(x: Any) -> Any:
+    """A view of a result that gradients are computed from, which nobody may write into; arrays on a GPU as they are."""
+    if isinstance(x, np.ndarray):
+        x = x.view()
+        x.flags.writeable = False
+    return x
+
+
 def _array(name: str, x: ArrayLike) -> Any:
     """Arrays on a GPU stay there."""
     return x if gpu.is_on_gpu(x) else checks.from_sequence(name, x)
@@ -29,8 +38,9 @@ def _array(name: str, x: ArrayLike) -> Any:
 class AttentionCache:
     """What a forward pass leaves for the backward pass.
 
-    It refers to the arrays of the call and copies none: they must not change before the backward pass. (Beside an
-    output of half precision it keeps that in float32, and after `precision="bfloat16"` the rounded arrays.)
+    It refers to query, key, value, mask and output and copies none: change none of them in place, and reuse no ``out=``
+    buffer, before the backward pass. (Beside an output of half precision it keeps that in float32, and after
+    `precision="bfloat16"` the rounded arrays.)
 
     One may also be built by hand from arrays, as in the plan this package follows. The backward pass of a layer then
     does the forward pass again, without dropout, from `query`, `key`, `value` and `mask`; the weights are what it
@@ -49,7 +59,8 @@ class AttentionCache:
     ----------
     query, key, value, mask
     output : array or None
-        What the pass gave; None in a cache built by hand, as `lse`.
+        What the pass gave, read-only unless it was written to the caller's ``out=``; None in a cache built by hand, as
+        `lse`.
     lse : array (..., H, Lq) or None
         The natural logarithm of the sum of exp(score) over the keys a query sees; -inf if it sees none.
     """

@@ -11,7 +11,7 @@ from .config import AttentionConfig
 from .gpu import layers as gpu_layers
 from .parameters import ParameterSet, Trainable
 from .protocols import TrainableAttention
-from .results import AttentionCache, AttentionGradients
+from .results import AttentionCache, AttentionGradients, read_only
 
 __all__ = ["ScaledDotProductAttention"]
 
@@ -145,14 +145,14 @@ class ScaledDotProductAttention(Trainable, TrainableAttention):
         seed: int | None = None,
         device: str | None = None,
     ) -> tuple[Array, AttentionCache]:
-        """The output, and what `backward` needs; with dropout if `training`.
+        """The output, read-only, and what `backward` needs, the output too; with dropout if `training`.
 
         `seed` decides what is dropped; without it, the layer's own generator does. The rest is as in `forward`.
         """
         dropout, seed = layers.dropout(self.config, training, seed, self._dice)
         record = self._attend(query, key, value, mask, dropout, seed, device)
         q, k, v = record.inputs
-        output, lse = record.output, record.lse
+        output, lse = read_only(record.output), record.lse
         return output, AttentionCache(q, k, v, mask=mask, output=output, lse=lse, record=record)
 
     def backward(self, grad_output: ArrayLike, cache: AttentionCache) -> AttentionGradients:
