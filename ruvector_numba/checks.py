@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from . import halves, masks, visibility
 from .errors import DimensionMismatchError, InvalidInputError
-from .values import check_memory, random_seed, real_number, switch
+from .values import check_memory, check_not_masked, random_seed, real_number, switch
 
 Array = NDArray[Any]
 Shape = tuple[int, ...]
@@ -78,13 +78,14 @@ def call(
     """Check the arguments of attention."""
     given = (("query", query), ("key", key), ("value", value))
     query, key, value = (readable(name, x, may_be_half=True, dtype=dtype) for name, x in given)
+    enable_gqa = switch("enable_gqa", enable_gqa)
     if not query.shape[:-2] == key.shape[:-2] == value.shape[:-2] or not query.dtype == key.dtype == value.dtype:
         _check_heads_and_dtypes(query, key, value, enable_gqa)
     (Lq, D), (Lk, Dk) = query.shape[-2:], key.shape[-2:]
     if D != Dk or Lk != value.shape[-2]:
         _refuse_sizes(query, key, value)
     heads, batch = query.shape[-3] if query.ndim > 2 else 1, query.shape[:-3]
-    seen = masks.resolve(attn_mask, is_causal, batch, heads, Lq, Lk, query.dtype)
+    seen = masks.resolve(attn_mask, switch("is_causal", is_causal), batch, heads, Lq, Lk, query.dtype)
     scale = scale_of(scale, D)
     if softcap is not None:
         softcap = real_number("softcap", softcap)
@@ -114,7 +115,7 @@ def rounds_products(precision: object, c: Call) -> bool:
 
 def floats(name: str, x: ArrayLike, said: str | None = None) -> Array:
     """The argument as a float32 or float64 array; `said` is what a hint calls it, if not by its name."""
-    array = x if type(x) is np.ndarray else from_sequence(name, x)
+    array = x if type(x) is np.ndarray else from_sequence(name, x, f"pass {said}.filled(0)" if said else None)
     if array.dtype not in FLOATS or not array.dtype.isnative:
         hint = f"cast it: {said or name}.astype(numpy.float32)"
         raise InvalidInputError(f"{name} has dtype {array.dtype}, not float32 or float64", hint=hint)
@@ -142,10 +143,10 @@ def dropout(dropout_p: object, seed: object) -> tuple[float, int]:
 def readable(name: str, x: ArrayLike, may_be_half: bool = False, dtype: str | None = None) -> Array:
     """The argument as an array of at least two axes that the kernels can read."""
     if type(x) is not np.ndarray:
-        x = from_sequence(name, x)
+        x = from_sequence(name, x, f"pass {name}.filled(0) and hide keys by attn_mask or masks.Lengths")
     is_half = may_be_half and (x.dtype == np.float16 or halves.is_bfloat16(x.dtype))
     if dtype is not None:
-        _check_bits(name, x, dtype)
+        check_bits(name, x, dtype)
     elif not (x.dtype in FLOATS or is_half) or not x.dtype.isnative:
         hint = f"cast it: {name}.astype(numpy.float32)"
         if x.dtype.kind == "c":
@@ -163,7 +164,7 @@ def readable(name: str, x: ArrayLike, may_be_half: bool = False, dtype: str | No
     return x if x.flags.aligned else x.copy()
 
 
-def _check_bits(name: str, x: Array, dtype: str) -> None:
+def check_bits(name: str, x: Array, dtype: str) -> None:
     """`dtype` says what the bits of a uint16 array mean."""
     if dtype != "bfloat16":
         hint = 'dtype is for what NumPy has no type for: give "bfloat16" with uint16 arrays, or leave it out'
@@ -173,8 +174,12 @@ def _check_bits(name: str, x: Array, dtype: str) -> None:
         raise InvalidInputError(f"{name} has dtype {x.dtype}, and dtype is {dtype!r}", hint=hint)
 
 
-def from_sequence(name: str, x: ArrayLike) -> Array:
-    """Lists and other array-likes, as NumPy reads them; lists of whole numbers become float64, as in NumPy's maths."""
+def from_sequence(name: str, x: ArrayLike, unmasked: str | None = None) -> Array:
+    """Lists and other array-likes, as NumPy reads them; lists of whole numbers become float64, as in NumPy's maths.
+
+    `unmasked` is what a hint says to do with an array of numpy.ma.
+    """
+    check_not_masked(name, x, unmasked)
     try:
         array = np.asarray(x)
     except ValueError as error:
@@ -227,6 +232,7 @@ def _refuse_sizes(query: Array, key: Array, value: Array) -> None:
 
 
 def _slopes(slopes: ArrayLike, batch: Shape, heads: int, dtype: np.dtype[Any]) -> Array:
+    check_not_masked("alibi_slopes", slopes)
     try:
         array = np.ascontiguousarray(slopes, dtype=dtype)
     except (TypeError, ValueError) as error:
@@ -247,6 +253,7 @@ def _slopes(slopes: ArrayLike, batch: Shape, heads: int, dtype: np.dtype[Any]) -
 def output(out: object, c: Call) -> Array | None:
     """Check the array a result shall go to."""
     if out is None:
+        check_memory(c.output_shape, c.given, "output", "attend with some of the queries or heads at a time")
         return None
     if not isinstance(out, np.ndarray):
         raise InvalidInputError(f"out is a {type(out).__name__}", hint="give a NumPy array, numpy.empty(shape, dtype)")
@@ -255,7 +262,8 @@ def output(out: object, c: Call) -> Array | None:
         raise DimensionMismatchError(c.output_shape, out.shape, shapes=shapes, hint="out is (..., H, Lq, Dv)")
     if out.dtype != c.given or not out.dtype.isnative:
         dtypes = {"out.dtype": out.dtype, "query.dtype": c.given}
-        raise InvalidInputError("out has another dtype than query", shapes=dtypes, hint="numpy.empty_like(query)")
+        hint = f"give numpy.empty({c.output_shape}, query.dtype), of shape (..., Lq, Dv)"
+        raise InvalidInputError("out has another dtype than query", shapes=dtypes, hint=hint)
     if not out.flags.writeable or not out.flags.aligned:
         raise InvalidInputError("out cannot be written to", hint="it is read-only or not aligned: give a fresh array")
     if out.size and any(n > 1 and stride == 0 for n, stride in zip(out.shape, out.strides, strict=True)):
@@ -319,7 +327,9 @@ def row_indices(rows: Any, Lq: int) -> NDArray[np.int64]:
 __all__ = [
     "Call",
     "call",
+    "check_bits",
     "check_memory",
+    "check_not_masked",
     "dropout",
     "floats",
     "from_sequence",

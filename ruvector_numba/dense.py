@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from . import checks, gpu, halves, masks
-from .checks import Array, Call
+from .checks import Array, Call, Shape
 from .dense_past import Past, forward, merged
 from .errors import DimensionMismatchError, InvalidInputError
 from .results import AttentionCache, InputGradients, read_only
@@ -104,7 +104,7 @@ def scaled_dot_product_attention(
     if gpu.concerns(device, query, key, value):
         return _on_gpu(precision, dtype, query, key, value, attn_mask, out, device, *terms).result
     c = _checked(precision, query, key, value, attn_mask, *terms, dtype)
-    return forward(c, None if out is None else checks.output(out, c), wants_sums=False).output
+    return forward(c, checks.output(out, c), wants_sums=False).output
 
 
 def attention_forward(
@@ -150,7 +150,7 @@ def attention_forward(
         lse = there.given(there.lse)
         return AttentionCache(query, key, value, mask=attn_mask, output=there.result, lse=lse, record=there)
     c = _checked(precision, query, key, value, attn_mask, *terms, dtype)
-    result = forward(c, None if out is None else checks.output(out, c))
+    result = forward(c, checks.output(out, c))
     output = read_only(result.output) if out is None else result.output
     return AttentionCache(query, key, value, mask=attn_mask, output=output, lse=result.lse, record=result)
 
@@ -241,12 +241,10 @@ def merge(outputs: Sequence[ArrayLike], lses: Sequence[ArrayLike], *, dtype: str
         hint = "give one lse for each output, and at least one of both"
         raise InvalidInputError(f"{len(parts)} outputs and {len(logs)} lses", hint=hint)
     for i, (x, log) in enumerate(zip(parts, logs, strict=True)):
-        shapes = {f"outputs[{i}].shape": x.shape, f"lses[{i}].shape": log.shape, "outputs[0].shape": parts[0].shape}
-        if x.ndim < 2 or x.shape != parts[0].shape or log.shape != x.shape[:-1]:
-            raise DimensionMismatchError(parts[0].shape, x.shape, shapes=shapes, hint="(..., Lq, Dv) and (..., Lq)")
-        is_float = (
-            x.dtype.kind == "f" or halves.is_bfloat16(x.dtype) or (dtype == "bfloat16" and x.dtype == halves.BITS)
-        )
+        _check_part(i, x.shape, log.shape, parts[0].shape)
+        if dtype is not None:
+            checks.check_bits(f"outputs[{i}]", x, dtype)
+        is_float = x.dtype.kind == "f" or halves.is_bfloat16(x.dtype) or dtype is not None
         if not is_float or log.dtype.kind != "f" or x.dtype != parts[0].dtype:
             dtypes = {f"outputs[{i}].dtype": x.dtype, f"lses[{i}].dtype": log.dtype, "outputs[0].dtype": parts[0].dtype}
             raise InvalidInputError("outputs and lses are floats of one kind", shapes=dtypes, hint="cast them")
@@ -255,6 +253,21 @@ def merge(outputs: Sequence[ArrayLike], lses: Sequence[ArrayLike], *, dtype: str
     output, shift, log = merged(np.stack(wide), given, np.where(np.isneginf(given), given, 0))
     lse = shift + log
     return halves.rounded(output, parts[0].dtype), lse.astype(logs[0].dtype, copy=False)
+
+
+def _check_part(i: int, output: Shape, lse: Shape, first: Shape) -> None:
+    """Do the shapes of one output and its lse fit each other, and the first output?"""
+    shapes = {f"outputs[{i}].shape": output, f"lses[{i}].shape": lse, "outputs[0].shape": first}
+    hint = "outputs are (..., Lq, Dv), lses (..., Lq)"
+    if len(output) < len(lse) and lse[:-1] == output:
+        raise DimensionMismatchError(lse[:-1], lse, shapes=shapes, hint="are outputs and lses swapped?")
+    if len(output) < 2:
+        raise InvalidInputError(f"outputs[{i}] has {len(output)} axes", shapes=shapes, hint=hint)
+    if output != first:
+        raise DimensionMismatchError(first, output, shapes=shapes, hint=hint)
+    if lse != output[:-1]:
+        shapes = {f"outputs[{i}].shape": output, f"lses[{i}].shape": lse, "expected": output[:-1]}
+        raise DimensionMismatchError(output[:-1], lse, shapes=shapes, hint=hint)
 
 
 def _on_gpu(precision: str | None, dtype: str | None, *arguments: Any) -> Any:

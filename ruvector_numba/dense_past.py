@@ -52,7 +52,11 @@ class Past(NamedTuple):
 
     def backward(self, grad_output: Array, grad_lse: Array | None = None, wants_bias: bool = True) -> InputGradients:
         """See `attention_backward`; the gradients are checked. That of a bias costs a pass of its own."""
-        shape = self.output.shape[:-1]
+        shape, c = self.output.shape[:-1], self.call
+        for name, x in (("query", c.query), ("key", c.key), ("value", c.value), ("bias", c.seen.bias)):
+            if x is not None and (wants_bias or name != "bias"):
+                hint = "it was broadcast: a gradient has as many numbers as the array seems to have"
+                checks.check_memory(x.shape, c.given, f"gradient of {name}", hint)
         lse = np.zeros(shape) if grad_lse is None else grad_lse.astype(np.float64, order="C")
         stored = self.call.query.dtype
         grad_output = (

@@ -39,6 +39,7 @@ makes the row NaN in `scaled_dot_product_attention`, and does not here.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -121,6 +122,8 @@ def attention_scores_backward(
     query, key = _query_and_key(query, key)
     grad = checks.gradient("grad_scores", grad_scores, (*query.shape[:-1], key.shape[-2]), query.dtype)
     scale = checks.scale_of(scale, query.shape[-1])
+    for x in query, key:
+        checks.check_memory(x.shape, x.dtype, "gradient")
     return _product(grad, key, scale, selects=True), _product(_transposed(grad), query, scale, selects=True)
 
 
@@ -224,7 +227,7 @@ def softmax(scores: ArrayLike, eps: float = 0.0) -> Array:
     from .plan import functional as plan
 
     scores, eps = _array("scores", scores, "(..., Lq, Lk)"), _eps(eps)
-    weights = memory.result(scores.shape, scores.dtype)
+    weights = _room(scores.shape, scores.dtype)
     if weights.size:
         plan.softmax(scores.dtype, plan.layout(scores), eps)(given=scores, weights=weights)
     return weights
@@ -261,7 +264,7 @@ def softmax_backward(grad_weights: ArrayLike, weights: ArrayLike, eps: float = 0
 
     weights, eps = _array("weights", weights, "(..., Lq, Lk)"), _eps(eps)
     grad = checks.gradient("grad_weights", grad_weights, weights.shape, weights.dtype)
-    grad_scores = memory.result(weights.shape, weights.dtype)
+    grad_scores = _room(weights.shape, weights.dtype)
     if weights.size:
         ready = plan.softmax_backward(weights.dtype, plan.layout(grad), plan.layout(weights), eps)
         ready(given=grad, weights=weights, grad_scores=grad_scores)
@@ -327,6 +330,7 @@ def weighted_sum_backward(grad_output: ArrayLike, weights: ArrayLike, value: Arr
     """
     weights, value = _weights_and_value(weights, value)
     grad = checks.gradient("grad_output", grad_output, (*weights.shape[:-1], value.shape[-1]), weights.dtype)
+    checks.check_memory(value.shape, value.dtype, "gradient")
     return _product(grad, _transposed(value)), _product(_transposed(weights), grad, selects=True)
 
 
@@ -337,7 +341,7 @@ def _product(left: Array, right: Array, scale: float = 1.0, selects: bool = Fals
     """left right * scale; `selects` where 0 in left adds nothing."""
     from .plan import functional as plan  # at the first call, as it loads the kernels
 
-    out = memory.result((*left.shape[:-1], right.shape[-1]), left.dtype)
+    out = _room((*left.shape[:-1], right.shape[-1]), left.dtype)
     if out.size:
         plan.product(left.dtype, plan.layout(left), plan.layout(right), scale, selects)(left=left, right=right, out=out)
     return out
@@ -347,7 +351,7 @@ def _masked(x: Array, seen: visibility.Visibility, adds: bool) -> Array:
     """Where seen x, plus the bias if it `adds`; elsewhere -inf, or else 0."""
     from .plan import functional as plan
 
-    out = memory.result(x.shape, x.dtype)
+    out = _room(x.shape, x.dtype)
     if out.size == 0:
         return out
     allowed = np.ones((1, 1), np.bool_) if seen.allowed is None else seen.allowed
@@ -380,6 +384,12 @@ def _summed_to(gradient: Array, shape: Shape) -> Array:
     return np.asarray(gradient.sum(axis=(*range(added), *stretched))).reshape(shape)
 
 
+def _room(shape: Shape, dtype: np.dtype[Any]) -> Array:
+    """An array for a result. Arrays that are broadcast take no memory; what is computed of them may take too much."""
+    checks.check_memory(shape, dtype, "result", "scaled_dot_product_attention needs no array of Lq x Lk")
+    return memory.result(shape, dtype)
+
+
 def _transposed(x: Array) -> Array:
     return x.swapaxes(-1, -2)
 
@@ -401,7 +411,7 @@ def _weights_and_value(weights: ArrayLike, value: ArrayLike) -> tuple[Array, Arr
 
 
 def _array(name: str, x: ArrayLike, form: str) -> Array:
-    array = checks.from_sequence(name, x)
+    array = checks.from_sequence(name, x, f"pass {name}.filled(0), and hide keys by apply_mask")
     if array.ndim < 2:
         raise InvalidInputError(
             f"{name} has {array.ndim} axes", shapes={f"{name}.shape": array.shape}, hint=f"give {form}"
@@ -428,7 +438,9 @@ def _check_pair(pair: dict[str, Array], axis: int, other_axis: int, hint: str) -
 
 def _resolved(scores: Array, attn_mask: masks.Mask | ArrayLike | None, is_causal: bool) -> visibility.Visibility:
     heads, (Lq, Lk) = scores.shape[-3] if scores.ndim > 2 else 1, scores.shape[-2:]
-    return masks.resolve(attn_mask, is_causal, scores.shape[:-3], heads, Lq, Lk, scores.dtype)
+    return masks.resolve(
+        attn_mask, checks.switch("is_causal", is_causal), scores.shape[:-3], heads, Lq, Lk, scores.dtype
+    )
 
 
 def _eps(eps: float) -> float:

@@ -41,6 +41,7 @@ from numpy.typing import ArrayLike, NDArray
 from . import halves, mask_arrays
 from . import mask_arguments as arguments
 from .errors import InvalidMaskError
+from .values import check_memory
 from .visibility import (
     CAUSAL,
     NONE,
@@ -93,7 +94,7 @@ def resolve(
     if isinstance(attn_mask, Mask):
         seen = attn_mask._resolve(call)
     else:
-        seen = mask_arrays.resolved(_mask_array(attn_mask, may_be_bits=dtype == halves.BITS), call)
+        seen = mask_arrays.resolved(mask_arrays.as_mask(attn_mask, may_be_bits=dtype == halves.BITS), call)
     return meet(seen, CAUSAL) if is_causal else seen
 
 
@@ -124,6 +125,7 @@ class Mask:
         (2, 1, 2, 3)
         """
         Lq, Lk = arguments.size("Lq", Lq), arguments.size("Lk", Lk)
+        check_memory((Lq, Lk), np.dtype(bool), "mask", "pass the mask itself as attn_mask: no such array is formed")
         dense = self._dense(Lq, Lk)
         return np.array(np.broadcast_to(dense, np.broadcast_shapes(dense.shape, (Lq, Lk))), dtype=bool)
 
@@ -292,6 +294,7 @@ class Lengths(Mask):
     def _dense(self, Lq: int, Lk: int) -> NDArray[np.bool_]:
         queries = arguments.within("Lengths.queries", self.queries, "Lq", Lq)
         keys = arguments.within("Lengths.keys", self.keys, "Lk", Lk)
+        check_memory((*np.broadcast_shapes(queries.shape, keys.shape), Lq, Lk), np.dtype(bool), "mask")
         with_heads = (..., None, None, None) if queries.ndim or keys.ndim else (None, None)
         return (np.arange(Lq)[:, None] < queries[with_heads]) & (np.arange(Lk) < keys[with_heads])
 
@@ -348,6 +351,8 @@ class Segments(Mask):
 
     def _dense(self, Lq: int, Lk: int) -> NDArray[np.bool_]:
         query_ids, key_ids = self._checked(Lq, Lk)
+        rows = np.broadcast_shapes(query_ids.shape[:-1], key_ids.shape[:-1])
+        check_memory((*rows, Lq, Lk), np.dtype(bool), "mask")
         same: NDArray[np.bool_] = query_ids[..., :, None] == key_ids[..., None, :]
         return same[..., None, :, :] if same.ndim > 2 else same
 
@@ -407,7 +412,7 @@ class All(Mask):
             elif isinstance(part, Mask):
                 flat.extend(() if isinstance(part, Full) else (part,))
             elif part is not None:
-                flat.append(_mask_array(part))
+                flat.append(mask_arrays.as_mask(part))
         floats = [part for part in flat if isinstance(part, np.ndarray) and part.dtype.kind != "b"]
         if len(floats) > 1:
             raise InvalidMaskError(
@@ -452,33 +457,6 @@ def _joined(a: Mask | ArrayLike | None, b: Mask | ArrayLike | None) -> Mask:
 def _can_join(other: object) -> bool:
     arrays = (np.ndarray, np.generic, bool, list, tuple)
     return other is None or isinstance(other, (Mask, *arrays)) or hasattr(other, "__array__")
-
-
-# Arrays as masks
-
-
-def _mask_array(value: object, may_be_bits: bool = False) -> Array:
-    """`value` as a bool or float array in native byte order; the same memory where that is possible."""
-    if isinstance(value, type) and issubclass(value, Mask):
-        raise InvalidMaskError(f"{value.__name__} is a class, not a mask", hint=f"write {value.__name__}(...)")
-    if isinstance(value, np.ma.MaskedArray):
-        raise InvalidMaskError(
-            "a numpy.ma array, whose own mask would be lost", hint="pass mask.filled(...), a plain array"
-        )
-    try:
-        array = np.asarray(value)
-    except (TypeError, ValueError) as error:
-        raise InvalidMaskError(f"not an array: {error}") from None
-    is_bits = may_be_bits and array.dtype == halves.BITS
-    if array.dtype.kind not in "bf" and not halves.is_bfloat16(array.dtype) and not is_bits:
-        raise InvalidMaskError(
-            f"dtype {array.dtype}; a mask is bool (True = attend) or float (added to the scores)",
-            shapes={"attn_mask.shape": array.shape},
-            hint="attn_mask.astype(bool), if non-zero means attend" if array.dtype.kind in "iu" else None,
-        )
-    if not (array.dtype.isnative and array.flags.aligned):  # kernels read neither
-        array = array.astype(array.dtype.newbyteorder("="))
-    return array
 
 
 # Showing and comparing

@@ -224,6 +224,8 @@ class MultiHeadAttention(Trainable, TrainableAttention):
             return layers_half.Rounded.of(record, (query, key, value), half)
         inputs = layers.batch(query, key, value, (config.d_model, self.kdim, self.vdim), config.max_seq_len)
         (B, Lq, _), Lk = inputs[0].shape, inputs[1].shape[1]
+        for x in inputs:
+            checks.check_memory((*x.shape[:2], config.d_model), x.dtype, "projection", "use a smaller batch")
         mask = layers.joined(mask, key_padding_mask, (B, H, Lq, Lk))
         seen = layers.hidden(mask, (B, H, Lq, Lk), per_head=True)
         parameters = self._parameters.as_type(inputs[0].dtype)
@@ -320,7 +322,7 @@ class MultiHeadAttention(Trainable, TrainableAttention):
         if not isinstance(cache, KeyValueCache):
             raise InvalidInputError(f"cache is a {type(cache).__name__}", hint="give what new_cache returned")
         (wide,), half = layers_half.widened(x)
-        new, _, _ = layers.batch(wide, wide, wide, (config.d_model,) * 3, None)
+        new = layers.sequences("x", wide, config.d_model)
         cache.check(new, half or new.dtype, H, config)
         start, stop = cache.length, cache.length + new.shape[1]
         parameters = self._parameters.as_type(new.dtype)

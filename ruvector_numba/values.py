@@ -12,7 +12,7 @@ import numpy as np
 
 from .errors import InvalidInputError, OutOfMemoryError
 
-__all__ = ["check_memory", "random_seed", "real_number", "switch"]
+__all__ = ["check_memory", "check_not_masked", "random_seed", "real_number", "switch"]
 
 SMALL = 1 << 30  # bytes; what is smaller is not compared with the memory there is
 
@@ -42,6 +42,13 @@ def random_seed(seed: object) -> int:
     if not is_whole or not 0 <= int(seed) < 1 << 63:  # type: ignore[call-overload]
         raise InvalidInputError(f"seed is {seed!r}", hint="give a whole number, 0 <= seed < 2**63, or None")
     return int(seed)  # type: ignore[call-overload]
+
+
+def check_not_masked(name: str, x: object, hint: str | None = None) -> None:
+    """Refuse arrays of numpy.ma, whose masks NumPy's functions drop without a word."""
+    if isinstance(x, np.ma.MaskedArray):
+        hint = hint or f"pass {name}.filled(0), a plain array"
+        raise InvalidInputError(f"{name} is a numpy.ma array, whose own mask would be lost", hint=hint)
 
 
 def check_memory(shape: tuple[int, ...], dtype: np.dtype[Any], purpose: str, hint: str | None = None) -> None:
