@@ -133,8 +133,9 @@ class MultiHeadAttention(Trainable, TrainableAttention):
             The key if None.
         mask : array (Lq, Lk), (B, Lq, Lk) or (B, heads, Lq, Lk), or mask of `ruvector_numba.masks`, optional
             In an array True, or a number above 0.5, **hides**; axes of 1 are shared. A mask object says who attends, as
-            everywhere; a float array that is to be added to the scores goes in as ``rv.masks.All([array])``. With
-            `causal` in the configuration query i sees keys j <= i at most, for any Lq and Lk.
+            everywhere, and so does a bool array that is joined to one: write ``~hide & rv.masks.Causal()``. A float
+            array that is to be added to the scores goes in as ``rv.masks.All([array])``. With `causal` in the
+            configuration query i sees keys j <= i at most, for any Lq and Lk.
         key_padding_mask : array (B, Lk), optional
             True, or a number above 0.5, hides the key from all queries. If the last keys are hidden, nothing is spent
             on them.

@@ -81,7 +81,7 @@ class ParameterSet(Mapping[str, Array]):
     Raises
     ------
     InvalidInputError
-        If a name is no text, an array is neither float32 nor float64, or they differ in dtype.
+        If a name is not a str, an array is neither float32 nor float64, or they differ in dtype.
     TrainingError
         If a number is NaN or infinite.
 
@@ -112,7 +112,9 @@ class ParameterSet(Mapping[str, Array]):
             raise InvalidInputError(f"parameters are a {type(arrays).__name__}, not a mapping", hint=hint)
         for name in arrays:
             if not isinstance(name, str):
-                raise InvalidInputError(f"the parameter name {name!r} is no text", hint="give names of type str")
+                raise InvalidInputError(
+                    f"parameter names must be str, got {name!r}", hint='give names and arrays: {"w": w, "b": b}'
+                )
         given = {name: floats(name, x, "x") for name, x in arrays.items()}
         dtypes = {f"{name}.dtype": x.dtype for name, x in given.items()}
         if len(set(dtypes.values())) > 1:
@@ -382,7 +384,8 @@ class Trainable:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the parameters to a safetensors file, with what the layer is in its header.
 
-        A file at `path` is replaced in one step once the new one is whole. Needs ``ruvector-numba[files]``.
+        A file at `path` is replaced in one step once the new one is whole. Needs safetensors, which the extra `files`
+        brings.
 
         Raises
         ------
@@ -396,7 +399,7 @@ class Trainable:
     def load(self, path: str | os.PathLike[str]) -> None:
         """Replace all parameters by those in a file that `save` wrote, in the dtype they have there.
 
-        Everything is checked before anything changes. Needs ``ruvector-numba[files]``.
+        Everything is checked before anything changes. Needs safetensors, which the extra `files` brings.
 
         Raises
         ------

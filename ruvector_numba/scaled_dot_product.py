@@ -47,8 +47,9 @@ class ScaledDotProductAttention(Trainable, TrainableAttention):
     Parameters
     ----------
     config : AttentionConfig
-        `scale` is 1 / sqrt(d_model / num_heads) unless given; `dropout` counts in training only; `eps` is added to the
-        denominator of the softmax. There are no heads here and nothing is projected: see `MultiHeadAttention`.
+        `scale` is 1 / sqrt(d_model / num_heads) unless given, as in ruvector-attention; set num_heads=1 for
+        1 / sqrt(d_model). `dropout` counts in training only; `eps` is added to the denominator of the softmax. There
+        are no heads here and nothing is projected: see `MultiHeadAttention`.
     seed : int, optional
         Of the dropout.
 
@@ -114,8 +115,9 @@ class ScaledDotProductAttention(Trainable, TrainableAttention):
         value : array (B, Lk, Dv), of any Dv, optional
             The key if None.
         mask : array (Lq, Lk) or (B, Lq, Lk), or mask of `ruvector_numba.masks`, optional
-            In an array True, or a number above 0.5, **hides**; axes of 1 are shared. With `causal` in the configuration
-            query i sees keys j <= i at most, for any Lq and Lk.
+            In an array True, or a number above 0.5, **hides**; axes of 1 are shared. A mask object says who attends, as
+            everywhere, and so does a bool array that is joined to one: write ``~hide & rv.masks.Causal()``. With
+            `causal` in the configuration query i sees keys j <= i at most, for any Lq and Lk.
         device : "cuda", optional
             Move arrays of NumPy to the GPU, and the results back. Arrays that lie on a GPU are read there without it,
             and so results are arrays there.

@@ -23,6 +23,7 @@ def test_the_python_blocks_run_in_order(capsys):
     assert "(2, 8, 512, 64) (2, 8, 512, 64) (2, 8, 512, 64)" in told
     assert "[[1 0 0 0]\n [1 1 0 0]\n [0 1 1 0]\n [0 0 1 0]]" in told
     assert "(8, 1, 512)" in told
+    assert "# 0.93 -> 0.13\n" in TEXT and "\n0.93 -> 0.13\n" in told
     assert "True\n(400, 4)\n" in told
     assert "HINT: to share each key head among 4 query heads, pass enable_gqa=True" in told
 
