@@ -1,12 +1,11 @@
 """The steps of attention as functions, each with its gradients, for people who compose their own.
 
 >>> import numpy as np, ruvector_numba as rv
->>> from ruvector_numba import functional as steps
 >>> query, key, value = np.random.default_rng(0).standard_normal((3, 2, 4, 10, 8))
->>> scores = steps.attention_scores(query, key)  # scale * query key^T
->>> masked = steps.apply_mask(scores, is_causal=True)  # -inf where hidden
->>> weights = steps.softmax(masked)  # rows sum to 1
->>> output = steps.weighted_sum(weights, value)  # weights value
+>>> scores = rv.functional.attention_scores(query, key)  # scale * query key^T
+>>> masked = rv.functional.apply_mask(scores, is_causal=True)  # -inf where hidden
+>>> weights = rv.functional.softmax(masked)  # rows sum to 1
+>>> output = rv.functional.weighted_sum(weights, value)  # weights value
 >>> np.allclose(output, rv.scaled_dot_product_attention(query, key, value, is_causal=True))
 True
 
@@ -14,10 +13,10 @@ and back again, from the gradient of a loss by the output; each takes the gradie
 (a softmax, what it gave):
 
 >>> grad_output = np.ones_like(output)
->>> grad_weights, grad_value = steps.weighted_sum_backward(grad_output, weights, value)
->>> grad_masked = steps.softmax_backward(grad_weights, weights)
->>> grad_scores, grad_bias = steps.apply_mask_backward(grad_masked, is_causal=True)
->>> grad_query, grad_key = steps.attention_scores_backward(grad_scores, query, key)
+>>> grad_weights, grad_value = rv.functional.weighted_sum_backward(grad_output, weights, value)
+>>> grad_masked = rv.functional.softmax_backward(grad_weights, weights)
+>>> grad_scores, grad_bias = rv.functional.apply_mask_backward(grad_masked, is_causal=True)
+>>> grad_query, grad_key = rv.functional.attention_scores_backward(grad_scores, query, key)
 >>> whole = rv.attention_backward(grad_output, rv.attention_forward(query, key, value, is_causal=True))
 >>> np.allclose(grad_query, whole.query) and np.allclose(grad_key, whole.key) and np.allclose(grad_value, whole.value)
 True
@@ -80,11 +79,11 @@ def attention_scores(query: ArrayLike, key: ArrayLike, scale: float | None = Non
 
     Raises
     ------
-    InvalidInputError, DimensionMismatchError
+    InvalidInputError, DimensionMismatchError, OutOfMemoryError
 
     Examples
     --------
-    >>> attention_scores(np.eye(2), np.array([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]), scale=1)
+    >>> rv.functional.attention_scores(np.eye(2), np.array([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]), scale=1)
     array([[1., 3., 5.],
            [2., 4., 6.]])
     """
@@ -111,11 +110,12 @@ def attention_scores_backward(
 
     Raises
     ------
-    InvalidInputError, DimensionMismatchError
+    InvalidInputError, DimensionMismatchError, OutOfMemoryError
 
     Examples
     --------
-    >>> grad_query, grad_key = attention_scores_backward(np.ones((1, 2)), np.ones((1, 3)), np.eye(2, 3), scale=2)
+    >>> query, key = np.ones((1, 3)), np.eye(2, 3)
+    >>> grad_query, grad_key = rv.functional.attention_scores_backward(np.ones((1, 2)), query, key, scale=2)
     >>> grad_query
     array([[2., 2., 0.]])
     """
@@ -148,11 +148,11 @@ def apply_mask(scores: ArrayLike, attn_mask: masks.Mask | ArrayLike | None = Non
 
     Raises
     ------
-    InvalidInputError, InvalidMaskError
+    InvalidInputError, InvalidMaskError, OutOfMemoryError
 
     Examples
     --------
-    >>> apply_mask(np.ones((2, 3)), [[True, True, False]], is_causal=True)
+    >>> rv.functional.apply_mask(np.ones((2, 3)), [[True, True, False]], is_causal=True)
     array([[  1., -inf, -inf],
            [  1.,   1., -inf]])
     """
@@ -180,12 +180,12 @@ def apply_mask_backward(
 
     Raises
     ------
-    InvalidInputError, InvalidMaskError
+    InvalidInputError, InvalidMaskError, OutOfMemoryError
 
     Examples
     --------
     >>> bias = np.array([0.5, -np.inf])
-    >>> grad_scores, grad_bias = apply_mask_backward(np.ones((3, 2)), bias)
+    >>> grad_scores, grad_bias = rv.functional.apply_mask_backward(np.ones((3, 2)), bias)
     >>> grad_bias
     array([3., 0.])
     """
@@ -215,11 +215,11 @@ def softmax(scores: ArrayLike, eps: float = 0.0) -> Array:
 
     Raises
     ------
-    InvalidInputError
+    InvalidInputError, OutOfMemoryError
 
     Examples
     --------
-    >>> softmax([[0, 0], [0, -np.inf], [-np.inf, -np.inf]])
+    >>> rv.functional.softmax([[0, 0], [0, -np.inf], [-np.inf, -np.inf]])
     array([[0.5, 0.5],
            [1. , 0. ],
            [0. , 0. ]])
@@ -253,11 +253,11 @@ def softmax_backward(grad_weights: ArrayLike, weights: ArrayLike, eps: float = 0
 
     Raises
     ------
-    InvalidInputError, DimensionMismatchError
+    InvalidInputError, DimensionMismatchError, OutOfMemoryError
 
     Examples
     --------
-    >>> softmax_backward([[1.0, 0.0, np.nan]], [[0.5, 0.5, 0.0]])
+    >>> rv.functional.softmax_backward([[1.0, 0.0, np.nan]], [[0.5, 0.5, 0.0]])
     array([[ 0.25, -0.25,  0.  ]])
     """
     from .plan import functional as plan
@@ -290,11 +290,11 @@ def weighted_sum(weights: ArrayLike, value: ArrayLike) -> Array:
 
     Raises
     ------
-    InvalidInputError, DimensionMismatchError
+    InvalidInputError, DimensionMismatchError, OutOfMemoryError
 
     Examples
     --------
-    >>> weighted_sum([[0.5, 0.5, 0.0]], [[1.0, 2.0], [3.0, 4.0], [np.nan, np.inf]])
+    >>> rv.functional.weighted_sum([[0.5, 0.5, 0.0]], [[1.0, 2.0], [3.0, 4.0], [np.nan, np.inf]])
     array([[2., 3.]])
     """
     weights, value = _weights_and_value(weights, value)
@@ -320,11 +320,12 @@ def weighted_sum_backward(grad_output: ArrayLike, weights: ArrayLike, value: Arr
 
     Raises
     ------
-    InvalidInputError, DimensionMismatchError
+    InvalidInputError, DimensionMismatchError, OutOfMemoryError
 
     Examples
     --------
-    >>> grad_weights, grad_value = weighted_sum_backward(np.ones((1, 2)), [[0.9, 0.1]], [[1.0, 2.0], [3.0, 4.0]])
+    >>> weights, value = [[0.9, 0.1]], [[1.0, 2.0], [3.0, 4.0]]
+    >>> grad_weights, grad_value = rv.functional.weighted_sum_backward(np.ones((1, 2)), weights, value)
     >>> grad_weights, grad_value[0]
     (array([[3., 7.]]), array([0.9, 0.9]))
     """

@@ -1,6 +1,6 @@
 """What the layers check and decide alike: their inputs, and who hides from whom.
 
-In a layer a `mask` hides, as in the plan this package follows, in numpy.ma and in torch.nn.MultiheadAttention: True, or
+In a layer a `mask` hides, as in ruvector-attention, in numpy.ma and in torch.nn.MultiheadAttention: True, or
 a number above 0.5. In the functions `attn_mask` attends, as in torch's function. The parameter's name decides.
 """
 

@@ -4,8 +4,8 @@ A mask is one of the objects below, a bool array (True = attend), a float array 
 any of these joined with ``&``: a query sees a key where every part lets it. The rules cost only what is attended,
 since they reach the kernels as intervals of keys:
 
->>> from ruvector_numba.masks import Causal, Lengths, Window
->>> mask = Window(left=1) & Causal() & Lengths(keys=3)
+>>> import numpy as np, ruvector_numba as rv
+>>> mask = rv.masks.Window(left=1) & rv.masks.Causal() & rv.masks.Lengths(keys=3)
 >>> mask
 Window(left=1, right=None, align='top_left') & Causal(align='top_left') & Lengths(queries=None, keys=3)
 >>> print(mask.to_dense(4, 4).astype(int))
@@ -31,7 +31,7 @@ queries meet a cache of old keys)::
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import reduce
 from typing import Any
 
@@ -119,9 +119,13 @@ class Mask:
             composition adds in front. Passed as ``attn_mask`` it means what the object means, save that a float
             array keeps only which scores it hides (-inf).
 
+        Raises
+        ------
+        InvalidMaskError, OutOfMemoryError
+
         Examples
         --------
-        >>> Lengths(keys=[1, 3]).to_dense(2, 3).shape
+        >>> rv.masks.Lengths(keys=[1, 3]).to_dense(2, 3).shape
         (2, 1, 2, 3)
         """
         Lq, Lk = arguments.size("Lq", Lq), arguments.size("Lk", Lk)
@@ -149,7 +153,8 @@ class Mask:
         return hash((type(self), self._contents()))
 
     def _contents(self) -> tuple[object, ...]:
-        return tuple(_comparable(getattr(self, field.name)) for field in fields(self))  # type: ignore[arg-type]
+        names = getattr(self, "__dataclass_fields__", ())  # the base has none
+        return tuple(_comparable(getattr(self, name)) for name in names)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -158,7 +163,7 @@ class Full(Mask):
 
     Examples
     --------
-    >>> Full() & Causal()
+    >>> rv.masks.Full() & rv.masks.Causal()
     Causal(align='top_left')
     """
 
@@ -180,16 +185,16 @@ class Causal(Mask):
 
     Examples
     --------
-    >>> print(Causal().to_dense(2, 5).astype(int))
+    >>> print(rv.masks.Causal().to_dense(2, 5).astype(int))
     [[1 0 0 0 0]
      [1 1 0 0 0]]
-    >>> print(Causal("bottom_right").to_dense(2, 5).astype(int))
+    >>> print(rv.masks.Causal("bottom_right").to_dense(2, 5).astype(int))
     [[1 1 1 1 0]
      [1 1 1 1 1]]
 
     With more queries than keys, the first queries of ``bottom_right`` come before every key and see nothing:
 
-    >>> print(Causal("bottom_right").to_dense(4, 2).astype(int))
+    >>> print(rv.masks.Causal("bottom_right").to_dense(4, 2).astype(int))
     [[0 0]
      [0 0]
      [1 0]
@@ -222,11 +227,11 @@ class Window(Mask):
 
     Examples
     --------
-    >>> print(Window(left=1, right=1).to_dense(3, 5).astype(int))
+    >>> print(rv.masks.Window(left=1, right=1).to_dense(3, 5).astype(int))
     [[1 1 0 0 0]
      [1 1 1 0 0]
      [0 1 1 1 0]]
-    >>> print(Window(left=1, right=1, align="bottom_right").to_dense(3, 5).astype(int))
+    >>> print(rv.masks.Window(left=1, right=1, align="bottom_right").to_dense(3, 5).astype(int))
     [[0 1 1 1 0]
      [0 0 1 1 1]
      [0 0 0 1 1]]
@@ -271,11 +276,11 @@ class Lengths(Mask):
 
     Examples
     --------
-    >>> print(Lengths(queries=2, keys=3).to_dense(3, 5).astype(int))
+    >>> print(rv.masks.Lengths(queries=2, keys=3).to_dense(3, 5).astype(int))
     [[1 1 1 0 0]
      [1 1 1 0 0]
      [0 0 0 0 0]]
-    >>> print(Lengths(keys=[1, 3]).to_dense(1, 4)[:, 0, 0].astype(int))  # a batch of two
+    >>> print(rv.masks.Lengths(keys=[1, 3]).to_dense(1, 4)[:, 0, 0].astype(int))  # a batch of two
     [[1 0 0 0]
      [1 1 1 0]]
     """
@@ -327,13 +332,13 @@ class Segments(Mask):
 
     Examples
     --------
-    >>> print((Segments([0, 0, 1, 1, 1]) & Causal()).to_dense(5, 5).astype(int))
+    >>> print((rv.masks.Segments([0, 0, 1, 1, 1]) & rv.masks.Causal()).to_dense(5, 5).astype(int))
     [[1 0 0 0 0]
      [1 1 0 0 0]
      [0 0 1 0 0]
      [0 0 1 1 0]
      [0 0 1 1 1]]
-    >>> print(Segments(query_ids=[1, 7], key_ids=[0, 0, 1, 1, 1]).to_dense(2, 5).astype(int))  # nobody has id 7
+    >>> print(rv.masks.Segments(query_ids=[1, 7], key_ids=[0, 0, 1, 1, 1]).to_dense(2, 5).astype(int))  # none has id 7
     [[0 0 1 1 1]
      [0 0 0 0 0]]
     """
@@ -397,8 +402,7 @@ class All(Mask):
 
     Examples
     --------
-    >>> import numpy as np
-    >>> np.array([True, False, True]) & Causal()
+    >>> np.array([True, False, True]) & rv.masks.Causal()
     bool array (3,) & Causal(align='top_left')
     """
 

@@ -1,4 +1,4 @@
-"""The plan's multi-head attention: four projections around dense attention, with exact gradients of everything."""
+"""Multi-head attention as in ruvector-attention: four projections around dense attention, with exact gradients."""
 
 from __future__ import annotations
 

@@ -3,11 +3,10 @@
 An optimizer works on named arrays and keeps what it remembers by name. So each layer needs its own, and `update`
 refuses one that remembers another layer. With `step`, arrays of several layers may be joined under different names:
 
->>> import numpy as np
->>> from ruvector_numba.optim import Adam, clip_by_norm
->>> parameters, optimizer = {"x": np.array([3.0, -2.0])}, Adam(lr=0.1)
+>>> import numpy as np, ruvector_numba as rv
+>>> parameters, optimizer = {"x": np.array([3.0, -2.0])}, rv.optim.Adam(lr=0.1)
 >>> for _ in range(300):
-...     gradients, norm = clip_by_norm({"x": 2 * parameters["x"]}, max_norm=1.0)
+...     gradients, norm = rv.optim.clip_by_norm({"x": 2 * parameters["x"]}, max_norm=1.0)
 ...     parameters = optimizer.step(parameters, gradients)
 >>> bool(np.abs(parameters["x"]).max() < 1e-3)
 True
@@ -169,9 +168,8 @@ class SGD(_Optimizer):
 
     Examples
     --------
-    >>> import numpy as np
-    >>> from ruvector_numba.optim import SGD
-    >>> optimizer, parameters = SGD(lr=0.5, momentum=0.5), {"x": np.array([1.0])}
+    >>> import numpy as np, ruvector_numba as rv
+    >>> optimizer, parameters = rv.optim.SGD(lr=0.5, momentum=0.5), {"x": np.array([1.0])}
     >>> for _ in range(2):
     ...     parameters = optimizer.step(parameters, {"x": np.array([1.0])})
     >>> parameters
@@ -239,9 +237,8 @@ class Adam(_Optimizer):
 
     Examples
     --------
-    >>> import numpy as np
-    >>> from ruvector_numba.optim import Adam
-    >>> Adam(lr=0.5).step({"x": np.array([1.0, 1.0])}, {"x": np.array([1e-3, -7.0])})["x"].round(4)
+    >>> import numpy as np, ruvector_numba as rv
+    >>> rv.optim.Adam(lr=0.5).step({"x": np.array([1.0, 1.0])}, {"x": np.array([1e-3, -7.0])})["x"].round(4)
     array([0.5, 1.5])
     """
 
@@ -289,9 +286,8 @@ class AdamW(Adam):
 
     Examples
     --------
-    >>> import numpy as np
-    >>> from ruvector_numba.optim import AdamW
-    >>> AdamW(lr=0.5, weight_decay=0.1).step({"x": np.array([1.0])}, {"x": np.array([0.0])})
+    >>> import numpy as np, ruvector_numba as rv
+    >>> rv.optim.AdamW(lr=0.5, weight_decay=0.1).step({"x": np.array([1.0])}, {"x": np.array([0.0])})
     {'x': array([0.95])}
     """
 
@@ -327,9 +323,8 @@ def clip_by_norm(gradients: object, max_norm: float) -> tuple[dict[str, Array], 
 
     Examples
     --------
-    >>> import numpy as np
-    >>> from ruvector_numba.optim import clip_by_norm
-    >>> clipped, norm = clip_by_norm({"w": np.array([3.0, 0.0]), "b": np.array([4.0])}, max_norm=1.0)
+    >>> import numpy as np, ruvector_numba as rv
+    >>> clipped, norm = rv.optim.clip_by_norm({"w": np.array([3.0, 0.0]), "b": np.array([4.0])}, max_norm=1.0)
     >>> norm, clipped["w"].round(3), clipped["b"].round(3)
     (5.0, array([0.6, 0. ]), array([0.8]))
     """

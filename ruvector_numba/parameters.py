@@ -5,11 +5,10 @@ trains sees a whole set, the old or the new, and waits for nobody. Writers wait 
 
 A layer puts its arrays into a `ParameterSet`, and `Trainable` gives it the rest:
 
->>> import numpy as np
->>> from ruvector_numba.parameters import ParameterSet, Trainable
->>> class Line(Trainable):
+>>> import numpy as np, ruvector_numba as rv
+>>> class Line(rv.Trainable):
 ...     def __init__(self):
-...         self._parameters = ParameterSet({"slope": np.zeros(1), "height": np.zeros(1)})
+...         self._parameters = rv.ParameterSet({"slope": np.zeros(1), "height": np.zeros(1)})
 ...     def loss(self, x, y):
 ...         p = self.parameters
 ...         error = p["slope"] * x + p["height"] - y
@@ -28,7 +27,7 @@ float64, and the layer computes in float64 from then on.
 >>> def objective(flat):
 ...     line.set_parameters(flat)
 ...     loss, gradients = line.loss(x, 2 * x - 5)
-...     return loss, ParameterSet(gradients).flat
+...     return loss, rv.ParameterSet(gradients).flat
 >>> best = minimize(objective, line.get_parameters().astype(np.float64), jac=True)
 >>> line.set_parameters(best.x)
 >>> print(line.get_parameters().round(3))
@@ -87,9 +86,8 @@ class ParameterSet(Mapping[str, Array]):
 
     Examples
     --------
-    >>> import numpy as np
-    >>> from ruvector_numba.parameters import ParameterSet
-    >>> layer = ParameterSet({"w": np.ones((2, 3)), "b": np.zeros(3)})
+    >>> import numpy as np, ruvector_numba as rv
+    >>> layer = rv.ParameterSet({"w": np.ones((2, 3)), "b": np.zeros(3)})
     >>> layer
     ParameterSet(float64, 9 numbers: w (2, 3), b (3,))
     >>> layer["w"].shape, layer.flat.shape
@@ -341,9 +339,8 @@ class Trainable:
 
         Examples
         --------
-        >>> from ruvector_numba.parameters import ParameterSet, Trainable
-        >>> layer = Trainable()
-        >>> layer._parameters = ParameterSet({"w": [1.0, 2.0]})
+        >>> layer = rv.Trainable()
+        >>> layer._parameters = rv.ParameterSet({"w": [1.0, 2.0]})
         >>> layer.accumulate({"w": [1.0, 0.0]})
         >>> layer.accumulate({"w": [3.0, 1.0]})
         >>> layer.mean_gradients()

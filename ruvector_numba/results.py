@@ -42,7 +42,7 @@ class AttentionCache:
     buffer, before the backward pass. (Beside an output of half precision it keeps that in float32, and after
     `precision="bfloat16"` the rounded arrays.)
 
-    One may also be built by hand from arrays, as in the plan this package follows. The backward pass of a layer then
+    One may also be built by hand from arrays, as in ruvector-attention. The backward pass of a layer then
     does the forward pass again, without dropout, from `query`, `key`, `value` and `mask`; the weights are what it
     computes, not those that were given, since averages over heads do not determine gradients.
 
@@ -63,6 +63,23 @@ class AttentionCache:
         `lse`.
     lse : array (..., H, Lq) or None
         The natural logarithm of the sum of exp(score) over the keys a query sees; -inf if it sees none.
+
+    Examples
+    --------
+    >>> import numpy as np, ruvector_numba as rv
+    >>> x = np.eye(3, dtype=np.float32)
+    >>> cache = rv.attention_forward(x, x, x, is_causal=True)
+    >>> cache
+    AttentionCache(query (3, 3), key (3, 3), value (3, 3))
+    >>> cache.output.shape, cache.lse.shape, cache.weights(rows=0)
+    ((3, 3), (3,), array([[1., 0., 0.]], dtype=float32))
+
+    One built by hand, for the backward pass of a layer:
+
+    >>> layer = rv.MultiHeadAttention(rv.AttentionConfig(d_model=4, num_heads=2), seed=0)
+    >>> x = np.ones((1, 3, 4), np.float32)
+    >>> layer.backward(x, rv.AttentionCache(x, x, x)).query_weights.shape
+    (4, 4)
     """
 
     __slots__ = ("_given_weights", "key", "lse", "mask", "output", "query", "record", "value")
@@ -136,6 +153,15 @@ class InputGradients:
     query, key, value : array
     bias : array or None
         Of the float mask, summed over what it was broadcast along; None if there was none.
+
+    Examples
+    --------
+    >>> import numpy as np, ruvector_numba as rv
+    >>> x, bias = np.ones((2, 5, 4)), np.zeros((5, 1))
+    >>> cache = rv.attention_forward(x, x, x, bias)
+    >>> gradients = rv.attention_backward(np.ones_like(x), cache)
+    >>> gradients.query.shape, gradients.bias.shape
+    ((2, 5, 4), (5, 1))
     """
 
     query: Array
@@ -158,6 +184,17 @@ class AttentionGradients:
         Of the inputs, of their shapes.
     bias : array or None
         Of a float mask, if the layer was given one.
+
+    Examples
+    --------
+    >>> import numpy as np, ruvector_numba as rv
+    >>> layer = rv.MultiHeadAttention(rv.AttentionConfig(d_model=4, num_heads=2), seed=0)
+    >>> output, cache = layer.forward_cached(np.ones((1, 3, 4), np.float32))
+    >>> gradients = layer.backward(output, cache)
+    >>> gradients.query.shape, gradients.output_bias.shape
+    ((1, 3, 4), (4,))
+    >>> list(gradients.parameters)
+    ['w_q', 'w_k', 'w_v', 'w_o', 'b_q', 'b_k', 'b_v', 'b_o']
     """
 
     query_weights: Array | None = None

@@ -1,4 +1,4 @@
-"""The plan's scaled dot-product attention: one head on (B, L, d_model), without parameters."""
+"""Scaled dot-product attention as in ruvector-attention: one head on (B, L, d_model), without parameters."""
 
 from __future__ import annotations
 
