@@ -66,7 +66,7 @@ class _Options:
         return self._set(scale=scale)
 
     def max_seq_len(self, max_seq_len: int | None) -> Self:
-        """Set the longest sequence that is accepted; None for no limit."""
+        """Set the longest sequence that is accepted; None for no limit. Graphs ignore it."""
         return self._set(max_seq_len=max_seq_len)
 
     def causal(self, causal: bool) -> Self:

@@ -14,6 +14,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from . import halves
 from .errors import InvalidInputError
+from .values import switch
 
 __all__ = ["get_num_threads", "info", "set_num_threads", "threads", "warmup"]
 
@@ -204,7 +205,7 @@ def info(measure: bool = False) -> dict[str, Any]:
     from .kernels import jit, peak
     from .kernels.simd import target
 
-    gflops = peak.measure(np.dtype(np.float32), 0.2) if measure else None
+    gflops = peak.measure(np.dtype(np.float32), 0.2) if switch("measure", measure) else None
     folder = jit.cache_folder()
     found = {
         "version": __version__,
