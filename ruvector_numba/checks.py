@@ -250,8 +250,8 @@ def _slopes(slopes: ArrayLike, batch: Shape, heads: int, dtype: np.dtype[Any]) -
     return array
 
 
-def output(out: object, c: Call) -> Array | None:
-    """Check the array a result shall go to."""
+def check_output(out: object, c: Call) -> Array | None:
+    """Check the array that a result is written to, or without one that there is memory for it."""
     if out is None:
         check_memory(c.output_shape, c.given, "output", "attend with some of the queries or heads at a time")
         return None
@@ -330,11 +330,11 @@ __all__ = [
     "check_bits",
     "check_memory",
     "check_not_masked",
+    "check_output",
     "dropout",
     "floats",
     "from_sequence",
     "gradient",
-    "output",
     "random_seed",
     "readable",
     "real_number",

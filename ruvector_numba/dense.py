@@ -104,7 +104,7 @@ def scaled_dot_product_attention(
     if gpu.concerns(device, query, key, value):
         return _on_gpu(precision, dtype, query, key, value, attn_mask, out, device, *terms).result
     c = _checked(precision, query, key, value, attn_mask, *terms, dtype)
-    return forward(c, checks.output(out, c), wants_sums=False).output
+    return forward(c, checks.check_output(out, c), wants_sums=False).output
 
 
 def attention_forward(
@@ -194,7 +194,7 @@ def attention_forward(
         lse = there.given(there.lse)
         return AttentionCache(query, key, value, mask=attn_mask, output=there.result, lse=lse, record=there)
     c = _checked(precision, query, key, value, attn_mask, *terms, dtype)
-    result = forward(c, checks.output(out, c))
+    result = forward(c, checks.check_output(out, c))
     output = read_only(result.output) if out is None else result.output
     return AttentionCache(query, key, value, mask=attn_mask, output=output, lse=result.lse, record=result)
 
