@@ -1,7 +1,7 @@
 """Configurations and layers, built option by option.
 
->>> from ruvector_numba.builder import AttentionBuilder
->>> builder = AttentionBuilder().d_model(256).num_heads(4).dropout(0.1)
+>>> import ruvector_numba as rv
+>>> builder = rv.AttentionBuilder().d_model(256).num_heads(4).dropout(0.1)
 >>> builder.build_config().d_k
 64
 >>> builder.causal(True).build_multi_head(seed=0).config.causal
@@ -66,7 +66,7 @@ class _Options:
         return self._set(scale=scale)
 
     def max_seq_len(self, max_seq_len: int | None) -> Self:
-        """Set the longest sequence that is accepted; None for no limit."""
+        """Set the longest sequence that is accepted; None for no limit. Graphs ignore it."""
         return self._set(max_seq_len=max_seq_len)
 
     def causal(self, causal: bool) -> Self:
@@ -83,9 +83,9 @@ class AttentionBuilder(_Options):
 
     Examples
     --------
-    >>> AttentionBuilder().d_model(64).num_heads(4).scale(0.5).build_config().get_scale()
+    >>> rv.AttentionBuilder().d_model(64).num_heads(4).scale(0.5).build_config().get_scale()
     0.5
-    >>> AttentionBuilder().d_model(0).build_config()
+    >>> rv.AttentionBuilder().d_model(0).build_config()
     Traceback (most recent call last):
         ...
     ruvector_numba.errors.InvalidConfigError: Invalid configuration: d_model must be greater than 0
@@ -147,7 +147,7 @@ class GraphAttentionBuilder(_Options):
 
     Examples
     --------
-    >>> builder = GraphAttentionBuilder().d_model(64).num_heads(4).use_edge_features(True).edge_dim(3)
+    >>> builder = rv.GraphAttentionBuilder().d_model(64).num_heads(4).use_edge_features(True).edge_dim(3)
     >>> builder.aggregation("mean").build_config().base.d_k
     16
     >>> builder.build_gat(seed=0).parameters["lin.weight"].shape

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import numbers
-import secrets
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -12,7 +10,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from . import halves, masks, visibility
-from .errors import DimensionMismatchError, InvalidInputError, OutOfMemoryError
+from .errors import DimensionMismatchError, InvalidInputError
+from .values import check_memory, check_not_masked, random_seed, real_number, switch
 
 Array = NDArray[Any]
 Shape = tuple[int, ...]
@@ -78,17 +77,18 @@ def call(
 ) -> Call:
     """Check the arguments of attention."""
     given = (("query", query), ("key", key), ("value", value))
-    query, key, value = (_array(name, x, may_be_half=True, dtype=dtype) for name, x in given)
+    query, key, value = (readable(name, x, may_be_half=True, dtype=dtype) for name, x in given)
+    enable_gqa = switch("enable_gqa", enable_gqa)
     if not query.shape[:-2] == key.shape[:-2] == value.shape[:-2] or not query.dtype == key.dtype == value.dtype:
         _check_heads_and_dtypes(query, key, value, enable_gqa)
     (Lq, D), (Lk, Dk) = query.shape[-2:], key.shape[-2:]
     if D != Dk or Lk != value.shape[-2]:
         _refuse_sizes(query, key, value)
     heads, batch = query.shape[-3] if query.ndim > 2 else 1, query.shape[:-3]
-    seen = masks.resolve(attn_mask, is_causal, batch, heads, Lq, Lk, query.dtype)
+    seen = masks.resolve(attn_mask, switch("is_causal", is_causal), batch, heads, Lq, Lk, query.dtype)
     scale = scale_of(scale, D)
     if softcap is not None:
-        softcap = _real("softcap", softcap)
+        softcap = real_number("softcap", softcap)
         if not 0 < softcap < math.inf:
             raise InvalidInputError(f"softcap is {softcap}", hint="give a positive number, or None for no cap")
     of_results, bias_given = query.dtype, None if seen.bias is None else seen.bias.dtype
@@ -100,8 +100,8 @@ def call(
     return Call(query, key, value, *terms, given=of_results, bias_given=bias_given)
 
 
-def precision(precision: object, c: Call) -> bool:
-    """Are the products to be those of bfloat16, though the arrays are float32?"""
+def rounds_products(precision: object, c: Call) -> bool:
+    """Check `precision`: are the products to be those of bfloat16, though the arrays are float32?"""
     if precision is None:
         return False
     if precision != "bfloat16":
@@ -115,7 +115,7 @@ def precision(precision: object, c: Call) -> bool:
 
 def floats(name: str, x: ArrayLike, said: str | None = None) -> Array:
     """The argument as a float32 or float64 array; `said` is what a hint calls it, if not by its name."""
-    array = x if type(x) is np.ndarray else from_sequence(name, x)
+    array = x if type(x) is np.ndarray else from_sequence(name, x, f"pass {said}.filled(0)" if said else None)
     if array.dtype not in FLOATS or not array.dtype.isnative:
         hint = f"cast it: {said or name}.astype(numpy.float32)"
         raise InvalidInputError(f"{name} has dtype {array.dtype}, not float32 or float64", hint=hint)
@@ -126,29 +126,27 @@ def scale_of(scale: object, D: int) -> float:
     """What scores are multiplied by."""
     if scale is None:
         return 1 / math.sqrt(D) if D else 1.0
-    number = _real("scale", scale)
+    number = real_number("scale", scale)
     if not math.isfinite(number):
         raise InvalidInputError(f"scale is {number}", hint="give a finite number, or None for 1 / sqrt(D)")
     return number
 
 
 def dropout(dropout_p: object, seed: object) -> tuple[float, int]:
-    """The probability to drop a weight, and the seed of the dice."""
-    if type(dropout_p) is float and dropout_p == 0.0:
-        return 0.0, _seed(seed, 0.0)
-    number = _real("dropout_p", dropout_p)
+    """The probability to drop a weight, and the seed of the random generator: a fresh one if None, 0 if not needed."""
+    number = dropout_p if type(dropout_p) is float else real_number("dropout_p", dropout_p)
     if not 0 <= number <= 1:
         raise InvalidInputError(f"dropout_p is {number}", hint="give a probability, 0 <= dropout_p <= 1")
-    return number, _seed(seed, number)
+    return number, 0 if seed is None and not number else random_seed(seed)
 
 
-def _array(name: str, x: ArrayLike, may_be_half: bool = False, dtype: str | None = None) -> Array:
+def readable(name: str, x: ArrayLike, may_be_half: bool = False, dtype: str | None = None) -> Array:
     """The argument as an array of at least two axes that the kernels can read."""
     if type(x) is not np.ndarray:
-        x = from_sequence(name, x)
+        x = from_sequence(name, x, f"pass {name}.filled(0) and hide keys by attn_mask or masks.Lengths")
     is_half = may_be_half and (x.dtype == np.float16 or halves.is_bfloat16(x.dtype))
     if dtype is not None:
-        _check_bits(name, x, dtype)
+        check_bits(name, x, dtype)
     elif not (x.dtype in FLOATS or is_half) or not x.dtype.isnative:
         hint = f"cast it: {name}.astype(numpy.float32)"
         if x.dtype.kind == "c":
@@ -166,7 +164,7 @@ def _array(name: str, x: ArrayLike, may_be_half: bool = False, dtype: str | None
     return x if x.flags.aligned else x.copy()
 
 
-def _check_bits(name: str, x: Array, dtype: str) -> None:
+def check_bits(name: str, x: Array, dtype: str) -> None:
     """`dtype` says what the bits of a uint16 array mean."""
     if dtype != "bfloat16":
         hint = 'dtype is for what NumPy has no type for: give "bfloat16" with uint16 arrays, or leave it out'
@@ -176,12 +174,16 @@ def _check_bits(name: str, x: Array, dtype: str) -> None:
         raise InvalidInputError(f"{name} has dtype {x.dtype}, and dtype is {dtype!r}", hint=hint)
 
 
-def from_sequence(name: str, x: ArrayLike) -> Array:
-    """Lists and other array-likes, as NumPy reads them; lists of whole numbers become float64, as in NumPy's maths."""
+def from_sequence(name: str, x: ArrayLike, unmasked: str | None = None) -> Array:
+    """Lists and other array-likes, as NumPy reads them; lists of whole numbers become float64, as in NumPy's maths.
+
+    `unmasked` is what a hint says to do with an array of numpy.ma.
+    """
     if x is None:
         raise InvalidInputError(f"{name} is None", hint="give an array")
     if hasattr(x, "tocsr"):
         raise InvalidInputError(f"{name} is a sparse matrix", hint=f"{name}.toarray() is an array")
+    check_not_masked(name, x, unmasked)
     try:
         array = np.asarray(x)
     except ValueError as error:
@@ -234,15 +236,8 @@ def _refuse_sizes(query: Array, key: Array, value: Array) -> None:
     raise DimensionMismatchError(key.shape[-2], value.shape[-2], shapes=shapes, hint=hint)
 
 
-def _real(name: str, x: object) -> float:
-    if isinstance(x, np.ndarray) and x.ndim == 0:
-        x = x[()]
-    if isinstance(x, bool | np.bool_) or not isinstance(x, numbers.Real):
-        raise InvalidInputError(f"{name} is {x!r}, of type {type(x).__name__}", hint="give one number")
-    return float(x)
-
-
 def _slopes(slopes: ArrayLike, batch: Shape, heads: int, dtype: np.dtype[Any]) -> Array:
+    check_not_masked("alibi_slopes", slopes)
     try:
         array = np.ascontiguousarray(slopes, dtype=dtype)
     except (TypeError, ValueError) as error:
@@ -260,19 +255,10 @@ def _slopes(slopes: ArrayLike, batch: Shape, heads: int, dtype: np.dtype[Any]) -
     return array
 
 
-def _seed(seed: object, dropout: float) -> int:
-    """The seed of the dropout's dice, 64 bits; a fresh one if none was given."""
-    if seed is None:
-        return secrets.randbits(63) if dropout else 0
-    is_whole = isinstance(seed, int | np.integer) and not isinstance(seed, bool)
-    if not is_whole or not 0 <= int(seed) < 1 << 63:  # type: ignore[call-overload]
-        raise InvalidInputError(f"seed is {seed!r}", hint="give a whole number, 0 <= seed < 2**63, or None")
-    return int(seed)  # type: ignore[call-overload]
-
-
-def output(out: object, c: Call) -> Array | None:
-    """Check the array a result shall go to."""
+def check_output(out: object, c: Call) -> Array | None:
+    """Check the array that a result is written to, or without one that there is memory for it."""
     if out is None:
+        check_memory(c.output_shape, c.given, "output", "attend with some of the queries or heads at a time")
         return None
     if not isinstance(out, np.ndarray):
         raise InvalidInputError(f"out is a {type(out).__name__}", hint="give a NumPy array, numpy.empty(shape, dtype)")
@@ -281,7 +267,8 @@ def output(out: object, c: Call) -> Array | None:
         raise DimensionMismatchError(c.output_shape, out.shape, shapes=shapes, hint="out is (..., H, Lq, Dv)")
     if out.dtype != c.given or not out.dtype.isnative:
         dtypes = {"out.dtype": out.dtype, "query.dtype": c.given}
-        raise InvalidInputError("out has another dtype than query", shapes=dtypes, hint="numpy.empty_like(query)")
+        hint = f"give numpy.empty({c.output_shape}, query.dtype), of shape (..., Lq, Dv)"
+        raise InvalidInputError("out has another dtype than query", shapes=dtypes, hint=hint)
     if not out.flags.writeable or not out.flags.aligned:
         raise InvalidInputError("out cannot be written to", hint="it is read-only or not aligned: give a fresh array")
     if out.size and any(n > 1 and stride == 0 for n, stride in zip(out.shape, out.strides, strict=True)):
@@ -321,7 +308,7 @@ def gradient(name: str, x: ArrayLike, shape: Shape, dtype: np.dtype[Any]) -> Arr
     return array if array.flags.aligned else array.copy()
 
 
-def rows(rows: Any, Lq: int) -> NDArray[np.int64]:
+def row_indices(rows: Any, Lq: int) -> NDArray[np.int64]:
     """Which queries: None for all, a slice, one index or several, negative ones from the end; as an array."""
     if rows is None:
         return np.arange(Lq)
@@ -342,30 +329,22 @@ def rows(rows: Any, Lq: int) -> NDArray[np.int64]:
     return found % Lq
 
 
-def memory(shape: Shape, dtype: np.dtype[Any], purpose: str, hint: str | None = None) -> None:
-    """Refuse an array that this machine has no memory for."""
-    import os
-
-    size = math.prod(shape) * dtype.itemsize
-    try:
-        present = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):
-        return
-    if size > present:
-        hint = hint or f"ask for some of the {purpose}: weights(rows=slice(0, 1000))"
-        raise OutOfMemoryError(size, shapes={f"{purpose} shape": shape, "bytes": size, "memory": present}, hint=hint)
-
-
 __all__ = [
     "Call",
     "call",
+    "check_bits",
+    "check_memory",
+    "check_not_masked",
+    "check_output",
     "dropout",
     "floats",
     "from_sequence",
     "gradient",
-    "memory",
-    "output",
-    "precision",
-    "rows",
+    "random_seed",
+    "readable",
+    "real_number",
+    "rounds_products",
+    "row_indices",
     "scale_of",
+    "switch",
 ]

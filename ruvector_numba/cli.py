@@ -1,7 +1,7 @@
 """The command `ruvector-numba`: demo, attend, bench, info, warmup.
 
 What a command needs is imported when it runs, so that `--help` is quick and a missing extra troubles only those who
-want it. Errors that a user can mend are printed in a line or two, without a traceback, and end the command with 2.
+want it. Errors that a user can correct are printed in a line or two, without a traceback, and end the command with 2.
 """
 
 import argparse
@@ -23,6 +23,16 @@ __all__ = ["main"]
 
 PROGRAM = "ruvector-numba"
 
+# What an error of the function says, and what it is called here.
+FLAGS = {
+    "pass enable_gqa=True": "pass --gqa",
+    "or None for no cap": "or leave --softcap out",
+    "or None for 1 / sqrt(D)": "or leave --scale out",
+    "None means no limit": "none means no limit",
+    ', or pass dtype="bfloat16" if': ": the command does not know whether",
+    "attn_mask": "mask",
+}
+
 
 class Refusal(Exception):
     """What the user asked for cannot be done; the text says why and what would help."""
@@ -33,7 +43,8 @@ def _need(packages: Sequence[str], extra: str, purpose: str) -> None:
     missing = [n for n in packages if importlib.util.find_spec(n) is None]
     if missing:
         raise Refusal(
-            f'{purpose} needs {", ".join(missing)}, not installed here.\nInstall with: pip install "{PROGRAM}[{extra}]"'
+            f"{purpose} needs {', '.join(missing)}, not installed here.\n"
+            f'Install with: pip install ".[{extra}]", in a clone of {PROGRAM}'
         )
 
 
@@ -136,7 +147,7 @@ def _mask(options: argparse.Namespace) -> "masks.Mask":
 
 
 def _save(path: pathlib.Path, array: "np.ndarray") -> None:
-    """Under exactly this name, and only once it is complete: an input may have the same."""
+    """Under exactly this name, and only once it is complete."""
     import numpy as np
 
     unfinished = path.with_name(path.name + ".part")
@@ -160,18 +171,27 @@ def _attend(options: argparse.Namespace) -> None:
         raise Refusal(f"there is no folder {target.parent} to write {target.name} to")
     if target.is_dir():
         raise Refusal(f"{target} is a folder; give the name of a file in it")
-    mask = _mask(options)
+    for name in (*names, "mask"):
+        path = getattr(options, name)
+        if path is not None and target.exists() and target.samefile(path):
+            raise Refusal(f"the output would replace the {name}, {path}; give it another name")
     start = time.perf_counter()
-    output = rv.scaled_dot_product_attention(
-        query,
-        key,
-        value,
-        mask,
-        is_causal=options.causal,
-        scale=options.scale,
-        enable_gqa=options.gqa,
-        softcap=options.softcap,
-    )
+    try:
+        output = rv.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            _mask(options),
+            is_causal=options.causal,
+            scale=options.scale,
+            enable_gqa=options.gqa,
+            softcap=options.softcap,
+        )
+    except rv.AttentionError as error:
+        text = str(error)
+        for of_function, of_command in FLAGS.items():
+            text = text.replace(of_function, of_command)
+        raise Refusal(text) from None
     seconds = time.perf_counter() - start
     _save(target, output)
     shapes = [(name, f"{x.shape} {x.dtype}") for name, x in zip(names, (query, key, value), strict=True)]
@@ -236,13 +256,20 @@ def _warmup(options: argparse.Namespace) -> None:
         advance("compiling", 0.0)
         rv.warmup(options.dtypes, progress=lambda done, total, name: advance(name, done / total))
     folder = rv.info()["cache_folder"]
-    where = f"kept in {folder}" if folder else "not kept: there is no cache folder"
+    where = f"kept in {folder}" if folder else "not cached: no cache folder is writable"
     print(f"compiled in {time.perf_counter() - start:.1f} s; {where}")
 
 
 # --- the parser -------------------------------------------------------------------------------------------------------
+def _reach(text: str) -> int | None:
+    return None if text.lower() == "none" else int(text)
+
+
 def _parser() -> argparse.ArgumentParser:
+    from . import __version__
+
     parser = argparse.ArgumentParser(prog=PROGRAM, description="Exact attention on NumPy arrays, compiled by Numba.")
+    parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def add(name: str, function: Callable[[argparse.Namespace], None], text: str) -> argparse.ArgumentParser:
@@ -267,7 +294,13 @@ def _parser() -> argparse.ArgumentParser:
         attend.add_argument(name, metavar=f"{name}.npy")
     attend.add_argument("-o", "--output", required=True, metavar="out.npy")
     attend.add_argument("--causal", action="store_true", help="query i sees keys 0 .. i")
-    attend.add_argument("--window", nargs=2, type=int, metavar=("L", "R"), help="query i sees keys i - L .. i + R")
+    attend.add_argument(
+        "--window",
+        nargs=2,
+        type=_reach,
+        metavar=("L", "R"),
+        help="query i sees keys i - L .. i + R; none in place of a number is no limit on that side",
+    )
     attend.add_argument("--mask", metavar="mask.npy", help="boolean, True attends; or float, added to the scores")
     attend.add_argument("--scale", type=float, metavar="S", help="of the scores; 1 / sqrt(dim) unless given")
     attend.add_argument("--softcap", type=float, metavar="C", help="scores become C * tanh(score / C)")
@@ -301,9 +334,13 @@ def _refuse(text: str) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; its exit status is returned."""
     options = _parser().parse_args(arguments)
+    from numba import config
+
     import ruvector_numba as rv
 
     try:
+        if config.DISABLE_JIT:
+            raise Refusal("NUMBA_DISABLE_JIT is set, and nothing here runs without Numba's compiler: unset it")
         rv.get_num_threads()  # an environment variable that makes no sense is refused before any work
         options.function(options)
     except (Refusal, rv.AttentionError, MemoryError) as error:

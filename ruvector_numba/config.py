@@ -1,15 +1,15 @@
-"""The settings of attention, as frozen dataclasses with the seed's fields and defaults.
+"""The settings of attention, as frozen dataclasses with the fields and defaults of ruvector-attention.
 
-Making a configuration checks nothing, so that a wrong one can be shown, stored and mended; `validate` checks types
+Making a configuration checks nothing, so that a wrong one can be shown, stored and corrected; `validate` checks types
 and values, and whatever is built from a configuration calls it first:
 
->>> from ruvector_numba.config import AttentionConfig
->>> config = AttentionConfig(d_model=768, num_heads=12, dropout=0)
+>>> import ruvector_numba as rv
+>>> config = rv.AttentionConfig(d_model=768, num_heads=12, dropout=0)
 >>> config.d_k, config.get_scale()
 (64, 0.125)
->>> AttentionConfig.from_json(config.to_json()) == config
+>>> rv.AttentionConfig.from_json(config.to_json()) == config
 True
->>> AttentionConfig(d_model=768, num_heads=7).validate()
+>>> rv.AttentionConfig(d_model=768, num_heads=7).validate()
 Traceback (most recent call last):
     ...
 ruvector_numba.errors.InvalidConfigError: Invalid configuration: d_model (768) must be divisible by num_heads (7)
@@ -81,7 +81,7 @@ class _Config:
 
         Examples
         --------
-        >>> SparseAttentionConfig(top_k=8).to_dict()["top_k"]
+        >>> rv.SparseAttentionConfig(top_k=8).to_dict()["top_k"]
         8
         """
         values = {name: getattr(self, name) for name in self._kinds}
@@ -103,7 +103,7 @@ class _Config:
 
         Examples
         --------
-        >>> GraphAttentionConfig.from_dict({"base": {"d_model": 64}, "aggregation": "mean"}).base.d_model
+        >>> rv.GraphAttentionConfig.from_dict({"base": {"d_model": 64}, "aggregation": "mean"}).base.d_model
         64
         """
         if not isinstance(values, Mapping):
@@ -131,7 +131,7 @@ class _Config:
 
         Examples
         --------
-        >>> AttentionConfig().to_json()[:32]
+        >>> rv.AttentionConfig().to_json()[:32]
         '{"d_model": 512, "num_heads": 8,'
         """
         self.validate()
@@ -148,7 +148,7 @@ class _Config:
 
         Examples
         --------
-        >>> AttentionConfig.from_json('{"d_model": 64, "max_seq_len": null}').max_seq_len is None
+        >>> rv.AttentionConfig.from_json('{"d_model": 64, "max_seq_len": null}').max_seq_len is None
         True
         """
         try:
@@ -161,6 +161,8 @@ class _Config:
 @dataclass(frozen=True)
 class AttentionConfig(_Config):
     """The settings of scaled dot-product and of multi-head attention.
+
+    They are not checked when a configuration is made, but by `validate` and by every layer that is made from it.
 
     Attributes
     ----------
@@ -183,7 +185,7 @@ class AttentionConfig(_Config):
 
     Examples
     --------
-    >>> AttentionConfig(d_model=64, num_heads=4).d_k
+    >>> rv.AttentionConfig(d_model=64, num_heads=4).d_k
     16
     """
 
@@ -207,7 +209,7 @@ class AttentionConfig(_Config):
 
         Examples
         --------
-        >>> AttentionConfig(d_model=512, num_heads=8).get_scale()
+        >>> rv.AttentionConfig(d_model=512, num_heads=8).get_scale()
         0.125
         """
         d_k = self.d_k
@@ -254,7 +256,7 @@ class GraphAttentionConfig(_Config):
 
     Examples
     --------
-    >>> GraphAttentionConfig(use_edge_features=True).validate()
+    >>> rv.GraphAttentionConfig(use_edge_features=True).validate()
     Traceback (most recent call last):
         ...
     ruvector_numba.errors.InvalidConfigError: Invalid configuration: use_edge_features is True and edge_dim is None
@@ -283,7 +285,7 @@ class GraphAttentionConfig(_Config):
 
 @dataclass(frozen=True)
 class SparseAttentionConfig(_Config):
-    """The settings of attention by a sparse pattern.
+    """The settings of attention by a sparse pattern, as in ruvector-attention. No mechanism uses them yet.
 
     Attributes
     ----------
@@ -302,7 +304,7 @@ class SparseAttentionConfig(_Config):
 
     Examples
     --------
-    >>> SparseAttentionConfig(sparsity_pattern="local", local_window=16).validate()
+    >>> rv.SparseAttentionConfig(sparsity_pattern="local", local_window=16).validate()
     """
 
     base: AttentionConfig = field(default_factory=AttentionConfig)

@@ -9,10 +9,10 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from . import checks, gpu, halves, masks
-from .checks import Array, Call
+from .checks import Array, Call, Shape
 from .dense_past import Past, forward, merged
 from .errors import DimensionMismatchError, InvalidInputError
-from .results import AttentionCache, InputGradients
+from .results import AttentionCache, InputGradients, read_only
 
 __all__ = [
     "attention_backward",
@@ -89,7 +89,7 @@ def scaled_dot_product_attention(
 
     Raises
     ------
-    InvalidInputError, InvalidMaskError, DimensionMismatchError
+    InvalidInputError, InvalidMaskError, DimensionMismatchError, OutOfMemoryError
         Before any work; nothing is modified.
 
     Examples
@@ -104,7 +104,7 @@ def scaled_dot_product_attention(
     if gpu.concerns(device, query, key, value):
         return _on_gpu(precision, dtype, query, key, value, attn_mask, out, device, *terms).result
     c = _checked(precision, query, key, value, attn_mask, *terms, dtype)
-    return forward(c, None if out is None else checks.output(out, c), wants_sums=False).output
+    return forward(c, checks.check_output(out, c), wants_sums=False).output
 
 
 def attention_forward(
@@ -127,12 +127,56 @@ def attention_forward(
 ) -> AttentionCache:
     """As `scaled_dot_product_attention`, and remember what its gradients need.
 
-    The parameters and errors are the same.
+    Parameters
+    ----------
+    query : array (..., H, Lq, D), float32, float64, float16, or bfloat16 of the package ml_dtypes
+        Any strides, any number of leading batch axes, or just (L, D). Half precision is computed in float32 throughout,
+        and rounded once, at the end.
+    key : array (..., Hk, Lk, D)
+    value : array (..., Hk, Lk, Dv)
+    attn_mask : bool array, float array, or mask of `ruvector_numba.masks`, optional
+        Arrays broadcast to (..., H, Lq, Lk). True attends; a float is added to the score, and -inf hides.
+    dropout_p : float
+        The probability that a weight is dropped; the others are multiplied by 1 / (1 - dropout_p).
+    is_causal : bool
+        Query i sees keys j <= i only, counted from the top left, as in torch. Composes with `attn_mask`.
+    scale : float, optional
+        1 / sqrt(D) by default.
+    enable_gqa : bool
+        Let H be a multiple of Hk; query head h then uses key head h // (H // Hk).
+    softcap : float, optional
+        Scores become softcap * tanh(score / softcap), before anything is added to them (Gemma 2).
+    alibi_slopes : array (H,), optional
+        slope * |i + offset - j| is subtracted (ALiBi, Press et al. 2022); the offset is 0, or Lk - Lq under a mask
+        aligned bottom_right. Any shape (..., H) that broadcasts over the batch.
+    seed : int, optional
+        Of the dropout: the same seed drops the same weights, on any number of threads. Fresh for each call if None.
+    out : array (..., H, Lq, Dv), optional
+        Where to write the result; it must not overlap an input. The cache refers to it: use it for nothing else before
+        the backward pass.
+    device : "cuda", optional
+        Move arrays of NumPy to the GPU, and the results back. Arrays that lie on a GPU already (of torch, CuPy, Numba,
+        or of anything with ``__cuda_array_interface__`` or DLPack) are read there without it, float32, float16 or
+        bfloat16, and the result is an array of the same library.
+    dtype : "bfloat16", optional
+        What the bits of uint16 arrays mean: all three are bfloat16 numbers, and so is the result, uint16 again. NumPy
+        has no such type, and arrays of ml_dtypes.bfloat16 need no such word.
+    precision : "bfloat16", optional
+        Of the products alone, for float32 arrays: inputs are rounded to bfloat16, 3 digits, and sums and softmax are
+        float32 as ever. Results are off by some 1 % of the largest, nearly all of it from rounding the inputs. It pays
+        on AMD's CPUs that multiply bfloat16 (avx512bf16 in ``rv.info()["features"]``).
 
     Returns
     -------
     AttentionCache
-        With the output, the logsumexp of each query's scores, and the weights on demand.
+        With the output, the logsumexp of each query's scores, and the weights on demand. It refers to query, key,
+        value, mask and output and copies none: change none of them in place before the backward pass. The output is
+        read-only, unless it is `out`.
+
+    Raises
+    ------
+    InvalidInputError, InvalidMaskError, DimensionMismatchError, OutOfMemoryError
+        Before any work; nothing is modified.
 
     Examples
     --------
@@ -150,8 +194,9 @@ def attention_forward(
         lse = there.given(there.lse)
         return AttentionCache(query, key, value, mask=attn_mask, output=there.result, lse=lse, record=there)
     c = _checked(precision, query, key, value, attn_mask, *terms, dtype)
-    result = forward(c, None if out is None else checks.output(out, c))
-    return AttentionCache(query, key, value, mask=attn_mask, output=result.output, lse=result.lse, record=result)
+    result = forward(c, checks.check_output(out, c))
+    output = read_only(result.output) if out is None else result.output
+    return AttentionCache(query, key, value, mask=attn_mask, output=output, lse=result.lse, record=result)
 
 
 def attention_backward(
@@ -176,6 +221,8 @@ def attention_backward(
     ------
     InvalidInputError, DimensionMismatchError
         If the gradients do not have the shapes and dtype of the results.
+    OutOfMemoryError
+        If a gradient is larger than this machine's memory, as that of an array that was broadcast may be.
 
     Notes
     -----
@@ -240,12 +287,10 @@ def merge(outputs: Sequence[ArrayLike], lses: Sequence[ArrayLike], *, dtype: str
         hint = "give one lse for each output, and at least one of both"
         raise InvalidInputError(f"{len(parts)} outputs and {len(logs)} lses", hint=hint)
     for i, (x, log) in enumerate(zip(parts, logs, strict=True)):
-        shapes = {f"outputs[{i}].shape": x.shape, f"lses[{i}].shape": log.shape, "outputs[0].shape": parts[0].shape}
-        if x.ndim < 2 or x.shape != parts[0].shape or log.shape != x.shape[:-1]:
-            raise DimensionMismatchError(parts[0].shape, x.shape, shapes=shapes, hint="(..., Lq, Dv) and (..., Lq)")
-        is_float = (
-            x.dtype.kind == "f" or halves.is_bfloat16(x.dtype) or (dtype == "bfloat16" and x.dtype == halves.BITS)
-        )
+        _check_part(i, x.shape, log.shape, parts[0].shape)
+        if dtype is not None:
+            checks.check_bits(f"outputs[{i}]", x, dtype)
+        is_float = x.dtype.kind == "f" or halves.is_bfloat16(x.dtype) or dtype is not None
         if not is_float or log.dtype.kind != "f" or x.dtype != parts[0].dtype:
             dtypes = {f"outputs[{i}].dtype": x.dtype, f"lses[{i}].dtype": log.dtype, "outputs[0].dtype": parts[0].dtype}
             raise InvalidInputError("outputs and lses are floats of one kind", shapes=dtypes, hint="cast them")
@@ -254,6 +299,21 @@ def merge(outputs: Sequence[ArrayLike], lses: Sequence[ArrayLike], *, dtype: str
     output, shift, log = merged(np.stack(wide), given, np.where(np.isneginf(given), given, 0))
     lse = shift + log
     return halves.rounded(output, parts[0].dtype), lse.astype(logs[0].dtype, copy=False)
+
+
+def _check_part(i: int, output: Shape, lse: Shape, first: Shape) -> None:
+    """Do the shapes of one output and its lse fit each other, and the first output?"""
+    shapes = {f"outputs[{i}].shape": output, f"lses[{i}].shape": lse, "outputs[0].shape": first}
+    hint = "outputs are (..., Lq, Dv), lses (..., Lq)"
+    if len(output) < len(lse) and lse[:-1] == output:
+        raise DimensionMismatchError(lse[:-1], lse, shapes=shapes, hint="are outputs and lses swapped?")
+    if len(output) < 2:
+        raise InvalidInputError(f"outputs[{i}] has {len(output)} axes", shapes=shapes, hint=hint)
+    if output != first:
+        raise DimensionMismatchError(first, output, shapes=shapes, hint=hint)
+    if lse != output[:-1]:
+        shapes = {f"outputs[{i}].shape": output, f"lses[{i}].shape": lse, "expected": output[:-1]}
+        raise DimensionMismatchError(output[:-1], lse, shapes=shapes, hint=hint)
 
 
 def _on_gpu(precision: str | None, dtype: str | None, *arguments: Any) -> Any:
@@ -267,9 +327,9 @@ def _on_gpu(precision: str | None, dtype: str | None, *arguments: Any) -> Any:
 
 
 def _checked(precision: str | None, *arguments: Any) -> Call:
-    """A checked call; one whose products shall be of bfloat16 has its arrays rounded."""
+    """A checked call; for precision="bfloat16" the arrays are rounded first."""
     c = checks.call(*arguments)
-    if not checks.precision(precision, c):
+    if not checks.rounds_products(precision, c):
         return c
     from .plan import dense as plan
 

@@ -13,7 +13,9 @@ from .checks import Array, Call
 from .plan import memory
 from .results import InputGradients
 
-__all__ = ["Past", "forward", "merged"]
+__all__ = ["SOME_WEIGHTS", "Past", "forward", "merged"]
+
+SOME_WEIGHTS = "ask for some of the weights: weights(rows=slice(0, 1000))"
 
 
 class Past(NamedTuple):
@@ -35,9 +37,9 @@ class Past(NamedTuple):
     def weights(self, rows: Any = None) -> Array:
         """See `AttentionCache.weights`."""
         c = self.call
-        chosen = checks.rows(rows, c.query.shape[-2])
+        chosen = checks.row_indices(rows, c.query.shape[-2])
         shape = (*c.query.shape[:-2], len(chosen), c.key.shape[-2])
-        checks.memory(shape, c.given, "weights")
+        checks.check_memory(shape, c.given, "weights", SOME_WEIGHTS)
         result = np.zeros(shape, c.given)
         if result.size:
             sums, done = _by_tiles(self).sums, 0
@@ -50,7 +52,11 @@ class Past(NamedTuple):
 
     def backward(self, grad_output: Array, grad_lse: Array | None = None, wants_bias: bool = True) -> InputGradients:
         """See `attention_backward`; the gradients are checked. That of a bias costs a pass of its own."""
-        shape = self.output.shape[:-1]
+        shape, c = self.output.shape[:-1], self.call
+        for name, x in (("query", c.query), ("key", c.key), ("value", c.value), ("bias", c.seen.bias)):
+            if x is not None and (wants_bias or name != "bias"):
+                hint = "it was broadcast: a gradient has as many numbers as the array seems to have"
+                checks.check_memory(x.shape, c.given, f"gradient of {name}", hint)
         lse = np.zeros(shape) if grad_lse is None else grad_lse.astype(np.float64, order="C")
         stored = self.call.query.dtype
         grad_output = (

@@ -1,11 +1,11 @@
-"""What can go wrong, in the seed's ten kinds.
+"""What can go wrong, in the ten kinds of ruvector-attention.
 
 Every kind is an `AttentionError` and the built-in exception it resembles, so both ``except AttentionError`` and
-``except ValueError`` work. A message has up to three parts: the seed's sentence, the shapes aligned under each
-other, and a hint that says what to do.
+``except ValueError`` work. A message has up to three parts: the sentence of its kind, the shapes aligned under
+each other, and a hint that says what to do.
 
->>> from ruvector_numba.errors import InvalidInputError
->>> print(InvalidInputError("query and key differ in D", shapes={"query.shape": (2, 8), "key.shape": (2, 4)},
+>>> import ruvector_numba as rv
+>>> print(rv.InvalidInputError("query and key differ in D", shapes={"query.shape": (2, 8), "key.shape": (2, 4)},
 ...                         hint="project one of them"))
 Invalid input dimensions: query and key differ in D
   query.shape: (2, 8)

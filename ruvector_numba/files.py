@@ -136,7 +136,7 @@ def _library() -> Any:
     try:
         import safetensors.numpy
     except ImportError as error:
-        hint = 'pip install "ruvector-numba[files]"'
+        hint = 'pip install ".[files]", in a clone of ruvector-numba'
         raise InvalidConfigError("to save and load, the package safetensors is needed", hint=hint) from error
     return safetensors.numpy
 

@@ -1,12 +1,11 @@
 """The steps of attention as functions, each with its gradients, for people who compose their own.
 
 >>> import numpy as np, ruvector_numba as rv
->>> from ruvector_numba import functional as steps
 >>> query, key, value = np.random.default_rng(0).standard_normal((3, 2, 4, 10, 8))
->>> scores = steps.attention_scores(query, key)  # scale * query key^T
->>> masked = steps.apply_mask(scores, is_causal=True)  # -inf where hidden
->>> weights = steps.softmax(masked)  # rows sum to 1
->>> output = steps.weighted_sum(weights, value)  # weights value
+>>> scores = rv.functional.attention_scores(query, key)  # scale * query key^T
+>>> masked = rv.functional.apply_mask(scores, is_causal=True)  # -inf where hidden
+>>> weights = rv.functional.softmax(masked)  # rows sum to 1
+>>> output = rv.functional.weighted_sum(weights, value)  # weights value
 >>> np.allclose(output, rv.scaled_dot_product_attention(query, key, value, is_causal=True))
 True
 
@@ -14,10 +13,10 @@ and back again, from the gradient of a loss by the output; each takes the gradie
 (a softmax, what it gave):
 
 >>> grad_output = np.ones_like(output)
->>> grad_weights, grad_value = steps.weighted_sum_backward(grad_output, weights, value)
->>> grad_masked = steps.softmax_backward(grad_weights, weights)
->>> grad_scores, grad_bias = steps.apply_mask_backward(grad_masked, is_causal=True)
->>> grad_query, grad_key = steps.attention_scores_backward(grad_scores, query, key)
+>>> grad_weights, grad_value = rv.functional.weighted_sum_backward(grad_output, weights, value)
+>>> grad_masked = rv.functional.softmax_backward(grad_weights, weights)
+>>> grad_scores, grad_bias = rv.functional.apply_mask_backward(grad_masked, is_causal=True)
+>>> grad_query, grad_key = rv.functional.attention_scores_backward(grad_scores, query, key)
 >>> whole = rv.attention_backward(grad_output, rv.attention_forward(query, key, value, is_causal=True))
 >>> np.allclose(grad_query, whole.query) and np.allclose(grad_key, whole.key) and np.allclose(grad_value, whole.value)
 True
@@ -39,6 +38,7 @@ makes the row NaN in `scaled_dot_product_attention`, and does not here.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -79,16 +79,16 @@ def attention_scores(query: ArrayLike, key: ArrayLike, scale: float | None = Non
 
     Raises
     ------
-    InvalidInputError, DimensionMismatchError
+    InvalidInputError, DimensionMismatchError, OutOfMemoryError
 
     Examples
     --------
-    >>> attention_scores(np.eye(2), np.array([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]), scale=1)
+    >>> rv.functional.attention_scores(np.eye(2), np.array([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]), scale=1)
     array([[1., 3., 5.],
            [2., 4., 6.]])
     """
     query, key = _query_and_key(query, key)
-    return _product(query, _transposed(key), _scale(scale, query.shape[-1]))
+    return _product(query, _transposed(key), checks.scale_of(scale, query.shape[-1]))
 
 
 def attention_scores_backward(
@@ -110,17 +110,20 @@ def attention_scores_backward(
 
     Raises
     ------
-    InvalidInputError, DimensionMismatchError
+    InvalidInputError, DimensionMismatchError, OutOfMemoryError
 
     Examples
     --------
-    >>> grad_query, grad_key = attention_scores_backward(np.ones((1, 2)), np.ones((1, 3)), np.eye(2, 3), scale=2)
+    >>> query, key = np.ones((1, 3)), np.eye(2, 3)
+    >>> grad_query, grad_key = rv.functional.attention_scores_backward(np.ones((1, 2)), query, key, scale=2)
     >>> grad_query
     array([[2., 2., 0.]])
     """
     query, key = _query_and_key(query, key)
     grad = checks.gradient("grad_scores", grad_scores, (*query.shape[:-1], key.shape[-2]), query.dtype)
-    scale = _scale(scale, query.shape[-1])
+    scale = checks.scale_of(scale, query.shape[-1])
+    for x in query, key:
+        checks.check_memory(x.shape, x.dtype, "gradient")
     return _product(grad, key, scale, selects=True), _product(_transposed(grad), query, scale, selects=True)
 
 
@@ -145,11 +148,11 @@ def apply_mask(scores: ArrayLike, attn_mask: masks.Mask | ArrayLike | None = Non
 
     Raises
     ------
-    InvalidInputError, InvalidMaskError
+    InvalidInputError, InvalidMaskError, OutOfMemoryError
 
     Examples
     --------
-    >>> apply_mask(np.ones((2, 3)), [[True, True, False]], is_causal=True)
+    >>> rv.functional.apply_mask(np.ones((2, 3)), [[True, True, False]], is_causal=True)
     array([[  1., -inf, -inf],
            [  1.,   1., -inf]])
     """
@@ -177,12 +180,12 @@ def apply_mask_backward(
 
     Raises
     ------
-    InvalidInputError, InvalidMaskError
+    InvalidInputError, InvalidMaskError, OutOfMemoryError
 
     Examples
     --------
     >>> bias = np.array([0.5, -np.inf])
-    >>> grad_scores, grad_bias = apply_mask_backward(np.ones((3, 2)), bias)
+    >>> grad_scores, grad_bias = rv.functional.apply_mask_backward(np.ones((3, 2)), bias)
     >>> grad_bias
     array([3., 0.])
     """
@@ -212,11 +215,11 @@ def softmax(scores: ArrayLike, eps: float = 0.0) -> Array:
 
     Raises
     ------
-    InvalidInputError
+    InvalidInputError, OutOfMemoryError
 
     Examples
     --------
-    >>> softmax([[0, 0], [0, -np.inf], [-np.inf, -np.inf]])
+    >>> rv.functional.softmax([[0, 0], [0, -np.inf], [-np.inf, -np.inf]])
     array([[0.5, 0.5],
            [1. , 0. ],
            [0. , 0. ]])
@@ -224,7 +227,7 @@ def softmax(scores: ArrayLike, eps: float = 0.0) -> Array:
     from .plan import functional as plan
 
     scores, eps = _array("scores", scores, "(..., Lq, Lk)"), _eps(eps)
-    weights = memory.result(scores.shape, scores.dtype)
+    weights = _room(scores.shape, scores.dtype)
     if weights.size:
         plan.softmax(scores.dtype, plan.layout(scores), eps)(given=scores, weights=weights)
     return weights
@@ -250,18 +253,18 @@ def softmax_backward(grad_weights: ArrayLike, weights: ArrayLike, eps: float = 0
 
     Raises
     ------
-    InvalidInputError, DimensionMismatchError
+    InvalidInputError, DimensionMismatchError, OutOfMemoryError
 
     Examples
     --------
-    >>> softmax_backward([[1.0, 0.0, np.nan]], [[0.5, 0.5, 0.0]])
+    >>> rv.functional.softmax_backward([[1.0, 0.0, np.nan]], [[0.5, 0.5, 0.0]])
     array([[ 0.25, -0.25,  0.  ]])
     """
     from .plan import functional as plan
 
     weights, eps = _array("weights", weights, "(..., Lq, Lk)"), _eps(eps)
     grad = checks.gradient("grad_weights", grad_weights, weights.shape, weights.dtype)
-    grad_scores = memory.result(weights.shape, weights.dtype)
+    grad_scores = _room(weights.shape, weights.dtype)
     if weights.size:
         ready = plan.softmax_backward(weights.dtype, plan.layout(grad), plan.layout(weights), eps)
         ready(given=grad, weights=weights, grad_scores=grad_scores)
@@ -287,11 +290,11 @@ def weighted_sum(weights: ArrayLike, value: ArrayLike) -> Array:
 
     Raises
     ------
-    InvalidInputError, DimensionMismatchError
+    InvalidInputError, DimensionMismatchError, OutOfMemoryError
 
     Examples
     --------
-    >>> weighted_sum([[0.5, 0.5, 0.0]], [[1.0, 2.0], [3.0, 4.0], [np.nan, np.inf]])
+    >>> rv.functional.weighted_sum([[0.5, 0.5, 0.0]], [[1.0, 2.0], [3.0, 4.0], [np.nan, np.inf]])
     array([[2., 3.]])
     """
     weights, value = _weights_and_value(weights, value)
@@ -317,16 +320,18 @@ def weighted_sum_backward(grad_output: ArrayLike, weights: ArrayLike, value: Arr
 
     Raises
     ------
-    InvalidInputError, DimensionMismatchError
+    InvalidInputError, DimensionMismatchError, OutOfMemoryError
 
     Examples
     --------
-    >>> grad_weights, grad_value = weighted_sum_backward(np.ones((1, 2)), [[0.9, 0.1]], [[1.0, 2.0], [3.0, 4.0]])
+    >>> weights, value = [[0.9, 0.1]], [[1.0, 2.0], [3.0, 4.0]]
+    >>> grad_weights, grad_value = rv.functional.weighted_sum_backward(np.ones((1, 2)), weights, value)
     >>> grad_weights, grad_value[0]
     (array([[3., 7.]]), array([0.9, 0.9]))
     """
     weights, value = _weights_and_value(weights, value)
     grad = checks.gradient("grad_output", grad_output, (*weights.shape[:-1], value.shape[-1]), weights.dtype)
+    checks.check_memory(value.shape, value.dtype, "gradient")
     return _product(grad, _transposed(value)), _product(_transposed(weights), grad, selects=True)
 
 
@@ -337,7 +342,7 @@ def _product(left: Array, right: Array, scale: float = 1.0, selects: bool = Fals
     """left right * scale; `selects` where 0 in left adds nothing."""
     from .plan import functional as plan  # at the first call, as it loads the kernels
 
-    out = memory.result((*left.shape[:-1], right.shape[-1]), left.dtype)
+    out = _room((*left.shape[:-1], right.shape[-1]), left.dtype)
     if out.size:
         plan.product(left.dtype, plan.layout(left), plan.layout(right), scale, selects)(left=left, right=right, out=out)
     return out
@@ -347,7 +352,7 @@ def _masked(x: Array, seen: visibility.Visibility, adds: bool) -> Array:
     """Where seen x, plus the bias if it `adds`; elsewhere -inf, or else 0."""
     from .plan import functional as plan
 
-    out = memory.result(x.shape, x.dtype)
+    out = _room(x.shape, x.dtype)
     if out.size == 0:
         return out
     allowed = np.ones((1, 1), np.bool_) if seen.allowed is None else seen.allowed
@@ -380,6 +385,12 @@ def _summed_to(gradient: Array, shape: Shape) -> Array:
     return np.asarray(gradient.sum(axis=(*range(added), *stretched))).reshape(shape)
 
 
+def _room(shape: Shape, dtype: np.dtype[Any]) -> Array:
+    """An array for a result. Arrays that are broadcast take no memory; what is computed of them may take too much."""
+    checks.check_memory(shape, dtype, "result", "scaled_dot_product_attention needs no array of Lq x Lk")
+    return memory.result(shape, dtype)
+
+
 def _transposed(x: Array) -> Array:
     return x.swapaxes(-1, -2)
 
@@ -401,12 +412,12 @@ def _weights_and_value(weights: ArrayLike, value: ArrayLike) -> tuple[Array, Arr
 
 
 def _array(name: str, x: ArrayLike, form: str) -> Array:
-    array = checks.from_sequence(name, x)
+    array = checks.from_sequence(name, x, f"pass {name}.filled(0), and hide keys by apply_mask")
     if array.ndim < 2:
         raise InvalidInputError(
             f"{name} has {array.ndim} axes", shapes={f"{name}.shape": array.shape}, hint=f"give {form}"
         )
-    return checks._array(name, array)
+    return checks.readable(name, array)
 
 
 def _check_pair(pair: dict[str, Array], axis: int, other_axis: int, hint: str) -> None:
@@ -428,20 +439,13 @@ def _check_pair(pair: dict[str, Array], axis: int, other_axis: int, hint: str) -
 
 def _resolved(scores: Array, attn_mask: masks.Mask | ArrayLike | None, is_causal: bool) -> visibility.Visibility:
     heads, (Lq, Lk) = scores.shape[-3] if scores.ndim > 2 else 1, scores.shape[-2:]
-    return masks.resolve(attn_mask, is_causal, scores.shape[:-3], heads, Lq, Lk, scores.dtype)
-
-
-def _scale(scale: float | None, D: int) -> float:
-    if scale is None:
-        return 1 / math.sqrt(D) if D else 1.0
-    scale = checks._real("scale", scale)
-    if not math.isfinite(scale):
-        raise InvalidInputError(f"scale is {scale}", hint="give a finite number, or None for 1 / sqrt(D)")
-    return scale
+    return masks.resolve(
+        attn_mask, checks.switch("is_causal", is_causal), scores.shape[:-3], heads, Lq, Lk, scores.dtype
+    )
 
 
 def _eps(eps: float) -> float:
-    eps = checks._real("eps", eps)
+    eps = checks.real_number("eps", eps)
     if not 0 <= eps < math.inf:
         raise InvalidInputError(f"eps is {eps}", hint="give 0, or a small positive number")
     return eps

@@ -26,6 +26,16 @@ class KeyValueCache:
     keys, values : array (B, heads, max_len, d_k)
         Those of the first `length` positions are filled.
     length : int
+
+    Examples
+    --------
+    >>> import numpy as np, ruvector_numba as rv
+    >>> layer = rv.MultiHeadAttention(rv.AttentionConfig(d_model=4, num_heads=2), seed=0)
+    >>> cache = layer.new_cache(batch=1, max_len=10)
+    >>> layer.step(np.ones((1, 3, 4), np.float32), cache).shape
+    (1, 3, 4)
+    >>> cache
+    KeyValueCache(3 of 10 positions, batch 1, 2 heads of 2)
     """
 
     keys: Array

@@ -1,6 +1,6 @@
 """What the layers check and decide alike: their inputs, and who hides from whom.
 
-In a layer a `mask` hides, as in the plan this package follows, in numpy.ma and in torch.nn.MultiheadAttention: True, or
+In a layer a `mask` hides, as in ruvector-attention, in numpy.ma and in torch.nn.MultiheadAttention: True, or
 a number above 0.5. In the functions `attn_mask` attends, as in torch's function. The parameter's name decides.
 """
 
@@ -11,13 +11,24 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from . import masks
-from .checks import Shape, floats, from_sequence
+from . import gpu, masks
+from .checks import Shape, check_not_masked, floats, from_sequence, switch
 from .config import AttentionConfig
 from .errors import DimensionMismatchError, InvalidConfigError, InvalidInputError, InvalidMaskError
 from .results import AttentionCache
 
-__all__ = ["batch", "check_hidden", "checked_config", "dice", "dropout", "hidden", "padded", "record_of"]
+__all__ = [
+    "batch",
+    "check_hidden",
+    "checked_config",
+    "dice",
+    "dropout",
+    "hidden",
+    "joined",
+    "padded",
+    "record_of",
+    "sequences",
+]
 
 Array = NDArray[Any]
 
@@ -47,7 +58,7 @@ class _Drops(Protocol):
 
 def dropout(config: _Drops, training: bool, seed: int | None, dice: np.random.Generator) -> tuple[float, int | None]:
     """The probability to drop a weight, and the seed that decides which."""
-    if not training:
+    if not switch("training", training):
         return 0.0, seed
     return config.dropout, int(dice.integers(1 << 63)) if seed is None else seed
 
@@ -67,6 +78,8 @@ def batch(
 ) -> tuple[Array, Array, Array]:
     """query (B, Lq, d), key (B, Lk, d) and value (B, Lk, d) of these widths (None: any), of one dtype."""
     given = {"query": query, "key": key, "value": value}
+    for name, x in given.items():
+        check_not_masked(name, x, f"pass {name}.filled(0) and hide keys by mask or key_padding_mask")
     arrays = {name: floats(name, x) for name, x in given.items()}
     shapes = {f"{name}.shape": x.shape for name, x in arrays.items()}
     for name, x in arrays.items():
@@ -94,13 +107,37 @@ def batch(
     return query, key, value
 
 
+def sequences(name: str, x: ArrayLike, width: int) -> Array:
+    """One array (B, L, width)."""
+    check_not_masked(name, x)
+    array = floats(name, x)
+    if array.ndim != 3:
+        hint = f"give (batch, length, channels); for one sequence, {name}[None]"
+        raise InvalidInputError(f"{name} has {array.ndim} axes", shapes={f"{name}.shape": array.shape}, hint=hint)
+    if array.shape[2] != width:
+        hint = f"the layer was built for {width} channels"
+        raise DimensionMismatchError(width, array.shape[2], shapes={f"{name}.shape": array.shape}, hint=hint)
+    return array if array.flags.aligned else array.copy()
+
+
 def hidden(mask: Any, scores: tuple[int, int, int, int], per_head: bool) -> masks.Mask | Array | None:
     """What the engine is told of a layer's `mask`, for scores (B, H, Lq, Lk)."""
     if mask is None or isinstance(mask, masks.Mask):
         return mask
-    array = from_sequence("mask", mask)
+    array = from_sequence("mask", mask, "pass mask.filled(True) to hide what is masked in it, or filled(False)")
     check_hidden(array.shape, array.dtype, scores, per_head)
     return _attending("mask", array if array.ndim != 3 else array[:, None])
+
+
+def joined(mask: Any, key_padding_mask: Any, scores: tuple[int, int, int, int]) -> Any:
+    """A layer's `mask` and `key_padding_mask` in one, as `mask` takes it: what a cache keeps."""
+    if key_padding_mask is None:
+        return mask
+    (B, _, _, Lk), there = scores, gpu.is_on_gpu(key_padding_mask)
+    seen = padded(gpu.library(key_padding_mask).download(key_padding_mask) if there else key_padding_mask, B, Lk)
+    if mask is None and not isinstance(seen, masks.Mask):
+        return (key_padding_mask if there else np.asarray(key_padding_mask)).reshape(B, 1, Lk)
+    return masks.All([hidden(mask, scores, per_head=True), seen])
 
 
 def check_hidden(shape: Shape, dtype: np.dtype[Any], scores: tuple[int, int, int, int], per_head: bool) -> None:
@@ -120,7 +157,8 @@ def padded(key_padding_mask: ArrayLike | None, B: int, Lk: int) -> masks.Mask | 
     """What the engine is told of a `key_padding_mask` (B, Lk): lengths, where the hidden keys are the last ones."""
     if key_padding_mask is None:
         return None
-    array = from_sequence("key_padding_mask", key_padding_mask)
+    filled = "pass key_padding_mask.filled(True) to hide what is masked in it, or filled(False)"
+    array = from_sequence("key_padding_mask", key_padding_mask, filled)
     shapes = {"key_padding_mask.shape": array.shape, "(B, Lk)": (B, Lk)}
     if array.dtype.kind not in "biuf":
         hint = "give True or 1 where a key is padding"

@@ -32,6 +32,8 @@ def half_type(dtype: DTypeLike | None) -> np.dtype[Any] | None:
 def widened(*arrays: ArrayLike) -> tuple[tuple[Any, ...], np.dtype[Any] | None]:
     """Arrays of one half type in float32, and that type; anything else as it is, for the checks to look at."""
     kinds = {x.dtype if isinstance(x, np.ndarray) else None for x in arrays}
+    if any(isinstance(x, np.ma.MaskedArray) for x in arrays):
+        return arrays, None
     kind = half_type(kinds.pop()) if len(kinds) == 1 else None
     return arrays if kind is None else tuple(halves.widened(np.asarray(x)) for x in arrays), kind
 
@@ -47,6 +49,10 @@ class Rounded:
     @classmethod
     def of(cls, record: Any, inputs: tuple[Any, ...], kind: np.dtype[Any]) -> Rounded:
         return cls(record, inputs, halves.rounded(record.output, kind))
+
+    @property
+    def mask(self) -> Any:
+        return self.record.mask
 
     @property
     def lse(self) -> Any:

@@ -50,6 +50,8 @@ def size(name: str, value: object) -> int:
 
 def _integers(name: str, values: object) -> NDArray[np.int64]:
     """A read-only int64 copy: small next to the work, and safe from later changes."""
+    if isinstance(values, np.ma.MaskedArray):
+        raise InvalidMaskError(f"{name} is a numpy.ma array, whose own mask would be lost", hint="pass a plain array")
     try:
         array = np.asarray(values)
     except (TypeError, ValueError) as error:

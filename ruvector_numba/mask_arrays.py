@@ -10,6 +10,29 @@ from .errors import InvalidMaskError
 from .visibility import Array, Call, Shape, Visibility, broadcasts
 
 
+def as_mask(value: object, may_be_bits: bool = False) -> Array:
+    """`value` as a bool or float array in native byte order; the same memory where that is possible."""
+    if isinstance(value, type):
+        raise InvalidMaskError(f"{value.__name__} is a class, not a mask", hint=f"write {value.__name__}(...)")
+    if isinstance(value, np.ma.MaskedArray):
+        hint = "pass mask.filled(...), a plain array"
+        raise InvalidMaskError("a numpy.ma array, whose own mask would be lost", hint=hint)
+    try:
+        array = np.asarray(value)
+    except (TypeError, ValueError) as error:
+        raise InvalidMaskError(f"not an array: {error}") from None
+    is_bits = may_be_bits and array.dtype == halves.BITS
+    if array.dtype.kind not in "bf" and not halves.is_bfloat16(array.dtype) and not is_bits:
+        raise InvalidMaskError(
+            f"dtype {array.dtype}; a mask is bool (True = attend) or float (added to the scores)",
+            shapes={"attn_mask.shape": array.shape},
+            hint="attn_mask.astype(bool), if non-zero means attend" if array.dtype.kind in "iu" else None,
+        )
+    if not (array.dtype.isnative and array.flags.aligned):  # kernels read neither
+        array = array.astype(array.dtype.newbyteorder("="))
+    return array
+
+
 def resolved(array: Array, call: Call) -> Visibility:
     if not broadcasts(array.shape, call.scores):
         raise InvalidMaskError(

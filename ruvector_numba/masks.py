@@ -4,8 +4,8 @@ A mask is one of the objects below, a bool array (True = attend), a float array 
 any of these joined with ``&``: a query sees a key where every part lets it. The rules cost only what is attended,
 since they reach the kernels as intervals of keys:
 
->>> from ruvector_numba.masks import Causal, Lengths, Window
->>> mask = Window(left=1) & Causal() & Lengths(keys=3)
+>>> import numpy as np, ruvector_numba as rv
+>>> mask = rv.masks.Window(left=1) & rv.masks.Causal() & rv.masks.Lengths(keys=3)
 >>> mask
 Window(left=1, right=None, align='top_left') & Causal(align='top_left') & Lengths(queries=None, keys=3)
 >>> print(mask.to_dense(4, 4).astype(int))
@@ -31,7 +31,7 @@ queries meet a cache of old keys)::
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import reduce
 from typing import Any
 
@@ -41,6 +41,7 @@ from numpy.typing import ArrayLike, NDArray
 from . import halves, mask_arrays
 from . import mask_arguments as arguments
 from .errors import InvalidMaskError
+from .values import check_memory
 from .visibility import (
     CAUSAL,
     NONE,
@@ -93,7 +94,7 @@ def resolve(
     if isinstance(attn_mask, Mask):
         seen = attn_mask._resolve(call)
     else:
-        seen = mask_arrays.resolved(_mask_array(attn_mask, may_be_bits=dtype == halves.BITS), call)
+        seen = mask_arrays.resolved(mask_arrays.as_mask(attn_mask, may_be_bits=dtype == halves.BITS), call)
     return meet(seen, CAUSAL) if is_causal else seen
 
 
@@ -118,12 +119,17 @@ class Mask:
             composition adds in front. Passed as ``attn_mask`` it means what the object means, save that a float
             array keeps only which scores it hides (-inf).
 
+        Raises
+        ------
+        InvalidMaskError, OutOfMemoryError
+
         Examples
         --------
-        >>> Lengths(keys=[1, 3]).to_dense(2, 3).shape
+        >>> rv.masks.Lengths(keys=[1, 3]).to_dense(2, 3).shape
         (2, 1, 2, 3)
         """
         Lq, Lk = arguments.size("Lq", Lq), arguments.size("Lk", Lk)
+        check_memory((Lq, Lk), np.dtype(bool), "mask", "pass the mask itself as attn_mask: no such array is formed")
         dense = self._dense(Lq, Lk)
         return np.array(np.broadcast_to(dense, np.broadcast_shapes(dense.shape, (Lq, Lk))), dtype=bool)
 
@@ -147,7 +153,8 @@ class Mask:
         return hash((type(self), self._contents()))
 
     def _contents(self) -> tuple[object, ...]:
-        return tuple(_comparable(getattr(self, field.name)) for field in fields(self))  # type: ignore[arg-type]
+        names = getattr(self, "__dataclass_fields__", ())  # the base has none
+        return tuple(_comparable(getattr(self, name)) for name in names)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -156,7 +163,7 @@ class Full(Mask):
 
     Examples
     --------
-    >>> Full() & Causal()
+    >>> rv.masks.Full() & rv.masks.Causal()
     Causal(align='top_left')
     """
 
@@ -178,16 +185,16 @@ class Causal(Mask):
 
     Examples
     --------
-    >>> print(Causal().to_dense(2, 5).astype(int))
+    >>> print(rv.masks.Causal().to_dense(2, 5).astype(int))
     [[1 0 0 0 0]
      [1 1 0 0 0]]
-    >>> print(Causal("bottom_right").to_dense(2, 5).astype(int))
+    >>> print(rv.masks.Causal("bottom_right").to_dense(2, 5).astype(int))
     [[1 1 1 1 0]
      [1 1 1 1 1]]
 
     With more queries than keys, the first queries of ``bottom_right`` come before every key and see nothing:
 
-    >>> print(Causal("bottom_right").to_dense(4, 2).astype(int))
+    >>> print(rv.masks.Causal("bottom_right").to_dense(4, 2).astype(int))
     [[0 0]
      [0 0]
      [1 0]
@@ -220,11 +227,11 @@ class Window(Mask):
 
     Examples
     --------
-    >>> print(Window(left=1, right=1).to_dense(3, 5).astype(int))
+    >>> print(rv.masks.Window(left=1, right=1).to_dense(3, 5).astype(int))
     [[1 1 0 0 0]
      [1 1 1 0 0]
      [0 1 1 1 0]]
-    >>> print(Window(left=1, right=1, align="bottom_right").to_dense(3, 5).astype(int))
+    >>> print(rv.masks.Window(left=1, right=1, align="bottom_right").to_dense(3, 5).astype(int))
     [[0 1 1 1 0]
      [0 0 1 1 1]
      [0 0 0 1 1]]
@@ -269,11 +276,11 @@ class Lengths(Mask):
 
     Examples
     --------
-    >>> print(Lengths(queries=2, keys=3).to_dense(3, 5).astype(int))
+    >>> print(rv.masks.Lengths(queries=2, keys=3).to_dense(3, 5).astype(int))
     [[1 1 1 0 0]
      [1 1 1 0 0]
      [0 0 0 0 0]]
-    >>> print(Lengths(keys=[1, 3]).to_dense(1, 4)[:, 0, 0].astype(int))  # a batch of two
+    >>> print(rv.masks.Lengths(keys=[1, 3]).to_dense(1, 4)[:, 0, 0].astype(int))  # a batch of two
     [[1 0 0 0]
      [1 1 1 0]]
     """
@@ -292,6 +299,7 @@ class Lengths(Mask):
     def _dense(self, Lq: int, Lk: int) -> NDArray[np.bool_]:
         queries = arguments.within("Lengths.queries", self.queries, "Lq", Lq)
         keys = arguments.within("Lengths.keys", self.keys, "Lk", Lk)
+        check_memory((*np.broadcast_shapes(queries.shape, keys.shape), Lq, Lk), np.dtype(bool), "mask")
         with_heads = (..., None, None, None) if queries.ndim or keys.ndim else (None, None)
         return (np.arange(Lq)[:, None] < queries[with_heads]) & (np.arange(Lk) < keys[with_heads])
 
@@ -324,13 +332,13 @@ class Segments(Mask):
 
     Examples
     --------
-    >>> print((Segments([0, 0, 1, 1, 1]) & Causal()).to_dense(5, 5).astype(int))
+    >>> print((rv.masks.Segments([0, 0, 1, 1, 1]) & rv.masks.Causal()).to_dense(5, 5).astype(int))
     [[1 0 0 0 0]
      [1 1 0 0 0]
      [0 0 1 0 0]
      [0 0 1 1 0]
      [0 0 1 1 1]]
-    >>> print(Segments(query_ids=[1, 7], key_ids=[0, 0, 1, 1, 1]).to_dense(2, 5).astype(int))  # nobody has id 7
+    >>> print(rv.masks.Segments(query_ids=[1, 7], key_ids=[0, 0, 1, 1, 1]).to_dense(2, 5).astype(int))  # none has id 7
     [[0 0 1 1 1]
      [0 0 0 0 0]]
     """
@@ -348,6 +356,8 @@ class Segments(Mask):
 
     def _dense(self, Lq: int, Lk: int) -> NDArray[np.bool_]:
         query_ids, key_ids = self._checked(Lq, Lk)
+        rows = np.broadcast_shapes(query_ids.shape[:-1], key_ids.shape[:-1])
+        check_memory((*rows, Lq, Lk), np.dtype(bool), "mask")
         same: NDArray[np.bool_] = query_ids[..., :, None] == key_ids[..., None, :]
         return same[..., None, :, :] if same.ndim > 2 else same
 
@@ -392,8 +402,7 @@ class All(Mask):
 
     Examples
     --------
-    >>> import numpy as np
-    >>> np.array([True, False, True]) & Causal()
+    >>> np.array([True, False, True]) & rv.masks.Causal()
     bool array (3,) & Causal(align='top_left')
     """
 
@@ -407,7 +416,7 @@ class All(Mask):
             elif isinstance(part, Mask):
                 flat.extend(() if isinstance(part, Full) else (part,))
             elif part is not None:
-                flat.append(_mask_array(part))
+                flat.append(mask_arrays.as_mask(part))
         floats = [part for part in flat if isinstance(part, np.ndarray) and part.dtype.kind != "b"]
         if len(floats) > 1:
             raise InvalidMaskError(
@@ -452,33 +461,6 @@ def _joined(a: Mask | ArrayLike | None, b: Mask | ArrayLike | None) -> Mask:
 def _can_join(other: object) -> bool:
     arrays = (np.ndarray, np.generic, bool, list, tuple)
     return other is None or isinstance(other, (Mask, *arrays)) or hasattr(other, "__array__")
-
-
-# Arrays as masks
-
-
-def _mask_array(value: object, may_be_bits: bool = False) -> Array:
-    """`value` as a bool or float array in native byte order; the same memory where that is possible."""
-    if isinstance(value, type) and issubclass(value, Mask):
-        raise InvalidMaskError(f"{value.__name__} is a class, not a mask", hint=f"write {value.__name__}(...)")
-    if isinstance(value, np.ma.MaskedArray):
-        raise InvalidMaskError(
-            "a numpy.ma array, whose own mask would be lost", hint="pass mask.filled(...), a plain array"
-        )
-    try:
-        array = np.asarray(value)
-    except (TypeError, ValueError) as error:
-        raise InvalidMaskError(f"not an array: {error}") from None
-    is_bits = may_be_bits and array.dtype == halves.BITS
-    if array.dtype.kind not in "bf" and not halves.is_bfloat16(array.dtype) and not is_bits:
-        raise InvalidMaskError(
-            f"dtype {array.dtype}; a mask is bool (True = attend) or float (added to the scores)",
-            shapes={"attn_mask.shape": array.shape},
-            hint="attn_mask.astype(bool), if non-zero means attend" if array.dtype.kind in "iu" else None,
-        )
-    if not (array.dtype.isnative and array.flags.aligned):  # kernels read neither
-        array = array.astype(array.dtype.newbyteorder("="))
-    return array
 
 
 # Showing and comparing

@@ -1,4 +1,4 @@
-"""The plan's multi-head attention: four projections around dense attention, with exact gradients of everything."""
+"""Multi-head attention as in ruvector-attention: four projections around dense attention, with exact gradients."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from . import checks, dense_past, gpu, halves, layers, layers_half, masks, visibility
+from . import checks, dense_past, gpu, halves, layers, layers_half, visibility
 from .config import AttentionConfig
 from .errors import InvalidConfigError, InvalidInputError
 from .gpu import layers as gpu_layers
@@ -17,7 +17,7 @@ from .parameters import ParameterSet, Trainable
 from .plan import memory
 from .projection import product
 from .protocols import TrainableAttention
-from .results import AttentionCache, AttentionGradients
+from .results import AttentionCache, AttentionGradients, read_only
 
 __all__ = ["KeyValueCache", "MultiHeadAttention"]
 
@@ -107,17 +107,15 @@ class MultiHeadAttention(Trainable, TrainableAttention):
     ) -> Array:
         """The output alone, without dropout; no array of Lq x Lk is formed.
 
-        `key` is the query if None, and `value` the key. The rest is as in `forward`.
+        The parameters are those of `forward`.
         """
-        key = query if key is None else key
-        value = key if value is None else value
         return self._attend(query, key, value, mask, key_padding_mask, 0.0, None, device).output
 
     def forward(
         self,
         query: ArrayLike,
-        key: ArrayLike,
-        value: ArrayLike,
+        key: ArrayLike | None = None,
+        value: ArrayLike | None = None,
         mask: Any = None,
         *,
         key_padding_mask: ArrayLike | None = None,
@@ -129,12 +127,15 @@ class MultiHeadAttention(Trainable, TrainableAttention):
         ----------
         query : array (B, Lq, d_model), float32, float64, float16, or bfloat16 of the package ml_dtypes
             Half precision is computed in float32, and the results are rounded.
-        key : array (B, Lk, kdim)
-        value : array (B, Lk, vdim)
+        key : array (B, Lk, kdim), optional
+            The query if None.
+        value : array (B, Lk, vdim), optional
+            The key if None.
         mask : array (Lq, Lk), (B, Lq, Lk) or (B, heads, Lq, Lk), or mask of `ruvector_numba.masks`, optional
             In an array True, or a number above 0.5, **hides**; axes of 1 are shared. A mask object says who attends, as
-            everywhere; a float array that is to be added to the scores goes in as ``rv.masks.All([array])``. With
-            `causal` in the configuration query i sees keys j <= i at most, for any Lq and Lk.
+            everywhere, and so does a bool array that is joined to one: write ``~hide & rv.masks.Causal()``. A float
+            array that is to be added to the scores goes in as ``rv.masks.All([array])``. With `causal` in the
+            configuration query i sees keys j <= i at most, for any Lq and Lk.
         key_padding_mask : array (B, Lk), optional
             True, or a number above 0.5, hides the key from all queries. If the last keys are hidden, nothing is spent
             on them.
@@ -159,8 +160,8 @@ class MultiHeadAttention(Trainable, TrainableAttention):
     def head_weights(
         self,
         query: ArrayLike,
-        key: ArrayLike,
-        value: ArrayLike,
+        key: ArrayLike | None = None,
+        value: ArrayLike | None = None,
         mask: Any = None,
         *,
         key_padding_mask: ArrayLike | None = None,
@@ -176,8 +177,8 @@ class MultiHeadAttention(Trainable, TrainableAttention):
     def forward_cached(
         self,
         query: ArrayLike,
-        key: ArrayLike,
-        value: ArrayLike,
+        key: ArrayLike | None = None,
+        value: ArrayLike | None = None,
         mask: Any = None,
         training: bool = True,
         *,
@@ -193,19 +194,26 @@ class MultiHeadAttention(Trainable, TrainableAttention):
         record = self._attend(query, key, value, mask, key_padding_mask, dropout, seed, device)
         output, lse = record.output, record.lse
         q, k, v = record.inputs
-        return output, AttentionCache(q, k, v, mask=mask, output=output, lse=lse, record=record)
+        if isinstance(record, gpu_layers.Record):
+            scores = (q.shape[0], self.config.num_heads, q.shape[1], k.shape[1])
+            mask = layers.joined(mask, key_padding_mask, scores)
+        else:
+            mask = record.mask
+        return output, AttentionCache(q, k, v, mask=mask, output=read_only(output), lse=lse, record=record)
 
     def _attend(
         self,
         query: ArrayLike,
-        key: ArrayLike,
-        value: ArrayLike,
+        key: ArrayLike | None,
+        value: ArrayLike | None,
         mask: Any,
         key_padding_mask: ArrayLike | None,
         dropout: float,
         seed: int | None,
         device: str | None = None,
     ) -> Any:
+        key = query if key is None else key
+        value = key if value is None else value
         config, H = self.config, self.config.num_heads
         if gpu.concerns(device, query, key, value):
             widths, arrays = (config.d_model, self.kdim, self.vdim), (query, key, value)
@@ -217,13 +225,14 @@ class MultiHeadAttention(Trainable, TrainableAttention):
             return layers_half.Rounded.of(record, (query, key, value), half)
         inputs = layers.batch(query, key, value, (config.d_model, self.kdim, self.vdim), config.max_seq_len)
         (B, Lq, _), Lk = inputs[0].shape, inputs[1].shape[1]
-        seen: Any = layers.hidden(mask, (B, H, Lq, Lk), per_head=True)
-        if key_padding_mask is not None:
-            seen = masks.All([seen, layers.padded(key_padding_mask, B, Lk)])
+        for x in inputs:
+            checks.check_memory((*x.shape[:2], config.d_model), x.dtype, "projection", "use a smaller batch")
+        mask = layers.joined(mask, key_padding_mask, (B, H, Lq, Lk))
+        seen = layers.hidden(mask, (B, H, Lq, Lk), per_head=True)
         parameters = self._parameters.as_type(inputs[0].dtype)
         q, k, v = (_heads(x, parameters, name, H) for x, name in zip(inputs, "qkv", strict=True))
         c = checks.call(q, k, v, seen, dropout, config.causal, config.get_scale(), False, None, None, seed)
-        return _output(c._replace(eps=config.eps), inputs, parameters)
+        return _output(c._replace(eps=config.eps), inputs, parameters, mask)
 
     # --- backward ---------------------------------------------------------------------------------------------------
     def backward(self, grad_output: ArrayLike, cache: AttentionCache) -> AttentionGradients:
@@ -276,7 +285,7 @@ class MultiHeadAttention(Trainable, TrainableAttention):
         half = layers_half.half_type(dtype)
         kind = half or self._parameters.as_type(self._parameters.dtype if dtype is None else dtype).dtype
         shape = (int(batch), self.config.num_heads, int(max_len), self.config.d_k)
-        checks.memory((2, *shape), kind, "keys and values", hint="fewer positions, or a smaller batch")
+        checks.check_memory((2, *shape), kind, "keys and values", hint="fewer positions, or a smaller batch")
         return KeyValueCache(np.zeros(shape, kind), np.zeros(shape, kind))
 
     def step(self, x: ArrayLike, cache: KeyValueCache) -> Array:
@@ -314,7 +323,7 @@ class MultiHeadAttention(Trainable, TrainableAttention):
         if not isinstance(cache, KeyValueCache):
             raise InvalidInputError(f"cache is a {type(cache).__name__}", hint="give what new_cache returned")
         (wide,), half = layers_half.widened(x)
-        new, _, _ = layers.batch(wide, wide, wide, (config.d_model,) * 3, None)
+        new = layers.sequences("x", wide, config.d_model)
         cache.check(new, half or new.dtype, H, config)
         start, stop = cache.length, cache.length + new.shape[1]
         parameters = self._parameters.as_type(new.dtype)
@@ -354,6 +363,7 @@ class _Record(NamedTuple):
     past: dense_past.Past  # of the heads
     joined: Array  # (B, Lq, heads, d_k): what w_o is applied to
     output: Array
+    mask: Any  # of the layer, its key_padding_mask included
 
     @property
     def lse(self) -> Array:
@@ -365,8 +375,8 @@ class _Record(NamedTuple):
     def weights(self, rows: Any = None) -> Array:
         """Averaged over the heads: (B, rows, Lk), some rows at a time, so that the heads' own need little room."""
         B, H, Lq, Lk = *self.past.output.shape[:3], self.past.call.key.shape[2]
-        chosen = checks.rows(rows, Lq)
-        checks.memory((B, len(chosen), Lk), self.output.dtype, "weights")
+        chosen = checks.row_indices(rows, Lq)
+        checks.check_memory((B, len(chosen), Lk), self.output.dtype, "weights", dense_past.SOME_WEIGHTS)
         result = np.zeros((B, len(chosen), Lk), self.output.dtype)
         at_once = max(1, (1 << 22) // max(1, B * H * Lk))
         for i in range(0, len(chosen), at_once):
@@ -409,7 +419,7 @@ def _heads(x: Array, parameters: ParameterSet, name: str, H: int, out: Array | N
     return out
 
 
-def _output(c: checks.Call, inputs: tuple[Array, Array, Array], parameters: ParameterSet) -> _Record:
+def _output(c: checks.Call, inputs: tuple[Array, Array, Array], parameters: ParameterSet, mask: Any = None) -> _Record:
     """Attention of the heads, written joined, and the last projection."""
     B, H, Lq, d_k = c.query.shape
     d = H * d_k
@@ -419,7 +429,7 @@ def _output(c: checks.Call, inputs: tuple[Array, Array, Array], parameters: Para
     product(
         joined.reshape(B, Lq, 1, d), parameters["w_o"].reshape(1, d, 1, d), output[:, :, None], parameters.get("b_o")
     )
-    return _Record(inputs, parameters, past, joined, output)
+    return _Record(inputs, parameters, past, joined, output, mask)
 
 
 def _transposed(x: Array) -> Array:

@@ -1,13 +1,12 @@
 """Training helpers: stochastic gradient descent, Adam, AdamW, clipping; each does what torch's of the same name does.
 
-An optimizer works on named arrays and keeps what it remembers by name, so it is one optimizer to a layer, or to several
-whose arrays are joined under different names:
+An optimizer works on named arrays and keeps what it remembers by name. So each layer needs its own, and `update`
+refuses one that remembers another layer. With `step`, arrays of several layers may be joined under different names:
 
->>> import numpy as np
->>> from ruvector_numba.optim import Adam, clip_by_norm
->>> parameters, optimizer = {"x": np.array([3.0, -2.0])}, Adam(lr=0.1)
+>>> import numpy as np, ruvector_numba as rv
+>>> parameters, optimizer = {"x": np.array([3.0, -2.0])}, rv.optim.Adam(lr=0.1)
 >>> for _ in range(300):
-...     gradients, norm = clip_by_norm({"x": 2 * parameters["x"]}, max_norm=1.0)
+...     gradients, norm = rv.optim.clip_by_norm({"x": 2 * parameters["x"]}, max_norm=1.0)
 ...     parameters = optimizer.step(parameters, gradients)
 >>> bool(np.abs(parameters["x"]).max() < 1e-3)
 True
@@ -24,6 +23,7 @@ from __future__ import annotations
 import math
 import numbers
 import sys
+import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
@@ -46,9 +46,14 @@ class _Optimizer:
     """What optimizers share. One defines its settings, their `_check`, and `_descend` for one array."""
 
     state: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+    # The layer that `state` is of. A copy and a pickle forget it, so that they go on with a copy of the layer.
+    _layer: weakref.ref[Trainable] | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         self._check()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_layer": None}
 
     def _check(self) -> None:
         raise NotImplementedError
@@ -92,7 +97,10 @@ class _Optimizer:
         ------
         InvalidInputError
             If `layer` is not one that can be trained.
-        TrainingError, InvalidConfigError
+        TrainingError
+            As in `step`; also if the optimizer has momentum or moments of another layer. `step` cannot tell that of
+            arrays of equal shapes.
+        InvalidConfigError
             As in `step`.
         """
         if not isinstance(layer, Trainable):
@@ -100,9 +108,13 @@ class _Optimizer:
             raise InvalidInputError(f"layer is a {type(layer).__name__}", hint=hint)
 
         def change(parameters: ParameterSet) -> ParameterSet:
+            known = None if self._layer is None else self._layer()  # one that is gone may have a successor
+            if known is not None and known is not layer and any(map(_arrays, self.state.values())):
+                hint = "make one optimizer for each layer; for a copy of the layer, copy.deepcopy(optimizer)"
+                raise TrainingError("the optimizer remembers another layer", hint=hint)
             values, state = self._advance(parameters, gradients)
             new = ParameterSet(values)
-            self.state = state
+            self.state, self._layer = state, weakref.ref(layer)
             return new
 
         layer._change(change)
@@ -157,9 +169,8 @@ class SGD(_Optimizer):
 
     Examples
     --------
-    >>> import numpy as np
-    >>> from ruvector_numba.optim import SGD
-    >>> optimizer, parameters = SGD(lr=0.5, momentum=0.5), {"x": np.array([1.0])}
+    >>> import numpy as np, ruvector_numba as rv
+    >>> optimizer, parameters = rv.optim.SGD(lr=0.5, momentum=0.5), {"x": np.array([1.0])}
     >>> for _ in range(2):
     ...     parameters = optimizer.step(parameters, {"x": np.array([1.0])})
     >>> parameters
@@ -227,9 +238,8 @@ class Adam(_Optimizer):
 
     Examples
     --------
-    >>> import numpy as np
-    >>> from ruvector_numba.optim import Adam
-    >>> Adam(lr=0.5).step({"x": np.array([1.0, 1.0])}, {"x": np.array([1e-3, -7.0])})["x"].round(4)
+    >>> import numpy as np, ruvector_numba as rv
+    >>> rv.optim.Adam(lr=0.5).step({"x": np.array([1.0, 1.0])}, {"x": np.array([1e-3, -7.0])})["x"].round(4)
     array([0.5, 1.5])
     """
 
@@ -277,9 +287,8 @@ class AdamW(Adam):
 
     Examples
     --------
-    >>> import numpy as np
-    >>> from ruvector_numba.optim import AdamW
-    >>> AdamW(lr=0.5, weight_decay=0.1).step({"x": np.array([1.0])}, {"x": np.array([0.0])})
+    >>> import numpy as np, ruvector_numba as rv
+    >>> rv.optim.AdamW(lr=0.5, weight_decay=0.1).step({"x": np.array([1.0])}, {"x": np.array([0.0])})
     {'x': array([0.95])}
     """
 
@@ -315,9 +324,8 @@ def clip_by_norm(gradients: object, max_norm: float) -> tuple[dict[str, Array], 
 
     Examples
     --------
-    >>> import numpy as np
-    >>> from ruvector_numba.optim import clip_by_norm
-    >>> clipped, norm = clip_by_norm({"w": np.array([3.0, 0.0]), "b": np.array([4.0])}, max_norm=1.0)
+    >>> import numpy as np, ruvector_numba as rv
+    >>> clipped, norm = rv.optim.clip_by_norm({"w": np.array([3.0, 0.0]), "b": np.array([4.0])}, max_norm=1.0)
     >>> norm, clipped["w"].round(3), clipped["b"].round(3)
     (5.0, array([0.6, 0. ]), array([0.8]))
     """

@@ -5,11 +5,10 @@ trains sees a whole set, the old or the new, and waits for nobody. Writers wait 
 
 A layer puts its arrays into a `ParameterSet`, and `Trainable` gives it the rest:
 
->>> import numpy as np
->>> from ruvector_numba.parameters import ParameterSet, Trainable
->>> class Line(Trainable):
+>>> import numpy as np, ruvector_numba as rv
+>>> class Line(rv.Trainable):
 ...     def __init__(self):
-...         self._parameters = ParameterSet({"slope": np.zeros(1), "height": np.zeros(1)})
+...         self._parameters = rv.ParameterSet({"slope": np.zeros(1), "height": np.zeros(1)})
 ...     def loss(self, x, y):
 ...         p = self.parameters
 ...         error = p["slope"] * x + p["height"] - y
@@ -28,7 +27,7 @@ float64, and the layer computes in float64 from then on.
 >>> def objective(flat):
 ...     line.set_parameters(flat)
 ...     loss, gradients = line.loss(x, 2 * x - 5)
-...     return loss, ParameterSet(gradients).flat
+...     return loss, rv.ParameterSet(gradients).flat
 >>> best = minimize(objective, line.get_parameters().astype(np.float64), jac=True)
 >>> line.set_parameters(best.x)
 >>> print(line.get_parameters().round(3))
@@ -84,15 +83,14 @@ class ParameterSet(Mapping[str, Array]):
     Raises
     ------
     InvalidInputError
-        If a name is no text, an array is neither float32 nor float64, or they differ in dtype.
+        If a name is not a str, an array is neither float32 nor float64, or they differ in dtype.
     TrainingError
         If a number is NaN or infinite.
 
     Examples
     --------
-    >>> import numpy as np
-    >>> from ruvector_numba.parameters import ParameterSet
-    >>> layer = ParameterSet({"w": np.ones((2, 3)), "b": np.zeros(3)})
+    >>> import numpy as np, ruvector_numba as rv
+    >>> layer = rv.ParameterSet({"w": np.ones((2, 3)), "b": np.zeros(3)})
     >>> layer
     ParameterSet(float64, 9 numbers: w (2, 3), b (3,))
     >>> layer["w"].shape, layer.flat.shape
@@ -115,7 +113,9 @@ class ParameterSet(Mapping[str, Array]):
             raise InvalidInputError(f"parameters are a {type(arrays).__name__}, not a mapping", hint=hint)
         for name in arrays:
             if not isinstance(name, str):
-                raise InvalidInputError(f"the parameter name {name!r} is no text", hint="give names of type str")
+                raise InvalidInputError(
+                    f"parameter names must be str, got {name!r}", hint='give names and arrays: {"w": w, "b": b}'
+                )
         given = {name: floats(name, x, "x") for name, x in arrays.items()}
         dtypes = {f"{name}.dtype": x.dtype for name, x in given.items()}
         if len(set(dtypes.values())) > 1:
@@ -342,9 +342,8 @@ class Trainable:
 
         Examples
         --------
-        >>> from ruvector_numba.parameters import ParameterSet, Trainable
-        >>> layer = Trainable()
-        >>> layer._parameters = ParameterSet({"w": [1.0, 2.0]})
+        >>> layer = rv.Trainable()
+        >>> layer._parameters = rv.ParameterSet({"w": [1.0, 2.0]})
         >>> layer.accumulate({"w": [1.0, 0.0]})
         >>> layer.accumulate({"w": [3.0, 1.0]})
         >>> layer.mean_gradients()
@@ -385,7 +384,8 @@ class Trainable:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the parameters to a safetensors file, with what the layer is in its header.
 
-        A file at `path` is replaced in one step once the new one is whole. Needs ``ruvector-numba[files]``.
+        A file at `path` is replaced in one step once the new one is whole. Needs safetensors, which the extra `files`
+        brings.
 
         Raises
         ------
@@ -399,7 +399,7 @@ class Trainable:
     def load(self, path: str | os.PathLike[str]) -> None:
         """Replace all parameters by those in a file that `save` wrote, in the dtype they have there.
 
-        Everything is checked before anything changes. Needs ``ruvector-numba[files]``.
+        Everything is checked before anything changes. Needs safetensors, which the extra `files` brings.
 
         Raises
         ------

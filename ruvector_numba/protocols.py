@@ -4,8 +4,7 @@
 from a protocol gets the methods that have a default, and cannot be made into an object while it lacks one of the
 others. Attention of one's own, here with the methods written out:
 
->>> import numpy as np
->>> from ruvector_numba.protocols import Attention, TrainableAttention
+>>> import numpy as np, ruvector_numba as rv
 >>> class Average:
 ...     '''A query attends alike to every key it sees.'''
 ...     def d_model(self):
@@ -24,21 +23,22 @@ others. Attention of one's own, here with the methods written out:
 >>> output, weights = layer.forward(x, x, x)
 >>> output.shape, weights.shape
 ((2, 3, 8), (2, 3, 3))
->>> isinstance(layer, Attention), isinstance(layer, TrainableAttention)
+>>> isinstance(layer, rv.Attention), isinstance(layer, rv.TrainableAttention)
 (True, False)
 
 and here inheriting what has a default:
 
->>> class Copy(Attention):
+>>> class Copy(rv.Attention):
 ...     d_model, name = lambda self: 8, lambda self: "Copy"
 ...     def forward(self, query, key, value, mask=None):
 ...         return value, np.broadcast_to(np.eye(key.shape[1]), (*key.shape[:2], key.shape[1]))
 >>> Copy().supports_masking()
 True
 
-The methods are those of the seed's traits; its ``clone_box`` is `copy.deepcopy`. Two traits declare ``sparse_forward``
-with different arguments, and `isinstance` cannot tell them apart by it, only by the methods around it. A class that is
-both a `GraphAttention` and a `SparseAttention` dispatches on the number of arguments, which differs::
+The methods are those of the traits of ruvector-attention; its ``clone_box`` is `copy.deepcopy`. Two traits declare
+``sparse_forward`` with different arguments, and `isinstance` cannot tell them apart by it, only by the methods around
+it. A class that is both a `GraphAttention` and a `SparseAttention` dispatches on the number of arguments, which
+differs::
 
     def sparse_forward(self, *arguments):
         return self._on_graph(*arguments) if len(arguments) == 2 else self._on_sequences(*arguments)
@@ -170,7 +170,7 @@ class GraphAttention(Attention, Protocol):
 
 @runtime_checkable
 class GeometricAttention(Attention, Protocol):
-    """Attention of points in space."""
+    """Attention of points in space. No mechanism of this package has it yet."""
 
     @abstractmethod
     def geometric_forward(self, query_pos: Array, key_pos: Array, features: Array) -> Array:
@@ -221,7 +221,7 @@ class GeometricAttention(Attention, Protocol):
 
 @runtime_checkable
 class SparseAttention(Attention, Protocol):
-    """Attention of each query to some keys only."""
+    """Attention of each query to some keys only. No mechanism of this package has it yet."""
 
     @abstractmethod
     def sparse_forward(
@@ -243,7 +243,7 @@ class SparseAttention(Attention, Protocol):
         -------
         output : ndarray (B, Lq, d_model)
         weights : list of B scipy.sparse.csr_array (Lq, Lk)
-            One per row of the batch, where the seed has one matrix for all; the mean over heads.
+            One per row of the batch, where ruvector-attention has one matrix for all; the mean over heads.
         """
         ...
 

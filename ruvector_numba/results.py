@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from . import checks, gpu
@@ -21,6 +22,14 @@ class Record(Protocol):
     def weights(self, rows: Any = None) -> Array: ...
 
 
+def read_only(x: Any) -> Any:
+    """A view of a result that gradients are computed from, which nobody may write into; arrays on a GPU as they are."""
+    if isinstance(x, np.ndarray):
+        x = x.view()
+        x.flags.writeable = False
+    return x
+
+
 def _array(name: str, x: ArrayLike) -> Any:
     """Arrays on a GPU stay there."""
     return x if gpu.is_on_gpu(x) else checks.from_sequence(name, x)
@@ -29,10 +38,11 @@ def _array(name: str, x: ArrayLike) -> Any:
 class AttentionCache:
     """What a forward pass leaves for the backward pass.
 
-    It refers to the arrays of the call and copies none: they must not change before the backward pass. (Beside an
-    output of half precision it keeps that in float32, and after `precision="bfloat16"` the rounded arrays.)
+    It refers to query, key, value, mask and output and copies none: change none of them in place, and reuse no ``out=``
+    buffer, before the backward pass. (Beside an output of half precision it keeps that in float32, and after
+    `precision="bfloat16"` the rounded arrays.)
 
-    One may also be built by hand from arrays, as in the plan this package follows. The backward pass of a layer then
+    One may also be built by hand from arrays, as in ruvector-attention. The backward pass of a layer then
     does the forward pass again, without dropout, from `query`, `key`, `value` and `mask`; the weights are what it
     computes, not those that were given, since averages over heads do not determine gradients.
 
@@ -43,15 +53,33 @@ class AttentionCache:
     attention_weights : array, optional
         The weights that the forward pass gave.
     mask : optional
-        As the pass was given it.
+        As the pass was given it; a layer's, joined with its `key_padding_mask` if there was one.
 
     Attributes
     ----------
     query, key, value, mask
     output : array or None
-        What the pass gave; None in a cache built by hand, as `lse`.
+        What the pass gave, read-only unless it was written to the caller's ``out=``; None in a cache built by hand, as
+        `lse`.
     lse : array (..., H, Lq) or None
         The natural logarithm of the sum of exp(score) over the keys a query sees; -inf if it sees none.
+
+    Examples
+    --------
+    >>> import numpy as np, ruvector_numba as rv
+    >>> x = np.eye(3, dtype=np.float32)
+    >>> cache = rv.attention_forward(x, x, x, is_causal=True)
+    >>> cache
+    AttentionCache(query (3, 3), key (3, 3), value (3, 3))
+    >>> cache.output.shape, cache.lse.shape, cache.weights(rows=0)
+    ((3, 3), (3,), array([[1., 0., 0.]], dtype=float32))
+
+    One built by hand, for the backward pass of a layer:
+
+    >>> layer = rv.MultiHeadAttention(rv.AttentionConfig(d_model=4, num_heads=2), seed=0)
+    >>> x = np.ones((1, 3, 4), np.float32)
+    >>> layer.backward(x, rv.AttentionCache(x, x, x)).query_weights.shape
+    (4, 4)
     """
 
     __slots__ = ("_given_weights", "key", "lse", "mask", "output", "query", "record", "value")
@@ -113,7 +141,7 @@ class AttentionCache:
             return self.record.weights(rows)
         if self._given_weights is None:
             raise InvalidInputError("this cache was built by hand, without weights", hint="give attention_weights")
-        return self._given_weights[..., checks.rows(rows, self._given_weights.shape[-2]), :]
+        return self._given_weights[..., checks.row_indices(rows, self._given_weights.shape[-2]), :]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -125,6 +153,15 @@ class InputGradients:
     query, key, value : array
     bias : array or None
         Of the float mask, summed over what it was broadcast along; None if there was none.
+
+    Examples
+    --------
+    >>> import numpy as np, ruvector_numba as rv
+    >>> x, bias = np.ones((2, 5, 4)), np.zeros((5, 1))
+    >>> cache = rv.attention_forward(x, x, x, bias)
+    >>> gradients = rv.attention_backward(np.ones_like(x), cache)
+    >>> gradients.query.shape, gradients.bias.shape
+    ((2, 5, 4), (5, 1))
     """
 
     query: Array
@@ -147,6 +184,17 @@ class AttentionGradients:
         Of the inputs, of their shapes.
     bias : array or None
         Of a float mask, if the layer was given one.
+
+    Examples
+    --------
+    >>> import numpy as np, ruvector_numba as rv
+    >>> layer = rv.MultiHeadAttention(rv.AttentionConfig(d_model=4, num_heads=2), seed=0)
+    >>> output, cache = layer.forward_cached(np.ones((1, 3, 4), np.float32))
+    >>> gradients = layer.backward(output, cache)
+    >>> gradients.query.shape, gradients.output_bias.shape
+    ((1, 3, 4), (4,))
+    >>> list(gradients.parameters)
+    ['w_q', 'w_k', 'w_v', 'w_o', 'b_q', 'b_k', 'b_v', 'b_o']
     """
 
     query_weights: Array | None = None

@@ -14,6 +14,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from . import halves
 from .errors import InvalidInputError
+from .values import switch
 
 __all__ = ["get_num_threads", "info", "set_num_threads", "threads", "warmup"]
 
@@ -36,12 +37,9 @@ def _checked(n: int) -> int:
 
 def _team() -> int:
     """The number that was set, 0 if none was."""
-    from .kernels import jit
+    from .plan import team
 
-    try:
-        return int(jit.team())
-    except ValueError as error:
-        raise InvalidInputError(str(error), hint="unset it, or mend it before Python starts") from None
+    return team.size()
 
 
 def set_num_threads(n: int) -> None:
@@ -207,7 +205,7 @@ def info(measure: bool = False) -> dict[str, Any]:
     from .kernels import jit, peak
     from .kernels.simd import target
 
-    gflops = peak.measure(np.dtype(np.float32), 0.2) if measure else None
+    gflops = peak.measure(np.dtype(np.float32), 0.2) if switch("measure", measure) else None
     folder = jit.cache_folder()
     found = {
         "version": __version__,
@@ -311,13 +309,20 @@ _CALLS = (
 )
 
 
+_WARM = ("float32", "float64", "float16", "bfloat16")
+
+
 def _dtypes(given: DTypeLike | Iterable[DTypeLike]) -> list[np.dtype[Any]]:
     several = [given] if isinstance(given, str | type | np.dtype) or not isinstance(given, Iterable) else list(given)
+    hint = "give some of " + ", ".join(_WARM)
     try:
-        return [halves.BITS if str(each) == "bfloat16" else np.dtype(each) for each in several]
+        names = ["bfloat16" if str(each) == "bfloat16" else np.dtype(each).name for each in several]
     except TypeError as error:
-        hint = 'give names of dtypes, as in ("float32", "float64")'
         raise InvalidInputError(f"dtypes is {given!r}: {error}", hint=hint) from None
+    for name in names:
+        if name not in _WARM:
+            raise InvalidInputError(f"dtypes has {name}, which nothing is compiled for", hint=hint)
+    return [halves.BITS if name == "bfloat16" else np.dtype(name) for name in names]
 
 
 def warmup(
@@ -334,6 +339,11 @@ def warmup(
         The element types to compile for: float32, float64, float16, bfloat16, by name or as NumPy knows them.
     progress : callable, optional
         Called as `progress(done, total, name)` after each step.
+
+    Raises
+    ------
+    InvalidInputError
+        If a dtype is another.
 
     Examples
     --------

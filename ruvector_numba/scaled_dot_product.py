@@ -1,4 +1,4 @@
-"""The plan's scaled dot-product attention: one head on (B, L, d_model), without parameters."""
+"""Scaled dot-product attention as in ruvector-attention: one head on (B, L, d_model), without parameters."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .config import AttentionConfig
 from .gpu import layers as gpu_layers
 from .parameters import ParameterSet, Trainable
 from .protocols import TrainableAttention
-from .results import AttentionCache, AttentionGradients
+from .results import AttentionCache, AttentionGradients, read_only
 
 __all__ = ["ScaledDotProductAttention"]
 
@@ -47,8 +47,9 @@ class ScaledDotProductAttention(Trainable, TrainableAttention):
     Parameters
     ----------
     config : AttentionConfig
-        `scale` is 1 / sqrt(d_model / num_heads) unless given; `dropout` counts in training only; `eps` is added to the
-        denominator of the softmax. There are no heads here and nothing is projected: see `MultiHeadAttention`.
+        `scale` is 1 / sqrt(d_model / num_heads) unless given, as in ruvector-attention; set num_heads=1 for
+        1 / sqrt(d_model). `dropout` counts in training only; `eps` is added to the denominator of the softmax. There
+        are no heads here and nothing is projected: see `MultiHeadAttention`.
     seed : int, optional
         Of the dropout.
 
@@ -80,11 +81,26 @@ class ScaledDotProductAttention(Trainable, TrainableAttention):
     def name(self) -> str:
         return "ScaledDotProductAttention"
 
+    def __call__(
+        self,
+        query: ArrayLike,
+        key: ArrayLike | None = None,
+        value: ArrayLike | None = None,
+        mask: Any = None,
+        *,
+        device: str | None = None,
+    ) -> Array:
+        """The output alone, without dropout; no array of Lq x Lk is formed.
+
+        The parameters are those of `forward`.
+        """
+        return self._attend(query, key, value, mask, 0.0, None, device).output
+
     def forward(
         self,
         query: ArrayLike,
-        key: ArrayLike,
-        value: ArrayLike,
+        key: ArrayLike | None = None,
+        value: ArrayLike | None = None,
         mask: Any = None,
         *,
         device: str | None = None,
@@ -94,11 +110,14 @@ class ScaledDotProductAttention(Trainable, TrainableAttention):
         Parameters
         ----------
         query : array (B, Lq, d_model), float32 or float64
-        key : array (B, Lk, d_model)
-        value : array (B, Lk, Dv), of any Dv
+        key : array (B, Lk, d_model), optional
+            The query if None.
+        value : array (B, Lk, Dv), of any Dv, optional
+            The key if None.
         mask : array (Lq, Lk) or (B, Lq, Lk), or mask of `ruvector_numba.masks`, optional
-            In an array True, or a number above 0.5, **hides**; axes of 1 are shared. With `causal` in the configuration
-            query i sees keys j <= i at most, for any Lq and Lk.
+            In an array True, or a number above 0.5, **hides**; axes of 1 are shared. A mask object says who attends, as
+            everywhere, and so does a bool array that is joined to one: write ``~hide & rv.masks.Causal()``. With
+            `causal` in the configuration query i sees keys j <= i at most, for any Lq and Lk.
         device : "cuda", optional
             Move arrays of NumPy to the GPU, and the results back. Arrays that lie on a GPU are read there without it,
             and so results are arrays there.
@@ -120,22 +139,22 @@ class ScaledDotProductAttention(Trainable, TrainableAttention):
     def forward_cached(
         self,
         query: ArrayLike,
-        key: ArrayLike,
-        value: ArrayLike,
+        key: ArrayLike | None = None,
+        value: ArrayLike | None = None,
         mask: Any = None,
         training: bool = True,
         *,
         seed: int | None = None,
         device: str | None = None,
     ) -> tuple[Array, AttentionCache]:
-        """The output, and what `backward` needs; with dropout if `training`.
+        """The output, read-only, and what `backward` needs, the output too; with dropout if `training`.
 
         `seed` decides what is dropped; without it, the layer's own generator does. The rest is as in `forward`.
         """
         dropout, seed = layers.dropout(self.config, training, seed, self._dice)
         record = self._attend(query, key, value, mask, dropout, seed, device)
         q, k, v = record.inputs
-        output, lse = record.output, record.lse
+        output, lse = read_only(record.output), record.lse
         return output, AttentionCache(q, k, v, mask=mask, output=output, lse=lse, record=record)
 
     def backward(self, grad_output: ArrayLike, cache: AttentionCache) -> AttentionGradients:
@@ -157,9 +176,11 @@ class ScaledDotProductAttention(Trainable, TrainableAttention):
         return record.backward(grad_output)
 
     def _attend(
-        self, query: ArrayLike, key: ArrayLike, value: ArrayLike, mask: Any, dropout: float, seed: int | None,
-        device: str | None = None,
+        self, query: ArrayLike, key: ArrayLike | None, value: ArrayLike | None, mask: Any, dropout: float,
+        seed: int | None, device: str | None = None,
     ) -> Any:  # fmt: skip
+        key = query if key is None else key
+        value = key if value is None else value
         config = self.config
         if gpu.concerns(device, query, key, value):
             return gpu_layers.one_head(config, (query, key, value), mask, dropout, seed, device)
@@ -172,6 +193,7 @@ class ScaledDotProductAttention(Trainable, TrainableAttention):
         q, k, v = (x[:, None] for x in (query, key, value))
         scale = config.get_scale()
         c = checks.call(q, k, v, seen, dropout, config.causal, scale, False, None, None, seed)
+        checks.check_output(None, c)
         return _Record((query, key, value), dense_past.forward(c._replace(eps=config.eps)))
 
     def _file_header(self) -> dict[str, str]:

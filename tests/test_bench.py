@@ -247,3 +247,10 @@ def test_the_table():
         ["work", "95", "70 (1.36x)", "-"],
         ["work", "-", "70 (nanx)", "-"],
     ]
+
+
+@pytest.mark.parametrize(
+    ("rate", "text"), [(123.4, "123"), (10.2, "10"), (9.96, "10"), (3.04, "3.0"), (0.053, "0.053")]
+)
+def test_rates_have_two_digits(rate, text):
+    assert comparison._cell(comparison.Score("ours", "work", 1, rate=rate), True) == text

@@ -151,7 +151,6 @@ def test_a_wrong_option_is_refused_when_something_is_built(kind, name, value, me
 
 @pytest.mark.parametrize(("name", "value", "message"), WRONG)
 def test_a_wrong_option_is_refused_when_a_layer_is_built(name, value, message):
-    pytest.importorskip("ruvector_numba.multi_head")
     builder = getattr(AttentionBuilder(), name)(value)
     for build in (builder.build_multi_head, builder.build_scaled_dot_product):
         with pytest.raises(InvalidConfigError, match=message):
@@ -184,25 +183,21 @@ def test_a_refused_call_changes_nothing():
 
 
 def test_builder_pattern():
-    pytest.importorskip("ruvector_numba.multi_head")
     layer = AttentionBuilder().d_model(256).num_heads(4).dropout(0.1).build_multi_head()
     assert layer.config == AttentionConfig(d_model=256, num_heads=4, dropout=0.1)
 
 
 def test_invalid_config():
-    pytest.importorskip("ruvector_numba.multi_head")
     with pytest.raises(InvalidConfigError, match="d_model must be greater than 0"):
         AttentionBuilder().d_model(0).build_multi_head()
 
 
 def test_dimension_mismatch():
-    pytest.importorskip("ruvector_numba.multi_head")
     with pytest.raises(InvalidConfigError, match=r"d_model \(255\) must be divisible by num_heads \(8\)"):
         AttentionBuilder().d_model(255).num_heads(8).build_multi_head()
 
 
 def test_layers_hold_the_whole_configuration():
-    pytest.importorskip("ruvector_numba.multi_head")
     builder = AttentionBuilder().config(AttentionConfig(**OPTIONS))
     for layer in (builder.build_multi_head(), builder.build_scaled_dot_product()):
         assert layer.config == AttentionConfig(**OPTIONS)
@@ -212,7 +207,6 @@ def test_layers_hold_the_whole_configuration():
 
 
 def test_seed_and_sizes_reach_the_layer():
-    pytest.importorskip("ruvector_numba.multi_head")
     builder = AttentionBuilder().d_model(16).num_heads(2)
     layer = builder.build_multi_head(3, 5, 7)
     assert (layer.kdim, layer.vdim) == (5, 7)
@@ -222,5 +216,4 @@ def test_seed_and_sizes_reach_the_layer():
 
 
 def test_bert_base_builds():
-    pytest.importorskip("ruvector_numba.multi_head")
     assert AttentionBuilder().d_model(768).num_heads(12).build_multi_head().config.d_k == 64

@@ -49,6 +49,7 @@ def refused(arguments, capsys):
         ([], {}),
         (["--causal"], {"is_causal": True}),
         (["--window", "3", "1"], {"attn_mask": rv.masks.Window(3, 1)}),
+        (["--window", "2", "none"], {"attn_mask": rv.masks.Window(left=2)}),
         (["--mask", "bool.npy"], {"attn_mask": "bool"}),
         (["--mask", "float.npy", "--causal"], {"attn_mask": "float", "is_causal": True}),
         (["--scale", "0.3", "--softcap", "2"], {"scale": 0.3, "softcap": 2.0}),
@@ -74,10 +75,39 @@ def test_attend_composes_window_and_mask_and_shares_key_heads(files):
     np.testing.assert_array_equal(np.load("out.npy"), want)
 
 
-def test_attend_may_write_over_an_input(files):
-    assert cli.main(["attend", "q.npy", "k.npy", "v.npy", "-o", "q.npy"]) == 0
-    np.testing.assert_array_equal(np.load("q.npy"), rv.scaled_dot_product_attention(files["q"], files["k"], files["v"]))
-    assert sorted(os.listdir()) == ["bool.npy", "float.npy", "k.npy", "q.npy", "v.npy"]
+@pytest.mark.parametrize("name", ["query", "key", "value", "mask"])
+def test_attend_writes_over_no_input(files, capsys, name):
+    path = {"query": "q.npy", "key": "k.npy", "value": "v.npy", "mask": "bool.npy"}[name]
+    same = os.path.join("..", os.path.basename(os.getcwd()), path)
+    error = refused(["attend", "q.npy", "k.npy", "v.npy", "--mask", "bool.npy", "-o", same], capsys)
+    assert f"the output would replace the {name}, {path}" in error
+    for name, array in files.items():
+        np.testing.assert_array_equal(np.load(f"{name}.npy"), array)
+    assert cli.main(["attend", "q.npy", "k.npy", "v.npy", "-o", "bool.npy"]) == 0  # no input of this call
+
+
+def test_attend_speaks_of_its_flags(files, capsys):
+    for name in "kv":
+        np.save(name, files[name][:HK])
+    error = refused(["attend", "q.npy", "k.npy", "v.npy", "-o", "out.npy"], capsys)
+    assert "pass --gqa" in error and "enable_gqa" not in error
+    error = refused(["attend", "q.npy", "k.npy", "v.npy", "-o", "out.npy", "--gqa", "--softcap", "0"], capsys)
+    assert "or leave --softcap out" in error
+    error = refused(["attend", "q.npy", "k.npy", "v.npy", "-o", "out.npy", "--gqa", "--mask", "q.npy"], capsys)
+    assert "mask.shape" in error and "attn_mask" not in error
+
+
+def test_the_version(capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["--version"])
+    assert ended.value.code == 0 and capsys.readouterr().out == f"ruvector-numba {rv.__version__}\n"
+
+
+def test_without_the_compiler_a_line_says_so(capsys, monkeypatch):
+    import numba
+
+    monkeypatch.setattr(numba.config, "DISABLE_JIT", 1)
+    assert "NUMBA_DISABLE_JIT is set" in refused(["info"], capsys)
 
 
 @pytest.mark.parametrize(
@@ -183,7 +213,7 @@ def test_what_an_extra_brings_is_named_when_it_is_missing(capsys, monkeypatch):
     find = cli.importlib.util.find_spec
     monkeypatch.setattr(cli.importlib.util, "find_spec", lambda n: None if n == "sklearn" else find(n))
     error = refused(["demo"], capsys)
-    assert 'pip install "ruvector-numba[demo]"' in error
+    assert 'pip install ".[demo]", in a clone of ruvector-numba' in error
     assert "sklearn" in error
 
 

@@ -75,6 +75,8 @@ def test_masks_hide():
         wanted = layer(*arrays[:3], mask, key_padding_mask=padding)
         padding = padding if mask is not None or padding is None else cuda.to_device(padding)
         np.testing.assert_allclose(host(layer(*there, mask, key_padding_mask=padding)), wanted, atol=1e-5)
+        kept = layer.forward_cached(*there, mask, key_padding_mask=padding)[1].mask
+        np.testing.assert_allclose(host(layer(*there, kept)), wanted, atol=1e-5)
     mask = rng.random((B, 1, LK)) > 0.6
     compare(layer, arrays, mask=mask, gpu_mask=cuda.to_device(mask), fields=["query", "key_weights"])
 

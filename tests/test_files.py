@@ -318,7 +318,7 @@ def test_without_safetensors_the_error_says_what_to_install(tmp_path, monkeypatc
     for method in (layer.save, layer.load):
         with pytest.raises(InvalidConfigError, match="safetensors is needed") as caught:
             method(tmp_path / "file")
-        assert caught.value.hint == 'pip install "ruvector-numba[files]"'
+        assert caught.value.hint == 'pip install ".[files]", in a clone of ruvector-numba'
         assert isinstance(caught.value.__cause__, ImportError)
     assert layer.parameters is before
 

@@ -186,14 +186,15 @@ def overlapping(name):
     return given
 
 
+OUT_HINT = r"give numpy.empty\(\(2, 4, 5, 7\), query.dtype\)"
 READ_ONLY = np.zeros((B, H, Lq, Dv))
 READ_ONLY.flags.writeable = False
 OUTS = [
     ([0.0], InvalidInputError, "out is a list", "give a NumPy array"),
     (np.zeros((B, H, Lq, Dv + 1)), DimensionMismatchError, r"expected \(2, 4, 5, 7\), got \(2, 4, 5, 8\)", "Lq, Dv"),
     (np.zeros((H, Lq, Dv)), DimensionMismatchError, r"expected \(2, 4, 5, 7\), got \(4, 5, 7\)", "Lq, Dv"),
-    (np.zeros((B, H, Lq, Dv), np.float32), InvalidInputError, "another dtype.*\n.*float32\n.*float64", "empty_like"),
-    (np.zeros((B, H, Lq, Dv), ">f8"), InvalidInputError, "another dtype", "empty_like"),
+    (np.zeros((B, H, Lq, Dv), np.float32), InvalidInputError, "another dtype.*\n.*float32\n.*float64", OUT_HINT),
+    (np.zeros((B, H, Lq, Dv), ">f8"), InvalidInputError, "another dtype", OUT_HINT),
     (READ_ONLY, InvalidInputError, "out cannot be written to", "read-only"),
     (np.frombuffer(bytearray(B * H * Lq * Dv * 8 + 1), np.float64, offset=1).reshape(B, H, Lq, Dv), InvalidInputError,
      "out cannot be written to", "not aligned"),
@@ -323,7 +324,15 @@ MERGES = [
     ([OUT, OUT[0]], [LSE, LSE[0]], DimensionMismatchError, r"expected \(2, 5, 7\), got \(5, 7\)", "Lq, Dv"),
     ([OUT, OUT], [LSE, LSE[..., None]], DimensionMismatchError, r"lses\[1\].shape   : \(2, 5, 1\)", "Lq, Dv"),
     ([OUT, OUT], [LSE[0], LSE], DimensionMismatchError, r"lses\[0\].shape   : \(5,\)", "Lq, Dv"),
-    ([OUT[0, 0]], [LSE[0, 0]], DimensionMismatchError, "expected", "Lq, Dv"),
+    (
+        [OUT],
+        [LSE[0]],
+        DimensionMismatchError,
+        r"expected \(2, 5\), got \(5,\)\n(.*\n)*  expected        : \(2, 5\)",
+        None,
+    ),
+    ([LSE], [OUT], DimensionMismatchError, r"expected \(2, 5\), got \(2, 5, 7\)", "outputs and lses swapped"),
+    ([OUT[0, 0]], [LSE[0, 0]], InvalidInputError, r"outputs\[0\] has 1 axes", "Lq, Dv"),
     ([OUT, OUT.astype(np.float32)], [LSE, LSE], InvalidInputError, "one kind", "cast them"),
     ([OUT.astype(int)], [LSE], InvalidInputError, r"outputs\[0\].dtype: int64", "cast them"),
     ([OUT], [LSE.astype(complex)], InvalidInputError, r"lses\[0\].dtype   : complex128", "cast them"),

@@ -352,3 +352,23 @@ def test_out_between_the_elements_of_an_input_is_no_overlap(size):
     both = np.concatenate([before, before], axis=-2)  # one half above the other
     rv.scaled_dot_product_attention(both[..., :Lq, :], k, v, out=both[..., Lq:, :])
     np.testing.assert_allclose(both[..., Lq:, :], wanted, atol=1e-14)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_what_gradients_are_computed_from_cannot_be_written_to(dtype):
+    q = np.ones((3, 4), dtype)
+    output = rv.attention_forward(q, q, q).output
+    with pytest.raises(ValueError, match="read-only"):
+        output += 1
+    config = rv.AttentionConfig(4, 1, dropout=0.0)
+    output, cache = rv.ScaledDotProductAttention(config).forward_cached(q[None])
+    assert not output.flags.writeable and cache.output is output
+    output, cache = rv.MultiHeadAttention(config).forward_cached(q[None])
+    assert output.flags.writeable and not cache.output.flags.writeable
+
+
+def test_the_output_of_a_cache_keeps_its_memory():
+    x = np.ones((1, 4096, 256), np.float32)  # 4 MB: memory that is taken again
+    first = rv.attention_forward(x, x, x).output
+    second = rv.attention_forward(x, x, 2 * x).output
+    assert (first == 1).all() and (second == 2).all() and not np.shares_memory(first, second)

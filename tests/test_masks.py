@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import ruvector_numba as rv
 from ruvector_numba import errors, masks, visibility
 from ruvector_numba.errors import InvalidMaskError
 from ruvector_numba.masks import All, Causal, Full, Lengths, Segments, Window, resolve
@@ -57,7 +58,7 @@ def check_form(seen, batch, heads, Lq, Lk, dtype):
 
 @pytest.mark.parametrize("module", [masks, errors])
 def test_examples_of_the_docstrings(module):
-    assert doctest.testmod(module).failed == 0
+    assert doctest.testmod(module, globs={"np": np, "rv": rv}).failed == 0
 
 
 sizes = pytest.mark.parametrize(("Lq", "Lk"), [(4, 4), (2, 5), (5, 2), (0, 3), (3, 0), (1, 1)])
@@ -439,3 +440,7 @@ def test_to_dense_can_stand_in_for_the_object(call):
     dense = resolve(mask.to_dense(Lq, Lk), False, batch, heads, Lq, Lk, F32)
     seen = resolve(mask, False, batch, heads, Lq, Lk, F32)
     np.testing.assert_array_equal(dense_of(dense, batch, heads, Lq, Lk), dense_of(seen, batch, heads, Lq, Lk))
+
+
+def test_the_base_of_all_masks_can_be_compared():
+    assert masks.Mask() == masks.Mask() and hash(masks.Mask()) == hash(masks.Mask()) and masks.Mask() != masks.Full()

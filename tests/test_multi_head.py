@@ -62,6 +62,12 @@ def test_self_attention_and_shared_values_can_be_called_briefly():
     attention, (q, k, _) = layer(), draw()
     np.testing.assert_array_equal(attention(q), attention(q, q, q))
     np.testing.assert_array_equal(attention(q, k), attention(q, k, k))
+    np.testing.assert_array_equal(attention.forward(q)[1], attention.forward(q, q, q)[1])
+    np.testing.assert_array_equal(attention.head_weights(q, k), attention.head_weights(q, k, k))
+    g = attention.backward(q, attention.forward_cached(q, training=False)[1])
+    np.testing.assert_array_equal(
+        g.key, attention.backward(q, attention.forward_cached(q, q, q, training=False)[1]).key
+    )
 
 
 def test_bert_can_be_built_and_has_the_right_scale():
@@ -152,6 +158,21 @@ def test_a_cache_made_by_hand():
     same = attention.backward(output, attention.forward_cached(q, k, v, hides, training=False)[1])
     for name in ("query_weights", "key_bias", "value"):
         np.testing.assert_array_equal(getattr(g, name), getattr(same, name))
+
+
+@pytest.mark.parametrize("scattered", [False, True])
+@pytest.mark.parametrize("kind", [None, "matrix", "object"])
+def test_a_cache_is_rebuilt_with_its_padding(kind, scattered):
+    attention, (q, k, v) = layer(dropout=0.0), draw()
+    mask = {"matrix": np.tri(9, 13) == 0, "object": rv.masks.Window(7, 7), None: None}[kind]
+    padding = np.arange(13) >= np.array([[12], [7]])
+    if scattered:
+        padding = padding[:, ::-1] | padding
+    output, cache = attention.forward_cached(q, k, v, mask, key_padding_mask=padding)
+    wanted = attention.backward(output, cache)
+    g = attention.backward(output, rv.AttentionCache(cache.query, cache.key, cache.value, mask=cache.mask))
+    for name in ("query_weights", "key_bias", "query", "key", "value"):
+        np.testing.assert_array_equal(getattr(g, name), getattr(wanted, name))
 
 
 # --- masks ------------------------------------------------------------------------------------------------------------

@@ -353,6 +353,26 @@ def test_an_optimizer_of_another_layer_is_refused():
     assert layer.parameters is before and seen(optimizer) == remembered
 
 
+@stateful
+def test_an_optimizer_of_another_layer_of_the_same_shapes_is_refused(optimizer):
+    optimizer, layer, other = copy.deepcopy(optimizer), Line(), Line()
+    gradients = {"w": np.ones((2, 2)), "b": [2.0]}
+    optimizer.update(layer, gradients)
+    before, remembered = other.parameters, seen(optimizer)
+    with pytest.raises(TrainingError, match="remembers another layer\nHINT: make one optimizer for each layer"):
+        optimizer.update(other, gradients)
+    assert other.parameters is before and seen(optimizer) == remembered
+    optimizer.update(layer, gradients)
+    for goes_on in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+        goes_on.update(copy.deepcopy(layer), gradients)
+
+
+def test_an_optimizer_that_remembers_nothing_serves_several_layers():
+    optimizer = SGD(0.1)
+    for layer in (Line(), Line()):
+        optimizer.update(layer, {"w": np.ones((2, 2))})
+
+
 def test_what_steps_cannot_be_taken_on():
     for kind in (SGD, Adam, AdamW):
         with pytest.raises(InvalidInputError, match="parameters are a ndarray\nHINT: give a mapping"):

@@ -118,7 +118,7 @@ def test_an_empty_set():
 
 SETS = [
     ([1.0], InvalidInputError, "parameters are a list, not a mapping"),
-    ({1: [1.0]}, InvalidInputError, "the parameter name 1 is no text"),
+    ({1: [1.0]}, InvalidInputError, "parameter names must be str, got 1"),
     ({"w": np.ones(2, int)}, InvalidInputError, r"w has dtype int64.*\n.*astype\(numpy.float32\)"),
     ({"w": np.ones(2, np.float16)}, InvalidInputError, "w has dtype float16"),
     ({"w": np.ones(2, ">f8")}, InvalidInputError, "w has dtype >f8"),

@@ -161,10 +161,20 @@ assert rv.get_num_threads() == 3
 BAD = """
 import numpy as np, ruvector_numba as rv
 x = np.ones((4, 2), np.float32)
-for use in (lambda: rv.scaled_dot_product_attention(x, x, x), rv.get_num_threads, rv.info, rv.threads(1).__enter__):
+for use in (
+    lambda: rv.scaled_dot_product_attention(x, x, x),
+    lambda: rv.scaled_dot_product_attention(x, x, x, precision="bfloat16"),
+    lambda: rv.scaled_dot_product_attention(*[x.astype(np.float16)] * 3),
+    lambda: rv.MultiHeadAttention(rv.AttentionConfig(2, 1))(x[None]),
+    lambda: rv.functional.attention_scores(x, x),
+    lambda: rv.CSRGraph.from_edge_index([[0], [1]]),
+    rv.get_num_threads,
+    rv.info,
+    rv.threads(1).__enter__,
+):
     try:
         use()
-    except ValueError as error:
+    except rv.InvalidInputError as error:
         print(error)
 rv.set_num_threads(1)
 rv.scaled_dot_product_attention(x, x, x)
@@ -178,7 +188,7 @@ def test_the_environment_sets_the_first_number():
 @pytest.mark.parametrize("text", ["two", "0", "-1", "1.5", "4"])
 def test_a_bad_number_in_the_environment_is_told_at_first_use(text):
     told = run(BAD, RUVECTOR_NUMBA_THREADS=text, NUMBA_NUM_THREADS="3")
-    assert told.count(f"RUVECTOR_NUMBA_THREADS is {text!r}, and must be a whole number from 1 to 3") == 4
+    assert told.count(f"RUVECTOR_NUMBA_THREADS is {text!r}, and must be a whole number from 1 to 3") == 9
 
 
 # --- info ----------------------------------------------------------------------------------------------------------
@@ -266,10 +276,12 @@ def test_warmup_knows_half_precision_and_leaves_out_what_is_float32_there(monkey
     assert told == [(1, 2, "decode, bfloat16"), (2, 2, "decode, float16")]
 
 
-@pytest.mark.parametrize("given", ["flout32", ["float32", "flout32"], 32.5])
+@pytest.mark.parametrize("given", ["flout32", ["float32", "flout32"], 32.5, "int8", ["float32", np.uint16]])
 def test_warmup_refuses_what_is_no_dtype_before_any_work(given):
     told = []
-    with pytest.raises(rv.InvalidInputError, match="dtypes is"):
+    with pytest.raises(
+        rv.InvalidInputError, match=r"dtypes (is|has)(.|\n)*HINT: give some of float32, float64, float16, bfloat16"
+    ):
         rv.warmup(given, lambda *step: told.append(step))
     assert told == []
 

@@ -217,6 +217,16 @@ def test_the_scale_is_that_of_a_head():
     close("output", layer(scale=0.1).forward(q, k, v)[0], reference.attention(q, k, v, scale=0.1, eps=1e-6)[0])
 
 
+def test_it_can_be_called_and_keys_and_values_have_defaults():
+    attention = rv.ScaledDotProductAttention(rv.AttentionConfig(8, 2, dropout=0.0))
+    x, y = np.random.default_rng(0).standard_normal((2, 2, 5, 8))
+    np.testing.assert_array_equal(attention(x, y, y), attention.forward(x, y, y)[0])
+    np.testing.assert_array_equal(attention(x), attention(x, x, x))
+    np.testing.assert_array_equal(attention.forward(x, y)[1], attention.forward(x, y, y)[1])
+    g = attention.backward(x, attention.forward_cached(x, y)[1])
+    np.testing.assert_array_equal(g.value, attention.backward(x, attention.forward_cached(x, y, y)[1]).value)
+
+
 def test_it_has_no_parameters():
     attention = layer()
     assert attention.parameter_count() == 0 and attention.get_parameters().size == 0

@@ -263,7 +263,10 @@ def choose(peers: Sequence[str] | None) -> dict[str, Build]:
 def _cell(score: Score | None, first: bool) -> str:
     if score is None or score.skipped or math.isnan(score.rate):
         return "-"
-    return f"{score.rate:.0f}" if first else f"{score.rate:.0f} ({score.ratio:.2f}x)"
+    rate = f"{score.rate:.0f}"
+    if score.rate < 9.95:  # two digits at least
+        rate = f"{score.rate:.1f}" if score.rate >= 0.995 else f"{score.rate:.2g}"
+    return rate if first else f"{rate} ({score.ratio:.2f}x)"
 
 
 def format_table(rows: Sequence[Sequence[Score]], names: Sequence[str]) -> list[list[str]]:

@@ -87,7 +87,7 @@ class Past(NamedTuple):
     def weights(self, rows: Any = None, averaged: bool = False) -> Any:
         """Of the queries `rows`, in float32; averaged over the heads if that is wanted."""
         c, space = self.call.checked, self.call.space()
-        chosen = checks.rows(rows, c.query.shape[-2])
+        chosen = checks.row_indices(rows, c.query.shape[-2])
         heads = c.batch if averaged else c.query.shape[:-2]
         out = space.empty((*heads, len(chosen), c.key.shape[-2]), "float32")
         if gpu.size(out.shape):

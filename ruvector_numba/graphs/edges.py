@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ..checks import Array, from_sequence, memory
+from ..checks import Array, check_memory, from_sequence
 from ..errors import (
     DimensionMismatchError,
     GraphStructureError,
@@ -53,7 +53,7 @@ def ends(edge_index: ArrayLike, num_nodes: int | tuple[int, int] | None) -> tupl
 def _check_counted(found: Array, num_nodes: int) -> None:
     """A number so large that its graph has no room in memory is no node that anybody meant."""
     try:
-        memory((num_nodes + 1,), index_dtype(num_nodes), "indptr")
+        check_memory((num_nodes + 1,), index_dtype(num_nodes), "indptr")
     except OutOfMemoryError:
         row, e = np.unravel_index(int(found.argmax()), found.shape)
         reason = f"edge {e} has {('source', 'target')[row]} {found[row, e]}, too large a number to count nodes up to"

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ..checks import Array, floats, memory
+from ..checks import Array, check_memory, floats
 from ..errors import DimensionMismatchError, GraphStructureError
 from . import edges, self_loops
 from .derived import Derived
@@ -480,7 +480,7 @@ def _grouped(sources: Array, targets: Array, num_sources: int, num_targets: int)
     from ..plan import grouping as plan  # at the first call, as it loads the kernels
 
     dtype = edges.index_dtype(num_sources, num_targets, len(sources))
-    memory((num_targets + 1,), dtype, "indptr", hint="it has one number for each target: is num_nodes right?")
+    check_memory((num_targets + 1,), dtype, "indptr", hint="it has one number for each target: is num_nodes right?")
     is_narrow = dtype == np.int32 and sources.dtype == targets.dtype == dtype
     integer = dtype if is_narrow else np.dtype(np.int64)
     keys, others = (np.require(ends, integer, ["C", "A"]) for ends in (targets, sources))

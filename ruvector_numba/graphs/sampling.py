@@ -160,7 +160,7 @@ def sample_neighbors(
     [[1, 2, 3], [0, 0, 2]]
     """
     seeds = _nodes(graph, nodes)
-    return _sample(graph, seeds, _fan_outs(fan_out), checks._seed(seed, 1.0))
+    return _sample(graph, seeds, _fan_outs(fan_out), checks.random_seed(seed))
 
 
 def neighbor_batches(
@@ -206,7 +206,7 @@ def neighbor_batches(
     >>> [sample.nodes[:2].tolist() for sample in rv.neighbor_batches(graph, [0, 1, 2, 3], 1, 2, shuffle=False)]
     [[0, 1], [2, 3]]
     """
-    seeds, fan_outs, seed = _nodes(graph, nodes), _fan_outs(fan_out), checks._seed(seed, 1.0)
+    seeds, fan_outs, seed = _nodes(graph, nodes), _fan_outs(fan_out), checks.random_seed(seed)
     if not _is_whole(batch_size) or batch_size < 1:
         raise InvalidConfigError(f"batch_size is {batch_size!r}", hint="give a positive whole number")
     if shuffle:

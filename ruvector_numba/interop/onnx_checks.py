@@ -214,5 +214,5 @@ def precision(softmax_precision: object) -> str | None:
 def mode(qk_matmul_output_mode: object, scores: Shape, dtype: type[np.float32 | np.float64]) -> int | None:
     if qk_matmul_output_mode is None:
         return None
-    checks.memory(scores, np.dtype(dtype), "qk_matmul_output", hint="leave qk_matmul_output_mode out")
+    checks.check_memory(scores, np.dtype(dtype), "qk_matmul_output", hint="leave qk_matmul_output_mode out")
     return one_of("qk_matmul_output_mode", qk_matmul_output_mode, range(4))

@@ -14,11 +14,11 @@ import numpy as np
 from ..checks import Array
 from ..kernels import csr as kernels
 from ..kernels import csr_backward as backwards
-from ..kernels import jit, walk
+from ..kernels import walk
 from ..kernels.gather import EDGES, HALF, VECTORS, Heads, Rows
 from ..kernels.scoring import Dropout
 from ..kernels.simd import target
-from . import memory
+from . import memory, team
 from .dropout import threshold_and_gain
 from .layouts import NOTHING
 from .schedule import Schedule, schedule
@@ -313,4 +313,4 @@ def _run(kernel: Callable[..., None], by: Walk, job: walk.NeighborJob, dtype: np
 def _launch(kernel: Any, job: walk.NeighborJob, tasks: int, dtype: np.dtype[Any]) -> None:
     if tasks:
         launch = kernel.prepare(job, tasks, dtype, 4 * job.E * job.H * (job.channels.C + job.terms.C + 8))
-        launch(scratch=memory.scratch(job.scratch_step * jit.slots(), dtype))
+        launch(scratch=memory.scratch(job.scratch_step * team.slots(), dtype))

@@ -21,7 +21,7 @@ from ..kernels.simd import halves as target_halves
 from ..kernels.simd import target
 from ..kernels.softmax import LN2, LOG2E, Epsilon
 from ..kernels.tiles import StoredMatrices
-from . import halves, memory
+from . import halves, memory, team
 from .dropout import threshold_and_gain
 from .layouts import NOTHING, NOWHERE, Layout, as_matrices, broadcast, contiguous, layout, padded, with_heads
 
@@ -57,7 +57,7 @@ class Problem(NamedTuple):
 
 
 def threads() -> int:
-    return jit.threads()
+    return team.threads()
 
 
 def _as_read(x: Array, c: Call) -> Layout:
@@ -167,7 +167,7 @@ class Plan(NamedTuple):
             query=c.query, key=c.key, value=c.value, slopes=c.slopes, seed=c.seed, bias=seen.bias,
             mask=None if seen.allowed is None else seen.allowed.view(np.uint8),
             limits=None if seen.limits is None else _every_batch(seen.limits, c),
-            scratch=memory.scratch(self.scratch * jit.slots(), c.arithmetic),
+            scratch=memory.scratch(self.scratch * team.slots(), c.arithmetic),
         )  # fmt: skip
         self.launch(**{**given, **arrays})
 

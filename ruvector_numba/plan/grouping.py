@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from ..checks import Array
 from ..kernels import grouping as kernels
+from . import team
 from .layouts import NOTHING
 
 __all__ = ["Grouped", "Loops", "Survey", "find_loops", "group", "put_loops", "survey"]
@@ -42,6 +43,7 @@ class Grouped(NamedTuple):
 
 def survey(keys: Array, others: Array, num_keys: int, num_others: int, dtype: np.dtype[Any]) -> Survey:
     """Look for edges that leave the nodes. Keys and others are contiguous, both of the dtype or both int64."""
+    team.size()
     edges = len(keys)
     chunk = max(CHUNK, -(-edges // MOST_CHUNKS))
     shift = max(0, (max(num_keys, 1) - 1).bit_length() - (MOST_BUCKETS - 1).bit_length())

@@ -14,7 +14,7 @@ from ..halves import arithmetic
 from ..kernels import halves as kernels
 from ..kernels import jit
 from ..kernels.tiles import StoredMatrices
-from . import memory
+from . import memory, team
 from .layouts import Layout, as_matrices, contiguous, layout, with_heads
 
 __all__ = ["KEPT", "copied", "room", "rounded"]
@@ -28,6 +28,7 @@ _WORK = 8  # an element takes as long as so many multiply-adds
 @functools.lru_cache(512)
 def _copy(kernel: jit.Kernel, stored: Layout, plain: Layout, dtype: np.dtype[Any]) -> jit.Launch:
     """A launch that copies between an array of this type and one of that it is computed in; of three axes at least."""
+    team.size()
     heads, (L, D) = math.prod(stored.shape[:-2]), stored.shape[-2:]
     rows = max(1, _PIECE // max(1, D))
     size = arithmetic(dtype).itemsize

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from ..checks import Array, Shape
 from ..kernels import blocks, jit
 from ..kernels.tiles import Matrices
-from . import memory
+from . import memory, team
 
 __all__ = [
     "NOTHING",
@@ -95,4 +95,4 @@ class Ready(NamedTuple):
 
     def __call__(self, **arrays: Array | None) -> None:
         given = {name: NOTHING if x is None else x for name, x in arrays.items()}
-        self.launch(scratch=memory.scratch(self.scratch * jit.slots(), self.dtype), **given)
+        self.launch(scratch=memory.scratch(self.scratch * team.slots(), self.dtype), **given)

@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..checks import Array
-from ..kernels import jit
 from ..kernels import projection as kernels
 from ..kernels.projection import Pairs
 from ..kernels.simd import target
+from . import team
 from .layouts import Layout, Ready, layout
 
 # Of out, what one task makes: each reads its rows of `left` and columns of `right` once, so large tasks read less. With
@@ -50,7 +50,7 @@ def product(left: Array, right: Array, out: Array, wants_bias: bool, wants_sums:
     """out = left right, or +=, of pairs for rows and pairs for columns; or each part of the sums a matrix of out."""
     several = out.ndim == 5
     layouts, parts = (layout(left), layout(right), layout(out[0] if several else out)), len(out) if several else 1
-    return _plan(Problem(out.dtype, *layouts, parts, wants_bias, wants_sums, adds, jit.threads()))
+    return _plan(Problem(out.dtype, *layouts, parts, wants_bias, wants_sums, adds, team.threads()))
 
 
 @functools.lru_cache(512)

@@ -1,0 +1,31 @@
+"""How many threads there are to plan for, and the one check of the environment variable that says so.
+
+The kernels ask that variable at their first launch; whoever plans one asks before, so that the error is ours.
+"""
+
+from __future__ import annotations
+
+from ..errors import InvalidInputError
+from ..kernels import jit
+
+__all__ = ["size", "slots", "threads"]
+
+
+def size() -> int:
+    """The number of threads that was set for the process; 0 where none was, and Numba's own number counts."""
+    try:
+        return int(jit.team())
+    except ValueError as error:
+        raise InvalidInputError(str(error), hint="unset or correct it before starting Python") from None
+
+
+def threads() -> int:
+    """How many threads a large job is planned for."""
+    size()
+    return int(jit.threads())
+
+
+def slots() -> int:
+    """How many threads may need scratch."""
+    size()
+    return int(jit.slots())

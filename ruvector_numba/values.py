@@ -1,0 +1,64 @@
+"""Checks of single values, which know nothing of attention: numbers, switches, seeds, memory for an array."""
+
+from __future__ import annotations
+
+import math
+import numbers
+import os
+import secrets
+from typing import Any
+
+import numpy as np
+
+from .errors import InvalidInputError, OutOfMemoryError
+
+__all__ = ["check_memory", "check_not_masked", "random_seed", "real_number", "switch"]
+
+SMALL = 1 << 30  # bytes; what is smaller is not compared with the memory there is
+
+
+def real_number(name: str, x: object) -> float:
+    if isinstance(x, np.ndarray) and x.ndim == 0:
+        x = x[()]
+    if isinstance(x, bool | np.bool_) or not isinstance(x, numbers.Real):
+        raise InvalidInputError(f"{name} is {x!r}, of type {type(x).__name__}", hint="give one number")
+    return float(x)
+
+
+def switch(name: str, x: object) -> bool:
+    """An option that is on or off: a bool, or 0 or 1. Other things are not asked whether they are true."""
+    if x is True or x is False:
+        return bool(x)
+    if isinstance(x, np.bool_) or (isinstance(x, int | np.integer) and x in (0, 1)):
+        return bool(x)
+    raise InvalidInputError(f"{name} is {x!r}, of type {type(x).__name__}", hint="give True or False")
+
+
+def random_seed(seed: object) -> int:
+    """The seed of the random generator, 63 bits; a fresh one if None is given."""
+    if seed is None:
+        return secrets.randbits(63)
+    is_whole = isinstance(seed, int | np.integer) and not isinstance(seed, bool)
+    if not is_whole or not 0 <= int(seed) < 1 << 63:  # type: ignore[call-overload]
+        raise InvalidInputError(f"seed is {seed!r}", hint="give a whole number, 0 <= seed < 2**63, or None")
+    return int(seed)  # type: ignore[call-overload]
+
+
+def check_not_masked(name: str, x: object, hint: str | None = None) -> None:
+    """Refuse arrays of numpy.ma, whose masks NumPy's functions drop without a word."""
+    if isinstance(x, np.ma.MaskedArray):
+        hint = hint or f"pass {name}.filled(0), a plain array"
+        raise InvalidInputError(f"{name} is a numpy.ma array, whose own mask would be lost", hint=hint)
+
+
+def check_memory(shape: tuple[int, ...], dtype: np.dtype[Any], purpose: str, hint: str | None = None) -> None:
+    """Refuse an array that this machine has no memory for."""
+    size = math.prod(shape) * dtype.itemsize
+    if size < SMALL:
+        return
+    try:
+        present = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return
+    if size > present:
+        raise OutOfMemoryError(size, shapes={f"{purpose} shape": shape, "bytes": size, "memory": present}, hint=hint)

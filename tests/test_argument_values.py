@@ -1,0 +1,147 @@
+"""Arguments that NumPy or Python would take for something else: masked arrays, truthy options; and arrays too large."""
+
+import numpy as np
+import pytest
+
+import ruvector_numba as rv
+from ruvector_numba import InvalidInputError, InvalidMaskError, functional, masks, optim
+
+X = np.ones((1, 3, 4))
+CONFIG = rv.AttentionConfig(4, 2, dropout=0.0)
+LAYERS = [rv.MultiHeadAttention(CONFIG, 0), rv.ScaledDotProductAttention(CONFIG)]
+
+
+def masked(x, dtype=None):
+    return np.ma.masked_array(np.asarray(x, dtype), np.zeros(np.shape(x), bool))
+
+
+# --- arrays of numpy.ma -------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize("name", ["query", "key", "value"])
+def test_masked_inputs(name, dtype):
+    given = dict.fromkeys(("query", "key", "value"), X.astype(dtype))
+    given[name] = masked(given[name])
+    for call in (rv.scaled_dot_product_attention, rv.attention_forward, *(layer.forward for layer in LAYERS)):
+        words = (
+            rf"{name} is a numpy.ma array, whose own mask would be lost\nHINT: pass {name}.filled\(0\) and hide keys"
+        )
+        with pytest.raises(InvalidInputError, match=words):
+            call(**given)
+
+
+def test_masked_slopes_gradients_and_parts():
+    cache = rv.attention_forward(X, X, X)
+    _, of_layer = LAYERS[0].forward_cached(X)
+    for call in (
+        lambda: rv.scaled_dot_product_attention(X, X, X, alibi_slopes=masked(np.ones(1))),
+        lambda: rv.attention_backward(masked(X), cache),
+        lambda: rv.attention_backward(X, cache, masked(np.ones((1, 3)))),
+        lambda: LAYERS[0].backward(masked(X), of_layer),
+        lambda: LAYERS[0].step(masked(X), LAYERS[0].new_cache(1, 9, np.float64)),
+        lambda: rv.merge([masked(cache.output)], [cache.lse]),
+        lambda: functional.attention_scores(X, masked(X)),
+        lambda: functional.apply_mask(masked(X)),
+        lambda: functional.softmax(masked(X)),
+        lambda: functional.softmax_backward(masked(X), X),
+        lambda: functional.weighted_sum(X[..., :3], masked(X)),
+    ):
+        with pytest.raises(InvalidInputError, match=r"is a numpy.ma array, whose own mask would be lost\nHINT: pass"):
+            call()
+    for call in (
+        lambda: optim.SGD().step({"w": X}, {"w": masked(X)}),
+        lambda: optim.clip_by_norm({"w": masked(X)}, 1.0),
+    ):
+        with pytest.raises(rv.TrainingError, match=r"'w' is a numpy.ma array(.|\n)*x.filled\(0\)"):
+            call()
+
+
+def test_masked_masks():
+    hides = masked(np.zeros((3, 3), bool))
+    for layer in LAYERS:
+        with pytest.raises(InvalidInputError, match=r"mask is a numpy.ma array(.|\n)*mask.filled\(True\)"):
+            layer.forward(X, mask=hides)
+    with pytest.raises(InvalidInputError, match=r"key_padding_mask is a numpy.ma array"):
+        LAYERS[0](X, key_padding_mask=hides[:1])
+    for make in (masks.Segments, lambda ids: masks.Lengths(keys=ids)):
+        with pytest.raises(InvalidMaskError, match="array, whose own mask would be lost"):
+            make(masked([1, 2, 3]))
+
+
+# --- options that are on or off -----------------------------------------------------------------------------------
+BAD = ["False", "", None, 2, 1.0, np.ones(2), np.array(True), []]
+
+
+@pytest.mark.parametrize("option", BAD, ids=repr)
+def test_options_are_true_or_false(option):
+    calls = {
+        "is_causal": [
+            lambda: rv.scaled_dot_product_attention(X, X, X, is_causal=option),
+            lambda: functional.apply_mask(X, is_causal=option),
+            lambda: functional.apply_mask_backward(X, is_causal=option),
+        ],
+        "enable_gqa": [lambda: rv.attention_forward(X, X, X, enable_gqa=option)],
+        "training": [lambda layer=layer: layer.forward_cached(X, training=option) for layer in LAYERS],
+    }
+    for name, each in calls.items():
+        for call in each:
+            words = rf"{name} is .*, of type {type(option).__name__}\nHINT: give True or False"
+            with pytest.raises(InvalidInputError, match=words):
+                call()
+
+
+@pytest.mark.parametrize("option", [True, np.True_, 1, np.int8(1)])
+def test_options_of_numpy_and_numbers(option):
+    causal = rv.scaled_dot_product_attention(X, X, np.arange(12.0).reshape(X.shape), is_causal=option)
+    assert (causal[0, 0] == [0, 1, 2, 3]).all()
+    LAYERS[0].forward_cached(X, training=option)
+
+
+def test_merge_knows_one_dtype():
+    with pytest.raises(InvalidInputError, match="dtype is 'nonsense'"):
+        rv.merge([X], [np.ones((1, 3))], dtype="nonsense")
+    with pytest.raises(InvalidInputError, match=r"outputs\[0\] has dtype float64, and dtype is 'bfloat16'"):
+        rv.merge([X], [np.ones((1, 3))], dtype="bfloat16")
+
+
+# --- arrays that are too large -------------------------------------------------------------------------------------
+HUGE = 10**7
+
+
+def huge(*shape, dtype=np.float32):
+    return np.broadcast_to(np.zeros((), dtype), shape)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: functional.attention_scores(huge(HUGE, 2), huge(HUGE, 2)),
+        lambda: functional.attention_scores_backward(huge(HUGE, HUGE), huge(HUGE, HUGE), huge(HUGE, HUGE)),
+        lambda: functional.apply_mask(huge(HUGE, HUGE)),
+        lambda: functional.softmax(huge(HUGE, HUGE)),
+        lambda: functional.weighted_sum(huge(HUGE, 2), huge(2, HUGE)),
+        lambda: functional.weighted_sum_backward(huge(2, HUGE), huge(2, HUGE), huge(HUGE, HUGE)),
+        lambda: masks.Causal().to_dense(HUGE, HUGE),
+        lambda: (masks.Causal() & masks.Full()).to_dense(HUGE, HUGE),
+        lambda: masks.Lengths(keys=np.ones(HUGE, int)).to_dense(10**4, 10**4),
+        lambda: masks.Segments(np.zeros((1000, 10**6), int)).to_dense(10**6, 10**6),
+        lambda: rv.scaled_dot_product_attention(huge(HUGE, 1, HUGE, 2), huge(HUGE, 1, 1, 2), huge(HUGE, 1, 1, 2)),
+        lambda: rv.attention_forward(huge(HUGE, 2), huge(1, 2), huge(1, HUGE)),
+        lambda: LAYERS[0](huge(10**10, 512, 4)),
+        lambda: LAYERS[1](huge(10**10, 512, 4)),
+    ],
+)
+def test_results_that_no_memory_holds_are_refused_before_any_work(call):
+    with pytest.raises(rv.OutOfMemoryError, match="failed to allocate"):
+        call()
+
+
+def test_a_gradient_that_no_memory_holds_is_refused_before_any_work(monkeypatch):
+    """Of a mask that is broadcast over batch and heads, beside queries that are few."""
+    x = np.ones((4, 1, 8, 2), np.float32)
+    cache = rv.attention_forward(x, x, x, huge(4, 1, 8, 8))
+    monkeypatch.setattr("ruvector_numba.values.SMALL", 0)
+    monkeypatch.setattr("ruvector_numba.values.os.sysconf", lambda name: 30)  # 900 bytes in all
+    with pytest.raises(rv.OutOfMemoryError) as caught:
+        rv.attention_backward(np.ones_like(x), cache)
+    assert caught.value.size == 1024 and caught.value.shapes["gradient of bias shape"] == (4, 1, 8, 8)
+    assert "it was broadcast" in caught.value.hint
