@@ -91,6 +91,7 @@ def call(
         softcap = real_number("softcap", softcap)
         if not 0 < softcap < math.inf:
             raise InvalidInputError(f"softcap is {softcap}", hint="give a positive number, or None for no cap")
+    _check_range(halves.arithmetic(query.dtype), scale, softcap)
     of_results, bias_given = query.dtype, None if seen.bias is None else seen.bias.dtype
     if of_results.itemsize == 2:
         query, key, value = (halves.stored(x) for x in (query, key, value))
@@ -98,6 +99,16 @@ def call(
     slopes = None if alibi_slopes is None else _slopes(alibi_slopes, batch, heads, halves.arithmetic(query.dtype))
     terms = (seen, scale, softcap, slopes, *dropout(dropout_p, seed))
     return Call(query, key, value, *terms, given=of_results, bias_given=bias_given)
+
+
+def _check_range(dtype: np.dtype[Any], scale: float, softcap: float | None) -> None:
+    """Refuse numbers that become 0 or infinity where the kernels compute with them, and then NaN."""
+    limits = np.finfo(dtype)
+    if abs(scale) > float(limits.max) / 2:  # scores in base 2 have log2(e) in it
+        raise InvalidInputError(f"scale is {scale}", hint=f"{dtype} ends at {limits.max:.2g}: scale the queries")
+    if softcap is not None and not float(limits.tiny) <= softcap <= float(limits.max):
+        hint = f"{dtype} goes from {limits.tiny:.2g} to {limits.max:.2g}; None is no cap"
+        raise InvalidInputError(f"softcap is {softcap}", hint=hint)
 
 
 def rounds_products(precision: object, c: Call) -> bool:

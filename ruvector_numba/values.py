@@ -22,7 +22,10 @@ def real_number(name: str, x: object) -> float:
         x = x[()]
     if isinstance(x, bool | np.bool_) or not isinstance(x, numbers.Real):
         raise InvalidInputError(f"{name} is {x!r}, of type {type(x).__name__}", hint="give one number")
-    return float(x)
+    try:
+        return float(x)
+    except OverflowError:
+        raise InvalidInputError(f"{name} is beyond what float64 holds", hint="give a smaller number") from None
 
 
 def switch(name: str, x: object) -> bool:

@@ -145,3 +145,21 @@ def test_a_gradient_that_no_memory_holds_is_refused_before_any_work(monkeypatch)
         rv.attention_backward(np.ones_like(x), cache)
     assert caught.value.size == 1024 and caught.value.shapes["gradient of bias shape"] == (4, 1, 8, 8)
     assert "it was broadcast" in caught.value.hint
+
+
+# --- numbers that the kernels cannot hold -------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("term", "words"),
+    [
+        ({"scale": 1e39}, "float32 ends at 3.4e\\+38: scale the queries"),
+        ({"scale": 10**400}, "scale is beyond what float64 holds"),
+        ({"softcap": 1e39}, "None is no cap"),
+        ({"softcap": 1e-46}, "float32 goes from 1.2e-38 to 3.4e\\+38"),
+        ({"dropout_p": 10**400}, "dropout_p is beyond"),
+    ],
+    ids=str,
+)
+def test_numbers_beyond_the_range_of_the_type(term, words):
+    x = X.astype(np.float32)
+    with pytest.raises(InvalidInputError, match=words):
+        rv.attention_forward(x, x, x, **term)
