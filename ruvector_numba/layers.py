@@ -6,6 +6,7 @@ a number above 0.5. In the functions `attn_mask` attends, as in torch's function
 
 from __future__ import annotations
 
+import secrets
 from typing import Any, Protocol
 
 import numpy as np
@@ -24,6 +25,7 @@ __all__ = [
     "dice",
     "dropout",
     "hidden",
+    "identity",
     "joined",
     "padded",
     "record_of",
@@ -63,13 +65,20 @@ def dropout(config: _Drops, training: bool, seed: int | None, dice: np.random.Ge
     return config.dropout, int(dice.integers(1 << 63)) if seed is None else seed
 
 
-def record_of(cache: object, *kinds: type) -> Any:
+def identity() -> bytes:
+    """A number that tells a layer, with its copies, from all others."""
+    return secrets.token_bytes(16)
+
+
+def record_of(cache: object, owner: bytes | None, *kinds: type) -> Any:
     """What the layer's forward pass remembered, of one of these kinds; None in a cache that was built by hand."""
     hint = "give what this layer's forward_cached returned, or AttentionCache(query, key, value)"
     if not isinstance(cache, AttentionCache):
         raise InvalidInputError(f"cache is a {type(cache).__name__}, not an AttentionCache", hint=hint)
     if cache.record is not None and not isinstance(cache.record, kinds):
         raise InvalidInputError("cache is that of another kind of attention", hint=hint)
+    if cache.record is not None and cache.owner != owner:
+        raise InvalidInputError("cache is that of another layer", hint=hint)
     return cache.record
 
 

@@ -77,7 +77,7 @@ class MultiHeadAttention(Trainable, TrainableAttention):
         self.config = layers.checked_config(config)
         d = config.d_model
         self.kdim, self.vdim = _width("kdim", kdim, d), _width("vdim", vdim, d)
-        self._dice = layers.dice(seed)
+        self._dice, self._identity = layers.dice(seed), layers.identity()
         inputs = {"w_q": d, "w_k": self.kdim, "w_v": self.vdim, "w_o": d}
         initial = {name: _glorot_uniform(self._dice, n, d) for name, n in inputs.items()}
         if config.use_bias:
@@ -199,7 +199,8 @@ class MultiHeadAttention(Trainable, TrainableAttention):
             mask = layers.joined(mask, key_padding_mask, scores)
         else:
             mask = record.mask
-        return output, AttentionCache(q, k, v, mask=mask, output=read_only(output), lse=lse, record=record)
+        kept = read_only(output)
+        return output, AttentionCache(q, k, v, mask=mask, output=kept, lse=lse, record=record, owner=self._identity)
 
     def _attend(
         self,
@@ -254,7 +255,7 @@ class MultiHeadAttention(Trainable, TrainableAttention):
         ------
         InvalidInputError, DimensionMismatchError
         """
-        record = layers.record_of(cache, _Record, gpu_layers.Record, layers_half.Rounded)
+        record = layers.record_of(cache, self._identity, _Record, gpu_layers.Record, layers_half.Rounded)
         if record is None:
             record = self._attend(cache.query, cache.key, cache.value, cache.mask, None, 0.0, None)
         return record.backward(grad_output)

@@ -82,7 +82,7 @@ class AttentionCache:
     (4, 4)
     """
 
-    __slots__ = ("_given_weights", "key", "lse", "mask", "output", "query", "record", "value")
+    __slots__ = ("_given_weights", "key", "lse", "mask", "output", "owner", "query", "record", "value")
 
     def __init__(
         self,
@@ -95,6 +95,7 @@ class AttentionCache:
         output: Array | None = None,
         lse: Array | None = None,
         record: Record | None = None,
+        owner: bytes | None = None,
     ) -> None:
         self.query, self.key, self.value = (
             _array(name, x) for name, x in (("query", query), ("key", key), ("value", value))
@@ -105,7 +106,7 @@ class AttentionCache:
         self.mask = mask
         self.output: Any = output  # None only if built by hand, which those who read it know
         self.lse: Any = lse
-        self.record = record
+        self.record, self.owner = record, owner  # the layer that made it, by its identity
 
     def __repr__(self) -> str:
         shapes = f"query {self.query.shape}, key {self.key.shape}, value {self.value.shape}"

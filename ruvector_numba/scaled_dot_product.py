@@ -170,7 +170,7 @@ class ScaledDotProductAttention(Trainable, TrainableAttention):
         ------
         InvalidInputError, DimensionMismatchError
         """
-        record = layers.record_of(cache, _Record, gpu_layers.OneHead, layers_half.Rounded)
+        record = layers.record_of(cache, None, _Record, gpu_layers.OneHead, layers_half.Rounded)
         if record is None:
             record = self._attend(cache.query, cache.key, cache.value, cache.mask, 0.0, None)
         return record.backward(grad_output)

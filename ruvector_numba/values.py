@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from .errors import InvalidInputError, OutOfMemoryError
+from .errors import InvalidConfigError, InvalidInputError, OutOfMemoryError
 
 __all__ = ["check_memory", "check_not_masked", "random_seed", "real_number", "switch"]
 
@@ -28,13 +28,11 @@ def real_number(name: str, x: object) -> float:
         raise InvalidInputError(f"{name} is beyond what float64 holds", hint="give a smaller number") from None
 
 
-def switch(name: str, x: object) -> bool:
+def switch(name: str, x: object, error: type[InvalidInputError] | type[InvalidConfigError] = InvalidInputError) -> bool:
     """An option that is on or off: a bool, or 0 or 1. Other things are not asked whether they are true."""
-    if x is True or x is False:
+    if isinstance(x, bool | np.bool_) or (isinstance(x, int | np.integer) and x in (0, 1)):
         return bool(x)
-    if isinstance(x, np.bool_) or (isinstance(x, int | np.integer) and x in (0, 1)):
-        return bool(x)
-    raise InvalidInputError(f"{name} is {x!r}, of type {type(x).__name__}", hint="give True or False")
+    raise error(f"{name} is {x!r}, of type {type(x).__name__}", hint="give True or False")
 
 
 def random_seed(seed: object) -> int:

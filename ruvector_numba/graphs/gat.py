@@ -11,7 +11,8 @@ from ..checks import Array
 from ..errors import InvalidConfigError
 from ..parameters import ParameterSet
 from ..projection import flattened, linear, linear_backward, linears, linears_backward
-from .inputs import Inputs, checked_slope, loop_policy, switch
+from ..values import switch
+from .inputs import Inputs, checked_slope, loop_policy
 from .layer import GraphLayer
 from .neighbors import Past
 from .results import Record
@@ -46,7 +47,10 @@ class _Convolution(GraphLayer):
         if fill_value is None or (isinstance(fill_value, str) and fill_value not in ("mean", "add")):
             raise InvalidConfigError(f"fill_value is {fill_value!r}", hint='give "mean", "add", a number or an array')
         self.fill_value = fill_value
-        self.residual, self.normalize = switch("residual", residual), switch("normalize", normalize)
+        self.residual, self.normalize = (
+            switch("residual", residual, InvalidConfigError),
+            switch("normalize", normalize, InvalidConfigError),
+        )
         self._start(self._shapes(), dtype)
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
@@ -290,7 +294,9 @@ class GATv2(_Convolution):
         seed: int | None = None,
         dtype: DTypeLike = np.float32,
     ) -> None:
-        self.share_weights = switch("share_weights", share_weights)  # the base asks for the shapes, which need it
+        self.share_weights = switch(
+            "share_weights", share_weights, InvalidConfigError
+        )  # the base asks for the shapes, which need it
         super().__init__(
             in_channels, out_channels, heads, concat=concat, negative_slope=negative_slope, dropout=dropout,
             add_self_loops=add_self_loops, edge_dim=edge_dim, fill_value=fill_value, bias=bias, residual=residual,

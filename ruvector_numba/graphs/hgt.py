@@ -33,7 +33,7 @@ from .hetero import (
     weights_of_edges,
 )
 from .hgt_products import along, along_back, flat, gate_of, linear_back, linear_rows, normal
-from .inputs import along_matrix, check_owner, identity, initial, size
+from .inputs import along_matrix, check_owner, initial, size
 from .neighbors import Past
 from .results import HeteroCache, HeteroGradients, HeteroRecord
 
@@ -114,7 +114,7 @@ class HGT(Trainable, GraphAttention):
             sizes = {"out_channels": self.out_channels, "heads": self.heads}
             raise InvalidConfigError("heads does not divide out_channels", shapes=sizes, hint="heads share them evenly")
         self.edge_dim = {} if edge_dim is None else by_type("edge_dim", edge_dim, self.edge_types)
-        self._identity = identity()
+        self._identity = layers.identity()
         dice = layers.dice(seed)
         ones = "skip.", "p_rel."
         arrays = {n: np.ones(s) if n.startswith(ones) else initial(dice, n, s) for n, s in self._shapes().items()}

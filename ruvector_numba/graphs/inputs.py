@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import operator
-import secrets
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
@@ -25,13 +24,11 @@ __all__ = [
     "edge_gradients",
     "features",
     "graph_of",
-    "identity",
     "initial",
     "is_pair",
     "listed",
     "loop_policy",
     "size",
-    "switch",
 ]
 
 
@@ -82,19 +79,6 @@ def size(name: str, n: object) -> int:
     if isinstance(n, bool) or found <= 0:
         raise InvalidConfigError(f"{name} is {n!r}", hint="give a whole number above 0")
     return found
-
-
-def switch(name: str, x: object) -> bool:
-    """An option that is on or off: a text would be on whatever it says."""
-    is_one = isinstance(x, bool | np.bool_) or (isinstance(x, int | np.integer) and x in (0, 1))
-    if not is_one:
-        raise InvalidConfigError(f"{name} is {x!r}", hint="give True or False")
-    return bool(x)
-
-
-def identity() -> bytes:
-    """A number that tells a layer, with its copies, from all others."""
-    return secrets.token_bytes(16)
 
 
 def check_owner(layer: Any, owner: Any) -> None:

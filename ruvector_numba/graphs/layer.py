@@ -19,6 +19,7 @@ from ..errors import DimensionMismatchError, InvalidConfigError, InvalidInputErr
 from ..parameters import ParameterSet, Trainable
 from ..projection import linear, linear_backward
 from ..protocols import GraphAttention
+from ..values import switch
 from . import edges
 from .graph import CSRGraph
 from .inputs import (
@@ -28,12 +29,10 @@ from .inputs import (
     edge_gradients,
     features,
     graph_of,
-    identity,
     initial,
     is_pair,
     listed,
     size,
-    switch,
 )
 from .neighbors import Past, checked_aggregation, checked_edges, packed
 from .results import GraphCache, GraphGradients, Record
@@ -73,13 +72,13 @@ class GraphLayer(Trainable, GraphAttention):
         self.in_channels = tuple(size("in_channels", n) for n in widths)
         self.out_channels, self.heads = size("out_channels", out_channels), size("heads", heads)
         self.edge_dim = None if edge_dim is None else size("edge_dim", edge_dim)
-        self.concat, self.bias = switch("concat", concat), switch("bias", bias)
+        self.concat, self.bias = switch("concat", concat, InvalidConfigError), switch("bias", bias, InvalidConfigError)
         self.aggregation = checked_aggregation(aggregation)
         try:
             self.dropout, _ = checks.dropout(dropout, 0)
         except InvalidInputError:
             raise InvalidConfigError(f"dropout is {dropout!r}", hint="give a probability, 0 to 1") from None
-        self._dice, self._identity = layers.dice(seed), identity()
+        self._dice, self._identity = layers.dice(seed), layers.identity()
 
     def _start(self, shapes: dict[str, tuple[int, ...]], dtype: DTypeLike) -> None:
         """Initial parameters: Glorot-uniform, biases 0, in the order of their names."""

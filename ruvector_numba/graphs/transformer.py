@@ -12,7 +12,8 @@ from ..checks import Array
 from ..errors import InvalidConfigError, InvalidInputError
 from ..parameters import ParameterSet
 from ..projection import flattened, linear, linear_backward, linears, linears_backward
-from .inputs import Inputs, switch
+from ..values import switch
+from .inputs import Inputs
 from .layer import GraphLayer
 from .neighbors import Past
 from .results import Record
@@ -93,9 +94,9 @@ class GraphTransformer(GraphLayer):
         dtype: DTypeLike = np.float32,
     ) -> None:
         super().__init__(in_channels, out_channels, heads, concat, dropout, edge_dim, bias, aggregation, seed)
-        self.root_weight = switch("root_weight", root_weight)
-        self.beta = switch("beta", beta) and self.root_weight  # there is nothing else to weigh
-        self.normalize, self.scale = switch("normalize", normalize), scale
+        self.root_weight = switch("root_weight", root_weight, InvalidConfigError)
+        self.beta = switch("beta", beta, InvalidConfigError) and self.root_weight  # there is nothing else to weigh
+        self.normalize, self.scale = switch("normalize", normalize, InvalidConfigError), scale
         try:
             self._scale = checks.scale_of(scale, self.out_channels)
         except InvalidInputError:
