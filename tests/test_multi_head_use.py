@@ -226,3 +226,16 @@ def test_it_says_what_it_is():
     assert isinstance(attention, rv.Attention) and isinstance(attention, rv.TrainableAttention)
     assert (attention.name(), attention.d_model(), attention.supports_masking()) == ("MultiHeadAttention", 24, True)
     assert "num_heads=3" in repr(attention) and repr(attention).endswith(", kdim=5)")
+
+
+def test_a_cache_is_its_layers_and_its_copies():
+    """Swapped caches of two layers of one size would train each by the other's gradients."""
+    first, second = (rv.MultiHeadAttention(rv.AttentionConfig(8, 2, dropout=0.0), seed=n) for n in range(2))
+    x = np.random.default_rng(0).standard_normal((1, 3, 8), dtype=np.float32)
+    cache = first.forward_cached(x)[1]
+    with pytest.raises(rv.InvalidInputError, match="cache is that of another layer"):
+        second.backward(x, cache)
+    wanted = first.backward(x, cache).query_weights
+    assert np.array_equal(copy.deepcopy(first).backward(x, cache).query_weights, wanted)
+    by_hand = second.backward(x, rv.AttentionCache(x, x, x)).query_weights
+    assert not np.array_equal(by_hand, wanted)
