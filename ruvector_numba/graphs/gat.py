@@ -47,10 +47,8 @@ class _Convolution(GraphLayer):
         if fill_value is None or (isinstance(fill_value, str) and fill_value not in ("mean", "add")):
             raise InvalidConfigError(f"fill_value is {fill_value!r}", hint='give "mean", "add", a number or an array')
         self.fill_value = fill_value
-        self.residual, self.normalize = (
-            switch("residual", residual, InvalidConfigError),
-            switch("normalize", normalize, InvalidConfigError),
-        )
+        self.residual = switch("residual", residual, InvalidConfigError)
+        self.normalize = switch("normalize", normalize, InvalidConfigError)
         self._start(self._shapes(), dtype)
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
@@ -294,9 +292,8 @@ class GATv2(_Convolution):
         seed: int | None = None,
         dtype: DTypeLike = np.float32,
     ) -> None:
-        self.share_weights = switch(
-            "share_weights", share_weights, InvalidConfigError
-        )  # the base asks for the shapes, which need it
+        # before the base asks for the parameters' shapes, which depend on it
+        self.share_weights = switch("share_weights", share_weights, InvalidConfigError)
         super().__init__(
             in_channels, out_channels, heads, concat=concat, negative_slope=negative_slope, dropout=dropout,
             add_self_loops=add_self_loops, edge_dim=edge_dim, fill_value=fill_value, bias=bias, residual=residual,
