@@ -6,12 +6,12 @@ a number above 0.5. In the functions `attn_mask` attends, as in torch's function
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from . import masks
+from . import halves, masks
 from .checks import Shape, floats, from_sequence
 from .config import AttentionConfig
 from .errors import DimensionMismatchError, InvalidConfigError, InvalidInputError, InvalidMaskError
@@ -62,15 +62,18 @@ def batch(
 ) -> tuple[Array, Array, Array]:
     """query (B, Lq, d), key (B, Lk, d) and value (B, Lk, d) of these widths (None: any), of one dtype."""
     given = {"query": query, "key": key, "value": value}
-    arrays = {name: floats(name, x) for name, x in given.items()}
+    arrays = {name: from_sequence(name, x) for name, x in given.items()}
+    is_mixed = len({x.dtype for x in arrays.values()}) > 1
+    if is_mixed and any(halves.is_half(halves.stored(x).dtype) for x in arrays.values()):
+        _refuse_types(arrays)  # and not the half one, which would be as good as the others
+    arrays = {name: floats(name, x) for name, x in arrays.items()}
     shapes = {f"{name}.shape": x.shape for name, x in arrays.items()}
     for name, x in arrays.items():
         if x.ndim != 3:
             hint = "give (batch, length, channels); for one sequence, x[None]"
             raise InvalidInputError(f"{name} has {x.ndim} axes", shapes=shapes, hint=hint)
     if len({x.dtype for x in arrays.values()}) > 1:
-        dtypes = {f"{name}.dtype": x.dtype for name, x in arrays.items()}
-        raise InvalidInputError("query, key and value differ in dtype", shapes=dtypes, hint="cast them to one")
+        _refuse_types(arrays)
     if len({x.shape[0] for x in arrays.values()}) > 1:
         hint = "the first axis is the batch; numpy.broadcast_to repeats one without a copy"
         raise InvalidInputError("Batch sizes must match across Q, K, V", shapes=shapes, hint=hint)
@@ -87,6 +90,11 @@ def batch(
             raise InvalidInputError(reason, shapes=shapes, hint=hint)
     query, key, value = (x if x.flags.aligned else x.copy() for x in arrays.values())
     return query, key, value
+
+
+def _refuse_types(arrays: dict[str, Array]) -> NoReturn:
+    dtypes = {f"{name}.dtype": x.dtype for name, x in arrays.items()}
+    raise InvalidInputError("query, key and value differ in dtype", shapes=dtypes, hint="cast them to one")
 
 
 def hidden(mask: Any, scores: tuple[int, int, int, int], per_head: bool) -> masks.Mask | Array | None:

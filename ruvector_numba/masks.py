@@ -407,7 +407,7 @@ class All(Mask):
             elif isinstance(part, Mask):
                 flat.extend(() if isinstance(part, Full) else (part,))
             elif part is not None:
-                flat.append(_mask_array(part))
+                flat.append(_mask_array(part, may_be_bits=True))  # the call tells
         floats = [part for part in flat if isinstance(part, np.ndarray) and part.dtype.kind != "b"]
         if len(floats) > 1:
             raise InvalidMaskError(
@@ -474,11 +474,17 @@ def _mask_array(value: object, may_be_bits: bool = False) -> Array:
         raise InvalidMaskError(
             f"dtype {array.dtype}; a mask is bool (True = attend) or float (added to the scores)",
             shapes={"attn_mask.shape": array.shape},
-            hint="attn_mask.astype(bool), if non-zero means attend" if array.dtype.kind in "iu" else None,
+            hint=_cast_hint(array.dtype),
         )
     if not (array.dtype.isnative and array.flags.aligned):  # kernels read neither
         array = array.astype(array.dtype.newbyteorder("="))
     return array
+
+
+def _cast_hint(dtype: np.dtype[Any]) -> str | None:
+    if dtype == halves.BITS:
+        return mask_arrays.bits_hint()
+    return "attn_mask.astype(bool), if non-zero means attend" if dtype.kind in "iu" else None
 
 
 # Showing and comparing

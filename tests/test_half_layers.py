@@ -96,3 +96,13 @@ def test_numbers_that_hide_may_be_of_half_precision(kind):
     wanted = layer(x, mask=mask, key_padding_mask=padding)
     got = layer(x, mask=mask.astype(kind), key_padding_mask=padding.astype(kind))
     np.testing.assert_array_equal(got.view(np.uint16), wanted.view(np.uint16))
+
+
+@kinds
+@pytest.mark.parametrize("made", [rv.MultiHeadAttention, rv.ScaledDotProductAttention])
+def test_mixed_types_are_called_so(made, kind):
+    layer = made(rv.AttentionConfig(d_model=16, num_heads=2))
+    x = draw((2, 9, 16), kind)
+    for mixed in ((x, x.astype(np.float32), x), (x.astype(np.float64), x, x), (x.tolist(), x, x)):
+        with pytest.raises(rv.InvalidInputError, match="query, key and value differ in dtype"):
+            layer.forward(*mixed)
