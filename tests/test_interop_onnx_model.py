@@ -143,6 +143,22 @@ FORMS = {
         n = IsNaN (p)  g = Where (n, c, p)  y = MatMul (g, v)""",
     "the result turned": TURNED + """p = Softmax (s)  z = MatMul (p, v)  t = Transpose <perm = [0, 2, 1, 3]> (z)
         y = Transpose <perm = [0, 2, 1, 3]> (t)""",
+    "capped": TURNED + """c = Constant <value_float = 1.5> ()  d = Constant <value_float = 0.7> ()  t = Div (s, c)
+        u = Tanh (t)  w = Mul (u, d)  p = Softmax (w)  y = MatMul (p, v)""",
+    "capped, then biased and hidden": TURNED + HIDING + """c = Constant <value_float = 1.5> ()  t = Div (s, c)
+        u = Tanh (t)  x = Mul (c, u)  b = Constant <value = float[7] {0,1,2,-1,0,3,1}> ()  a = Add (b, x)
+        h = Constant <value_float = -1e9> ()  z = Where (w, a, h)  p = Softmax (z)  y = MatMul (p, v)""",
+    "scaled by what follows from a shape": TURNED + """f = Shape (q)  i = Constant <value = int64 {3}> ()
+        g = Gather (f, i)  e = Cast <to = 1> (g)  r = Sqrt (e)  t = Div (s, r)
+        b = Constant <value = float[7] {0,1,2,-1,0,3,1}> ()  a = Add (t, b)  p = Softmax (a)  y = MatMul (p, v)""",
+    "multiplied by one number that the graph makes": TURNED + """c = ReduceMax <keepdims = 0> (q)  t = Mul (c, s)
+        p = Softmax (t)  y = MatMul (p, v)""",
+    "biased, then hidden by a low number": TURNED + HIDING + """h = Constant <value = float {-1e35}> ()
+        b = Constant <value = float[7] {0,1,2,-1,0,3,1}> ()  a = Add (s, b)
+        t = Where (w, a, h)  p = Softmax (t)  y = MatMul (p, v)""",
+    "a number that counts in their place": TURNED + HIDING + """h = Constant <value = float {-0.5}> ()
+        t = Where (w, s, h)  c = Constant <value_float = 1.5> ()  u = Mul (t, c)
+        b = Constant <value = float[7] {0,1,2,-1,0,3,1}> ()  a = Add (u, b)  p = Softmax (a)  y = MatMul (p, v)""",
     "a residual": TURNED + """p = Softmax (s)  z = MatMul (p, v)
         r = Relu (v)  m = ReduceMean <axes = [2]> (r)  y = Add (z, m)""",
 }  # fmt: skip
@@ -151,6 +167,102 @@ FORMS = {
 @pytest.mark.parametrize("body", FORMS.values(), ids=FORMS)
 def test_forms(body):
     check(model_of("{" + body + "}"), qkv())
+
+
+MASKED = {"low": -1e9, "not so low": -1e4, "the lowest of float16": -65504.0, "the lowest": -3.4028234663852886e38}
+
+
+@pytest.mark.parametrize("number", MASKED.values(), ids=MASKED)
+def test_numbers_in_the_place_of_scores(number):
+    """As masked_fill writes them: a query all of whose keys are hidden gets the mean of the values."""
+    body = (
+        TURNED
+        + """h = Constant <value = float {NUMBER}> ()  t = Where (first, h, s)  u = Where (second, t, h)
+        p = Softmax (u)  y = MatMul (p, v)"""
+    )
+    body = body.replace("NUMBER", repr(number))
+    inputs = "float[B,H,L,D] q, float[B,H,M,D] k, float[B,H,M,E] v, bool[B,1,1,M] first, bool[L,M] second"
+    first, second = np.zeros((B, 1, 1, 7), bool), np.tri(L, 7, dtype=bool)
+    first[0, ..., 5:], first[1, ..., :2] = True, True  # the first two queries of the second row see nothing
+    second[3] = False  # nor do these
+    given = qkv() | {"first": first, "second": second}
+    check(model_of("{" + body + "}", inputs), given)
+    given["first"] = np.zeros_like(first)
+    given["second"] = np.ones_like(second)  # nothing is hidden
+    check(model_of("{" + body + "}", inputs), given)
+
+
+@pytest.mark.parametrize("number", [-65504.0, -1e4])
+def test_numbers_in_the_place_of_scores_of_float16(number):
+    body = (
+        TURNED
+        + """c = Constant <value = float {NUMBER}> ()  h = Cast <to = 10> (c)  t = Where (m, h, s)
+        p = Softmax (t)  y = MatMul (p, v)"""
+    )
+    body = body.replace("NUMBER", repr(number))
+    model = model_of("{" + body + "}", "float16[B,H,L,D] q, float16[B,H,M,D] k, float16[B,H,M,E] v, bool[L,M] m",
+                     "float16[B,H,L,E] y")  # fmt: skip
+    mask = ~np.tri(L, 7, dtype=bool)
+    mask[2] = True
+    check(model, qkv(dtype=np.float16) | {"m": mask}, tolerance=2e-3)
+
+
+def test_ranks_that_only_a_transpose_tells():
+    """As torch writes before opset 13, whose axes are counted from the left, with sizes that are not known."""
+    model = parser.parse_model("""<ir_version: 7, opset_import: ["": 12]> g (float[B,L,16] x, int64[4] sh, float[L] m)
+        => (float[B,2,L,8] z) { x4 = Reshape (x, sh)  q = Transpose <perm=[0,2,1,3]> (x4)
+        t = Transpose <perm=[0,2,3,1]> (x4)  s = MatMul (q, t)  u = Add (s, m)  p = Softmax <axis=3> (u)
+        y = MatMul (p, q)  z = Relu (y) }""")
+    given = {"x": draw(2, 5, 16), "sh": np.array([2, 5, 2, 8]), "m": draw(5)}
+    check(model, given)
+    model.graph.node[5].attribute[0].i = 2
+    with pytest.raises(InvalidInputError, match="its axis is 2, not the last of 4"):
+        replace_attention(model)
+    unknown = parser.parse_model("""<ir_version: 7, opset_import: ["": 12]> g (float[B,L,16] x, int64[4] sh)
+        => (float[B,2,L,8] z) { q = Reshape (x, sh)  s = MatMul (q, q)  p = Softmax <axis=3> (s)
+        y = MatMul (p, q)  z = Relu (y) }""")
+    with pytest.raises(InvalidInputError, match="its axis is 3, and how many axes s has is not known"):
+        replace_attention(unknown)
+
+
+def test_biases_add_rows_and_columns():
+    """And a query of one axis is left alone: there is no row for it."""
+    body = "{ t = Transpose (k)  s = MatMul (q, t)  u = Add (s, b)  p = Softmax (u)  y = MatMul (p, v) }"
+    inputs = "float[Q,D] q, float[K,D] k, float[M,E] v, float[R,M] b"
+    for lq, lk in ((1, 4), (3, 1), (1, 1)):
+        given = {"q": draw(lq, 8), "k": draw(lk, 8), "v": draw(4, 5), "b": draw(3, 4)}
+        check(model_of(body, inputs, "float[R,E] y"), given)
+    body = "{ s = MatMul (x, a)  p = Softmax (s)  y = MatMul (p, v) }"
+    with pytest.raises(InvalidInputError, match="p: x has fewer than two axes"):
+        replace_attention(model_of(body, "float[D] x, float[D,M] a, float[M,E] v", "float[E] y"))
+
+
+def test_functions_of_the_model():
+    model = parser.parse_model("""<ir_version: 10, opset_import: ["": 17, "here": 1]>
+        g (float[B,L,8] x) => (float[B,L,8] y) { a = here.attend (x)  y = Relu (a) }
+        <domain: "here", opset_import: ["": 17]> attend (x) => (z) {
+        t = Transpose <perm = [0, 2, 1]> (x)  s = MatMul (x, t)  p = Softmax (s)  z = MatMul (p, x) }""")
+    check(model, {"x": draw(2, 5, 8)})
+
+
+@pytest.mark.filterwarnings("error")
+def test_nothing_warns_of_numbers_beyond_a_type():
+    body = (
+        TURNED
+        + """c = Constant <value_float = 4.0> ()  f = Cast <to = 10> (c)  t = Add (s, m)  u = Mul (t, f)
+        p = Softmax (u)  y = MatMul (p, v)"""
+    )
+    inputs = "float16[B,H,L,D] q, float16[B,H,M,D] k, float16[B,H,M,E] v, float16[M] m"
+    model = model_of("{" + body + "}", inputs, "float16[B,H,L,E] y")
+    mask = np.float16([0, 0, -60000, 0, -65504, 0, 0])
+    check(model, qkv(dtype=np.float16) | {"m": mask}, tolerance=4e-3)
+    body = (
+        TURNED
+        + """h = Constant <value = float {-3.4028234663852886e+38}> ()  t = Where (m, s, h)
+        c = Constant <value_float = 4.0> ()  u = Mul (t, c)  p = Softmax (u)  y = MatMul (p, v)"""
+    )
+    model = model_of("{" + body + "}", "float[B,H,L,D] q, float[B,H,M,D] k, float[B,H,M,E] v, bool[L,M] m")
+    check(model, qkv() | {"m": np.tri(L, 7, dtype=bool)})
 
 
 def test_double_precision():
@@ -308,21 +420,52 @@ LEFT = {
     "weights on the right": "s = MatMul (q, k)  p = Softmax (s)  y = MatMul (v, p)",
     "guarded with another number": TURNED + """c = Constant <value_float = 1.0> ()  p = Softmax (s)
         n = IsNaN (p)  g = Where (n, c, p)  y = MatMul (g, v)""",
-    "tanh of scores": TURNED + "t = Tanh (s)  p = Softmax (t)  y = MatMul (p, v)",
-    "a number that is not constant": TURNED + """c = ReduceMax <keepdims = 0> (q)  t = Mul (s, c)
+    "another function of scores": TURNED + "t = Exp (s)  p = Softmax (t)  y = MatMul (p, v)",
+    "biased before a cap": TURNED + """b = Constant <value = float[7] {0,1,2,-1,0,3,1}> ()  a = Add (b, s)
+        t = Tanh (a)  p = Softmax (t)  y = MatMul (p, v)""",
+    "biased before a number that is not constant": TURNED + """c = ReduceMax <keepdims = 0> (q)
+        b = Constant <value = float[7] {0,1,2,-1,0,3,1}> ()  a = Add (s, b)  t = Mul (a, c)
         p = Softmax (t)  y = MatMul (p, v)""",
-    "hidden by a number that is not low": TURNED + HIDING + """h = Constant <value = float {-10000.0}> ()
+    "numbers that are not constant": TURNED + """c = ReduceMax <keepdims = 1, axes = [-1]> (q)  t = Mul (s, c)
+        p = Softmax (t)  y = MatMul (p, v)""",
+    "another number for each query": TURNED + HIDING + """h = ReduceMax <keepdims = 1, axes = [-1]> (q)
         t = Where (w, s, h)  p = Softmax (t)  y = MatMul (p, v)""",
-    "biased, then hidden by a low number": TURNED + HIDING + """h = Constant <value = float {-1e35}> ()
-        b = Constant <value = float[7] {0,1,2,-1,0,3,1}> ()  a = Add (s, b)
-        t = Where (w, a, h)  p = Softmax (t)  y = MatMul (p, v)""",
 }  # fmt: skip
+REASONS = {
+    "softmax over queries": "p: its axis is 2, not the last of 4",
+    "scores taken twice": "no product of queries and keys: s is made by MatMul and taken by ReduceMax, Softmax",
+    "weights taken twice": "not what MatMul multiplies values by: p is made by Softmax and taken by MatMul, ReduceMax",
+    "weights on the right": "not what MatMul multiplies values by: p is made by Softmax and taken by MatMul",
+    "guarded with another number": "p is made by Softmax and taken by IsNaN, Where",
+    "another function of scores": "p: no product of queries and keys: t is made by Exp and taken by Softmax",
+    "biased before a cap": "p: scores are masked before Tanh",
+    "biased before a number that is not constant": "scores are masked, and then multiplied by c, which is no constant",
+    "numbers that are not constant": "Mul by what is no positive number: s, c",
+    "another number for each query": "Where without a constant number: s, h",
+}
 
 
-@pytest.mark.parametrize("body", LEFT.values(), ids=LEFT)
-def test_what_is_left_to_onnx_runtime(body):
-    with pytest.raises(InvalidInputError, match="no attention that can be replaced"):
-        replace_attention(model_of("{" + body + "}"))
+@pytest.mark.parametrize("name", LEFT)
+def test_what_is_left_to_onnx_runtime(name):
+    model = model_of("{" + LEFT[name] + "}")
+    with pytest.raises(InvalidInputError, match="no attention that can be replaced") as error:
+        replace_attention(model)
+    assert REASONS[name] in str(error.value)
+
+
+def test_one_is_found_and_another_left():
+    body = TURNED + "p = Softmax (s)  a = MatMul (p, v)  e = Exp (a)  y = Softmax (e)"
+    ours = check(model_of("{" + body + "}"), qkv())
+    assert ours.attentions == ("p",) and list(ours.left) == ["y"]
+    assert ours.left["y"] == "no product of queries and keys: e is made by Exp and taken by Softmax"
+
+
+def test_what_subgraphs_have_is_not_looked_at():
+    body = """{ y = If (flag) <then_branch = yes () => (float[L,D] r) { r = Relu (x) },
+        else_branch = no () => (float[L,D] r) { t = Transpose (x)  s = MatMul (x, t)  p = Softmax (s)
+        r = MatMul (p, x) }> }"""
+    with pytest.raises(InvalidInputError, match="Softmax: there is none outside of subgraphs"):
+        replace_attention(model_of(body, "float[L,D] x, bool flag", "float[L,D] y"))
 
 
 @pytest.mark.parametrize("name", ["s", "p"])
@@ -360,6 +503,10 @@ def test_the_examples_in_the_docstrings_hold():
 def test_wrong_models():
     with pytest.raises(InvalidInputError, match="model is a dict"):
         replace_attention({})
+    with pytest.raises(InvalidInputError, match="not a model of ONNX"):
+        replace_attention(b"junk")
+    with pytest.raises(FileNotFoundError):
+        replace_attention("there is no such file.onnx")
     model = model_of("{ a = Relu (q)  y = Softmax (a) }", "float[B,H,L,D] q", "float[B,H,L,D] y")
     with pytest.raises(InvalidInputError, match="no attention"):
         replace_attention(model)
