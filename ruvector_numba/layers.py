@@ -143,5 +143,7 @@ def _attending(name: str, array: Array) -> Array:
         return ~array
     if array.size and not array.min() >= 0:  # NaN neither
         hint = "numbers above 0.5 hide; a mask that is added to scores goes in as rv.masks.All([mask])"
+        if name == "key_padding_mask":
+            hint = "numbers above 0.5 hide; torch's float form, of 0 and -inf, is key_padding_mask == -numpy.inf here"
         raise InvalidMaskError(f"{name} has negative numbers or NaN", hint=hint)
     return ~(array > 0.5)

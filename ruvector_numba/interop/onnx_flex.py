@@ -73,9 +73,9 @@ def flex_attention(
     InvalidInputError, InvalidConfigError, InvalidMaskError, DimensionMismatchError
         Also for a subgraph that does something else, whose operator is named.
 
-    Notes
-    -----
-    Source: https://onnx.ai/onnx/operators/onnx_aionnxpreview_FlexAttention.html
+    References
+    ----------
+    .. [1] The operator FlexAttention, https://onnx.ai/onnx/operators/onnx_aionnxpreview_FlexAttention.html
 
     Examples
     --------
