@@ -14,7 +14,9 @@ from ..checks import Array
 
 __all__ = ["Graph", "attributes", "captured"]
 
-EACH = ("Add", "Cast", "Div", "Dropout", "Identity", "Mul", "Neg", "Softmax", "Sqrt", "Sub", "Tanh", "Where")
+SAME = ("Cast", "Dropout", "Identity", "Neg", "Relu", "Slice", "Softmax", "Split", "Sqrt", "Tanh")  # its axes
+OTHERS = ("Gather", "Reshape", "Squeeze", "Transpose", "Unsqueeze")
+BROADCASTING = ("Add", "Div", "MatMul", "Mul", "Sub", "Where")
 
 
 class Graph:
@@ -28,6 +30,7 @@ class Graph:
         self.initializers = {x.name: x for x in model.graph.initializer}
         self.maker = {name: at for at, node in enumerate(self.nodes) for name in node.output if name}
         self.takers: dict[str, list[int]] = defaultdict(list)
+        self._ranks: dict[str, int] | None = None
         for at, node in enumerate(self.nodes):
             for name in captured(node):
                 self.takers[name].append(at)
@@ -49,32 +52,46 @@ class Graph:
         return node.op_type in kinds and node.domain in ("", "ai.onnx")
 
     def rank(self, name: str) -> int | None:
-        """The number of axes, if it was inferred, or if a Transpose tells."""
+        """The number of axes, if it was inferred, or if the nodes before it tell: inference ends at unknown sizes."""
+        if self._ranks is None:
+            self._ranks = {name: len(x.dims) for name, x in self.initializers.items()}
+            self._ranks |= {name: len(sizes) for name in self.types if (sizes := self._sizes(name)) is not None}
+            for at, node in enumerate(self.nodes):
+                after = self._rank_after(node) if self.is_a(at, *SAME, *BROADCASTING, *OTHERS) else None
+                if after is not None:
+                    self._ranks.update((name, after) for name in node.output if name not in self._ranks)
+        return self._ranks.get(name)
+
+    def _rank_after(self, node: onnx.NodeProto) -> int | None:
+        """Of what a node makes."""
+        if node.op_type == "Transpose" and (perm := attributes(node).get("perm")):
+            return len(perm)
+        if node.op_type == "Reshape":
+            sizes = self._sizes(node.input[1])
+            return sizes[0] if sizes and sizes[0] else None
+        assert self._ranks is not None
+        ranks = [
+            self._ranks.get(name) for name in node.input[: None if node.op_type in (*BROADCASTING, "Gather") else 1]
+        ]
+        known = [rank for rank in ranks if rank is not None]
+        if len(known) < len(ranks):
+            return None
+        if node.op_type == "Gather":
+            return sum(known) - 1
+        if node.op_type in ("Squeeze", "Unsqueeze"):
+            axes = attributes(node).get("axes") if len(node.input) < 2 else self._constant(node.input[1])
+            return None if axes is None else known[0] + len(axes) * (1 if node.op_type == "Unsqueeze" else -1)
+        return max(known)
+
+    def _sizes(self, name: str) -> list[int] | None:
+        """Of the axes, if they were inferred; 0 where one is not known."""
         there = self.types.get(name)
         tensor = there.type.tensor_type if there is not None else None
-        if tensor is not None and tensor.HasField("shape"):
-            return len(tensor.shape.dim)
-        if name in self.initializers:
-            return len(self.initializers[name].dims)
-        at = self.maker.get(name)
-        if at is None:
-            return None
-        if self.is_a(at, "Transpose"):
-            perm = attributes(self.nodes[at]).get("perm")
-            return self.rank(self.nodes[at].input[0]) if perm is None else len(perm)
-        if not self.is_a(at, "MatMul", *EACH):
-            return None
-        inputs = self.nodes[at].input[: 1 if self.is_a(at, "Dropout") else None]  # which has numbers of its own
-        ranks = [self.rank(x) for x in inputs]
-        known = [rank for rank in ranks if rank is not None]
-        return max(known) if len(known) == len(ranks) else None
+        return [d.dim_value for d in tensor.shape.dim] if tensor is not None and tensor.HasField("shape") else None
 
     def is_single(self, name: str) -> bool:
         """Is it known to be one number, whatever that is, of one axis or none?"""
-        there = self.types.get(name)
-        tensor = there.type.tensor_type if there is not None else None
-        sizes = [d.dim_value for d in tensor.shape.dim] if tensor is not None and tensor.HasField("shape") else None
-        return sizes in ([], [1])
+        return self._sizes(name) in ([], [1])
 
     def told(self, name: str) -> str:
         """Where a value comes from and who takes it, if it is not what was looked for."""

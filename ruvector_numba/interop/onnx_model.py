@@ -40,10 +40,11 @@ def replace_attention(
     """Run the attention of a model on this package's kernels, and all else in ONNX Runtime.
 
     Found are nodes of the operator Attention, opsets 23 to 28, and attention that is written out, in models of any
-    opset: MatMul; then Mul or Div by a number, Tanh (a softcap), Add of a mask or bias, Where that puts a constant in
-    the place of scores (-inf, -1e9, the lowest number or any other), in any order and number; then Softmax over the
-    keys and MatMul. Functions of the model are inlined. Attention inside of subgraphs (If, Loop), of other operators
-    (Einsum) or of other types than float16, float32 and float64 stays where it is; `AttentionModel.left` says why.
+    opset: MatMul or Einsum; then Mul or Div by a number, Tanh (a softcap), Add of a mask or bias, Where that puts a
+    constant in the place of scores (-inf, -1e9, the lowest number or any other), in any order and number; then Softmax
+    over the keys, and MatMul or Einsum. Functions of the model are inlined. Attention inside of subgraphs (If, Loop),
+    of other operators or of other types than float16, float32 and float64 stays where it is; `AttentionModel.left` says
+    why.
 
     Parameters
     ----------

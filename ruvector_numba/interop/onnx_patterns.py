@@ -247,24 +247,23 @@ def _written_out(graph: Graph, softmax: int) -> WrittenOut:
     node = graph.nodes[softmax]
     scores = _back(graph, node.input[0])
     weights, between = _forth(graph, node.output[0])
-    second = graph.taken_by(weights, "MatMul")
-    if second is None or graph.nodes[second].input[0] != weights:
+    second = graph.taken_by(weights, "MatMul", "Einsum")
+    if second is None:
         raise Left(f"the weights are not what MatMul multiplies values by: {graph.told(weights)}")
     product, output = graph.nodes[scores.product], graph.nodes[second].output[0]
     axis = _axis(graph, node, [*product.input, *(term.name for term in scores.terms)])
-    query, key = (_operand(graph, name) for name in product.input)
-    value = _operand(graph, graph.nodes[second].input[1])
-    for name in (*product.input, graph.nodes[second].input[1]):
+    query, key = _factors(graph, product)
+    value, turn = _weighted(graph, graph.nodes[second], weights)
+    for name in (*product.input, *graph.nodes[second].input):
         if (graph.rank(name) or 2) < 2:
             raise Left(f"{name} has fewer than two axes")
     nodes = [*scores.nodes, scores.product, softmax, *between, second]
     nodes += [x.node for x in (query, key, value) if x.node is not None]
-    turned, turn = graph.taken_by(output, "Transpose"), None
-    if turned is not None:
-        turn = attributes(graph.nodes[turned]).get("perm")
-        if turn is not None:
-            nodes.append(turned)
-            output = graph.nodes[turned].output[0]
+    turned = graph.taken_by(output, "Transpose")
+    perm = None if turned is None else attributes(graph.nodes[turned]).get("perm")
+    if turned is not None and perm is not None:
+        nodes.append(turned)
+        output, turn = graph.nodes[turned].output[0], perm if turn is None else [turn[axis] for axis in perm]
     inputs = [query.name, key.name, value.name, *(term.name for term in scores.terms)]
     inputs += [name for name, _ in scores.factors]
     return WrittenOut(node.name or node.output[0], nodes, inputs, [output], query, key, value, scores, axis, turn)
@@ -288,10 +287,69 @@ def _axis(graph: Graph, node: onnx.NodeProto, parts: Sequence[str]) -> int | Non
     return int(axis)
 
 
-def _operand(graph: Graph, name: str) -> Operand:
+def _operand(graph: Graph, name: str, order: Sequence[int] | None = None) -> Operand:
+    """A value as a product takes it, its axes in this order."""
     at = graph.made_by(name, "Transpose")
     turn = None if at is None else attributes(graph.nodes[at]).get("perm")
-    return Operand(name) if at is None or turn is None else Operand(graph.nodes[at].input[0], turn, at)
+    if at is None or turn is None:
+        return Operand(name, order)
+    return Operand(graph.nodes[at].input[0], turn if order is None else [turn[axis] for axis in order], at)
+
+
+def _factors(graph: Graph, product: onnx.NodeProto) -> tuple[Operand, Operand]:
+    """Queries (..., Lq, D) and keys (..., D, Lk), of which a product makes scores."""
+    if product.op_type == "MatMul":
+        return _operand(graph, product.input[0]), _operand(graph, product.input[1])
+    (first, second), output = _letters(product)
+    named = [(product.input[0], first), (product.input[1], second)]
+    (query, rows), (key, columns) = named if output[-2] in first else reversed(named)
+    summed = _single(product, set(first) & set(second) - set(output))
+    return (
+        _operand(graph, query, _order(product, rows, output[:-1] + summed)),
+        _operand(graph, key, _order(product, columns, output[:-2] + summed + output[-1])),
+    )
+
+
+def _weighted(graph: Graph, product: onnx.NodeProto, weights: str) -> tuple[Operand, Sequence[int] | None]:
+    """Values (..., Lk, Dv), and how the axes of what comes out are turned."""
+    at = list(product.input).index(weights)
+    if product.op_type == "MatMul":
+        if at:
+            raise Left(f"the weights are not what MatMul multiplies values by: {weights} is its second input")
+        return _operand(graph, product.input[1]), None
+    letters, output = _letters(product)
+    rows, columns = letters[at], letters[1 - at]
+    channels = _single(product, set(columns) - set(rows))
+    order = _order(product, columns, rows[:-2] + rows[-1] + channels)
+    return _operand(graph, product.input[1 - at], order), _order(product, rows[:-1] + channels, output)
+
+
+def _letters(einsum: onnx.NodeProto) -> tuple[list[str], str]:
+    """Of the axes of its two inputs, and of its output."""
+    equation = attributes(einsum)["equation"].decode()
+    inputs, _, output = equation.replace(" ", "").partition("->")
+    parts = inputs.split(",")
+    if len(parts) != 2 or not all(x.isalpha() and len(set(x)) == len(x) > 1 for x in (*parts, output)):
+        raise Left(f"Einsum {equation} is no product of matrices")
+    return parts, output
+
+
+def _order(einsum: onnx.NodeProto, letters: str, wanted: str) -> list[int]:
+    """Where each of the wanted axes is."""
+    if sorted(letters) != sorted(wanted):
+        raise _other_sum(einsum)
+    return [letters.index(x) for x in wanted]
+
+
+def _single(einsum: onnx.NodeProto, letters: set[str]) -> str:
+    if len(letters) != 1:
+        raise _other_sum(einsum)
+    return letters.pop()
+
+
+def _other_sum(einsum: onnx.NodeProto) -> Left:
+    equation = attributes(einsum)["equation"].decode()
+    return Left(f"Einsum {equation} is no product of queries and keys, or of weights and values")
 
 
 def _forth(graph: Graph, name: str) -> tuple[str, list[int]]:
@@ -321,11 +379,11 @@ def _guard(graph: Graph, name: str) -> list[int]:
 
 def _back(graph: Graph, name: str, factor: float = 1.0, steps: int = 0) -> Scores:
     """From a score that is multiplied by `factor` later on back to the product of queries and keys."""
-    at = graph.made_by(name, "MatMul", "Add", "Mul", "Div", "Tanh", "Where")
+    at = graph.made_by(name, "MatMul", "Einsum", "Add", "Mul", "Div", "Tanh", "Where")
     if at is None:
         raise Left(f"no product of queries and keys: {graph.told(name)}", steps)
     node = graph.nodes[at]
-    if node.op_type == "MatMul":
+    if node.op_type in ("MatMul", "Einsum"):
         return Scores(scale=factor, product=at)
     back = {"Add": _back_from_add, "Where": _back_from_where, "Tanh": _back_from_tanh}.get(
         node.op_type, _back_from_number
