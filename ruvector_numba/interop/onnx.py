@@ -133,7 +133,8 @@ def attention(
     Raises
     ------
     InvalidInputError, InvalidMaskError, InvalidConfigError, DimensionMismatchError
-        Before any work; the message names the operator's argument.
+        Before any work; the message names the operator's argument. Other keywords are attributes that the operator does
+        not have, an InvalidConfigError.
 
     Notes
     -----
