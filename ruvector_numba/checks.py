@@ -78,6 +78,8 @@ def call(
     """Check the arguments of attention."""
     given = (("query", query), ("key", key), ("value", value))
     query, key, value = (readable(name, x, may_be_half=True, dtype=dtype) for name, x in given)
+    if dtype is not None:  # ml_dtypes.bfloat16 and its bits are one type then
+        key, value = key.view(query.dtype), value.view(query.dtype)
     enable_gqa = switch("enable_gqa", enable_gqa)
     if not query.shape[:-2] == key.shape[:-2] == value.shape[:-2] or not query.dtype == key.dtype == value.dtype:
         _check_heads_and_dtypes(query, key, value, enable_gqa)
@@ -85,7 +87,8 @@ def call(
     if D != Dk or Lk != value.shape[-2]:
         _refuse_sizes(query, key, value)
     heads, batch = query.shape[-3] if query.ndim > 2 else 1, query.shape[:-3]
-    seen = masks.resolve(attn_mask, switch("is_causal", is_causal), batch, heads, Lq, Lk, query.dtype)
+    of_mask = query.dtype if dtype is None else halves.BITS
+    seen = masks.resolve(attn_mask, switch("is_causal", is_causal), batch, heads, Lq, Lk, of_mask)
     scale = scale_of(scale, D)
     if softcap is not None:
         softcap = real_number("softcap", softcap)
@@ -128,9 +131,16 @@ def floats(name: str, x: ArrayLike, said: str | None = None) -> Array:
     """The argument as a float32 or float64 array; `said` is what a hint calls it, if not by its name."""
     array = x if type(x) is np.ndarray else from_sequence(name, x, f"pass {said}.filled(0)" if said else None)
     if array.dtype not in FLOATS or not array.dtype.isnative:
-        hint = f"cast it: {said or name}.astype(numpy.float32)"
+        hint = f"cast it: {_to_float32(said or name, array.dtype)}"
         raise InvalidInputError(f"{name} has dtype {array.dtype}, not float32 or float64", hint=hint)
     return array
+
+
+def _to_float32(name: str, dtype: np.dtype[Any]) -> str:
+    """How to write an array as one of float32."""
+    if dtype != halves.BITS:
+        return f"{name}.astype(numpy.float32)"
+    return f"{halves.cast(name, dtype, FLOATS[0])}, if it holds the bits of bfloat16 numbers"
 
 
 def scale_of(scale: object, D: int) -> float:
@@ -159,10 +169,10 @@ def readable(name: str, x: ArrayLike, may_be_half: bool = False, dtype: str | No
     if dtype is not None:
         check_bits(name, x, dtype)
     elif not (x.dtype in FLOATS or is_half) or not x.dtype.isnative:
-        hint = f"cast it: {name}.astype(numpy.float32)"
+        hint = f"cast it: {_to_float32(name, x.dtype)}"
         if x.dtype.kind == "c":
             hint = f"attention is real: take {name}.real, or stack real and imaginary parts"
-        elif x.dtype.kind in "OSUV":
+        elif x.dtype.kind in "OSU" or x.dtype.name.startswith("void"):  # kind V are the types of ml_dtypes too
             hint = f"give numbers; of objects or text make an array of floats first: numpy.array({name}, float)"
         elif x.dtype == halves.BITS and may_be_half:
             hint = f'cast it, or pass dtype="bfloat16" if {name} holds the bits of bfloat16 numbers'
@@ -307,8 +317,10 @@ def gradient(name: str, x: ArrayLike, shape: Shape, dtype: np.dtype[Any]) -> Arr
     """Check the gradient of a result."""
     array = x if type(x) is np.ndarray else from_sequence(name, x)
     is_number = (array.dtype.kind in "fiu" and array.dtype.itemsize <= 8) or halves.is_bfloat16(array.dtype)
+    if dtype == halves.BITS:
+        array = halves.stored(array)
     if not is_number or (isinstance(x, np.ndarray) and array.dtype != dtype):
-        hint = f"cast it: {name}.astype(numpy.{dtype})"
+        hint = f"cast it: {halves.cast(name, array.dtype, dtype)}"
         raise InvalidInputError(f"{name} has dtype {array.dtype}, the call had {dtype}", hint=hint)
     if array.shape != shape:
         raise DimensionMismatchError(

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["BITS", "arithmetic", "is_bfloat16", "is_half", "rounded", "stored", "widened"]
+__all__ = ["BITS", "arithmetic", "cast", "is_bfloat16", "is_half", "rounded", "spelled", "stored", "widened"]
 
 Array = NDArray[Any]
 BITS = np.dtype(np.uint16)
@@ -37,6 +37,26 @@ def is_half(dtype: np.dtype[Any]) -> bool:
 def arithmetic(dtype: np.dtype[Any]) -> np.dtype[Any]:
     """What elements of a stored type are computed in."""
     return np.dtype(np.float32) if dtype in _HALF else dtype
+
+
+def spelled(dtype: np.dtype[Any]) -> str:
+    """How a dtype is written in a program."""
+    return f"{'ml_dtypes' if is_bfloat16(dtype) else 'numpy'}.{dtype.name}"
+
+
+def cast(name: str, given: np.dtype[Any], wanted: np.dtype[Any]) -> str:
+    """How to write an array in another dtype, for hints; uint16 is taken for the bits of bfloat16 numbers.
+
+    Whoever casts those by ``astype`` gets other numbers, and no error.
+    """
+    if given == BITS:
+        if is_bfloat16(wanted):
+            return f"{name}.view(ml_dtypes.bfloat16)"
+        wide = f"({name}.astype(numpy.uint32) << 16).view(numpy.float32)"
+        return wide if wanted == np.float32 else f"{wide}.astype({spelled(wanted)})"
+    if wanted == BITS:
+        return f"{name}{'' if is_bfloat16(given) else '.astype(ml_dtypes.bfloat16)'}.view(numpy.uint16)"
+    return f"{name}.astype({spelled(wanted)})"
 
 
 def widened(x: Array) -> Array:

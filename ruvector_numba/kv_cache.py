@@ -51,8 +51,7 @@ class KeyValueCache:
         B, H, most, d_k = self.keys.shape
         shapes = {"x.shape": x.shape, "cache": self}
         if dtype != self.keys.dtype:
-            package = "ml_dtypes" if halves.is_bfloat16(dtype) else "numpy"
-            hint = f"cast x, or ask for new_cache(batch, max_len, dtype={package}.{dtype})"
+            hint = f"cast x, or ask for new_cache(batch, max_len, dtype={halves.spelled(dtype)})"
             raise InvalidInputError(f"x is {dtype}, the cache is {self.keys.dtype}", shapes=shapes, hint=hint)
         if x.shape[0] != B or (H, d_k) != (heads, config.d_k):
             hint = "the cache was made for another batch, or by another layer"

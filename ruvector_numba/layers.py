@@ -7,12 +7,12 @@ a number above 0.5. In the functions `attn_mask` attends, as in torch's function
 from __future__ import annotations
 
 import secrets
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from . import gpu, masks
+from . import gpu, halves, masks
 from .checks import Shape, check_not_masked, floats, from_sequence, switch
 from .config import AttentionConfig
 from .errors import DimensionMismatchError, InvalidConfigError, InvalidInputError, InvalidMaskError
@@ -89,15 +89,18 @@ def batch(
     given = {"query": query, "key": key, "value": value}
     for name, x in given.items():
         check_not_masked(name, x, f"pass {name}.filled(0) and hide keys by mask or key_padding_mask")
-    arrays = {name: floats(name, x) for name, x in given.items()}
+    arrays = {name: from_sequence(name, x) for name, x in given.items()}
+    is_mixed = len({x.dtype for x in arrays.values()}) > 1
+    if is_mixed and any(halves.is_half(halves.stored(x).dtype) for x in arrays.values()):
+        _refuse_types(arrays)  # and not the half one, which would be as good as the others
+    arrays = {name: floats(name, x) for name, x in arrays.items()}
     shapes = {f"{name}.shape": x.shape for name, x in arrays.items()}
     for name, x in arrays.items():
         if x.ndim != 3:
             hint = "give (batch, length, channels); for one sequence, x[None]"
             raise InvalidInputError(f"{name} has {x.ndim} axes", shapes=shapes, hint=hint)
     if len({x.dtype for x in arrays.values()}) > 1:
-        dtypes = {f"{name}.dtype": x.dtype for name, x in arrays.items()}
-        raise InvalidInputError("query, key and value differ in dtype", shapes=dtypes, hint="cast them to one")
+        _refuse_types(arrays)
     if len({x.shape[0] for x in arrays.values()}) > 1:
         hint = "the first axis is the batch; numpy.broadcast_to repeats one without a copy"
         raise InvalidInputError("Batch sizes must match across Q, K, V", shapes=shapes, hint=hint)
@@ -127,6 +130,11 @@ def sequences(name: str, x: ArrayLike, width: int) -> Array:
         hint = f"the layer was built for {width} channels"
         raise DimensionMismatchError(width, array.shape[2], shapes={f"{name}.shape": array.shape}, hint=hint)
     return array if array.flags.aligned else array.copy()
+
+
+def _refuse_types(arrays: dict[str, Array]) -> NoReturn:
+    dtypes = {f"{name}.dtype": x.dtype for name, x in arrays.items()}
+    raise InvalidInputError("query, key and value differ in dtype", shapes=dtypes, hint="cast them to one")
 
 
 def hidden(mask: Any, scores: tuple[int, int, int, int], per_head: bool) -> masks.Mask | Array | None:
@@ -187,5 +195,7 @@ def _attending(name: str, array: Array) -> Array:
         return ~array
     if array.size and not array.min() >= 0:  # NaN neither
         hint = "numbers above 0.5 hide; a mask that is added to scores goes in as rv.masks.All([mask])"
+        if name == "key_padding_mask":
+            hint = "numbers above 0.5 hide; torch's float form, of 0 and -inf, is key_padding_mask == -numpy.inf here"
         raise InvalidMaskError(f"{name} has negative numbers or NaN", hint=hint)
     return ~(array > 0.5)

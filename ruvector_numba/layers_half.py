@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from . import checks, halves
+from . import checks, halves, masks
 from .results import AttentionGradients
 
-__all__ = ["Rounded", "half_type", "widened"]
+__all__ = ["Rounded", "half_type", "widened", "widened_mask"]
 
 Array = NDArray[Any]
 
@@ -38,6 +38,19 @@ def widened(*arrays: ArrayLike) -> tuple[tuple[Any, ...], np.dtype[Any] | None]:
     return arrays if kind is None else tuple(halves.widened(np.asarray(x)) for x in arrays), kind
 
 
+def widened_mask(mask: Any) -> Any:
+    """A layer's mask with arrays of half precision in float32, those inside of a mask object too."""
+    if isinstance(mask, masks.All):
+        return masks.All([widened_mask(part) for part in mask.parts])
+    return halves.widened(mask) if isinstance(mask, np.ndarray) and half_type(mask.dtype) else mask
+
+
+def _type_of_bias(mask: Any) -> np.dtype[Any] | None:
+    """Of the float array in a mask object: its gradient is of that type."""
+    parts = mask.parts if isinstance(mask, masks.All) else ()
+    return next((x.dtype for x in parts if isinstance(x, np.ndarray) and x.dtype != bool), None)
+
+
 @dataclass(frozen=True, eq=False)
 class Rounded:
     """A layer's pass over widened inputs, seen by who gave the others."""
@@ -45,10 +58,11 @@ class Rounded:
     record: Any
     inputs: tuple[Any, ...]
     output: Array
+    bias: np.dtype[Any] | None  # the type of the float mask
 
     @classmethod
-    def of(cls, record: Any, inputs: tuple[Any, ...], kind: np.dtype[Any]) -> Rounded:
-        return cls(record, inputs, halves.rounded(record.output, kind))
+    def of(cls, record: Any, inputs: tuple[Any, ...], mask: Any, kind: np.dtype[Any]) -> Rounded:
+        return cls(record, inputs, halves.rounded(record.output, kind), _type_of_bias(mask))
 
     @property
     def mask(self) -> Any:
@@ -68,4 +82,6 @@ class Rounded:
         kind = self.output.dtype
         grad = checks.gradient("grad_output", grad_output, self.output.shape, kind)
         g = self.record.backward(halves.widened(grad))
-        return replace(g, **{name: halves.rounded(getattr(g, name), kind) for name in ("query", "key", "value")})
+        kinds = {"query": kind, "key": kind, "value": kind, "bias": self.bias}
+        made = {name: (getattr(g, name), kind) for name, kind in kinds.items()}
+        return replace(g, **{n: halves.rounded(x, kind) for n, (x, kind) in made.items() if x is not None and kind})

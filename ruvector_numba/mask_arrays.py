@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -26,7 +28,7 @@ def as_mask(value: object, may_be_bits: bool = False) -> Array:
         raise InvalidMaskError(
             f"dtype {array.dtype}; a mask is bool (True = attend) or float (added to the scores)",
             shapes={"attn_mask.shape": array.shape},
-            hint="attn_mask.astype(bool), if non-zero means attend" if array.dtype.kind in "iu" else None,
+            hint=_cast_hint(array.dtype),
         )
     if not (array.dtype.isnative and array.flags.aligned):  # kernels read neither
         array = array.astype(array.dtype.newbyteorder("="))
@@ -42,14 +44,36 @@ def resolved(array: Array, call: Call) -> Visibility:
         )
     if array.dtype.kind == "b":
         return Visibility(allowed=array)
-    is_wide = call.dtype.itemsize == 2 and (array.dtype == np.float32 or halves.is_bfloat16(array.dtype))
+    is_bits = array.dtype == halves.BITS
+    if is_bits and call.dtype != halves.BITS:
+        raise InvalidMaskError(
+            "dtype uint16; a mask is bool (True = attend) or float (added to the scores)",
+            shapes={"attn_mask.shape": array.shape},
+            hint=bits_hint(),
+        )
+    is_half = call.dtype.itemsize == 2
+    is_wide = is_half and (array.dtype == np.float32 or halves.is_bfloat16(array.dtype))
     if array.dtype != call.dtype and not is_wide:
+        cast = halves.cast("attn_mask", array.dtype, call.dtype).replace("numpy.", "np.")
         raise InvalidMaskError(
             f"a float mask has the dtype of the inputs, but it is {array.dtype} and they are {call.dtype}",
             shapes={"attn_mask.dtype": array.dtype, "query.dtype": call.dtype},
-            hint=f"cast the mask: attn_mask.astype(np.{call.dtype})",
+            hint=f"cast the mask: {cast}" + ", or attn_mask.astype(np.float32)" * is_half,
         )
     return Visibility(bias=array)
+
+
+def _cast_hint(dtype: np.dtype[Any]) -> str | None:
+    if dtype == halves.BITS:
+        return bits_hint()
+    return "attn_mask.astype(bool), if non-zero means attend" if dtype.kind in "iu" else None
+
+
+def bits_hint() -> str:
+    return (
+        "attn_mask.view(ml_dtypes.bfloat16), if these are the bits of bfloat16 numbers; "
+        "attn_mask != 0, if non-zero means attend"
+    )
 
 
 def dense(array: Array, Lq: int, Lk: int) -> NDArray[np.bool_]:
@@ -58,6 +82,8 @@ def dense(array: Array, Lq: int, Lk: int) -> NDArray[np.bool_]:
             "the shape of an array does not broadcast to (..., Lq, Lk)",
             shapes={"array.shape": array.shape, "(Lq, Lk)": (Lq, Lk)},
         )
+    if array.dtype == halves.BITS:
+        raise InvalidMaskError('dtype uint16, which a call with dtype="bfloat16" takes for bits', hint=bits_hint())
     return array if array.dtype.kind == "b" else ~np.isneginf(array)
 
 

@@ -416,7 +416,7 @@ class All(Mask):
             elif isinstance(part, Mask):
                 flat.extend(() if isinstance(part, Full) else (part,))
             elif part is not None:
-                flat.append(mask_arrays.as_mask(part))
+                flat.append(mask_arrays.as_mask(part, may_be_bits=True))  # the call tells
         floats = [part for part in flat if isinstance(part, np.ndarray) and part.dtype.kind != "b"]
         if len(floats) > 1:
             raise InvalidMaskError(

@@ -222,8 +222,9 @@ class MultiHeadAttention(Trainable, TrainableAttention):
             return gpu_layers.multi_head(config, self._parameters, widths, arrays, *parts)
         (q, k, v), half = layers_half.widened(query, key, value)
         if half is not None:
-            record = self._attend(q, k, v, mask, key_padding_mask, dropout, seed)
-            return layers_half.Rounded.of(record, (query, key, value), half)
+            wide = layers_half.widened_mask(mask), layers_half.widened_mask(key_padding_mask)
+            record = self._attend(q, k, v, *wide, dropout, seed)
+            return layers_half.Rounded.of(record, (query, key, value), mask, half)
         inputs = layers.batch(query, key, value, (config.d_model, self.kdim, self.vdim), config.max_seq_len)
         (B, Lq, _), Lk = inputs[0].shape, inputs[1].shape[1]
         for x in inputs:

@@ -186,7 +186,8 @@ class ScaledDotProductAttention(Trainable, TrainableAttention):
             return gpu_layers.one_head(config, (query, key, value), mask, dropout, seed, device)
         (q, k, v), half = layers_half.widened(query, key, value)
         if half is not None:
-            return layers_half.Rounded.of(self._attend(q, k, v, mask, dropout, seed), (query, key, value), half)
+            record = self._attend(q, k, v, layers_half.widened_mask(mask), dropout, seed)
+            return layers_half.Rounded.of(record, (query, key, value), mask, half)
         query, key, value = layers.batch(query, key, value, (config.d_model, config.d_model, None), config.max_seq_len)
         B, Lq, Lk = *query.shape[:2], key.shape[1]
         seen = layers.hidden(mask, (B, 1, Lq, Lk), per_head=False)

@@ -70,3 +70,39 @@ def test_the_operator_of_onnx_reads_them_as_they_lie(kind):
                                                 enable_gqa=True), kind)  # fmt: skip
     direct = rv.scaled_dot_product_attention(q, k, v, bias, enable_gqa=True)
     assert got.Y.tobytes() == direct.tobytes()
+
+
+@kinds
+@pytest.mark.parametrize("made", [rv.MultiHeadAttention, rv.ScaledDotProductAttention])
+@pytest.mark.parametrize("rule", [None, rv.masks.Causal()], ids=["alone", "and a rule"])
+def test_a_float_mask_of_a_layer_may_be_of_half_precision(made, rule, kind):
+    layer = made(rv.AttentionConfig(d_model=16, num_heads=2, dropout=0.0), seed=0)
+    x, bias = draw((2, 9, 16), kind), draw((9, 9), kind, 1)
+    results = []
+    for array in (bias, bias.astype(np.float32)):
+        output, cache = layer.forward_cached(x, x, x, rv.masks.All([array, rule]))
+        results.append((output, layer.backward(x, cache)))
+    (output, g), (expected, wanted) = results
+    np.testing.assert_array_equal(output.view(np.uint16), expected.view(np.uint16))
+    assert g.query.dtype == g.bias.dtype == kind and wanted.bias.dtype == np.float32
+    near(g.bias, wanted.bias, kind)
+
+
+@kinds
+def test_numbers_that_hide_may_be_of_half_precision(kind):
+    layer = rv.MultiHeadAttention(rv.AttentionConfig(d_model=16, num_heads=2, dropout=0.0), seed=0)
+    x, mask, padding = draw((2, 9, 16), kind), np.triu(np.ones((9, 9)), 1), np.repeat([[0.0, 1.0]], [6, 3], axis=1)
+    padding = np.tile(padding, (2, 1))
+    wanted = layer(x, mask=mask, key_padding_mask=padding)
+    got = layer(x, mask=mask.astype(kind), key_padding_mask=padding.astype(kind))
+    np.testing.assert_array_equal(got.view(np.uint16), wanted.view(np.uint16))
+
+
+@kinds
+@pytest.mark.parametrize("made", [rv.MultiHeadAttention, rv.ScaledDotProductAttention])
+def test_mixed_types_are_called_so(made, kind):
+    layer = made(rv.AttentionConfig(d_model=16, num_heads=2))
+    x = draw((2, 9, 16), kind)
+    for mixed in ((x, x.astype(np.float32), x), (x.astype(np.float64), x, x), (x.tolist(), x, x)):
+        with pytest.raises(rv.InvalidInputError, match="query, key and value differ in dtype"):
+            layer.forward(*mixed)

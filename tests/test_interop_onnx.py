@@ -294,7 +294,15 @@ WRONG = {
     "scale": ({"scale": -0.5}, InvalidConfigError, "scale is -0.5"),
     "scale as text": ({"scale": "0.5"}, InvalidInputError, "scale"),
     "opset": ({"opset": 22}, InvalidConfigError, "opset is 22.*\n.*since opset 23"),
-    "opset to come": ({"opset": 99}, InvalidConfigError, "opset is 99"),
+    "opset to come": ({"opset": 99}, InvalidConfigError, "opset is 99.*\n.*newer opsets"),
+    "bits for Q": (shaped("Q", B, Hq, Lq, D, dtype=np.uint16), InvalidInputError, r"Q\.view\(ml_dtypes\.bfloat16\)"),
+    "bits for a mask": (shaped("attn_mask", Lq, Lk, dtype=np.uint16), InvalidMaskError, r"view\(ml_dtypes.bfloat16\)"),
+    "a mask object": ({"attn_mask": rv.masks.Causal()}, InvalidMaskError, r"Causal\(.*\n.*is_causal=1"),
+    "a window": ({"attn_mask": rv.masks.Window(left=3)}, InvalidMaskError, r"Window\(.*\n.*left_window_size"),
+    "a ragged mask": ({"attn_mask": [[0.0], [0.0, 1.0]]}, InvalidInputError, "attn_mask cannot become an array"),
+    "ragged lengths": ({"nonpad_kv_seqlen": [[1], [1, 2]]}, InvalidInputError, "nonpad_kv_seqlen cannot become"),
+    "mask of whole numbers in a list": ({"attn_mask": [[1] * Lk] * Lq}, InvalidMaskError, "attn_mask has dtype int64"),
+    "unknown": ({"window_size": 3}, InvalidConfigError, "Attention has no attribute window_size\n.*left_window_size"),
 }  # fmt: skip
 
 
@@ -324,9 +332,16 @@ def test_errors_of_three_axes(more, kind, words):
         attention(**inputs(packed=True) | more)
 
 
-def test_an_unknown_argument():
-    with pytest.raises(TypeError, match="window_size"):
-        attention(**inputs(), window_size=3)
+def test_numbers_of_numpy_and_lists_are_as_good():
+    call = inputs(nonpad_kv_seqlen=[4, 6], is_causal=np.True_)
+    np.testing.assert_array_equal(attention(**call).Y, attention(**call | {"is_causal": 1}).Y)
+
+
+@pytest.mark.filterwarnings("error")
+def test_nothing_warns_of_numbers_beyond_float16():
+    x, mask = np.full((1, 1, 3, 4), 300, np.float16), np.float32([0, -1e9, 0])
+    got = attention(x, x, x, mask, qk_matmul_output_mode=2, scale=1.0)
+    assert np.isinf(got.qk_matmul_output[..., 1]).all() and (got.Y == 300).all()
 
 
 def test_attention_loads_no_onnx():

@@ -342,6 +342,7 @@ def test_wrong_calls_of_flex_attention():
         ({n: inputs[n][0] for n in "QKV"}, "Q, K and V have four axes"),
         ({"V": inputs["V"].astype(np.float64)}, "Q, K and V differ in dtype"),
         ({"softmax_precision": 7}, "softmax_precision is 7"),
+        ({"mask_mod": outside}, "FlexAttention has no attribute mask_mod"),
     ):
         with pytest.raises(AttentionError, match=words):
             flex_attention(**inputs | more)

@@ -132,6 +132,84 @@ def test_the_examples_in_the_docstrings_hold():
     assert tried and not failed
 
 
+# Half precision
+
+
+halves = pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16], ids=str)
+
+
+@halves
+@pytest.mark.parametrize("masked", [None, "bool", "as the inputs", "float32"])
+def test_half_precision_is_rounded_once(kind, masked):
+    inputs = [x.detach().to(kind).requires_grad_() for x in tensors(torch.float32)]
+    wide = [x.detach().float().requires_grad_() for x in inputs]
+    mask = {"bool": bool_mask(), "as the inputs": float_mask(Lq, Lk, dtype=kind)}.get(
+        masked, float_mask(Lq, Lk).float()
+    )
+    given = [[], []] if masked is None else [[mask], [mask if masked == "bool" else mask.float()]]
+    if masked not in (None, "bool"):
+        given = [[x.detach().requires_grad_() for x in each] for each in given]
+    grad = torch.randn(B, H, Lq, Dv, generator=torch.Generator().manual_seed(4)).to(kind)
+    more = {"is_causal": True, "alibi_slopes": torch.ones(H, dtype=kind)}
+    output, expected = attention(*inputs, *given[0], **more), attention(*wide, *given[1], **more)
+    assert torch.equal(attention(*[x.detach() for x in inputs], *given[0], **more), output)
+    output.backward(grad), expected.backward(grad.float())
+    assert output.dtype == kind
+    grads = [(x.grad, y.grad) for x, y in zip(inputs + given[0], wide + given[1], strict=True) if y.grad is not None]
+    assert len(grads) == 3 + (masked not in (None, "bool"))
+    for x, y in [(output, expected), *grads]:
+        torch.testing.assert_close(x, y.to(x.dtype), rtol=0, atol=2 * torch.finfo(kind).eps * y.abs().max().item())
+    assert all(x.grad.dtype == kind for x in inputs)
+
+
+@halves
+def test_half_precision_is_not_copied(kind, seen_arrays):
+    inputs = [x.detach().to(kind).transpose(1, 2).contiguous().transpose(1, 2) for x in tensors()]
+    attention(*inputs)
+    (call,) = seen_arrays
+    for x, array in zip(inputs, (call.query, call.key, call.value), strict=True):
+        assert array.ctypes.data == x.data_ptr() and [n // 2 for n in array.strides] == list(x.stride())
+
+
+@pytest.mark.parametrize("sizes", [(0, 3, 2, 2), (3, 0, 2, 2), (3, 2, 0, 2)], ids=str)
+def test_empty_tensors_of_half_precision(sizes):
+    lq, lk, d, dv = sizes
+    x = [torch.ones(2, *s, dtype=torch.bfloat16, requires_grad=True) for s in ((lq, d), (lk, d), (lk, dv))]
+    attention(*x).sum().backward()
+    assert [t.grad.shape for t in x] == [t.shape for t in x]
+
+
+def test_a_mask_of_another_half_type_is_refused():
+    inputs = [x.to(torch.bfloat16) for x in tensors()]
+    with pytest.raises(InvalidMaskError, match=r"torch.float16; .* torch.bfloat16 as the query or torch.float32"):
+        attention(*inputs, torch.zeros(Lq, Lk).half())
+
+
+def test_autocast():
+    project, x = torch.nn.Linear(8, 24), torch.randn(2, 6, 8, generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", torch.bfloat16):
+        q, k, v = project(x).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4)
+        output = attention(q, k, v)
+        wanted = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    assert output.dtype == wanted.dtype == torch.bfloat16
+    torch.testing.assert_close(output, wanted, rtol=0, atol=0.02)
+    output.sum().backward()
+    assert project.weight.grad.isfinite().all()
+
+
+# Compilers
+
+
+def test_compilers_leave_it_as_it_is(recwarn):
+    """Neither a warning nor an error, that nobody sees, when they trace into it; and the same numbers."""
+    q, k, v = (x.float() for x in tensors(requires_grad=False))
+    compiled = torch.compile(lambda q, k, v: attention(q * 2, k, v) + 1, backend="eager")
+    assert torch.equal(compiled(q, k, v), attention(q * 2, k, v) + 1)
+    assert not [w for w in recwarn if "ruvector" in str(w.message) or "ruvector" in w.filename]
+    told = str(torch._dynamo.utils.counters["unimplemented"])
+    assert "autograd" not in told
+
+
 # Memory
 
 
@@ -401,8 +479,8 @@ REFUSED = [
         "Lengths",
     ),
     # dtypes
-    ("query", cast(torch.float16), InvalidInputError, "query has dtype torch.float16, not", r"query.float\(\)"),
-    ("query", cast(torch.bfloat16), InvalidInputError, "query has dtype torch.bfloat16, not", r"query.float\(\)"),
+    ("query", cast(torch.float16), InvalidInputError, "differ in dtype", r"key = key.to\(query.dtype\)"),
+    ("query", cast(torch.uint8), InvalidInputError, "query has dtype torch.uint8, not", r"query.float\(\)"),
     ("key", cast(torch.int64), InvalidInputError, "key has dtype torch.int64", r"key.float\(\)"),
     ("value", cast(torch.complex128), InvalidInputError, "value has dtype torch.complex128", None),
     ("query", cast(torch.float32), InvalidInputError, "differ in dtype", r"key = key.to\(query.dtype\)"),
@@ -428,7 +506,7 @@ REFUSED = [
     ("seed", lambda x: -1, InvalidInputError, "seed is -1", None),
     ("alibi_slopes", lambda x: torch.ones(H + 1), InvalidInputError, "alibi_slopes has the wrong shape", None),
     ("alibi_slopes", lambda x: torch.ones(H, device="meta"), InvalidInputError, "alibi_slopes is on device", None),
-    ("alibi_slopes", lambda x: torch.ones(H).bfloat16(), InvalidInputError, "alibi_slopes has dtype", r"\.float\(\)"),
+    ("alibi_slopes", lambda x: torch.ones(H).int(), InvalidInputError, "alibi_slopes has dtype", r"\.float\(\)"),
     ("alibi_slopes", lambda x: [[1.0], [1.0, 2.0]], InvalidInputError, "alibi_slopes", "one number for each head"),
     ("alibi_slopes", lambda x: torch.ones(H, requires_grad=True), InvalidInputError, "requires a gradient", "detach"),
 ]

@@ -237,6 +237,7 @@ def test_a_float_array_in_a_mask_object_is_added_and_has_a_gradient():
         ({"key_padding_mask": np.zeros(13, bool)}, "key_padding_mask has the wrong shape"),
         ({"key_padding_mask": np.zeros((13, 2), bool)}, "(B, Lk)"),
         ({"key_padding_mask": np.full((2, 13), -np.inf)}, "key_padding_mask has negative numbers"),
+        ({"key_padding_mask": np.full((2, 13), -np.inf)}, "is key_padding_mask == -numpy.inf here"),
         ({"key_padding_mask": np.full((2, 13), "x")}, "dtype <U1"),
     ],
 )

@@ -12,7 +12,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -29,6 +29,10 @@ if TYPE_CHECKING:
 __all__ = ["AttentionModel", "AttentionOutputs", "Backend", "attention", "flex_attention", "replace_attention"]
 
 ABSORBING = -1e30  # so low that adding it to a score gives the same number as putting it in the score's place
+ATTRIBUTES = (
+    "is_causal", "kv_num_heads", "q_num_heads", "qk_matmul_output_mode", "scale", "softcap", "softmax_precision",
+    "left_window_size", "right_window_size",
+)  # fmt: skip
 ELSEWHERE = {
     "AttentionModel": "onnx_model",
     "Backend": "onnx_backend",
@@ -81,6 +85,7 @@ def attention(
     left_window_size: int = -1,
     right_window_size: int = -1,
     opset: int = 25,
+    **unknown: NoReturn,
 ) -> AttentionOutputs:
     """The operator Attention of ONNX, opsets 23 to 28: its arguments by their names, with its meaning.
 
@@ -128,7 +133,8 @@ def attention(
     Raises
     ------
     InvalidInputError, InvalidMaskError, InvalidConfigError, DimensionMismatchError
-        Before any work; the message names the operator's argument.
+        Before any work; the message names the operator's argument. Other keywords are attributes that the operator does
+        not have, an InvalidConfigError.
 
     Notes
     -----
@@ -138,7 +144,9 @@ def attention(
 
     A hidden key or value reaches nothing even if it is NaN or infinite, where the standard's formula has NaN.
 
-    Source: https://onnx.ai/onnx/operators/onnx__Attention.html
+    References
+    ----------
+    .. [1] The operator Attention, https://onnx.ai/onnx/operators/onnx__Attention.html
 
     Examples
     --------
@@ -153,6 +161,7 @@ def attention(
     >>> more.Y.shape, more.present_key.shape, more.qk_matmul_output.shape
     ((2, 1, 32), (2, 4, 11, 8), (2, 4, 1, 11))
     """
+    given.no_others("Attention", unknown, ATTRIBUTES)
     opset = given.one_of("opset", opset, given.OPSETS)
     inputs = {"Q": Q, "K": K, "V": V, "past_key": past_key, "past_value": past_value}
     arrays = {name: given.floats(name, x) for name, x in inputs.items() if x is not None or name in "QKV"}
@@ -186,9 +195,9 @@ def attention(
     query, key_there, value_there = (x.astype(lies, copy=False) for x in (query, key, value))
     output, stage = _Run(query, key_there, value_there, seen, scale, cap)(rank == 3, mode)
     to = arrays["Q"].dtype
-    return AttentionOutputs(
-        output.astype(to, copy=False), key, value, None if stage is None else stage.astype(to, copy=False)
-    )
+    with np.errstate(over="ignore"):  # beyond a type lies infinity
+        output, stage = output.astype(to, copy=False), None if stage is None else stage.astype(to, copy=False)
+    return AttentionOutputs(output, key, value, stage)
 
 
 class _Run(NamedTuple):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .. import checks
+from .. import checks, halves, mask_arrays, masks
 from ..checks import Array, Shape
 from ..errors import DimensionMismatchError, InvalidConfigError, InvalidInputError, InvalidMaskError
 
@@ -24,9 +25,18 @@ def floats(name: str, x: ArrayLike | None) -> Array:
         raise InvalidInputError(f"{name} is None", hint="Q, K and V are required")
     array = x if type(x) is np.ndarray else checks.from_sequence(name, x)
     if array.dtype.name not in FLOATS or not array.dtype.isnative:
-        hint = f"cast it: {name}.astype(numpy.float32)"
+        hint = f"cast it: {halves.cast(name, array.dtype, np.dtype(np.float32))}"
+        if array.dtype == halves.BITS:
+            hint = f"if it holds the bits of bfloat16 numbers: {name}.view(ml_dtypes.bfloat16)"
         raise InvalidInputError(f"{name} has dtype {array.dtype}, not {', '.join(FLOATS)}", hint=hint)
     return array
+
+
+def _array(name: str, x: ArrayLike) -> Array:
+    """As NumPy reads it, whole numbers too."""
+    if type(x) is not np.ndarray:
+        checks.from_sequence(name, x)  # says what cannot be read
+    return np.asarray(x)
 
 
 def check_types(arrays: dict[str, Array]) -> None:
@@ -134,12 +144,19 @@ def reach(name: str, size: int, opset: int) -> int | None:
     return None if number < 0 else min(number, 1 << 32)
 
 
-def mask(attn_mask: ArrayLike, scores: Shape, opset: int) -> Array:
+def mask(attn_mask: ArrayLike | masks.Mask, scores: Shape, opset: int) -> Array:
     """The mask, with as many keys as there are."""
-    array = attn_mask if type(attn_mask) is np.ndarray else np.asarray(attn_mask)
+    if isinstance(attn_mask, masks.Mask):
+        hint = (
+            "the operator has is_causal=1 for Causal, left_window_size and right_window_size for Window, "
+            "nonpad_kv_seqlen for Lengths; of others make an array: attn_mask.to_dense(Lq, Lk)"
+        )
+        raise InvalidMaskError(f"attn_mask is {attn_mask}, and the operator takes arrays", hint=hint)
+    array = _array("attn_mask", attn_mask)
     if array.dtype != bool and array.dtype.name not in FLOATS:
         # The operator's list of types has integers, its text gives them no meaning.
         hint = "attn_mask.astype(bool) if non-zero means attend, attn_mask.astype(Q.dtype) if it is added"
+        hint = mask_arrays.bits_hint() if array.dtype == halves.BITS else hint
         raise InvalidMaskError(f"attn_mask has dtype {array.dtype}", hint=hint)
     shapes = {"attn_mask.shape": array.shape, "scores": scores}
     if not 1 <= array.ndim <= 4:
@@ -163,7 +180,7 @@ def lengths(nonpad_kv_seqlen: ArrayLike, key: Shape, has_past: bool, opset: int)
         hint = "with past_key K and V are what is new; with nonpad_kv_seqlen they are the whole cache"
         raise InvalidInputError("nonpad_kv_seqlen and past_key are both given", hint=hint)
     B, Lk = key[0], key[2]
-    array = np.asarray(nonpad_kv_seqlen)
+    array = _array("nonpad_kv_seqlen", nonpad_kv_seqlen)
     if array.dtype.kind not in "iu" or array.shape != (B,):
         told = {"nonpad_kv_seqlen": f"{array.dtype} {array.shape}", "expected": f"int64 {(B,)}"}
         raise InvalidInputError("nonpad_kv_seqlen is one whole number for each batch row", shapes=told)
@@ -176,8 +193,14 @@ def lengths(nonpad_kv_seqlen: ArrayLike, key: Shape, has_past: bool, opset: int)
 # Numbers
 
 
+def no_others(operator: str, unknown: Mapping[str, object], known: Sequence[str]) -> None:
+    """Refuse attributes that the operator does not have."""
+    if unknown:
+        raise InvalidConfigError(f"{operator} has no attribute {min(unknown)}", hint=f"it has {', '.join(known)}")
+
+
 def whole(name: str, x: object) -> int:
-    if not isinstance(x, int | np.integer):
+    if not isinstance(x, int | np.integer | np.bool_):
         raise InvalidConfigError(f"{name} is {x!r}, of type {type(x).__name__}", hint="give a whole number")
     return int(x)
 
@@ -185,7 +208,12 @@ def whole(name: str, x: object) -> int:
 def one_of(name: str, x: object, allowed: Any) -> int:
     number = whole(name, x)
     if number not in allowed:
-        hint = "Attention is in the standard since opset 23" if name == "opset" else None
+        hint = None
+        if name == "opset":
+            newer = number >= OPSETS.stop
+            hint = (
+                "of newer opsets the text has not been read" if newer else "Attention is in the standard since opset 23"
+            )
         raise InvalidConfigError(f"{name} is {number}, not one of {', '.join(map(str, allowed))}", hint=hint)
     return number
 

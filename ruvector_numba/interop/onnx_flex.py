@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 from functools import reduce
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -41,6 +41,7 @@ def flex_attention(
     prob_mod: onnx.GraphProto | None = None,
     softmax_precision: int | None = None,
     opset: int = 26,
+    **unknown: NoReturn,
 ) -> Array:
     """The operator FlexAttention of ONNX's preview domain, version 1.
 
@@ -73,9 +74,9 @@ def flex_attention(
     InvalidInputError, InvalidConfigError, InvalidMaskError, DimensionMismatchError
         Also for a subgraph that does something else, whose operator is named.
 
-    Notes
-    -----
-    Source: https://onnx.ai/onnx/operators/onnx_aionnxpreview_FlexAttention.html
+    References
+    ----------
+    .. [1] The operator FlexAttention, https://onnx.ai/onnx/operators/onnx_aionnxpreview_FlexAttention.html
 
     Examples
     --------
@@ -88,6 +89,7 @@ def flex_attention(
     >>> rv.interop.onnx.flex_attention(x, x, x, score_mod=softcap).shape
     (1, 2, 3, 8)
     """
+    given.no_others("FlexAttention", unknown, ("scale", "score_mod", "prob_mod", "softmax_precision"))
     arrays = {name: given.floats(name, x) for name, x in (("Q", Q), ("K", K), ("V", V))}
     if len({x.dtype for x in arrays.values()}) > 1:
         dtypes = {f"{name}.dtype": x.dtype for name, x in arrays.items()}

@@ -19,12 +19,14 @@ from ..errors import InvalidInputError
 
 try:
     import onnx
+    import onnx.inliner
     from onnx import helper, numpy_helper
 except ModuleNotFoundError as error:
     words = "reading a model of ONNX needs ONNX: pip install onnx onnxruntime"
     raise ModuleNotFoundError(words, name=error.name) from error
 
-from .onnx_patterns import Graph, Site, captured, sites
+from .onnx_graph import Graph, captured
+from .onnx_patterns import Site, sites
 
 __all__ = ["AttentionModel", "replace_attention"]
 
@@ -38,9 +40,11 @@ def replace_attention(
     """Run the attention of a model on this package's kernels, and all else in ONNX Runtime.
 
     Found are nodes of the operator Attention, opsets 23 to 28, and attention that is written out, in models of any
-    opset: MatMul, then Mul or Div by a number, Add of a mask or bias, Where that hides, in any order and number, then
-    Softmax over the keys and MatMul. Attention inside of subgraphs (If, Loop), of other operators or of other types
-    than float16, float32 and float64 stays where it is.
+    opset: MatMul or Einsum; then Mul or Div by a number, Tanh (a softcap), Add of a mask or bias, Where that puts a
+    constant in the place of scores (-inf, -1e9, the lowest number or any other), in any order and number; then Softmax
+    over the keys, and MatMul or Einsum. Functions of the model are inlined. Attention inside of subgraphs (If, Loop),
+    of other operators or of other types than float16, float32 and float64 stays where it is; `AttentionModel.left` says
+    why.
 
     Parameters
     ----------
@@ -58,12 +62,14 @@ def replace_attention(
     Raises
     ------
     InvalidInputError
-        If the model has no attention that can be replaced, or lacks the type of a value at which it must be cut.
+        If it is no model, has no attention that can be replaced, in which case the message has the reasons, or lacks
+        the type of a value at which it must be cut.
 
     Notes
     -----
-    Results differ from those of ONNX Runtime alone in the last digits, and where a query sees no key at all: it gets 0,
-    and not NaN. Where(IsNaN(weights), 0, weights), which torch writes into its files for such queries, is taken for
+    Results differ from those of ONNX Runtime alone in the last digits, and where a query sees no key at all, its scores
+    being -inf: it gets 0, and not NaN. A query whose scores all are one low number gets the mean of the values, as
+    there. Where(IsNaN(weights), 0, weights), which torch writes into its files for such queries, is taken for
     that: a NaN among the inputs stays NaN.
 
     Examples
@@ -83,11 +89,12 @@ def replace_attention(
     """
     proto = _loaded(model)
     graph = Graph(onnx.shape_inference.infer_shapes(proto, data_prop=True))
-    found = sites(graph)
+    found, left = sites(graph)
     if not found:
         hint = "replaced are Attention of opsets 23 to 28, and MatMul, Softmax, MatMul; export without fusing them"
-        raise InvalidInputError("the model has no attention that can be replaced", hint=hint)
-    return AttentionModel(proto, graph, found, session_options, providers)
+        told = {name: left[name] for name in list(left)[:10]} or {"Softmax": "there is none outside of subgraphs"}
+        raise InvalidInputError("the model has no attention that can be replaced", shapes=told, hint=hint)
+    return AttentionModel(proto, graph, found, left, session_options, providers)
 
 
 @dataclass
@@ -111,15 +118,20 @@ class AttentionModel:
         The model's.
     attentions : tuple of str
         Those that were replaced, by the names of their nodes, in the order they run in.
+    left : dict of str to str
+        Why other nodes Softmax or Attention are left to ONNX Runtime, by their names. The last of a classifier, which
+        is no attention, is among them.
     """
 
     def __init__(
-        self, model: onnx.ModelProto, graph: Graph, found: Sequence[Site], options: Any, providers: Sequence[Any]
-    ) -> None:
+        self, model: onnx.ModelProto, graph: Graph, found: Sequence[Site], left: Mapping[str, str], options: Any,
+        providers: Sequence[Any],
+    ) -> None:  # fmt: skip
         self.inputs = tuple(x.name for x in model.graph.input if x.name not in graph.initializers)
         self.outputs = tuple(graph.outputs)
         levels = _levels(graph, found, self.inputs)
         self.attentions = tuple(site.name for level in levels for site in level.sites)
+        self.left = dict(left)
         parts = _Parts(model, graph, {name: other for site in found for name, other in site.like().items()})
         needed = set(self.outputs)
         for_sites = needed.union(*(site.inputs for site in found))
@@ -162,8 +174,9 @@ class AttentionModel:
             if level.session is not None:
                 feeds = {name: known[name] for name in level.inputs}
                 known.update(zip(level.outputs, level.session.run(list(level.outputs), feeds), strict=True))
-            for site in level.sites:
-                known.update(site.run(known))
+            with np.errstate(over="ignore"):  # beyond a type lies infinity, as in ONNX Runtime, which does not warn
+                for site in level.sites:
+                    known.update(site.run(known))
             known = {name: x for name, x in known.items() if name in level.kept}
         return {name: known[name] for name in self.outputs}
 
@@ -258,13 +271,19 @@ def _is_function(node: onnx.NodeProto) -> bool:
 
 
 def _loaded(model: Any) -> onnx.ModelProto:
-    if isinstance(model, bytes):
-        model = onnx.load_from_string(model)
-    elif isinstance(model, str | os.PathLike):
-        model = onnx.load(os.fspath(model))
+    """The model, with its own functions inlined: attention may lie in them."""
+    try:
+        if isinstance(model, bytes):
+            model = onnx.load_from_string(model)
+        elif isinstance(model, str | os.PathLike):
+            model = onnx.load(os.fspath(model))
+    except OSError:  # no such file, say
+        raise
+    except Exception as error:  # of protobuf, which has several implementations
+        raise InvalidInputError(f"not a model of ONNX: {error}", hint="give what onnx.save wrote") from error
     if not isinstance(model, onnx.ModelProto):
         raise InvalidInputError(f"model is a {type(model).__name__}", hint="give an onnx.ModelProto, bytes or a path")
-    return model
+    return onnx.inliner.inline_local_functions(model) if model.functions else model
 
 
 def _onnxruntime() -> Any:

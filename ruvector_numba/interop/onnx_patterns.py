@@ -1,14 +1,14 @@
 """Where the attention is in a graph of ONNX: as the operator Attention, or written out.
 
-Written out it is ``MatMul(Softmax(f(MatMul(Q, K^T))), V)``, where f multiplies by numbers, adds what is broadcast, and
-hides with Where. Searching starts at each Softmax, backwards to the first product and forwards to the second.
+Written out it is ``MatMul(Softmax(f(MatMul(Q, K^T))), V)``, where f multiplies by numbers, caps with Tanh, adds what is
+broadcast, and puts numbers in the place of scores with Where. Searching starts at each Softmax, backwards to the first
+product and forwards to the second, and ends with an attention or with a reason why there is none.
 """
 
 from __future__ import annotations
 
 import math
 import operator
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
@@ -16,87 +16,27 @@ from typing import Any
 
 import numpy as np
 import onnx
-from onnx import helper, numpy_helper
 
-from .. import dense, masks
+from .. import dense, dense_past, masks
 from ..checks import Array
+from ..errors import InvalidInputError
+from ..results import AttentionCache
 from . import onnx_checks as given
-from .onnx import ABSORBING, _engine_type, tightened
+from .onnx import _engine_type, tightened
 from .onnx_backend import run_node
+from .onnx_graph import Graph, attributes
 
-__all__ = ["Graph", "Site", "sites"]
+__all__ = ["Site", "sites"]
 
-
-class Graph:
-    """A graph with who makes and who takes each value. Nodes are known by their position."""
-
-    def __init__(self, model: onnx.ModelProto) -> None:
-        self.nodes = list(model.graph.node)
-        self.opset = next((x.version for x in model.opset_import if x.domain in ("", "ai.onnx")), 0)
-        self.outputs = [x.name for x in model.graph.output]
-        self.types = {x.name: x for x in (*model.graph.value_info, *model.graph.input, *model.graph.output)}
-        self.initializers = {x.name: x for x in model.graph.initializer}
-        self.maker = {name: at for at, node in enumerate(self.nodes) for name in node.output if name}
-        self.takers: dict[str, list[int]] = defaultdict(list)
-        for at, node in enumerate(self.nodes):
-            for name in captured(node):
-                self.takers[name].append(at)
-
-    def made_by(self, name: str, *kinds: str) -> int | None:
-        """The node of one of these kinds that makes this value, if one node takes it and nobody else."""
-        at = self.maker.get(name)
-        alone = len(self.takers[name]) == 1 and name not in self.outputs
-        return at if at is not None and alone and self.is_a(at, *kinds) else None
-
-    def taken_by(self, name: str, *kinds: str) -> int | None:
-        """The only node that takes this value, if it is of one of these kinds."""
-        takers = self.takers[name]
-        alone = len(takers) == 1 and name not in self.outputs
-        return takers[0] if alone and self.is_a(takers[0], *kinds) else None
-
-    def is_a(self, at: int, *kinds: str) -> bool:
-        node = self.nodes[at]
-        return node.op_type in kinds and node.domain in ("", "ai.onnx")
-
-    def rank(self, name: str) -> int | None:
-        """The number of axes, if it was inferred."""
-        there = self.types.get(name)
-        tensor = there.type.tensor_type if there is not None else None
-        return len(tensor.shape.dim) if tensor is not None and tensor.HasField("shape") else None
-
-    def number(self, name: str) -> float | None:
-        """The value, if it is one constant number."""
-        array = self._constant(name)
-        return float(array.reshape(())) if array is not None and array.size == 1 and array.ndim <= 4 else None
-
-    def _constant(self, name: str) -> Array | None:
-        if name in self.initializers:
-            return numpy_helper.to_array(self.initializers[name])
-        at = self.maker.get(name)
-        if at is None or not self.is_a(at, "Constant"):
-            return None
-        values = [a for a in self.nodes[at].attribute if a.name in ("value", "value_float", "value_int")]
-        return np.asarray(_read(values[0])) if values else None
+UNDERFLOW = {np.float32: 120.0, np.float64: 800.0}  # exp of minus this is 0
 
 
-def captured(node: onnx.NodeProto) -> Iterator[str]:
-    """The values that a node takes, those that its subgraphs take from outside included."""
-    yield from (name for name in node.input if name)
-    for attribute in node.attribute:
-        for graph in (*attribute.graphs, *((attribute.g,) if attribute.type == onnx.AttributeProto.GRAPH else ())):
-            inner = {x.name for x in (*graph.input, *graph.initializer)}
-            for child in graph.node:
-                yield from (name for name in captured(child) if name not in inner)
-                inner.update(child.output)
+class Left(Exception):
+    """Why a softmax is left to ONNX Runtime; and after how many steps of the search that was seen."""
 
-
-def _read(attribute: onnx.AttributeProto) -> Any:
-    value = helper.get_attribute_value(attribute)
-    return numpy_helper.to_array(value) if isinstance(value, onnx.TensorProto) else value
-
-
-def attributes(node: onnx.NodeProto) -> dict[str, Any]:
-    return {a.name: _read(a) for a in node.attribute}
+    def __init__(self, reason: str, steps: int = 0) -> None:
+        super().__init__(reason)
+        self.steps = steps
 
 
 @dataclass
@@ -116,21 +56,33 @@ class Site:
         raise NotImplementedError
 
 
-def sites(graph: Graph) -> list[Site]:
-    """All attentions of a graph, none of which share a node."""
+def sites(graph: Graph) -> tuple[list[Site], dict[str, str]]:
+    """All attentions of a graph, none of which share a node; and by name, why others are none."""
     found: list[Site] = []
+    left: dict[str, str] = {}
     used: set[int] = set()
     for at, node in enumerate(graph.nodes):
-        site: Site | None = None
-        if graph.is_a(at, "Attention") and graph.opset in given.OPSETS:
-            outputs = [name for name in node.output if name]
-            site = Operator(node.name or node.output[0], [at], [x for x in node.input if x], outputs, node, graph.opset)
-        elif graph.is_a(at, "Softmax"):
-            site = _written_out(graph, at)
-        if site is not None and used.isdisjoint(site.nodes):
-            found.append(site)
-            used.update(site.nodes)
-    return found
+        if not graph.is_a(at, "Attention", "Softmax"):
+            continue
+        name = node.name or node.output[0]
+        try:
+            site: Site = _operator(graph, at) if node.op_type == "Attention" else _written_out(graph, at)
+            if not used.isdisjoint(site.nodes):
+                raise Left("it shares a node with another attention")
+        except Left as reason:
+            left[name] = str(reason)
+            continue
+        found.append(site)
+        used.update(site.nodes)
+    return found, left
+
+
+def _operator(graph: Graph, at: int) -> Operator:
+    node = graph.nodes[at]
+    if graph.opset not in given.OPSETS:
+        raise Left(f"the operator Attention of opset {graph.opset}")
+    outputs = [name for name in node.output if name]
+    return Operator(node.name or node.output[0], [at], [x for x in node.input if x], outputs, node, graph.opset)
 
 
 @dataclass
@@ -164,29 +116,49 @@ class Operand:
 
 @dataclass
 class Term:
-    """factor * (value), added to the scores; or, of a condition, `hidden` where it is false (or true, if turned)."""
+    """factor * (value), added to the scores; or, where a condition is false, factor * constant in their place.
+
+    Turned, it is where the condition is true.
+    """
 
     name: str
     factor: float = 1.0
-    hidden: float | None = None
+    constant: float | None = None
     inverted: bool = False
 
-    def mask(self, known: Mapping[str, Array], dtype: type) -> Array:
+    def read(self, known: Mapping[str, Array], dtype: type) -> Array:
+        """What is added, or where scores stay what they were."""
         x = known[self.name]
-        if self.hidden is None:
-            return x.astype(dtype, copy=False) if self.factor == 1 else (x * self.factor).astype(dtype, copy=False)
-        keep = ~x if self.inverted else x
-        return keep if math.isinf(self.hidden) else np.where(keep, dtype(0), dtype(self.factor * self.hidden))
+        if self.constant is not None:
+            return ~x if self.inverted else x
+        x = x.astype(dtype, copy=False)
+        return x if self.factor == 1 else x * dtype(self.factor)
 
 
 @dataclass
 class Scores:
-    """What was found on the way back from the softmax."""
+    """What was found on the way back from the softmax: terms in the order in which they come."""
 
     scale: float = 1.0
+    cap: float | None = None
+    factors: list[tuple[str, bool]] = field(default_factory=list)  # of the product, from the graph; of divisors True
     terms: list[Term] = field(default_factory=list)
     nodes: list[int] = field(default_factory=list)
     product: int = -1
+
+    def scale_of(self, known: Mapping[str, Array]) -> float:
+        scale = self.scale
+        for name, divides in self.factors:
+            number = float(known[name].reshape(()))
+            scale = scale / number if divides and number else scale * (math.inf if divides else number)
+        return scale
+
+    def replaced(self, read: Sequence[Array], dtype: type) -> Iterator[tuple[float, list[Array]]]:
+        """Each number that is put in the place of scores; where, and what is done to it later, as `read`."""
+        for at, term in enumerate(self.terms):
+            number = dtype(term.factor * (-math.inf if term.constant is None else term.constant))
+            if math.isfinite(number):
+                yield float(number), [np.full((1, 1), number), ~read[at], *read[at + 1 :]]
 
 
 @dataclass
@@ -197,64 +169,187 @@ class WrittenOut(Site):
     key: Operand  # as the product takes it: (..., D, Lk)
     value: Operand
     scores: Scores
+    axis: int | None  # of the softmax, if counted from the left
     turn: Sequence[int] | None  # of the result
 
     def run(self, known: Mapping[str, Array]) -> dict[str, Array]:
         inputs = [x.read(known) for x in (self.query, self.key, self.value)]
         dtype, given_type = _engine_type(inputs, None, None), inputs[0].dtype
-        terms = [term.mask(known, dtype) for term in self.scores.terms]
-        leading = np.broadcast_shapes(*(x.shape[:-2] for x in (*inputs, *terms)))  # as MatMul and Add do
-        query, key, value = (
-            np.broadcast_to(x.astype(dtype, copy=False), (*leading, *x.shape[-2:])) for x in inputs
-        )  # no copies
+        read = [term.read(known, dtype) for term in self.scores.terms]
+        self._check_axes(inputs, read)
+        query, key, value = _spread([x.astype(dtype, copy=False) for x in inputs], read)
         shape = (*query.shape[:-1], value.shape[-1])
         turn = range(len(shape)) if self.turn is None else self.turn
         made = np.empty([shape[axis] for axis in turn], dtype)
-        dense.scaled_dot_product_attention(
-            query, key.swapaxes(-1, -2), value, _joined(terms, key.shape[-1]), scale=self.scores.scale,
-            out=made.transpose(np.argsort(turn)),
-        )  # fmt: skip
+        out = made.transpose(np.argsort(turn))
+        seen, scale = _joined(read, key.shape[-1]), self.scores.scale_of(known)
+        arguments: dict[str, Any] = dict(scale=scale, softcap=self.scores.cap, out=out)
+        numbers = list(self.scores.replaced(read, dtype))
+        if numbers and out.size:
+            cache = dense.attention_forward(query, key.swapaxes(-1, -2), value, seen, **arguments)
+            _put_in(cache, numbers, value, out)
+        else:
+            dense.scaled_dot_product_attention(query, key.swapaxes(-1, -2), value, seen, **arguments)
         return {self.outputs[0]: made.astype(given_type, copy=False)}
 
+    def _check_axes(self, inputs: Sequence[Array], read: Sequence[Array]) -> None:
+        shapes: dict[str, object] = {f"{n}.shape": x.shape for n, x in zip(self.inputs, (*inputs, *read), strict=False)}
+        rank = max(x.ndim for x in (*inputs[:2], *read))
+        if min(x.ndim for x in inputs) < 2 or (self.axis is not None and rank != self.axis + 1):
+            hint = "its shapes could not be inferred: give the model's inputs static ranks"
+            reason = f"{self.name} is no attention over the last of two or more axes"
+            raise InvalidInputError(reason, shapes=shapes, hint=hint)
 
-def _joined(terms: Sequence[Array], Lk: int) -> masks.Mask:
+
+def _spread(inputs: Sequence[Array], read: Sequence[Array]) -> list[Array]:
+    """Query, key (..., D, Lk) and value of common leading axes, as MatMul and Add have them; nothing is copied.
+
+    What is added may have more rows than there are queries, and more columns than keys.
+    """
+    query, key, value = inputs
+    leading = np.broadcast_shapes(*(x.shape[:-2] for x in (*inputs, *read)))
+    rows = np.broadcast_shapes(query.shape[-2:-1], *(x.shape[-2:-1] for x in read))
+    columns = np.broadcast_shapes(key.shape[-1:], *(x.shape[-1:] for x in read))
+    ends = (*rows, query.shape[-1]), (key.shape[-2], *columns), value.shape[-2:]
+    return [np.broadcast_to(x, (*leading, *end)) for x, end in zip(inputs, ends, strict=True)]
+
+
+def _joined(read: Sequence[Array], Lk: int) -> masks.Mask:
     """Biases are added, conditions must all hold."""
-    biases, conditions = ([x for x in terms if (x.dtype == bool) is is_bool] for is_bool in (False, True))
+    biases, conditions = ([x for x in read if (x.dtype == bool) is is_bool] for is_bool in (False, True))
     parts = [*conditions, *([sum(biases[1:], biases[0])] if biases else [])]
     return reduce(operator.and_, (tightened(x, Lk) for x in parts), masks.Full())
 
 
-def _written_out(graph: Graph, softmax: int) -> WrittenOut | None:
-    """The attention around this softmax, if it is one."""
+def _put_in(first: AttentionCache, numbers: Sequence[tuple[float, list[Array]]], value: Array, out: Array) -> None:
+    """Let the keys in whose score is a number that was put there: the attention over them is merged with the others'.
+
+    Low numbers give them weights of 0, and nothing is to be done, except where a query has no other keys.
+    """
+    dtype, (Lk, _), least = out.dtype.type, value.shape[-2:], float(np.min(first.lse))
+    caches = [first]
+    for number, read in numbers:
+        added = [float(x.max(initial=-math.inf)) for x in read[1:] if x.dtype != bool]
+        if number + sum(added) + math.log(max(1, Lk)) < least - UNDERFLOW[dtype]:
+            continue
+        query, key = (np.broadcast_to(dtype(0), (*value.shape[:-2], n, 1)) for n in (out.shape[-2], Lk))
+        caches.append(dense.attention_forward(query, key, value, _joined(read, Lk)))
+    if len(caches) > 1:
+        pasts: list[Any] = [cache.record for cache in caches]
+        shifts, logs = (
+            np.stack(x) for x in zip(*((p.sums[..., 0] * p.unit, p.sums[..., 1]) for p in pasts), strict=True)
+        )
+        out[...] = dense_past.merged(np.stack([cache.output for cache in caches]), shifts, logs)[0]
+
+
+def _written_out(graph: Graph, softmax: int) -> WrittenOut:
+    """The attention around this softmax."""
     node = graph.nodes[softmax]
-    axis = attributes(node).get("axis", -1 if graph.opset >= 13 else 1)
-    rank = graph.rank(node.input[0]) or graph.rank(node.output[0])
-    if axis != -1 and (rank is None or axis != rank - 1):
-        return None
     scores = _back(graph, node.input[0])
     weights, between = _forth(graph, node.output[0])
-    second = graph.taken_by(weights, "MatMul")
-    if scores is None or second is None or graph.nodes[second].input[0] != weights:
-        return None
+    second = graph.taken_by(weights, "MatMul", "Einsum")
+    if second is None:
+        raise Left(f"the weights are not what MatMul multiplies values by: {graph.told(weights)}")
     product, output = graph.nodes[scores.product], graph.nodes[second].output[0]
-    query, key = (_operand(graph, name) for name in product.input)
-    value = _operand(graph, graph.nodes[second].input[1])
+    axis = _axis(graph, node, [*product.input, *(term.name for term in scores.terms)])
+    query, key = _factors(graph, product)
+    value, turn = _weighted(graph, graph.nodes[second], weights)
+    for name in (*product.input, *graph.nodes[second].input):
+        if (graph.rank(name) or 2) < 2:
+            raise Left(f"{name} has fewer than two axes")
     nodes = [*scores.nodes, scores.product, softmax, *between, second]
     nodes += [x.node for x in (query, key, value) if x.node is not None]
-    turned, turn = graph.taken_by(output, "Transpose"), None
-    if turned is not None:
-        turn = attributes(graph.nodes[turned]).get("perm")
-        if turn is not None:
-            nodes.append(turned)
-            output = graph.nodes[turned].output[0]
+    turned = graph.taken_by(output, "Transpose")
+    perm = None if turned is None else attributes(graph.nodes[turned]).get("perm")
+    if turned is not None and perm is not None:
+        nodes.append(turned)
+        output, turn = graph.nodes[turned].output[0], perm if turn is None else [turn[axis] for axis in perm]
     inputs = [query.name, key.name, value.name, *(term.name for term in scores.terms)]
-    return WrittenOut(node.name or node.output[0], nodes, inputs, [output], query, key, value, scores, turn)
+    inputs += [name for name, _ in scores.factors]
+    return WrittenOut(node.name or node.output[0], nodes, inputs, [output], query, key, value, scores, axis, turn)
 
 
-def _operand(graph: Graph, name: str) -> Operand:
+def _axis(graph: Graph, node: onnx.NodeProto, parts: Sequence[str]) -> int | None:
+    """The axis of a softmax if it is counted from the left; it must be the last of the scores, made of these parts.
+
+    What is added has no more axes than the products, unless it is known; a run looks at the arrays again.
+    """
+    axis = attributes(node).get("axis", -1 if graph.opset >= 13 else 1)
+    if axis == -1:
+        return None
+    rank = graph.rank(node.input[0]) or graph.rank(node.output[0])
+    if rank is None and None not in (ranks := [graph.rank(name) for name in parts[:2]]):
+        rank = max(rank for rank in (*ranks, *map(graph.rank, parts[2:])) if rank is not None)
+    if rank is None:
+        raise Left(f"its axis is {axis}, and how many axes {node.input[0]} has is not known")
+    if axis != rank - 1:
+        raise Left(f"its axis is {axis}, not the last of {rank}")
+    return int(axis)
+
+
+def _operand(graph: Graph, name: str, order: Sequence[int] | None = None) -> Operand:
+    """A value as a product takes it, its axes in this order."""
     at = graph.made_by(name, "Transpose")
     turn = None if at is None else attributes(graph.nodes[at]).get("perm")
-    return Operand(name) if at is None or turn is None else Operand(graph.nodes[at].input[0], turn, at)
+    if at is None or turn is None:
+        return Operand(name, order)
+    return Operand(graph.nodes[at].input[0], turn if order is None else [turn[axis] for axis in order], at)
+
+
+def _factors(graph: Graph, product: onnx.NodeProto) -> tuple[Operand, Operand]:
+    """Queries (..., Lq, D) and keys (..., D, Lk), of which a product makes scores."""
+    if product.op_type == "MatMul":
+        return _operand(graph, product.input[0]), _operand(graph, product.input[1])
+    (first, second), output = _letters(product)
+    named = [(product.input[0], first), (product.input[1], second)]
+    (query, rows), (key, columns) = named if output[-2] in first else reversed(named)
+    summed = _single(product, set(first) & set(second) - set(output))
+    return (
+        _operand(graph, query, _order(product, rows, output[:-1] + summed)),
+        _operand(graph, key, _order(product, columns, output[:-2] + summed + output[-1])),
+    )
+
+
+def _weighted(graph: Graph, product: onnx.NodeProto, weights: str) -> tuple[Operand, Sequence[int] | None]:
+    """Values (..., Lk, Dv), and how the axes of what comes out are turned."""
+    at = list(product.input).index(weights)
+    if product.op_type == "MatMul":
+        if at:
+            raise Left(f"the weights are not what MatMul multiplies values by: {weights} is its second input")
+        return _operand(graph, product.input[1]), None
+    letters, output = _letters(product)
+    rows, columns = letters[at], letters[1 - at]
+    channels = _single(product, set(columns) - set(rows))
+    order = _order(product, columns, rows[:-2] + rows[-1] + channels)
+    return _operand(graph, product.input[1 - at], order), _order(product, rows[:-1] + channels, output)
+
+
+def _letters(einsum: onnx.NodeProto) -> tuple[list[str], str]:
+    """Of the axes of its two inputs, and of its output."""
+    equation = attributes(einsum)["equation"].decode()
+    inputs, _, output = equation.replace(" ", "").partition("->")
+    parts = inputs.split(",")
+    if len(parts) != 2 or not all(x.isalpha() and len(set(x)) == len(x) > 1 for x in (*parts, output)):
+        raise Left(f"Einsum {equation} is no product of matrices")
+    return parts, output
+
+
+def _order(einsum: onnx.NodeProto, letters: str, wanted: str) -> list[int]:
+    """Where each of the wanted axes is."""
+    if sorted(letters) != sorted(wanted):
+        raise _other_sum(einsum)
+    return [letters.index(x) for x in wanted]
+
+
+def _single(einsum: onnx.NodeProto, letters: set[str]) -> str:
+    if len(letters) != 1:
+        raise _other_sum(einsum)
+    return letters.pop()
+
+
+def _other_sum(einsum: onnx.NodeProto) -> Left:
+    equation = attributes(einsum)["equation"].decode()
+    return Left(f"Einsum {equation} is no product of queries and keys, or of weights and values")
 
 
 def _forth(graph: Graph, name: str) -> tuple[str, list[int]]:
@@ -282,57 +377,69 @@ def _guard(graph: Graph, name: str) -> list[int]:
     return takers if condition == test and otherwise == name and graph.number(instead) == 0 else []
 
 
-def _back(graph: Graph, name: str, factor: float = 1.0, may_add: bool = True) -> Scores | None:
+def _back(graph: Graph, name: str, factor: float = 1.0, steps: int = 0) -> Scores:
     """From a score that is multiplied by `factor` later on back to the product of queries and keys."""
-    at = graph.made_by(name, "MatMul", "Add", "Mul", "Div", "Where")
+    at = graph.made_by(name, "MatMul", "Einsum", "Add", "Mul", "Div", "Tanh", "Where")
     if at is None:
-        return None
+        raise Left(f"no product of queries and keys: {graph.told(name)}", steps)
     node = graph.nodes[at]
-    if node.op_type == "MatMul":
+    if node.op_type in ("MatMul", "Einsum"):
         return Scores(scale=factor, product=at)
-    if node.op_type == "Where":
-        found = _back_from_where(graph, node, factor)
-    elif node.op_type == "Add":
-        found = _back_from_add(graph, node, factor) if may_add else None
-    else:
-        found = _back_from_number(graph, node, factor, may_add)
-    if found is not None:
-        found.nodes.append(at)
+    back = {"Add": _back_from_add, "Where": _back_from_where, "Tanh": _back_from_tanh}.get(
+        node.op_type, _back_from_number
+    )
+    found = back(graph, node, factor, steps + 1)
+    found.nodes.append(at)
     return found
 
 
-def _back_from_add(graph: Graph, node: onnx.NodeProto, factor: float) -> Scores | None:
+def _back_from_add(graph: Graph, node: onnx.NodeProto, factor: float, steps: int) -> Scores:
+    reasons = []
     for score, other in (node.input, reversed(node.input)):
-        found = _back(graph, score, factor)
-        if found is not None:
+        try:
+            found = _back(graph, score, factor, steps)
+        except Left as reason:
+            reasons.append(reason)
+        else:
             found.terms.append(Term(other, factor))
             return found
-    return None
+    raise max(reasons, key=lambda reason: reason.steps)  # of the way that went on for longer
 
 
-def _back_from_number(graph: Graph, node: onnx.NodeProto, factor: float, may_add: bool) -> Scores | None:
-    """Mul or Div by a constant."""
-    for score, other in (node.input, reversed(node.input)):
+def _back_from_number(graph: Graph, node: onnx.NodeProto, factor: float, steps: int) -> Scores:
+    """Mul or Div by a number: a constant; or one that the graph makes, of a shape say, if nothing was added before."""
+    divides = node.op_type == "Div"
+    orders = [tuple(node.input)] if divides else [tuple(node.input), tuple(reversed(node.input))]
+    for score, other in orders:
         number = graph.number(other)
         if number is not None and number > 0 and math.isfinite(number):
-            return _back(graph, score, factor * number if node.op_type == "Mul" else factor / number, may_add)
-        if node.op_type == "Div":
-            return None
-    return None
+            return _back(graph, score, factor / number if divides else factor * number, steps)
+    for score, other in orders:
+        if graph.number(other) is None and graph.is_single(other):
+            found = _back(graph, score, factor, steps)
+            if found.terms or found.cap is not None:
+                raise Left(f"scores are masked, and then multiplied by {other}, which is no constant", steps)
+            found.factors.append((other, divides))
+            return found
+    raise Left(f"{node.op_type} by what is no positive number: {', '.join(node.input)}", steps)
 
 
-def _back_from_where(graph: Graph, node: onnx.NodeProto, factor: float) -> Scores | None:
-    """Scores, or a constant that hides them.
+def _back_from_tanh(graph: Graph, node: onnx.NodeProto, factor: float, steps: int) -> Scores:
+    """factor * tanh(x / factor) is a softcap."""
+    found = _back(graph, node.input[0], 1.0, steps)
+    if found.terms or found.cap is not None:
+        raise Left("scores are masked before Tanh", steps)
+    found.cap, found.scale = factor, found.scale * factor
+    return found
 
-    A constant of -1e30 or less may be added instead: the score is lost in its rounding. Not so if a mask before it had
-    made the score -inf, therefore nothing is added there.
-    """
+
+def _back_from_where(graph: Graph, node: onnx.NodeProto, factor: float, steps: int) -> Scores:
+    """Scores, or a number in their place."""
     condition, *choices = node.input
     for score, other, inverted in ((*choices, False), (*reversed(choices), True)):
         number = graph.number(other)
-        if number is not None and number <= ABSORBING:
-            found = _back(graph, score, factor, may_add=math.isinf(number))
-            if found is not None and (math.isinf(number) or not found.terms):
-                found.terms.append(Term(condition, factor, number, inverted))
-                return found
-    return None
+        if number is not None and number < math.inf:
+            found = _back(graph, score, factor, steps)
+            found.terms.append(Term(condition, factor, number, inverted))
+            return found
+    raise Left(f"Where without a constant number: {', '.join(choices)}", steps)

@@ -22,9 +22,11 @@ except ModuleNotFoundError as error:
 
 __all__ = ["attention"]
 
-FLOATS = (torch.float32, torch.float64)
+FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+HALVES = (torch.float16, torch.bfloat16)
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # compilers see tensors, and none are here between the kernels
 def attention(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -42,17 +44,20 @@ def attention(
     """As ``torch.nn.functional.scaled_dot_product_attention``, on CPU tensors, by `scaled_dot_product_attention`.
 
     Differs from torch's in that a query that sees no key gets zeros, that `attn_mask` and `is_causal` compose, and that
-    the result is the same to the bit for any number of threads.
+    the result is the same to the bit for any number of threads. Half precision is computed in float32 and rounded once.
+
+    Under torch.compile it is a call between two graphs, so that ``fullgraph=True`` is refused by torch. The transforms
+    of torch.func (vmap, grad, jvp) are not supported.
 
     Parameters
     ----------
-    query : tensor (..., H, Lq, D), float32 or float64
+    query : tensor (..., H, Lq, D), float32, float64, float16 or bfloat16
         On the CPU, of any strides.
     key : tensor (..., Hk, Lk, D)
     value : tensor (..., Hk, Lk, Dv)
     attn_mask : bool tensor, float tensor, or mask of `ruvector_numba.masks`, optional
-        Tensors broadcast to (..., H, Lq, Lk). A float tensor may ask for a gradient; an array inside a mask object is a
-        constant.
+        Tensors broadcast to (..., H, Lq, Lk). A float tensor has the dtype of the query, or is float32 where that is of
+        half precision, and may ask for a gradient; an array inside a mask object is a constant.
     seed : int, optional
         Of the dropout. If None, drawn from torch's generator: ``torch.manual_seed`` and checkpointing work as usual.
     dropout_p, is_causal, scale, enable_gqa, softcap, alibi_slopes
@@ -92,7 +97,7 @@ def attention(
         seed = int(torch.randint((1 << 63) - 1, ()))
     options = dict(
         dropout_p=dropout_p, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa, softcap=softcap,
-        alibi_slopes=_slopes(alibi_slopes), seed=seed,
+        alibi_slopes=_slopes(alibi_slopes), seed=seed, dtype="bfloat16" if query.dtype == torch.bfloat16 else None,
     )  # fmt: skip
     return _Attention.apply(query, key, value, attn_mask, options, torch.is_grad_enabled())
 
@@ -104,22 +109,24 @@ class _Attention(torch.autograd.Function):  # type: ignore[misc]  # torch comes 
     ) -> Any:
         arrays = _arrays(query, key, value, attn_mask)
         if not (is_grad_enabled and any(ctx.needs_input_grad)):
-            return torch.from_numpy(dense.scaled_dot_product_attention(*arrays, **options))
+            return _tensor(dense.scaled_dot_product_attention(*arrays, **options))
         past = dense_past.forward(checks.call(*arrays, **options))
-        output, sums = torch.from_numpy(past.output), torch.from_numpy(past.sums)
+        output, sums = _tensor(past.output), torch.from_numpy(past.sums)
+        # Gradients need the difference of two nearly equal numbers: the output before it is rounded to half precision.
+        exact = output if past.exact is None or past.exact is past.output else _tensor(past.exact)
         # Whatever is a tensor is kept by torch, which then notices changes in place, and may offload or recompute it.
         is_tensor = isinstance(attn_mask, torch.Tensor)
-        ctx.save_for_backward(query, key, value, attn_mask if is_tensor else None, output, sums)
+        ctx.save_for_backward(query, key, value, attn_mask if is_tensor else None, exact, sums)
         ctx.rule = None if is_tensor else attn_mask
         ctx.options = options | {"seed": past.call.seed}
         return output
 
     @staticmethod
     def backward(ctx: Any, grad_output: Any) -> Any:
-        query, key, value, tensor_mask, output, sums = ctx.saved_tensors
+        query, key, value, tensor_mask, exact, sums = ctx.saved_tensors
         attn_mask = ctx.rule if tensor_mask is None else tensor_mask
         wants_bias = ctx.needs_input_grad[3]
-        gradients = _Gradients.apply(grad_output, query, key, value, attn_mask, output, sums, ctx.options, wants_bias)
+        gradients = _Gradients.apply(grad_output, query, key, value, attn_mask, exact, sums, ctx.options, wants_bias)
         return *(g if needs else None for g, needs in zip(gradients, ctx.needs_input_grad, strict=False)), None, None
 
 
@@ -132,14 +139,13 @@ class _Gradients(torch.autograd.Function):  # type: ignore[misc]
 
     @staticmethod
     def forward(
-        ctx: Any, grad_output: Any, query: Any, key: Any, value: Any, attn_mask: Any, output: Any, sums: Any,
+        ctx: Any, grad_output: Any, query: Any, key: Any, value: Any, attn_mask: Any, exact: Any, sums: Any,
         options: dict[str, Any], wants_bias: bool,
     ) -> Any:  # fmt: skip
         call = checks.call(*_arrays(query, key, value, attn_mask), **options)
-        g = dense_past.Past(call, _array(output), sums=_array(sums), top=None).backward(
-            _array(grad_output), None, wants_bias
-        )
-        return tuple(None if x is None else torch.from_numpy(x) for x in (g.query, g.key, g.value, g.bias))
+        past = dense_past.Past(call, _array(exact), sums=_array(sums), top=None)
+        g = past.backward(_array(grad_output), None, wants_bias)
+        return tuple(None if x is None else _tensor(x) for x in (g.query, g.key, g.value, g.bias))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
@@ -150,8 +156,15 @@ class _Gradients(torch.autograd.Function):  # type: ignore[misc]
 
 
 def _array(x: torch.Tensor) -> NDArray[Any]:
-    """The tensor's memory as an array."""
-    return x.detach().resolve_neg().numpy()
+    """The tensor's memory as an array; bfloat16, which NumPy lacks, as its bits."""
+    x = x.detach().resolve_neg()
+    return (x.view(torch.uint16) if x.dtype == torch.bfloat16 else x).numpy()
+
+
+def _tensor(x: NDArray[Any]) -> torch.Tensor:
+    """A result as a tensor: no other results than those of bfloat16 are uint16."""
+    tensor = torch.from_numpy(x)
+    return tensor.view(torch.bfloat16) if x.dtype == np.uint16 else tensor
 
 
 def _arrays(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: Any) -> tuple[Any, ...]:
@@ -175,14 +188,17 @@ def _check_tensor(name: str, x: object) -> None:
         raise InvalidInputError(f"{name} is on device {x.device}, not on the CPU", hint=f"move it: {name}.cpu()")
     if x.dtype not in FLOATS and name != "attn_mask":
         hint = f"cast it: {name}.float()"
-        raise InvalidInputError(f"{name} has dtype {x.dtype}, not torch.float32 or torch.float64", hint=hint)
+        known = ", ".join(map(str, FLOATS))
+        raise InvalidInputError(f"{name} has dtype {x.dtype}, not one of {known}", hint=hint)
 
 
 def _check_mask(mask: object, dtype: torch.dtype) -> None:
     _check_tensor("attn_mask", mask)
-    if mask.dtype not in (torch.bool, dtype):  # type: ignore[attr-defined]
+    wider = torch.float32 if dtype in HALVES else dtype
+    if mask.dtype not in (torch.bool, dtype, wider):  # type: ignore[attr-defined]
+        floats = f"{dtype} as the query" + " or torch.float32" * (dtype in HALVES)
         raise InvalidMaskError(
-            f"dtype {mask.dtype}; a mask is bool (True = attend) or {dtype} as the query (added to the scores)",  # type: ignore[attr-defined]
+            f"dtype {mask.dtype}; a mask is bool (True = attend) or {floats} (added to the scores)",  # type: ignore[attr-defined]
             hint="attn_mask.bool() if non-zero means attend, attn_mask.to(query.dtype) if it is added",
         )
 
@@ -194,5 +210,5 @@ def _slopes(slopes: torch.Tensor | ArrayLike | None) -> ArrayLike | None:
         if slopes.requires_grad and torch.is_grad_enabled():
             hint = "pass alibi_slopes.detach(); to learn slopes, add them to the scores as a float mask"
             raise InvalidInputError("alibi_slopes requires a gradient, and there is none", hint=hint)
-        slopes = _array(slopes)
+        slopes = _array(slopes.float() if slopes.dtype in HALVES else slopes)
     return slopes.copy() if isinstance(slopes, np.ndarray) else slopes
