@@ -94,12 +94,13 @@ def call(
         softcap = real_number("softcap", softcap)
         if not 0 < softcap < math.inf:
             raise InvalidInputError(f"softcap is {softcap}", hint="give a positive number, or None for no cap")
-    _check_range(halves.arithmetic(query.dtype), scale, softcap)
     of_results, bias_given = query.dtype, None if seen.bias is None else seen.bias.dtype
     if of_results.itemsize == 2:
         query, key, value = (halves.stored(x) for x in (query, key, value))
         seen = seen if seen.bias is None else replace(seen, bias=halves.widened(seen.bias))
-    slopes = None if alibi_slopes is None else _slopes(alibi_slopes, batch, heads, halves.arithmetic(query.dtype))
+    arithmetic = halves.arithmetic(query.dtype)
+    _check_range(arithmetic, scale, softcap)
+    slopes = None if alibi_slopes is None else _slopes(alibi_slopes, batch, heads, arithmetic)
     terms = (seen, scale, softcap, slopes, *dropout(dropout_p, seed))
     return Call(query, key, value, *terms, given=of_results, bias_given=bias_given)
 
