@@ -426,9 +426,16 @@ class SoftmaxJob(NamedTuple):
 
 @kernel(SoftmaxJob, registers=64)
 def softmax_backward(v):
-    """out = weights * (grad - the sum over the target's edges of weights * grad): a warp for a target"""
+    """out = weights * (grad - the sum over the target's edges of weights * grad): a warp for a target. Where a weight
+    is 0 nobody saw the edge, and its gradient may be NaN: such products are left out, not multiplied."""
     WARPS, write, widened = v.threads // WARP, writing(v.element), widen(v.element)
     int32, int64, float32 = types.int32, types.int64, types.float32
+
+    @device
+    def share(job, at, total):
+        """weights * (grad - total) of one edge"""
+        weight = widened(job.weights[at])
+        return weight * (widened(job.grad[at]) - total) if weight != 0 else float32(0)
 
     def backward_of_softmax(job):
         t = int32(cuda.threadIdx.x)
@@ -438,12 +445,11 @@ def softmax_backward(v):
             for h in range(job.H):
                 total = float32(0)
                 for p in range(first + (t & 31), last, WARP):
-                    at = int64(edge_id(job, int32(p), True)) * job.H + h
-                    total += widened(job.weights[at]) * widened(job.grad[at])
+                    total += share(job, int64(edge_id(job, int32(p), True)) * job.H + h, float32(0))
                 for b in range(5):
                     total += across(total, 1 << b)
                 for p in range(first + (t & 31), last, WARP):
                     at = int64(edge_id(job, int32(p), True)) * job.H + h
-                    write(job.out, at, widened(job.weights[at]) * (widened(job.grad[at]) - total))
+                    write(job.out, at, share(job, at, total))
 
     return backward_of_softmax
