@@ -431,9 +431,9 @@ def join(v):
     int32, int64, float32 = types.int32, types.int64, types.float32
 
     def join_parts(job):
-        n = int32(cuda.blockIdx.x * THREADS + cuda.threadIdx.x)
-        line, found, count = int32(job.line), float32(0), int32(job.count)
-        i, j = n // line, n % line
+        n = int64(cuda.blockIdx.x) * THREADS + cuda.threadIdx.x  # I * line may be more than int32 counts
+        line, found, count = job.line, float32(0), int32(job.count)
+        i, j = int32(n // line), int32(n % line)
         if i < job.I and j < job.J:
             for z in range(count):
                 found += job.parts[int64(z) * job.I * line + n]
@@ -447,6 +447,6 @@ def join(v):
                 found += job.part_sums[int64(z) * line + n]
             if job.adds != 0:
                 found += widened(job.sums[n])
-            put(job.sums, int64(n), found)
+            put(job.sums, n, found)
 
     return join_parts
