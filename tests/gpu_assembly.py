@@ -42,6 +42,7 @@ def dense():
             v = plan.variant(name, element, width, plan.Terms(*NO_TERMS))
             yield kernel, v._replace(makes=plan.makes(width)[0])
         yield kernel, plan.variant(name, "float16", 32, plan.Terms(*ALL_TERMS))
+        yield kernel, plan.variant(name, "bfloat16", 64, plan.Terms(True, False, False, False, False))
     few = plan.packed(plan.variant("forward", "bfloat16", 128, plan.Terms(*NO_TERMS)), 4)
     yield dense.forward, few
     one = blocks.Variant("bfloat16", 64, 16, 1, 128, 1, 2, *NO_TERMS)
@@ -110,7 +111,8 @@ FAMILIES = [dense, copying, projections, neighbors]
 def assembled(kernel, v, capability):
     """Registers and bytes of stack of one variant, and which instructions it is made of."""
     text = kernel.ptx(v, capability)
-    found = dict(mma=text.count("mma.sync"), local=len(re.findall(r"\.local\s+\.align", text)))
+    doubles = re.findall(r"\S+\.f64\s.*", text)
+    found = dict(mma=text.count("mma.sync"), local=len(re.findall(r"\.local\s+\.align", text)), doubles=doubles[:3])
     tool = ptxas()
     if tool is None:
         return found
@@ -120,7 +122,8 @@ def assembled(kernel, v, capability):
         command = [tool, "-v", f"-arch=sm_{capability[0]}{capability[1]}", file.name, "-o", "/dev/null"]
         said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     found["registers"] = int(re.search(r"Used (\d+) registers", said)[1])
-    found["stack"] = sum(int(n) for n in re.findall(r"(\d+) bytes stack frame", said))
+    for name, said_as in dict(stack="bytes stack frame", spills="bytes spill stores", shared="bytes smem").items():
+        found[name] = sum(int(n) for n in re.findall(rf"(\d+) {said_as}", said))
     return found
 
 

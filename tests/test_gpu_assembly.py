@@ -48,6 +48,12 @@ def test_registers_and_stack_are_within_budget(assembled, generation):
     assert not over, "\n".join(map(str, over))
 
 
+@pytest.mark.parametrize("generation", GENERATIONS)
+def test_no_kernel_computes_in_double_precision(assembled, generation):
+    rows = [json.loads(line) for line in assembled[generation].stdout.splitlines()]
+    assert not [row for row in rows if row["doubles"]]
+
+
 def test_products_are_made_by_tensor_cores(assembled):
     rows = [json.loads(line) for line in assembled["Hopper"].stdout.splitlines()]
     for row in rows:

@@ -236,7 +236,7 @@ def forward(v):
     def finish(job, node, head, sub, there, o, picked, begin, top, total, term):
         factor = float32(1)
         if NORMALIZES:
-            factor = float32(0) if total == 0 else 1 / total
+            factor = float32(0) if total == 0 else float32(1) / total
         take(begin, 0, job.offset, node, head, sub, job.C, there and job.has_offset != 0)
         for c in range(WIDTH):
             o[c] = o[c] * factor + begin[c]

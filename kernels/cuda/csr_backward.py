@@ -56,7 +56,7 @@ def prepare(v):
             if there and sub == 0:
                 at = (int64(node) * job.H + head) * 4
                 total = job.stats[at + 1]
-                part = float32(0) if total == 0 else 1 / total
+                part = float32(0) if total == 0 else float32(1) / total
                 if not NORMALIZES:
                     delta = float32(0)
                 put_four(job.slopes, at, (job.stats[at], part, job.stats[at + 2], delta))

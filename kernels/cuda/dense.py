@@ -122,7 +122,7 @@ def forward(v):
                 if not PACKED:
                     seen = top[r] > -INF or total[r] != 0
                     total[r] += float32(job.epsilon)
-                    share = 1 / total[r] if seen else float32(0)
+                    share = float32(1) / total[r] if seen else float32(0)
                     if t == 0:
                         job.lse[where] = top[r] * float32(LN2) + math.log(total[r]) if seen else float32(-INF)
                 if t == 0:
@@ -166,7 +166,7 @@ def merge(v):
             total += across(total, 1 << b)
         seen = best > -INF or total != 0
         total += float32(job.epsilon)
-        share = 1 / total if seen else float32(0)
+        share = float32(1) / total if seen else float32(0)
 
         # 2. Each warp's parts; what saw nothing is 0, and weighs 2**-inf = 0.
         for d in range(2 * lane, job.Dv, 2 * WARP):
