@@ -243,3 +243,13 @@ def test_bad_inputs_are_named():
         rv.attention_backward(wide, past)
     with pytest.raises(InvalidInputError, match="grad_output has dtype float16"):
         rv.attention_backward(f2, past)
+
+
+def test_a_variant_has_no_more_scores_than_there_are_bits_for_hidden_ones(monkeypatch):
+    from ruvector_numba.plan import cuda_dense as plan
+
+    terms = plan.Terms(False, False, False, False, False)
+    assert all(plan.variant("forward", "bfloat16", width, terms).scores <= 64 for width in plan.WIDTHS)
+    monkeypatch.setitem(plan._HALVES["forward"], 48, (128, 2, 2, 2))
+    with pytest.raises(AssertionError):
+        plan.variant("forward", "bfloat16", 48, terms)

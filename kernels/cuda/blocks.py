@@ -100,6 +100,11 @@ class Variant(NamedTuple):
         """Of a block."""
         return self.threads // WARP * 16 * self.tall
 
+    @property
+    def scores(self):
+        """Of a lane, in a tile."""
+        return self.tall * self.keys // 2
+
 
 @device
 def span(low, near, far, high, shared):

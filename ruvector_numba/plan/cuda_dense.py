@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from ..kernels.cuda.blocks import Variant
 from ..kernels.cuda.jit import SIMULATED
+from ..kernels.cuda.scoring import MOST_SCORES
 
 FEW_ROWS = 64  # so many queries of one key head's group at most are packed into one block, and their keys cut
 SPLIT_KEYS = 256  # at least so many in a part: 64 blocks of one warp for one sequence of 16384 keys
@@ -58,6 +59,7 @@ def variant(kernel: str, element: str, channels: int, terms: Terms) -> Variant:
     if any(terms):  # they need registers of their own: what is larger spills some 300 bytes
         keys, tall = keys if kernel == "forward" else min(keys, 32), 1
     found = Variant(element, channels, keys, tall, 128, resident, hold, *terms)
+    assert found.scores <= MOST_SCORES, found
     return simulated(found) if SIMULATED else found
 
 
@@ -84,7 +86,7 @@ def split(Lq: int, Lk: int, group: int) -> Split:
 
 def packed(v: Variant, rows: int) -> Variant:
     """The forward kernel for few rows: as many warps as they need, 16 rows in each."""
-    return v._replace(packed=2, tall=1, threads=32 * -(-rows // 16), resident=1)
+    return v._replace(packed=True, tall=1, threads=32 * -(-rows // 16), resident=1)
 
 
 def merging(element: str, channels: int) -> Variant:
