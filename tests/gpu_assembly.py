@@ -32,7 +32,7 @@ def ptxas():
 
 def dense():
     """The variants that the plan picks for the common element types and widths, and one with every term."""
-    from ruvector_numba.kernels.cuda import blocks, dense, dense_backward, pairs
+    from ruvector_numba.kernels.cuda import dense, dense_backward, pairs
 
     from ruvector_numba.plan import cuda_dense as plan
 
@@ -45,17 +45,20 @@ def dense():
         yield kernel, plan.variant(name, "bfloat16", 64, plan.Terms(True, False, False, False, False))
     few = plan.packed(plan.variant("forward", "bfloat16", 128, plan.Terms(*NO_TERMS)), 4)
     yield dense.forward, few
-    one = blocks.Variant("bfloat16", 64, 16, 1, 128, 1, 2, *NO_TERMS)
-    for kernel in (dense.merge, dense_backward.prepare, pairs.weights, pairs.bias_gradient):
-        yield kernel, one
+    yield dense.merge, plan.merging("bfloat16", 64)
+    yield dense_backward.prepare, plan.preparing("bfloat16", 64)
+    for kernel in (pairs.weights, pairs.bias_gradient):
+        yield kernel, plan.in_pairs("bfloat16", plan.Terms(*NO_TERMS))
 
 
 def copying():
     from ruvector_numba.kernels.cuda import copying
 
+    from ruvector_numba.plan import cuda_copying as plan
+
     for kernel in (copying.pack, copying.fill):
-        yield kernel, copying.Variant("bfloat16")
-    yield copying.pack, copying.Variant("bool", inverted=True)
+        yield kernel, plan.variant("bfloat16")
+    yield copying.pack, plan.variant("bool", inverted=True)
 
 
 def projections():

@@ -36,6 +36,7 @@ Bytes = typing.NewType("Bytes", int)  # to uint8
 FAST = {"contract"}
 
 WARP = 32
+NOWHERE = 0  # for a pointer of a job that a launch does not look at
 _POINTEES = {
     Halves: types.uint16,
     Floats: types.float32,
