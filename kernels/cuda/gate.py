@@ -9,7 +9,7 @@ import numpy as np
 from numba import cuda, types
 
 from . import instructions as gpu
-from .jit import SIMULATED, WARP, Elements, Floats, kernel
+from .jit import NOWHERE, WARP, Elements, Floats, kernel
 from .projection import writing
 from .scoring import LOG2E
 from .tiles import widen
@@ -18,22 +18,24 @@ across, exp2 = gpu.across, gpu.exp2
 
 
 class GateJob(NamedTuple):
+    N: int
+    C: int
     output: Elements  # (N, C), as root: o and r
     root: Elements
     weight: Elements  # (3, C)
-    out: Elements  # (N, C)
     gate: Floats  # (N)
-    grad: Elements  # (N, C): of out
-    doutput: Elements
-    droot: Elements
-    dgate: Elements  # (N): of w . [o, r, o - r]
-    N: int
-    C: int
+    # forward
+    out: Elements = NOWHERE  # (N, C)
+    # backward
+    grad: Elements = NOWHERE  # (N, C): of out
+    doutput: Elements = NOWHERE
+    droot: Elements = NOWHERE
+    dgate: Elements = NOWHERE  # (N): of w . [o, r, o - r]
 
 
 class Variant(NamedTuple):
     element: str
-    threads: int = 32 if SIMULATED else 128
+    threads: int
     resident: int = 1
 
 

@@ -78,6 +78,7 @@ def _gat_back(
 def edge_attention_back(work: Work, grad: GpuArray, found: Found) -> None:
     """The gradients of att_edge and lin_edge.weight, from that of their product (H, edge_dim)."""
     from ..kernels.cuda import folding
+    from ..plan import cuda_csr as plan
 
     p, space, layer = work.parameters, work.space, work.layer
     names = ("att_edge", "lin_edge.weight")
@@ -85,10 +86,11 @@ def edge_attention_back(work: Work, grad: GpuArray, found: Found) -> None:
     made = [space.keep(space.empty(p[name].shape, work.element)) for name in names]
     rows = layer.heads * layer.out_channels
     job = folding.FoldJob(
-        *(space.pointer(x) for x in (grad, *given, *made)), layer.out_channels, layer.edge_dim, rows
+        grad=space.pointer(grad), att=space.pointer(given[0]), weight=space.pointer(given[1]),
+        datt=space.pointer(made[0]), dweight=space.pointer(made[1]), C=layer.out_channels, D=layer.edge_dim, rows=rows,
     )  # fmt: skip
-    v = folding.Variant(work.element)
-    folding.fold_back(v, job, (-(-rows // v.threads), 1, 1), space.stream)
+    v = plan.fold(work.element)
+    folding.fold_back(v, job, plan.by_threads(v, rows), space.stream)
     for name, x in zip(names, made, strict=True):
         found.named[name] = x.native
 
