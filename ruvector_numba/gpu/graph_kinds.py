@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ from .neighbors import Past, Terms
 from .projection import linear, linear_backward
 from .work import Found, Inputs, Work, columns
 
-__all__ = ["KINDS", "Kind"]
+__all__ = ["Kind", "kind_of"]
 
 
 class Kind(NamedTuple):
@@ -191,8 +192,26 @@ def _room(work: Work, names: tuple[str, ...]) -> tuple[dict[str, GpuArray], GpuA
     return {name: columns(whole, n * H * C, (H, C)) for n, name in enumerate(names)}, whole
 
 
-KINDS = {
-    "GAT": Kind(_gat, _gat_back),
-    "GATv2": Kind(_gatv2, _gatv2_back),
-    "GraphTransformer": Kind(_transformer, _transformer_back),
-}
+@functools.cache
+def kinds() -> dict[type, Kind]:
+    """How layers of these classes attend."""
+    from ..graphs.gat import GAT, GATv2
+    from ..graphs.transformer import GraphTransformer
+
+    return {
+        GAT: Kind(_gat, _gat_back), GATv2: Kind(_gatv2, _gatv2_back),
+        GraphTransformer: Kind(_transformer, _transformer_back),
+    }  # fmt: skip
+
+
+def kind_of(layer_class: type) -> Kind | None:
+    """The kind of a class of layers, or of the class that it is derived from; None if the GPU knows none, or if the
+    class has a way of its own to attend, of which the kernels know nothing."""
+    base = next((c for c in layer_class.__mro__ if c in kinds()), None)
+    if base is None:
+        return None
+    is_own = any(getattr(layer_class, name) is not getattr(base, name) for name in _HOOKS)
+    return None if is_own else kinds()[base]
+
+
+_HOOKS = ("_run", "_attend", "_finish", "_attend_back", "_finish_back", "_backward")  # that compute, on a CPU
