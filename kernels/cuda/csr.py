@@ -237,9 +237,13 @@ def forward(v):
         factor = float32(1)
         if NORMALIZES:
             factor = float32(0) if total == 0 else float32(1) / total
-        take(begin, 0, job.offset, node, head, sub, job.C, there and job.has_offset != 0)
         for c in range(WIDTH):
-            o[c] = o[c] * factor + begin[c]
+            o[c] *= factor
+        if job.has_offset != 0:  # kept without it: to subtract it again would cancel digits that backward needs
+            put(job.attended, node, head, sub, job.C, o, 0, there)
+            take(begin, 0, job.offset, node, head, sub, job.C, there)
+            for c in range(WIDTH):
+                o[c] += begin[c]
         put(job.output, node, head, sub, job.C, o, 0, there)
         if there and sub == 0:
             at = (int64(node) * job.H + head) * 4

@@ -1,6 +1,6 @@
 """The way back through attention over neighbours (csr.py): by source, and then by target for what targets get.
 
-    delta[i, h] = sum over e of p * dp                 which is <do[i, h], o[i, h] - offset>
+    delta[i, h] = sum over e of p * dp                 which is <do[i, h], o[i, h] before its offset>
     dp = <do[i, h], value[j, h] + value_a[e, h]> * w / p
     ds = p * (dp - delta)                              and through the rule to key, query and a
     dvalue[j, h, c] = sum over the edges from j of w[e, h] * do[i, h, c]
@@ -44,10 +44,7 @@ def prepare(v):
         for turn in range(job.rounds):
             node = int32((int32(cuda.blockIdx.x) * job.rounds + turn) * GROUPS + group)
             there, delta = node < job.nodes and head < job.H, float32(0)
-            take(o, 0, job.output, node, head, sub, job.C, there)
-            take(x, 0, job.offset, node, head, sub, job.C, there and job.has_offset != 0)
-            for c in range(WIDTH):
-                o[c] -= x[c]
+            take(o, 0, job.attended, node, head, sub, job.C, there)
             take(x, 0, job.grad, node, head, sub, job.C, there)
             for c in range(WIDTH):
                 delta += x[c] * o[c] if o[c] != 0 else float32(0)

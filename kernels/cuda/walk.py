@@ -76,6 +76,7 @@ class NeighborJob(NamedTuple):
     has_offset: int = 0
     # made on the way
     output: Rows = Rows()
+    attended: Rows = Rows()  # the output less its offset, which backward needs: where there is none the output itself
     stats: Floats = NOWHERE  # (Nt, H, 4): the largest score, the sum of exp(score - it), the target's term of SUM
     best: Ints = NOWHERE  # (Nt, H, C): for the maximum, the position of the edge whose value it is
     weights: Elements = NOWHERE  # (E, H), the caller's order: p

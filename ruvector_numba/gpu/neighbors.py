@@ -238,6 +238,9 @@ class Past:
         Nt, (_, H, C) = graph.num_targets, terms.value.shape
         made = space.keep(space.empty((Nt, H * C) if joined else (Nt, H, C), terms.value.element))
         self.output = made._replace(shape=(Nt, H, C), strides=gpu.contiguous_strides((Nt, H, C)))
+        self.attended = self.output  # less the offset, where gradients need it so
+        if terms.offset is not None and terms.normalizes:
+            self.attended = space.keep(space.empty((Nt, H, C), terms.value.element))
         self.stats = space.keep(space.empty((Nt, H, 4), "float32"))
         self.best = space.keep(space.empty((Nt, H, C), "int32")) if terms.aggregation == "max" else None
         _run(csr.forward, self._walk(space), self._variant(), self._job(space), space)
@@ -271,7 +274,7 @@ class Past:
         t = self.terms
         _, H, C = t.value.shape
         edge = None if t.rule == plan.SUM else t.edge
-        given = (t.key, t.query, t.value, edge, t.edge_value, t.offset, self.output, *more)
+        given = (t.key, t.query, t.value, edge, t.edge_value, t.offset, self.output, self.attended, *more)
         shares = t.dropout > 0 or t.edge_weight is not None or t.aggregation == "mean"
         options = plan.Options(
             edge=t.edge is not None, bias=t.bias is not None, edge_value=t.edge_value is not None, shares=shares,
@@ -300,7 +303,7 @@ class Past:
             has_weight=int(t.edge_weight is not None), is_mean=int(t.aggregation == "mean"),
             value=_rows(space, t.value), edge_value=_rows(space, t.edge_value), offset=_rows(space, t.offset),
             has_offset=int(t.offset is not None), output=_rows(space, self.output),
-            stats=space.pointer(self.stats), best=space.pointer(self.best),
+            attended=_rows(space, self.attended), stats=space.pointer(self.stats), best=space.pointer(self.best),
         )  # fmt: skip
 
     # --- backward ----------------------------------------------------------------------------------------------------
