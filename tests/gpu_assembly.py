@@ -62,7 +62,7 @@ def copying():
 
 
 def projections():
-    from ruvector_numba.kernels.cuda import folding, gate, projection
+    from ruvector_numba.kernels.cuda import folding, gate, projection, projection_halves
 
     def plain(element, threads=128, wide=True, paired=False, cut=False, over_rows=False):
         resident = (3 if wide and not over_rows else 2) * 128 // threads
@@ -74,9 +74,9 @@ def projections():
     yield projection.project, plain("float32", 64, cut=True, over_rows=True)
     yield projection.project, plain("bfloat16", paired=True)
     by_rows = plain("bfloat16")._replace(resident=2)
-    yield projection.project_halves, by_rows
-    yield projection.project_halves, by_rows._replace(right_rows=False, paired=True)
-    yield projection.project_halves, by_rows._replace(left_rows=False, cut=True, selects=True)
+    yield projection_halves.project_halves, by_rows
+    yield projection_halves.project_halves, by_rows._replace(right_rows=False, paired=True)
+    yield projection_halves.project_halves, by_rows._replace(left_rows=False, cut=True, selects=True)
     yield projection.project, plain("float16", wide=False, paired=True, cut=True, over_rows=True)
     for kernel in (gate.forward, gate.backward):
         yield kernel, gate.Variant("bfloat16", 128)

@@ -40,6 +40,7 @@ def product(
     element type; `bias` and `sums` are contiguous.
     """
     from ..kernels.cuda import projection as kernels
+    from ..kernels.cuda.projection_halves import project_halves
     from ..plan import cuda_projection as plan
 
     if not gpu.size(out.shape):
@@ -58,7 +59,7 @@ def product(
         wants_sums=int(sums is not None), adds=int(adds), left_by_rows=p.left_by_rows, right_by_rows=p.right_by_rows,
         I=p.I, J=p.J, K=p.K, part=p.part, count=p.parts,
     )  # fmt: skip
-    (kernels.project_halves if p.halves else kernels.project)(p.variant, job, p.grid, space.stream)
+    (project_halves if p.halves else kernels.project)(p.variant, job, p.grid, space.stream)
     if p.variant.cut:
         kernels.join(p.join, job, p.join_grid, space.stream)
 

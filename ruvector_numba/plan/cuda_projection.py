@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 from ..checks import Shape
 from ..kernels.cuda.jit import SIMULATED
-from ..kernels.cuda.projection import COLS, STEP, Variant
+from ..kernels.cuda.projection import COLS, Variant
+from ..kernels.cuda.projection_halves import STEP
 
 __all__ = ["Layout", "Plan", "Sides", "plan"]
 
