@@ -120,7 +120,7 @@ def dealt(rows, of_block):
 @device
 def head_of_block(count, splits):
     """Which of so many heads a block of threads works on. They lie along y and, as that ends at 65,535, along z, beside
-    parts of the keys; some may then be worked on twice, with the same result. To divide x costs what registers hold."""
+    parts of the keys; some may then be worked on twice, with the same result. `dealt` would need more registers."""
     n = types.int32(cuda.blockIdx.y) + types.int32(cuda.gridDim.y) * (
         types.int32(cuda.blockIdx.z) // types.int32(splits)
     )
