@@ -32,7 +32,7 @@ def ptxas():
 
 def dense():
     """The variants that the plan picks for the common element types and widths, and one with every term."""
-    from ruvector_numba.kernels.cuda import blocks, dense, dense_backward, pairs
+    from ruvector_numba.kernels.cuda import dense, dense_backward, pairs
 
     from ruvector_numba.plan import cuda_dense as plan
 
@@ -42,23 +42,27 @@ def dense():
             v = plan.variant(name, element, width, plan.Terms(*NO_TERMS))
             yield kernel, v._replace(makes=plan.makes(width)[0])
         yield kernel, plan.variant(name, "float16", 32, plan.Terms(*ALL_TERMS))
+        yield kernel, plan.variant(name, "bfloat16", 64, plan.Terms(True, False, False, False, False))
     few = plan.packed(plan.variant("forward", "bfloat16", 128, plan.Terms(*NO_TERMS)), 4)
     yield dense.forward, few
-    one = blocks.Variant("bfloat16", 64, 16, 1, 128, 1, 2, *NO_TERMS)
-    for kernel in (dense.merge, dense_backward.prepare, pairs.weights, pairs.bias_gradient):
-        yield kernel, one
+    yield dense.merge, plan.merging("bfloat16", 64)
+    yield dense_backward.prepare, plan.preparing("bfloat16", 64)
+    for kernel in (pairs.weights, pairs.bias_gradient):
+        yield kernel, plan.in_pairs("bfloat16", plan.Terms(*NO_TERMS))
 
 
 def copying():
     from ruvector_numba.kernels.cuda import copying
 
+    from ruvector_numba.plan import cuda_copying as plan
+
     for kernel in (copying.pack, copying.fill):
-        yield kernel, copying.Variant("bfloat16")
-    yield copying.pack, copying.Variant("bool", inverted=True)
+        yield kernel, plan.variant("bfloat16")
+    yield copying.pack, plan.variant("bool", inverted=True)
 
 
 def projections():
-    from ruvector_numba.kernels.cuda import folding, gate, projection
+    from ruvector_numba.kernels.cuda import folding, gate, projection, projection_halves
 
     def plain(element, threads=128, wide=True, paired=False, cut=False, over_rows=False):
         resident = (3 if wide and not over_rows else 2) * 128 // threads
@@ -70,9 +74,9 @@ def projections():
     yield projection.project, plain("float32", 64, cut=True, over_rows=True)
     yield projection.project, plain("bfloat16", paired=True)
     by_rows = plain("bfloat16")._replace(resident=2)
-    yield projection.project_halves, by_rows
-    yield projection.project_halves, by_rows._replace(right_rows=False, paired=True)
-    yield projection.project_halves, by_rows._replace(left_rows=False, cut=True, selects=True)
+    yield projection_halves.project_halves, by_rows
+    yield projection_halves.project_halves, by_rows._replace(right_rows=False, paired=True)
+    yield projection_halves.project_halves, by_rows._replace(left_rows=False, cut=True, selects=True)
     yield projection.project, plain("float16", wide=False, paired=True, cut=True, over_rows=True)
     for kernel in (gate.forward, gate.backward):
         yield kernel, gate.Variant("bfloat16", 128)
@@ -110,7 +114,8 @@ FAMILIES = [dense, copying, projections, neighbors]
 def assembled(kernel, v, capability):
     """Registers and bytes of stack of one variant, and which instructions it is made of."""
     text = kernel.ptx(v, capability)
-    found = dict(mma=text.count("mma.sync"), local=len(re.findall(r"\.local\s+\.align", text)))
+    doubles = re.findall(r"\S+\.f64\s.*", text)
+    found = dict(mma=text.count("mma.sync"), local=len(re.findall(r"\.local\s+\.align", text)), doubles=doubles[:3])
     tool = ptxas()
     if tool is None:
         return found
@@ -120,7 +125,8 @@ def assembled(kernel, v, capability):
         command = [tool, "-v", f"-arch=sm_{capability[0]}{capability[1]}", file.name, "-o", "/dev/null"]
         said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     found["registers"] = int(re.search(r"Used (\d+) registers", said)[1])
-    found["stack"] = sum(int(n) for n in re.findall(r"(\d+) bytes stack frame", said))
+    for name, said_as in dict(stack="bytes stack frame", spills="bytes spill stores", shared="bytes smem").items():
+        found[name] = sum(int(n) for n in re.findall(rf"(\d+) {said_as}", said))
     return found
 
 

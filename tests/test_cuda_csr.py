@@ -131,6 +131,14 @@ def test_softmax_over_edges(shape):
     np.testing.assert_allclose(made.copy_to_host(), rv.edge_softmax_backward(grad, wanted, case.graph), atol=1e-6)
 
 
+def test_softmax_over_edges_does_not_multiply_what_has_weight_0():
+    graph = rv.CSRGraph.from_edge_index([[0, 1, 2], [0, 0, 0]], num_nodes=3)
+    weights, grad = np.float32([0.5, 0.5, 0]), np.float32([1, 0, np.nan])
+    made = rv.edge_softmax_backward(*map(cuda.to_device, (grad, weights)), graph)
+    np.testing.assert_array_equal(made.copy_to_host(), [0.25, -0.25, 0])
+    np.testing.assert_array_equal(rv.edge_softmax_backward(grad, weights, graph), [0.25, -0.25, 0])
+
+
 def test_numpy_arrays_are_moved_only_when_asked():
     case = draw(terms="edge_bias", dtype=np.float32)
     cache = rv.neighbor_attention_forward(*case.inputs, case.graph, **case.terms, device="cuda")

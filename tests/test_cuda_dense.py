@@ -243,3 +243,26 @@ def test_bad_inputs_are_named():
         rv.attention_backward(wide, past)
     with pytest.raises(InvalidInputError, match="grad_output has dtype float16"):
         rv.attention_backward(f2, past)
+
+
+@pytest.mark.parametrize(
+    "options", [dict(B=7, H=1, Hk=1), dict(B=5, L=5, S=70, is_causal=True)], ids=["plain", "packed"]
+)
+def test_more_heads_than_a_grid_is_high(options, monkeypatch):
+    """With a grid that ends at 3 instead of 65,535: heads go on along z, and some are worked on twice."""
+    from ruvector_numba.plan import cuda_dense as plan
+
+    gpu_dense._ready.clear()
+    monkeypatch.setattr(plan, "MOST_ALONG_Y", 3)
+    compare(**dict(H=2, Hk=1, L=9, S=10) | options)
+    gpu_dense._ready.clear()
+
+
+def test_a_variant_has_no_more_scores_than_there_are_bits_for_hidden_ones(monkeypatch):
+    from ruvector_numba.plan import cuda_dense as plan
+
+    terms = plan.Terms(False, False, False, False, False)
+    assert all(plan.variant("forward", "bfloat16", width, terms).scores <= 64 for width in plan.WIDTHS)
+    monkeypatch.setitem(plan._HALVES["forward"], 48, (128, 2, 2, 2))
+    with pytest.raises(AssertionError):
+        plan.variant("forward", "bfloat16", 48, terms)

@@ -7,7 +7,8 @@ from graph_layer_cases import KINDS, make, random_case
 from numba import cuda
 
 import ruvector_numba as rv
-from ruvector_numba.errors import AttentionError, GraphStructureError, InvalidInputError
+from ruvector_numba.errors import AttentionError, GraphStructureError, InvalidConfigError, InvalidInputError
+from ruvector_numba.gpu.graph_kinds import kind_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 kinds = pytest.mark.parametrize("kind", KINDS)
@@ -113,6 +114,42 @@ def test_numpy_arrays_are_moved_only_when_asked():
     for x in (output, cache.coefficients(), made.node_features, made.edge_attr, *made.parameters.values()):
         assert type(x) is np.ndarray
     np.testing.assert_allclose(output, case.forward(), atol=1e-5)
+
+
+def test_a_class_derived_from_a_layer_is_of_its_kind():
+    class Mine(rv.GAT):
+        pass
+
+    class Other(rv.GAT):
+        def _attend(self, inputs, p, keeps):
+            return super()._attend(inputs, p, keeps)
+
+    case = make("GAT", 4, 4, 2, N=12, E=60, dtype=np.float32)
+    x, grad = there(case.x, "float32"), there(case.grad_output(), "float32")
+    made = []
+    for kind in (rv.GAT, Mine):
+        layer = kind(4, 4, heads=2, seed=0)
+        output, cache = layer.forward_cached(x, case.graph)
+        made.append([output, layer.backward(grad, cache).node_features])
+    for a, b in zip(*made):
+        np.testing.assert_array_equal(a.copy_to_host(), b.copy_to_host())
+    for kind in (Other, type("GAT", (rv.HGT,), {})):  # one attends in a way of its own, one only has the name
+        assert kind_of(kind) is None
+    with pytest.raises(InvalidConfigError, match="Other does not run"):
+        Other(4, 4, heads=2)(x, case.graph)
+
+
+def test_a_large_offset_costs_no_digits_of_the_gradients():
+    """delta is of what attention gave, not of the output less what was added to it."""
+    case = make("GraphTransformer", 4, 4, 2, N=12, E=60)
+    layer = case.layer
+    parameters = dict(layer.parameters) | {"lin_skip.weight": 1e4 * layer.parameters["lin_skip.weight"]}
+    layer.set_parameters(rounded(np.concatenate([parameters[n].ravel() for n in layer.parameters]), "float32"))
+    case, grad = case._replace(x=rounded(case.x, "float32")), rounded(case.grad_output(), "float32")
+    exact = layer.backward(grad, case.forward_cached()[1]).parameters["lin_query.weight"]
+    _, cache = layer.forward_cached(there(case.x, "float32"), case.graph)
+    made = layer.backward(there(grad, "float32"), cache).parameters["lin_query.weight"].copy_to_host()
+    assert np.abs(made - exact).max() <= 2e-6 * np.abs(exact).max()
 
 
 def test_bad_inputs_are_named():

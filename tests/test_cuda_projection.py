@@ -135,3 +135,24 @@ def test_a_row_has_the_same_bits_in_any_batch():
     whole, _ = product(x, w, (1, 150, 1, 12))
     part, _ = product(x[:, 70:110], w, (1, 40, 1, 12))
     np.testing.assert_array_equal(whole[:, 70:110], part)
+
+
+def test_parts_are_joined_where_there_are_more_than_int32_counts(monkeypatch):
+    from types import SimpleNamespace as Described
+
+    from ruvector_numba.kernels.cuda import projection as kernels
+
+    class Far(dict):  # an array of which only what is written, or asked for, exists
+        def __missing__(self, n):
+            return np.float32(n % 1000)
+
+    I, J, line = 100_000_000, 23, 24
+    v = kernels.Variant("float32", 128, True, False, True, False, 1)
+    out, i, j = Far(), I - 3, 7
+    thread = i * line + j
+    stub = Described(blockIdx=Described(x=np.int32(thread // 128)), threadIdx=Described(x=np.int32(thread % 128)))
+    monkeypatch.setattr(kernels, "cuda", stub)
+    sides = dict(left=None, right=None, out=kernels.Pairs(out, 0, J, 0, 1, I, J), bias=None, sums=None, part_sums=None)
+    fields = dict.fromkeys(kernels.ProjectionJob._fields, 0) | sides | dict(parts=Far(), line=line, I=I, J=J, count=2)
+    kernels.join.function(v)(kernels.ProjectionJob(**fields))
+    assert out == {i * J + j: thread % 1000 + (I * line + thread) % 1000}

@@ -48,10 +48,16 @@ def test_registers_and_stack_are_within_budget(assembled, generation):
     assert not over, "\n".join(map(str, over))
 
 
+@pytest.mark.parametrize("generation", GENERATIONS)
+def test_no_kernel_computes_in_double_precision(assembled, generation):
+    rows = [json.loads(line) for line in assembled[generation].stdout.splitlines()]
+    assert not [row for row in rows if row["doubles"]]
+
+
 def test_products_are_made_by_tensor_cores(assembled):
     rows = [json.loads(line) for line in assembled["Hopper"].stdout.splitlines()]
     for row in rows:
-        if row["kernel"] == "projection.project_halves":
+        if row["kernel"] == "projection_halves.project_halves":
             assert row["mma"] > 0, row
         if row["kernel"] in ("dense.forward", "dense_backward.to_query", "dense_backward.to_key"):
             assert (row["mma"] > 0) == (row["element"] != "float32"), row

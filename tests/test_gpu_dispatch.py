@@ -65,6 +65,16 @@ def test_arrays_say_where_they_are():
         assert not gpu.is_on_gpu(x)
 
 
+def test_an_array_that_cannot_say_where_it_lies_is_not_on_a_gpu():
+    class Speaks(FakeDlpack):
+        def __dlpack_device__(self):
+            raise self.kind
+
+    assert not gpu.is_on_gpu(Speaks(BufferError("read-only")))
+    with pytest.raises(MemoryError):  # not what it is asked for: not for us to hide
+        gpu.is_on_gpu(Speaks(MemoryError()))
+
+
 def test_calls_with_such_arrays_go_to_the_gpu_whichever_it_is(no_gpu):
     there, here = FakeCupy((1, 5, 8)), np.zeros((1, 5, 8), np.float32)
     for arrays in ((there, there, there), (FakeDlpack(2), FakeDlpack(2), FakeDlpack(2))):
@@ -89,24 +99,42 @@ def test_arrays_of_numpy_stay_on_the_cpu_unless_asked(no_gpu):
 def test_what_is_missing_is_named(monkeypatch):
     import importlib.util
 
+    monkeypatch.setattr(module, "_works", False)
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "numba_cuda" else found(name, *a))
-    reason, hint = gpu.problem.__wrapped__()
+    reason, hint = gpu.problem()
     assert "numba-cuda is not installed" in reason and "ruvector-numba[cuda]" in hint
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: object() if name == "numba_cuda" else None)
     cuda = types.SimpleNamespace(is_available=lambda: False)
     monkeypatch.setitem(sys.modules, "numba.cuda", cuda)
     monkeypatch.setattr("numba.cuda", cuda, raising=False)
-    assert "no NVIDIA driver" in gpu.problem.__wrapped__()[0]
+    errors = types.SimpleNamespace(CudaDriverError=type("CudaDriverError", (Exception,), {}))
+    monkeypatch.setitem(sys.modules, "numba.cuda.cudadrv.error", errors)
+    assert "no NVIDIA driver" in gpu.problem()[0]
     cuda.is_available = lambda: True
     cuda.get_current_device = lambda: types.SimpleNamespace(compute_capability=(7, 5))
-    assert "compute capability 7.5" in gpu.problem.__wrapped__()[0]
+    assert "compute capability 7.5" in gpu.problem()[0]
+    cuda.get_current_device = fails(errors.CudaDriverError("CUDA_ERROR_DEVICE_UNAVAILABLE"))
+    reason, hint = gpu.problem()
+    assert "CUDA_ERROR_DEVICE_UNAVAILABLE" in reason and "try again" in hint
+    cuda.is_available = fails(ImportError("no library of NVVM"))
+    assert "numba-cuda does not start: no library of NVVM" in gpu.problem()[0]
+    cuda.is_available = fails(ZeroDivisionError())  # an error of somebody's program: nothing to install
+    with pytest.raises(ZeroDivisionError):
+        gpu.problem()
+    cuda.is_available = lambda: True
     cuda.get_current_device = lambda: types.SimpleNamespace(compute_capability=(9, 0), name=b"NVIDIA H200")
-    assert gpu.problem.__wrapped__() is None
-    monkeypatch.setattr(module, "problem", gpu.problem.__wrapped__)
+    assert gpu.problem() is None  # what was missing is there now
     assert gpu.describe() == "NVIDIA H200, compute capability 9.0"
-    cuda.is_available = lambda: 1 / 0
-    assert "numba-cuda does not start: division by zero" in gpu.problem()[0]
+    cuda.is_available = fails(ImportError("never asked again"))
+    assert gpu.problem() is None
+
+
+def fails(error):
+    def call():
+        raise error
+
+    return call
 
 
 def test_arrays_are_read_where_they_lie():

@@ -44,6 +44,7 @@ class AttentionJob(NamedTuple):
     D: int
     Dv: int
     H: int
+    matrices: int  # B * H, or what is left of them where heads are packed
     heads: int  # packed into one block
     splits: int
     split_keys: int
@@ -58,7 +59,7 @@ class GradientJob(NamedTuple):
     output: Matrices
     grad_output: Matrices
     grad_query: Matrices
-    grad_key: Matrices  # one for each key head, as the next
+    grad_key: Matrices  # one for each query head, as key: those that share a key head lead to the same
     grad_value: Matrices
     top: Floats  # (B * H, Lq), as total: of the forward pass
     total: Floats
@@ -73,6 +74,8 @@ class GradientJob(NamedTuple):
     D: int
     Dv: int
     H: int
+    matrices: int  # B * H
+    key_matrices: int  # B * Hk
     heads: int  # 1
     group: int
 
@@ -100,6 +103,29 @@ class Variant(NamedTuple):
         """Of a block."""
         return self.threads // WARP * 16 * self.tall
 
+    @property
+    def scores(self):
+        """Of a lane, in a tile."""
+        return self.tall * self.keys // 2
+
+
+@device
+def dealt(rows, of_block):
+    """Of which matrix of so many rows a block of threads has some, and which of its blocks it is. All lie along x,
+    matrix by matrix: a grid's other axes end at 65,535."""
+    n, count = types.int32(cuda.blockIdx.x), types.int32((rows + of_block - 1) // of_block)
+    return types.int32(n // count), types.int32(n % count)
+
+
+@device
+def head_of_block(count, splits):
+    """Which of so many heads a block of threads works on. They lie along y and, as that ends at 65,535, along z, beside
+    parts of the keys; some may then be worked on twice, with the same result. `dealt` would need more registers."""
+    n = types.int32(cuda.blockIdx.y) + types.int32(cuda.gridDim.y) * (
+        types.int32(cuda.blockIdx.z) // types.int32(splits)
+    )
+    return types.int32(min(types.int32(n), types.int32(count - 1)))
+
 
 @device
 def span(low, near, far, high, shared):
@@ -120,27 +146,28 @@ def span(low, near, far, high, shared):
 
 @functools.cache
 def placing(packed, slots):
-    """place(job, row0, at, lo, hi, shared): where the queries of this lane's row slots begin, -1 if there are none, and
-    which keys they see; and for the whole block `span`. owner(job, row): the head and the query of a row."""
+    """place(job, head0, row0, at, lo, hi, shared): where the queries of this lane's row slots begin, -1 if there are
+    none, and which keys they see; and for the whole block, whose first head is head0, `span`.
+    owner(job, head0, row): the head and the query of a row."""
     int32 = types.int32
 
     @device
-    def owner(job, row):
+    def owner(job, head0, row):
         if packed:
-            return cuda.blockIdx.y * int32(job.heads) + row // int32(job.Lq), row % int32(job.Lq)
-        return cuda.blockIdx.y, row
+            return int32(head0 + row // int32(job.Lq)), row % int32(job.Lq)
+        return head0, row
 
     @device
-    def place(job, row0, at, lo, hi, shared):
+    def place(job, head0, row0, at, lo, hi, shared):
         first, last = int32(0), int32(job.Lk)
         if packed:
-            first = int32(cuda.blockIdx.z * job.split_keys)
+            first = int32(cuda.blockIdx.z % job.splits * job.split_keys)
             last = int32(min(job.Lk, first + job.split_keys))
         low, near, far, high = int32(FAR), int32(0), int32(FAR), int32(0)
         for r in range(slots):
             at[r], lo[r], hi[r] = -1, 0, 0
             if row0 + 8 * r < job.Lq * job.heads:
-                head, i = owner(job, int32(row0 + 8 * r))
+                head, i = owner(job, head0, int32(row0 + 8 * r))
                 at[r] = job.query.at[head] + i * job.query.row
                 lo[r] = max(first, sees_from(job.sight, head // job.H, i))
                 hi[r] = min(last, sees_to(job.sight, head // job.H, i))
@@ -154,18 +181,18 @@ def placing(packed, slots):
 
 @functools.cache
 def scoring_tile(v):
-    """finish(job, s, at, lo, hi, row0, k0, edge): from q.k to scores in base 2, hidden ones -inf, of the keys from k0;
-    thin(job, s, row0, k0): dropout of what became of them."""
+    """finish(job, s, at, lo, hi, head0, row0, k0, edge): from q.k to scores in base 2, hidden ones -inf, of the keys
+    from k0; thin(job, s, head0, row0, k0): dropout of what became of them."""
     SLOTS, BLOCKS, SLOPES = 2 * v.tall, v.keys // 8, v.slopes
     score, _ = scoring(v.element, v.softcap, v.slopes, v.bias, v.mask)
     _, owner = placing(v.packed, SLOTS)
     int32, float32 = types.int32, types.float32
 
     @device
-    def finish(job, s, at, lo, hi, row0, k0, edge):
+    def finish(job, s, at, lo, hi, head0, row0, k0, edge):
         key = int32(k0 + 2 * (cuda.threadIdx.x & 3))
         for r in range(SLOTS):
-            head, i = owner(job, int32(row0 + 8 * r))
+            head, i = owner(job, head0, int32(row0 + 8 * r))
             there = at[r] >= 0
             slope = float32(0)
             if SLOPES and there:
@@ -183,10 +210,10 @@ def scoring_tile(v):
                             s[n] = float32(-INF)
 
     @device
-    def thin(job, s, row0, k0):
+    def thin(job, s, head0, row0, k0):
         key = int32(k0 + 2 * (cuda.threadIdx.x & 3))
         for r in range(SLOTS):
-            head, i = owner(job, int32(row0 + 8 * r))
+            head, i = owner(job, head0, int32(row0 + 8 * r))
             thrown = dice(job.terms.seed, head, i)
             for b in range(BLOCKS):
                 for e in range(2):

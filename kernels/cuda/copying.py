@@ -17,11 +17,12 @@ class CopyJob(NamedTuple):
     rows: int
     columns: int
     width: int
+    blocks: int  # of threads, for each matrix
 
 
 class Variant(NamedTuple):
     element: str
-    threads: int = 256
+    threads: int
     resident: int = 1
     inverted: bool = False  # 1 for 0, 0 for all else: bools that hide become bools that attend
 
@@ -31,8 +32,8 @@ def pack(v):
     THREADS, INVERTED, STORED, zero = v.threads, v.inverted, STORAGE[v.element], STORAGE[v.element](0)
 
     def copy_rows(job):
-        matrix = cuda.blockIdx.y
-        for n in range(cuda.blockIdx.x * THREADS + cuda.threadIdx.x, job.rows * job.width, cuda.gridDim.x * THREADS):
+        matrix, block = cuda.blockIdx.x // job.blocks, cuda.blockIdx.x % job.blocks
+        for n in range(block * THREADS + cuda.threadIdx.x, job.rows * job.width, job.blocks * THREADS):
             row, column = n // job.width, n % job.width
             x = zero
             if column < job.columns:

@@ -132,24 +132,24 @@ def attention_vectors(v):
 
 
 # --- forward ---------------------------------------------------------------------------------------------------------
-@kernel(NeighborJob, registers=168)
-def forward(v):
-    WIDTH, UNROLLED, GROUPS, LANES, LINE = v.width, v.unrolled, v.groups, v.lanes, v.line
-    ROOM, KEYS = UNROLLED * WIDTH, UNROLLED * WIDTH if v.rule == DOT else 1
-    QUERY = WIDTH if v.rule != GIVEN else 1
-    ATT, ATT_B = WIDTH if v.rule in (SUM, JOINT) else 1, WIDTH if v.rule == SUM else 1
-    EDGE_ROOM, MORE, PICKED = WIDTH if v.edge else 1, WIDTH if v.edge_value else 1, WIDTH if v.maximum else 1
-    HIDES, EDGE_VALUE, SHARES, MAX, NORMALIZES = v.bias, v.edge_value, v.shares, v.maximum, v.normalizes
-    NEEDS_IDS = v.edge or v.bias or v.edge_value or v.shares
-    place, item, longest, _ = walking(v)
-    take, put, _, leave, fetch = gathering(v)
-    prepare, look, score = scoring(v)
-    take_att, one = attention_vectors(v), gpu.one[v.element]
-    int32, int64, float32 = types.int32, types.int64, types.float32
+class Sums(NamedTuple):
+    rescale: object
+    add: object
+    add_parts: object
+
+
+@functools.cache
+def summing(v):
+    """rescale(o, top, total, best): what was summed under the old top, as if under `best`; returns the total.
+    add(o, picked, w, values, base, more, position, live): one edge's value, which begins at values[base].
+    add_parts(job, first, last, head, sub, o, picked, other, top, total): the sums of a hub's parts."""
+    WIDTH, LANES, LINE = v.width, v.lanes, v.line
+    HIDES, EDGE_VALUE, MAX, NORMALIZES = v.bias, v.edge_value, v.maximum, v.normalizes
+    fetch = gathering(v).fetch
+    int64, float32 = types.int64, types.float32
 
     @device
     def rescale(o, top, total, best):
-        """What was summed under the old top, as if under the new one."""
         factor = float32(1)
         if NORMALIZES:
             factor = power(top - best) if best > -INF else float32(1)
@@ -191,6 +191,22 @@ def forward(v):
                     if at >= 0 and (picked[c] < 0 or y > o[c] or y != y):
                         o[c], picked[c] = y, at
         return top, total
+
+    return Sums(rescale, add, add_parts)
+
+
+@functools.cache
+def passes(v):
+    """walk(...): past the edges of one item; returns the largest score and the sum of the weights.
+    finish(...): the output of a node. leave_part(...): or, of a part of a hub, what was summed."""
+    WIDTH, UNROLLED, LANES, LINE = v.width, v.unrolled, v.lanes, v.line
+    EDGE_VALUE, SHARES, MAX, NORMALIZES = v.edge_value, v.shares, v.maximum, v.normalizes
+    NEEDS_IDS = v.edge or v.bias or v.edge_value or v.shares
+    longest, one = walking(v).longest, gpu.one[v.element]
+    take, put, _, leave, _ = gathering(v)
+    _, look, score = scoring(v)
+    rescale, add, _ = summing(v)
+    int32, int64, float32 = types.int32, types.int64, types.float32
 
     @device
     def walk(job, node, first, last, head, sub, there, q, a, term, o, picked, values, keys, edges, more):
@@ -236,10 +252,14 @@ def forward(v):
     def finish(job, node, head, sub, there, o, picked, begin, top, total, term):
         factor = float32(1)
         if NORMALIZES:
-            factor = float32(0) if total == 0 else 1 / total
-        take(begin, 0, job.offset, node, head, sub, job.C, there and job.has_offset != 0)
+            factor = float32(0) if total == 0 else float32(1) / total
         for c in range(WIDTH):
-            o[c] = o[c] * factor + begin[c]
+            o[c] *= factor
+        if job.has_offset != 0:  # kept without it: to subtract it again would cancel digits that backward needs
+            put(job.attended, node, head, sub, job.C, o, 0, there)
+            take(begin, 0, job.offset, node, head, sub, job.C, there)
+            for c in range(WIDTH):
+                o[c] += begin[c]
         put(job.output, node, head, sub, job.C, o, 0, there)
         if there and sub == 0:
             at = (int64(node) * job.H + head) * 4
@@ -249,6 +269,32 @@ def forward(v):
                 channel = int32((c // 4 * LANES + sub) * 4 + c % 4)
                 if there and channel < job.C:
                     job.best[(int64(node) * job.H + head) * job.C + channel] = picked[c]
+
+    @device
+    def leave_part(job, part, head, sub, o, picked, top, total):
+        row = int64(part) * 2 * job.H + head
+        leave(job.partial, row * LINE, sub, o)
+        if sub == 0:
+            job.partial[row * LINE + LINE - 4], job.partial[row * LINE + LINE - 3] = top, total
+        if MAX:
+            at = (int64(part) * job.H + head) * LINE + sub * 4
+            for c in range(WIDTH):
+                job.partial_best[at + c // 4 * LANES * 4 + c % 4] = picked[c]
+
+    return walk, finish, leave_part
+
+
+@kernel(NeighborJob, registers=168)
+def forward(v):
+    WIDTH, UNROLLED, GROUPS, MAX = v.width, v.unrolled, v.groups, v.maximum
+    ROOM, KEYS = UNROLLED * WIDTH, UNROLLED * WIDTH if v.rule == DOT else 1
+    QUERY = WIDTH if v.rule != GIVEN else 1
+    ATT, ATT_B = WIDTH if v.rule in (SUM, JOINT) else 1, WIDTH if v.rule == SUM else 1
+    EDGE_ROOM, MORE, PICKED = WIDTH if v.edge else 1, WIDTH if v.edge_value else 1, WIDTH if v.maximum else 1
+    place, item, _, _ = walking(v)
+    prepare, take_att, add_parts = scoring(v).prepare, attention_vectors(v), summing(v).add_parts
+    walk, finish, leave_part = passes(v)
+    int32, float32 = types.int32, types.float32
 
     def attention_forward(job):
         values = cuda.local.array(ROOM, float32)
@@ -286,14 +332,7 @@ def forward(v):
         if part < 0:
             finish(job, node, head, sub, there, o, picked, values, top, total, term)
         elif there:
-            row = int64(part) * 2 * job.H + head
-            leave(job.partial, row * LINE, sub, o)
-            if sub == 0:
-                job.partial[row * LINE + LINE - 4], job.partial[row * LINE + LINE - 3] = top, total
-            if MAX:
-                at = (int64(part) * job.H + head) * LINE + sub * 4
-                for c in range(WIDTH):
-                    job.partial_best[at + c // 4 * LANES * 4 + c % 4] = picked[c]
+            leave_part(job, part, head, sub, o, picked, top, total)
 
     return attention_forward
 

@@ -1,6 +1,6 @@
 """The way back through attention over neighbours (csr.py): by source, and then by target for what targets get.
 
-    delta[i, h] = sum over e of p * dp                 which is <do[i, h], o[i, h] - offset>
+    delta[i, h] = sum over e of p * dp                 which is <do[i, h], o[i, h] before its offset>
     dp = <do[i, h], value[j, h] + value_a[e, h]> * w / p
     ds = p * (dp - delta)                              and through the rule to key, query and a
     dvalue[j, h, c] = sum over the edges from j of w[e, h] * do[i, h, c]
@@ -9,17 +9,19 @@ The twin of the CPU's csr_backward.py, which goes by target first. Here delta is
 one walk by source makes p again and reads each row of the targets once; of an edge only ds is kept.
 """
 
+import functools
 from typing import NamedTuple
 
 from numba import cuda, types
 
 from . import instructions as gpu
 from .csr import INF, attention_vectors, leaky, power
+from .csr_edge import edge_passes
 from .gather import gathering, totals
 from .jit import WARP, Elements, Ints, device, kernel
 from .projection import writing
 from .tiles import widen
-from .walk import DOT, GIVEN, JOINT, SUM, NeighborJob, edge_id, share_of, walking
+from .walk import DOT, GIVEN, JOINT, SUM, NeighborJob, edge_id, walking
 
 across, number = gpu.across, gpu.number
 
@@ -44,10 +46,7 @@ def prepare(v):
         for turn in range(job.rounds):
             node = int32((int32(cuda.blockIdx.x) * job.rounds + turn) * GROUPS + group)
             there, delta = node < job.nodes and head < job.H, float32(0)
-            take(o, 0, job.output, node, head, sub, job.C, there)
-            take(x, 0, job.offset, node, head, sub, job.C, there and job.has_offset != 0)
-            for c in range(WIDTH):
-                o[c] -= x[c]
+            take(o, 0, job.attended, node, head, sub, job.C, there)
             take(x, 0, job.grad, node, head, sub, job.C, there)
             for c in range(WIDTH):
                 delta += x[c] * o[c] if o[c] != 0 else float32(0)
@@ -56,7 +55,7 @@ def prepare(v):
             if there and sub == 0:
                 at = (int64(node) * job.H + head) * 4
                 total = job.stats[at + 1]
-                part = float32(0) if total == 0 else 1 / total
+                part = float32(0) if total == 0 else float32(1) / total
                 if not NORMALIZES:
                     delta = float32(0)
                 put_four(job.slopes, at, (job.stats[at], part, job.stats[at + 2], delta))
@@ -67,124 +66,41 @@ def prepare(v):
 
 
 # --- by source -------------------------------------------------------------------------------------------------------
-@kernel(NeighborJob, registers=168)
-def backward_sources(v):
-    WIDTH, UNROLLED, GROUPS, LANES, LINE, RULE = v.width, v.unrolled, v.groups, v.lanes, v.line, v.rule
-    ROOM, QUERIES = UNROLLED * WIDTH, UNROLLED * WIDTH if v.rule in (JOINT, DOT) else 1
-    KEY, ATT = WIDTH if v.rule == DOT else 1, WIDTH if v.rule in (SUM, JOINT) else 1
-    ATT_B = WIDTH if v.rule == SUM else 1
-    DKEY, SLOPES = WIDTH if v.rule in (JOINT, DOT) else 1, 4 * UNROLLED
-    EDGE, EDGE_VALUE, BIAS, SHARES, MAX = v.edge, v.edge_value, v.bias, v.shares, v.maximum
-    EDGE_ROOM, MORE = WIDTH if v.edge else 1, WIDTH if v.edge_value else 1
-    SHARED, NORMALIZES = v.threads * v.width if v.rule == SUM else 1, v.normalizes
-    place, item, longest, joined = walking(v)
+class SourcePasses(NamedTuple):
+    begin: object
+    walk: object
+    add_parts: object
+    leave_part: object
+    finish: object
+
+
+@functools.cache
+def source_passes(v):
+    """What `backward_sources` is made of."""
+    WIDTH, UNROLLED, LINE, RULE = v.width, v.unrolled, v.line, v.rule
+    EDGE, EDGE_VALUE, BIAS, SHARES, MAX, NORMALIZES = v.edge, v.edge_value, v.bias, v.shares, v.maximum, v.normalizes
+    _, _, longest, joined = walking(v)
     take, put, _, leave, fetch = gathering(v)
-    take_att, give, write, one = attention_vectors(v), totals(v), writing(v.element), gpu.one[v.element]
-    four = gpu.four["float32"]
+    look, score, weight_gradient, thin, add, spread = edge_passes(v)
+    write = writing(v.element)
     int32, int64, float32 = types.int32, types.int64, types.float32
 
     @device
-    def score(job, u, id, head, here, value, key, a, edges, queries, term, target_term):
-        """As forward makes it, but from the source's side; and what a LeakyReLU's slope was, of SUM."""
-        s, slope, base = float32(0), float32(1), u * WIDTH
+    def begin(job, node, head, sub, there, value, key, a, dv, dk):
+        """What the source brings; returns its term of SUM."""
+        term = float32(0)
+        take(value, 0, job.value, node, head, sub, job.C, there)
+        if RULE == DOT:
+            take(key, 0, job.key, node, head, sub, job.D, there)
         if RULE == SUM:
-            s = term + target_term
-            if EDGE:
-                s += one(job.edge.data, int64(id) * job.edge.step + head, here)
-            slope = float32(1) if s > 0 else float32(job.slope)
-            s = leaky(s, float32(job.slope))
-        elif RULE == JOINT:
             for c in range(WIDTH):
-                z = value[c] + queries[base + c]
-                if EDGE:
-                    z += edges[c]
-                s += a[c] * leaky(z, float32(job.slope))
-            s = joined(s)
-        elif RULE == DOT:
-            for c in range(WIDTH):
-                k = key[c]
-                if EDGE:
-                    k += edges[c]
-                s += queries[base + c] * k
-            s = joined(s) * float32(job.scale)
-        if BIAS:
-            x = one(job.bias, int64(id) * job.H + head, here)
-            s = float32(-INF) if x == -INF else s + x
-        return s, slope
-
-    @device
-    def thin(job, id, node, head, sub, here, p, dp):
-        """The share of p that counts, and dp times it; by the way what the edge's own weight gets of this head."""
-        degree = int32(job.by_target[node + 1] - job.by_target[node]) if here else int32(1)
-        share = share_of(job, id, head, degree)
-        if job.has_weight != 0:
-            if here and sub == 0:
-                job.dweight[int64(id) * job.H + head] = share * p * dp if p != 0 and share != 0 else float32(0)
-            share *= one(job.edge_weight, int64(id), here)
-        return share, dp * share if share != 0 else float32(0)
-
-    @device
-    def spread(job, id, head, sub, here, w, d, base, grads, queries, value, a, edges, more):
-        """The gradients of what belongs to the edge itself: rows of its own."""
-        if EDGE_VALUE:
-            for c in range(WIDTH):
-                more[c] = w * grads[base + c] if w != 0 else float32(0)
-            put(job.dedge_value, id, head, sub, job.C, more, 0, here)
-        if EDGE and RULE == DOT:
-            for c in range(WIDTH):
-                edges[c] = d * queries[base + c] if d != 0 else float32(0)
-            put(job.dedge, id, head, sub, job.D, edges, 0, here)
-        if EDGE and RULE == JOINT:
-            for c in range(WIDTH):
-                z = value[c] + queries[base + c] + edges[c]
-                edges[c] = d * a[c] * (float32(1) if z > 0 else float32(job.slope))
-            put(job.dedge, id, head, sub, job.D, edges, 0, here)
-
-    @device
-    def look(job, first, last, head, sub, there, grads, queries, slopes):
-        """The rows of the targets of some edges, and what is known of their softmax."""
-        for u in range(UNROLLED):
-            here = there and first + u < last
-            i = number(job.others, int32(first + u), here)
-            take(grads, u * WIDTH, job.grad, i, head, sub, job.C, here)
+                term += value[c] * a[c]
+            term = joined(term)
+        for c in range(WIDTH):
+            dv[c] = 0
             if RULE == JOINT or RULE == DOT:
-                take(queries, u * WIDTH, job.query, i, head, sub, job.D, here)
-            n, at = 4 * u, (int64(i) * job.H + head) * 4
-            slopes[n], slopes[n + 1], slopes[n + 2], slopes[n + 3] = four(job.slopes, at, here)
-
-    @device
-    def weight_gradient(job, base, position, target, id, head, sub, here, value, more, grads):
-        """dp, before shares; of the maximum, grads are left only where this edge's value was the largest."""
-        if EDGE_VALUE:
-            take(more, 0, job.edge_value, id, head, sub, job.C, here)
-        dp = float32(0)
-        for c in range(WIDTH):
-            y = value[c]
-            if EDGE_VALUE:
-                y += more[c]
-            if MAX:
-                channel, chosen = int32((c // 4 * LANES + sub) * 4 + c % 4), int32(-1)
-                if here and channel < job.C:
-                    chosen = job.best[(int64(target) * job.H + head) * job.C + channel]
-                if chosen != position:
-                    grads[base + c], y = float32(0), float32(0)
-            dp += grads[base + c] * y
-        return joined(dp)
-
-    @device
-    def add(job, base, w, d, value, a, edges, grads, queries, dv, dk):
-        """dv += w do, and dk from ds through the rule; what is hidden is selected out."""
-        for c in range(WIDTH):
-            x = w * grads[base + c]
-            dv[c] += x if w != 0 or not BIAS else float32(0)
-            if RULE == DOT:
-                x = d * queries[base + c]
-                dk[c] += x if d != 0 or not BIAS else float32(0)
-            elif RULE == JOINT:
-                z = value[c] + queries[base + c]
-                if EDGE:
-                    z += edges[c]
-                dk[c] += d * a[c] * (float32(1) if z > 0 else float32(job.slope))
+                dk[c] = 0
+        return term
 
     @device
     def walk(job, first, last, head, sub, there, value, key, a, term, dv, dk, grads, queries, slopes, edges, more):
@@ -229,6 +145,61 @@ def backward_sources(v):
                     spread(job, id, head, sub, here, w, d, base, grads, queries, value, a, edges, more)
         return dterm
 
+    @device
+    def add_parts(job, first, last, head, sub, dv, dk, other):
+        """The sums of a hub's parts."""
+        dterm = float32(0)
+        for n in range(first, last):
+            row = int64(n) * 2 * job.H + head
+            fetch(other, job.partial, row * LINE, sub)
+            for c in range(WIDTH):
+                dv[c] += other[c]
+            if RULE == JOINT or RULE == DOT:
+                fetch(other, job.partial, (row + job.H) * LINE, sub)
+                for c in range(WIDTH):
+                    dk[c] += other[c]
+            dterm += job.partial[row * LINE + LINE - 4]
+        return dterm
+
+    @device
+    def leave_part(job, part, head, sub, dv, dk, dterm):
+        row = int64(part) * 2 * job.H + head
+        leave(job.partial, row * LINE, sub, dv)
+        if RULE == JOINT or RULE == DOT:
+            leave(job.partial, (row + job.H) * LINE, sub, dk)
+        if sub == 0:
+            job.partial[row * LINE + LINE - 4] = dterm
+
+    @device
+    def finish(job, node, head, sub, value, a, dv, dk, sums, dterm):
+        """What the source gets; and, of SUM, what att gets of it."""
+        for c in range(WIDTH):
+            if RULE == SUM:
+                dv[c] += dterm * a[c]
+                sums[c] += dterm * value[c]
+            elif RULE == JOINT:
+                dv[c] += dk[c]
+        put(job.dvalue, node, head, sub, job.C, dv, 0, True)
+        if RULE == DOT:
+            put(job.dkey, node, head, sub, job.D, dk, 0, True)
+
+    return SourcePasses(begin, walk, add_parts, leave_part, finish)
+
+
+@kernel(NeighborJob, registers=168)
+def backward_sources(v):
+    WIDTH, UNROLLED, GROUPS, RULE = v.width, v.unrolled, v.groups, v.rule
+    ROOM, QUERIES = UNROLLED * WIDTH, UNROLLED * WIDTH if v.rule in (JOINT, DOT) else 1
+    KEY, ATT = WIDTH if v.rule == DOT else 1, WIDTH if v.rule in (SUM, JOINT) else 1
+    ATT_B = WIDTH if v.rule == SUM else 1
+    DKEY, SLOPES = WIDTH if v.rule in (JOINT, DOT) else 1, 4 * UNROLLED
+    EDGE_ROOM, MORE = WIDTH if v.edge else 1, WIDTH if v.edge_value else 1
+    SHARED = v.threads * v.width if v.rule == SUM else 1
+    place, item, _, _ = walking(v)
+    take_att, give = attention_vectors(v), totals(v)
+    begin, walk, add_parts, leave_part, finish = source_passes(v)
+    int32, float32 = types.int32, types.float32
+
     def backward_by_source(job):
         shared = cuda.shared.array(SHARED, float32)
         grads = cuda.local.array(ROOM, float32)
@@ -251,18 +222,8 @@ def backward_sources(v):
         for turn in range(job.rounds):
             # 1. Whose edges, and what the source brings.
             node, first, last, part = item(job, int32((int32(cuda.blockIdx.x) * job.rounds + turn) * GROUPS + group))
-            there, term, dterm = node >= 0 and head < job.H, float32(0), float32(0)
-            take(value, 0, job.value, node, head, sub, job.C, there)
-            if RULE == DOT:
-                take(key, 0, job.key, node, head, sub, job.D, there)
-            if RULE == SUM:
-                for c in range(WIDTH):
-                    term += value[c] * a[c]
-                term = joined(term)
-            for c in range(WIDTH):
-                dv[c] = 0
-                if RULE == JOINT or RULE == DOT:
-                    dk[c] = 0
+            there, dterm = node >= 0 and head < job.H, float32(0)
+            term = begin(job, node, head, sub, there, value, key, a, dv, dk)
 
             # 2. Past the edges, or past the parts of a hub.
             if job.of_hubs == 0:
@@ -270,35 +231,13 @@ def backward_sources(v):
                     job, first, last, head, sub, there, value, key, a, term, dv, dk, grads, queries, slopes, edges, more
                 )
             elif there:
-                for n in range(first, last):
-                    row = int64(n) * 2 * job.H + head
-                    fetch(grads, job.partial, row * LINE, sub)
-                    for c in range(WIDTH):
-                        dv[c] += grads[c]
-                    if RULE == JOINT or RULE == DOT:
-                        fetch(grads, job.partial, (row + job.H) * LINE, sub)
-                        for c in range(WIDTH):
-                            dk[c] += grads[c]
-                    dterm += job.partial[row * LINE + LINE - 4]
+                dterm = add_parts(job, first, last, head, sub, dv, dk, grads)
 
             # 3. What the source gets; or, of a part, what was summed.
             if part >= 0 and there:
-                row = int64(part) * 2 * job.H + head
-                leave(job.partial, row * LINE, sub, dv)
-                if RULE == JOINT or RULE == DOT:
-                    leave(job.partial, (row + job.H) * LINE, sub, dk)
-                if sub == 0:
-                    job.partial[row * LINE + LINE - 4] = dterm
+                leave_part(job, part, head, sub, dv, dk, dterm)
             elif there:
-                for c in range(WIDTH):
-                    if RULE == SUM:
-                        dv[c] += dterm * a[c]
-                        sums[c] += dterm * value[c]
-                    elif RULE == JOINT:
-                        dv[c] += dk[c]
-                put(job.dvalue, node, head, sub, job.C, dv, 0, True)
-                if RULE == DOT:
-                    put(job.dkey, node, head, sub, job.D, dk, 0, True)
+                finish(job, node, head, sub, value, a, dv, dk, sums, dterm)
         if RULE == SUM and job.wants_sums != 0:
             give(shared, sums, job)
 
@@ -306,15 +245,21 @@ def backward_sources(v):
 
 
 # --- by target -------------------------------------------------------------------------------------------------------
-@kernel(NeighborJob, registers=128)
-def backward_targets(v):
-    WIDTH, UNROLLED, GROUPS, LANES, LINE, RULE = v.width, v.unrolled, v.groups, v.lanes, v.line, v.rule
-    ROOM, EDGE = UNROLLED * WIDTH, v.edge
-    ATT, ATT_B = WIDTH if v.rule in (SUM, JOINT) else 1, WIDTH if v.rule == SUM else 1
-    EDGE_ROOM, SHARED, SELECTS = WIDTH if v.edge else 1, v.threads * v.width if v.rule != DOT else 1, v.bias
-    place, item, longest, joined = walking(v)
+class TargetPasses(NamedTuple):
+    walk_numbers: object
+    walk: object
+    add_parts: object
+    leave_part: object
+    finish: object
+
+
+@functools.cache
+def target_passes(v):
+    """What `backward_targets` is made of."""
+    WIDTH, UNROLLED, LANES, LINE, RULE = v.width, v.unrolled, v.lanes, v.line, v.rule
+    EDGE, SELECTS = v.edge, v.bias
+    _, _, longest, joined = walking(v)
     take, put, add, leave, fetch = gathering(v)
-    take_att, give = attention_vectors(v), totals(v)
     int32, int64, float32 = types.int32, types.int64, types.float32
 
     @device
@@ -356,6 +301,25 @@ def backward_targets(v):
                         dq[c] += d * k
 
     @device
+    def add_parts(job, first, last, head, sub, dq, other):
+        """The sums of a hub's parts."""
+        dterm = float32(0)
+        for n in range(first, last):
+            row = int64(n) * 2 * job.H + head
+            fetch(other, job.partial, row * LINE, sub)
+            for c in range(WIDTH):
+                dq[c] += other[c]
+            dterm += job.partial[row * LINE + LINE - 4]
+        return dterm
+
+    @device
+    def leave_part(job, part, head, sub, dq, dterm):
+        row = int64(part) * 2 * job.H + head
+        leave(job.partial, row * LINE, sub, dq)
+        if sub == 0:
+            job.partial[row * LINE + LINE - 4] = dterm
+
+    @device
     def finish(job, node, head, sub, there, q, a, b, dq, sums, dterm):
         if RULE == SUM:
             take(q, 0, job.query, node, head, sub, job.C, there)
@@ -367,6 +331,20 @@ def backward_targets(v):
             put(job.dvalue, node, head, sub, job.C, dq, 0, there)
         else:
             put(job.dquery, node, head, sub, job.D, dq, 0, there)
+
+    return TargetPasses(walk_numbers, walk, add_parts, leave_part, finish)
+
+
+@kernel(NeighborJob, registers=128)
+def backward_targets(v):
+    WIDTH, GROUPS, RULE = v.width, v.groups, v.rule
+    ROOM, EDGE_ROOM = v.unrolled * WIDTH, WIDTH if v.edge else 1
+    ATT, ATT_B = WIDTH if v.rule in (SUM, JOINT) else 1, WIDTH if v.rule == SUM else 1
+    SHARED = v.threads * v.width if v.rule != DOT else 1
+    place, item, _, _ = walking(v)
+    take, take_att, give = gathering(v).take, attention_vectors(v), totals(v)
+    walk_numbers, walk, add_parts, leave_part, finish = target_passes(v)
+    int32, float32 = types.int32, types.float32
 
     def backward_by_target(job):
         shared = cuda.shared.array(SHARED, float32)
@@ -382,30 +360,27 @@ def backward_targets(v):
         for c in range(WIDTH):
             sums[c] = 0
         for turn in range(job.rounds):
+            # 1. Whose edges, and what the target brings.
             node, first, last, part = item(job, int32((int32(cuda.blockIdx.x) * job.rounds + turn) * GROUPS + group))
             there, dterm = node >= 0 and head < job.H, float32(0)
             if RULE == JOINT:
                 take(q, 0, job.query, node, head, sub, job.D, there)
             for c in range(WIDTH):
                 dq[c] = 0
+
+            # 2. Past the edges, or past the parts of a hub.
             if job.of_hubs != 0:
-                for n in range(first, last if there else first):
-                    row = int64(n) * 2 * job.H + head
-                    fetch(keys, job.partial, row * LINE, sub)
-                    for c in range(WIDTH):
-                        dq[c] += keys[c]
-                    dterm += job.partial[row * LINE + LINE - 4]
+                dterm = add_parts(job, first, last if there else first, head, sub, dq, keys)
             elif RULE == SUM:
                 dterm = walk_numbers(job, first, last, head, sub, there)
             else:
                 walk(job, first, last, head, sub, there, q, a, dq, sums, keys, edges)
+
+            # 3. What the target gets; or, of a part, what was summed.
             if part < 0:
                 finish(job, node, head, sub, there, q, a, b, dq, sums, dterm)
             elif there:
-                row = int64(part) * 2 * job.H + head
-                leave(job.partial, row * LINE, sub, dq)
-                if sub == 0:
-                    job.partial[row * LINE + LINE - 4] = dterm
+                leave_part(job, part, head, sub, dq, dterm)
         if RULE != DOT and job.wants_sums != 0:
             give(shared, sums, job)
 
@@ -426,9 +401,16 @@ class SoftmaxJob(NamedTuple):
 
 @kernel(SoftmaxJob, registers=64)
 def softmax_backward(v):
-    """out = weights * (grad - the sum over the target's edges of weights * grad): a warp for a target"""
+    """out = weights * (grad - the sum over the target's edges of weights * grad): a warp for a target. Where a weight
+    is 0 nobody saw the edge, and its gradient may be NaN: such products are left out, not multiplied."""
     WARPS, write, widened = v.threads // WARP, writing(v.element), widen(v.element)
     int32, int64, float32 = types.int32, types.int64, types.float32
+
+    @device
+    def share(job, at, total):
+        """weights * (grad - total) of one edge"""
+        weight = widened(job.weights[at])
+        return weight * (widened(job.grad[at]) - total) if weight != 0 else float32(0)
 
     def backward_of_softmax(job):
         t = int32(cuda.threadIdx.x)
@@ -438,12 +420,11 @@ def softmax_backward(v):
             for h in range(job.H):
                 total = float32(0)
                 for p in range(first + (t & 31), last, WARP):
-                    at = int64(edge_id(job, int32(p), True)) * job.H + h
-                    total += widened(job.weights[at]) * widened(job.grad[at])
+                    total += share(job, int64(edge_id(job, int32(p), True)) * job.H + h, float32(0))
                 for b in range(5):
                     total += across(total, 1 << b)
                 for p in range(first + (t & 31), last, WARP):
                     at = int64(edge_id(job, int32(p), True)) * job.H + h
-                    write(job.out, at, widened(job.weights[at]) * (widened(job.grad[at]) - total))
+                    write(job.out, at, share(job, at, total))
 
     return backward_of_softmax

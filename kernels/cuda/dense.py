@@ -10,14 +10,15 @@ Few queries are packed: those of all the heads that share a key head are one blo
 each a block of threads of its own, whose results `merge` joins.
 """
 
+import functools
 import math
 
 from numba import cuda, types
 
 from . import instructions as gpu
-from .blocks import INF, AttentionJob, placing, scoring_tile
+from .blocks import INF, AttentionJob, head_of_block, placing, scoring_tile
 from .elements import STORAGE
-from .jit import WARP, kernel
+from .jit import WARP, device, kernel
 from .scoring import LN2, hidden_bits
 from .softmax import softmax
 from .tiles import held, loading, operations, passed, pitch, storing
@@ -25,24 +26,69 @@ from .tiles import held, loading, operations, passed, pitch, storing
 across, commit, exp2, larger, wait_for_all = gpu.across, gpu.commit, gpu.exp2, gpu.larger, gpu.wait_for_all
 
 
+@functools.cache
+def passes(v):
+    """add_seen(job, o, s, hidden, odd, at, k0): o += p v of the rows of values with NaN or infinity, to those that see
+    them. write(job, head0, row0, at, o, top, total): the outputs, and what the backward pass needs."""
+    KEYS, SLOTS, WIDE, PACKED = v.keys, 2 * v.tall, v.width // 8, v.packed
+    add_row = operations(v.element, v.width, v.tall, KEYS, v.hold > 0).add_row
+    _, owner = placing(PACKED, SLOTS)
+    put, int32, float32 = storing(v.element), types.int32, types.float32
+
+    @device
+    def add_seen(job, o, s, hidden, odd, at, k0):
+        for j in range(KEYS):
+            if odd[j] != 0:
+                add_row(o, s, hidden, j, job.value.data, at + (k0 + j) * job.value.row, job.Dv)
+
+    @device
+    def share_of(job, where, first, top, total):
+        """By what an output is divided, which is left for the backward pass."""
+        seen = top > -INF or total != 0
+        total += float32(job.epsilon)
+        if first:
+            job.lse[where] = top * float32(LN2) + math.log(total) if seen else float32(-INF)
+            job.top[where], job.total[where] = top, total
+        return float32(1) / total if seen else float32(0)
+
+    @device
+    def write(job, head0, row0, at, o, top, total):
+        t = cuda.threadIdx.x & 3
+        for r in range(SLOTS):
+            if at[r] >= 0:
+                head, i = owner(job, head0, int32(row0 + 8 * r))
+                where, share = head * job.Lq + i, float32(1)
+                if PACKED:
+                    where = (head * job.splits + cuda.blockIdx.z % job.splits) * job.Lq + i
+                    if t == 0:
+                        job.top[where], job.total[where] = top[r], total[r]
+                else:
+                    share = share_of(job, where, t == 0, top[r], total[r])
+                for c in range(WIDE):
+                    n, d = (r // 2 * WIDE + c) * 4 + r % 2 * 2, 8 * c + 2 * t
+                    if d < job.Dv:
+                        if PACKED:
+                            job.parts[where * job.Dv + d], job.parts[where * job.Dv + d + 1] = o[n], o[n + 1]
+                        else:
+                            there = job.output.at[head] + i * job.output.row + d
+                            put(job.output.data, there, o[n] * share, o[n + 1] * share)
+
+    return add_seen, write
+
+
 @kernel(AttentionJob, registers=255, stack={256: 720})  # of 256 channels, the sums do not stay in registers
 def forward(v):
-    KEYS, TALL, SLOTS, ROWS, PACKED = v.keys, v.tall, 2 * v.tall, v.rows, v.packed
-    BLOCKS, WIDE, STORED = KEYS // 8, v.width // 8, STORAGE[v.element]
-    TILE, SCORES, SUMS = KEYS * pitch(v.element, v.width), TALL * BLOCKS * 4, TALL * WIDE * 4
-    HELD, PASSED, SPANS = (
-        held(v.element, v.width, TALL, v.hold > 0),
-        passed(v.element, TALL, KEYS, v.threads),
-        v.threads // WARP * 4,
-    )
-    DROPOUT, SOME_HIDDEN = v.dropout, v.bias or v.mask
-    load_rows, times_transposed, times, add_row = operations(v.element, v.width, TALL, KEYS, v.hold > 0)
+    KEYS, TALL, SLOTS, ROWS, SCORES, PACKED = v.keys, v.tall, 2 * v.tall, v.rows, v.scores, v.packed
+    TILE, SUMS, STORED = KEYS * pitch(v.element, v.width), TALL * v.width // 2, STORAGE[v.element]
+    HELD, PASSED = held(v.element, v.width, TALL, v.hold > 0), passed(v.element, TALL, KEYS, v.threads)
+    SPANS, DROPOUT, SOME_HIDDEN = v.threads // WARP * 4, v.dropout, v.bias or v.mask
+    load_rows, times_transposed, times, _ = operations(v.element, v.width, TALL, KEYS, v.hold > 0)
     begin, take_out, forget = loading(v.element, v.width, KEYS, v.threads)
-    place, owner = placing(PACKED, SLOTS)
+    place, _ = placing(PACKED, SLOTS)
     finish, thin = scoring_tile(v)
-    exponentials, join = softmax(SLOTS, BLOCKS, WIDE)
-    put = storing(v.element)
-    int32, float32 = types.int32, types.float32
+    exponentials, join = softmax(SLOTS, KEYS // 8, v.width // 8)
+    add_seen, write = passes(v)
+    int32 = types.int32
 
     def attention_forward(job):
         keys = cuda.shared.array(TILE, STORED)
@@ -63,7 +109,8 @@ def forward(v):
         warp, g = cuda.threadIdx.x >> 5, (cuda.threadIdx.x & 31) >> 2
         row0 = int32((cuda.gridDim.x - 1 - cuda.blockIdx.x) * ROWS + warp * 16 * TALL + g)
         forget(odd)
-        low, near, far, high = place(job, row0, at, lo, hi, spans)
+        head0 = int32(head_of_block(job.matrices, job.splits if PACKED else 1) * job.heads)
+        low, near, far, high = place(job, head0, row0, at, lo, hi, spans)
         load_rows(rows, job.query.data, at, job.D)
         for r in range(SLOTS):
             top[r], total[r] = -INF, 0
@@ -71,14 +118,13 @@ def forward(v):
             o[i] = 0
 
         # 2. Past the keys. While a tile of keys is multiplied its values arrive; then the next keys.
-        head0 = cuda.blockIdx.y * job.heads
         key_at, value_at = job.key.at[head0], job.value.at[head0]
         low = low // KEYS * KEYS
         if low < high:
             begin(keys, 0, job.key.data, key_at + low * job.key.row, job.key.row, job.Lk - low, job.D)
         commit()
         for start in range(low, high, KEYS):
-            k0 = int32(start)
+            k0, next0 = int32(start), int32(start + KEYS)
             wait_for_all()
             cuda.syncthreads()
             begin(values, 0, job.value.data, value_at + k0 * job.value.row, job.value.row, job.Lk - k0, job.Dv)
@@ -87,10 +133,9 @@ def forward(v):
                 s[i] = 0
             times_transposed(s, rows, keys, 0, job.query.data, at, job.D)
             edge = SOME_HIDDEN or k0 < near or k0 + KEYS > far
-            finish(job, s, at, lo, hi, row0, k0, edge)
+            finish(job, s, at, lo, hi, head0, row0, k0, edge)
             wait_for_all()
             cuda.syncthreads()
-            next0 = int32(k0 + KEYS)
             if next0 < high:
                 begin(keys, 0, job.key.data, key_at + next0 * job.key.row, job.key.row, job.Lk - next0, job.D)
             commit()
@@ -100,41 +145,18 @@ def forward(v):
                 if spoiled:
                     hidden = hidden_bits(s, SCORES)
 
-            # 3. p = 2**(s - top); o += p v. Rows of values with NaN or infinity are added to those that see them.
+            # 3. p = 2**(s - top); o += p v.
             exponentials(s, o, top, total)
             if DROPOUT:
-                thin(job, s, row0, k0)
+                thin(job, s, head0, row0, k0)
             times(o, s, values, 0, shared)
             if spoiled:
-                for j in range(KEYS):
-                    if odd[j] != 0:
-                        add_row(o, s, hidden, j, job.value.data, value_at + (k0 + j) * job.value.row, job.Dv)
+                add_seen(job, o, s, hidden, odd, value_at, k0)
                 forget(odd)
 
-        # 4. Divide, and tell the backward pass by what.
+        # 4. Divide.
         join(total)
-        t = cuda.threadIdx.x & 3
-        for r in range(SLOTS):
-            if at[r] >= 0:
-                head, i = owner(job, int32(row0 + 8 * r))
-                where = (head * job.splits + cuda.blockIdx.z) * job.Lq + i
-                share = float32(1)
-                if not PACKED:
-                    seen = top[r] > -INF or total[r] != 0
-                    total[r] += float32(job.epsilon)
-                    share = 1 / total[r] if seen else float32(0)
-                    if t == 0:
-                        job.lse[where] = top[r] * float32(LN2) + math.log(total[r]) if seen else float32(-INF)
-                if t == 0:
-                    job.top[where], job.total[where] = top[r], total[r]
-                for c in range(WIDE):
-                    n, d = (r // 2 * WIDE + c) * 4 + r % 2 * 2, 8 * c + 2 * t
-                    if d < job.Dv:
-                        if PACKED:
-                            job.parts[where * job.Dv + d], job.parts[where * job.Dv + d + 1] = o[n], o[n + 1]
-                        else:
-                            there = job.output.at[head] + i * job.output.row + d
-                            put(job.output.data, there, o[n] * share, o[n + 1] * share)
+        write(job, head0, row0, at, o, top, total)
 
     return attention_forward
 
@@ -150,7 +172,7 @@ def merge(v):
 
     def merge_parts(job):
         sums = cuda.shared.array(SUMS, types.float32)
-        warp, lane, i, head = cuda.threadIdx.x >> 5, cuda.threadIdx.x & 31, cuda.blockIdx.x, cuda.blockIdx.y
+        warp, lane, i, head = cuda.threadIdx.x >> 5, cuda.threadIdx.x & 31, cuda.blockIdx.y, cuda.blockIdx.x
         first, step = head * job.splits * job.Lq + i, job.Lq
 
         # 1. The largest score, and the sum of exp(score - it).
@@ -166,7 +188,7 @@ def merge(v):
             total += across(total, 1 << b)
         seen = best > -INF or total != 0
         total += float32(job.epsilon)
-        share = 1 / total if seen else float32(0)
+        share = float32(1) / total if seen else float32(0)
 
         # 2. Each warp's parts; what saw nothing is 0, and weighs 2**-inf = 0.
         for d in range(2 * lane, job.Dv, 2 * WARP):

@@ -7,12 +7,14 @@ Two kernels, one that owns queries and one that owns keys, make seven products w
 then the gradients of the queries would be summed by atomics, in an order that changes from run to run.
 """
 
+import functools
 import math
+from typing import NamedTuple
 
 from numba import cuda, types
 
 from . import instructions as gpu
-from .blocks import INF, GradientJob, placing, scoring_tile
+from .blocks import INF, GradientJob, head_of_block, placing, scoring_tile
 from .elements import STORAGE
 from .jit import WARP, device, kernel
 from .scoring import dice, hidden_bits, kept, scoring, sees_from, sees_to
@@ -30,7 +32,7 @@ def prepare(v):
     int32, float32 = types.int32, types.float32
 
     def prepare_backward(job):
-        lane, head = cuda.threadIdx.x & 31, cuda.blockIdx.y
+        lane, head = cuda.threadIdx.x & 31, head_of_block(job.matrices, 1)
         i0 = int32((cuda.blockIdx.x * WARPS + (cuda.threadIdx.x >> 5)) * QUERIES)
         delta = cuda.local.array(QUERIES, types.float32)
         for n in range(QUERIES):
@@ -54,24 +56,99 @@ def prepare(v):
     return prepare_backward
 
 
-@kernel(GradientJob, registers=255, stack={64: 80, 256: 640})  # of 64, tall 2 spills a little and gains a quarter
+# --- by query --------------------------------------------------------------------------------------------------------
+class QueryPasses(NamedTuple):
+    begin_rows: object
+    fetch: object
+    slopes_of_cap: object
+    weigh: object
+    add_seen: object
+    write: object
+
+
+@functools.cache
+def query_passes(v):
+    """What `to_query` is made of, but for what it shares with the forward pass."""
+    KEYS, SLOTS, SCORES, BLOCKS, WIDE = v.keys, 2 * v.tall, v.scores, v.keys // 8, v.width // 8
+    SOFTCAP = v.softcap
+    begin, _, _ = loading(v.element, v.width, KEYS, v.threads)
+    add_row = operations(v.element, v.width, v.tall, KEYS, v.hold > 0).add_row
+    _, slope_of_cap = scoring(v.element, v.softcap, v.slopes, v.bias, v.mask)
+    put, float32 = storing(v.element), types.float32
+
+    @device
+    def begin_rows(job, head, row0, at, grad_at, shift, delta):
+        """Where the output's gradients of this lane's rows begin, and what is known of their softmax."""
+        for r in range(SLOTS):
+            grad_at[r], shift[r], delta[r] = -1, 0, 0
+            if at[r] >= 0:
+                grad_at[r] = job.grad_output.at[head] + (row0 + 8 * r) * job.grad_output.row
+                where = head * job.Lq + row0 + 8 * r
+                shift[r], delta[r] = job.shift[where], job.delta[where]
+
+    @device
+    def fetch(job, keys, values, to, key_at, value_at, k0):
+        """Begin to copy a tile of keys and one of values."""
+        live = job.Lk - k0
+        begin(keys, to, job.key.data, key_at + k0 * job.key.row, job.key.row, live, job.D)
+        begin(values, to, job.value.data, value_at + k0 * job.value.row, job.value.row, live, job.Dv)
+
+    @device
+    def slopes_of_cap(job, slopes, s):
+        if SOFTCAP:
+            for i in range(SCORES):
+                slopes[i] = slope_of_cap(job.terms, s[i])
+
+    @device
+    def weigh(s, ds, slopes, shift, delta, edge):
+        """ds = p * (dp - delta), 0 where hidden"""
+        for r in range(SLOTS):
+            for b in range(BLOCKS):
+                for e in range(2):
+                    n = (r // 2 * BLOCKS + b) * 4 + r % 2 * 2 + e
+                    x = exp2(s[n] - shift[r]) * (ds[n] - delta[r])
+                    if SOFTCAP:
+                        x *= slopes[n]
+                    ds[n] = x
+        if edge:
+            for n in range(SCORES):
+                if s[n] == -INF:
+                    ds[n] = float32(0)
+
+    @device
+    def add_seen(job, dq, ds, hidden, odd, at, k0):
+        """dq += ds k of the keys with NaN or infinity, in the rows that see them"""
+        for j in range(KEYS):
+            if odd[j] != 0:
+                add_row(dq, ds, hidden, j, job.key.data, at + (k0 + j) * job.key.row, job.D)
+
+    @device
+    def write(job, head, row0, at, dq):
+        for r in range(SLOTS):
+            for c in range(WIDE):
+                n, d = (r // 2 * WIDE + c) * 4 + r % 2 * 2, 8 * c + 2 * (cuda.threadIdx.x & 3)
+                if at[r] >= 0 and d < job.D:
+                    there = job.grad_query.at[head] + (row0 + 8 * r) * job.grad_query.row + d
+                    put(job.grad_query.data, there, dq[n] * float32(job.slope), dq[n + 1] * float32(job.slope))
+
+    return QueryPasses(begin_rows, fetch, slopes_of_cap, weigh, add_seen, write)
+
+
+@kernel(GradientJob, registers=255, stack={64: 88, 256: 640})  # of 64, tall 2 spills a little and gains a quarter
 def to_query(v):
     """dq = scale * ds k. A block owns queries and goes past the keys they see."""
-    KEYS, TALL, SLOTS, ROWS = v.keys, v.tall, 2 * v.tall, v.rows
-    BLOCKS, WIDE, STORED = KEYS // 8, v.width // 8, STORAGE[v.element]
-    TILE, SCORES, SUMS = KEYS * pitch(v.element, v.width), TALL * BLOCKS * 4, TALL * WIDE * 4
+    KEYS, TALL, SLOTS, ROWS, SCORES, STORED = v.keys, v.tall, 2 * v.tall, v.rows, v.scores, STORAGE[v.element]
+    TILE, SUMS = KEYS * pitch(v.element, v.width), TALL * v.width // 2
     HELD, HELD_GRADS = (held(v.element, v.width, TALL, v.hold > n) for n in range(2))
     PASSED, SPANS = passed(v.element, TALL, KEYS, v.threads), v.threads // 8
-    TWO, SOME_HIDDEN, DROPOUT, SOFTCAP = 2 * TILE, v.bias or v.mask, v.dropout, v.softcap
-    SLOPES_OF_CAP = SCORES if SOFTCAP else 1
-    load_rows, times_transposed, times, add_row = operations(v.element, v.width, TALL, KEYS, v.hold > 0)
+    TWO, SOME_HIDDEN, DROPOUT, SLOPES = 2 * TILE, v.bias or v.mask, v.dropout, SCORES if v.softcap else 1
+    load_rows, times_transposed, times, _ = operations(v.element, v.width, TALL, KEYS, v.hold > 0)
     load_grads, grads_times_transposed, _, _ = operations(v.element, v.width, TALL, KEYS, v.hold > 1)
-    begin, take_out, forget = loading(v.element, v.width, KEYS, v.threads)
+    _, take_out, forget = loading(v.element, v.width, KEYS, v.threads)
+    begin_rows, fetch, slopes_of_cap, weigh, add_seen, write = query_passes(v)
     place, _ = placing(False, SLOTS)
     finish, thin = scoring_tile(v)
-    _, slope_of_cap = scoring(v.element, v.softcap, v.slopes, v.bias, v.mask)
-    put = storing(v.element)
-    int32, float32 = types.int32, types.float32
+    int32 = types.int32
 
     def backward_to_query(job):
         keys = cuda.shared.array(TWO, STORED)
@@ -83,7 +160,7 @@ def to_query(v):
         grads = cuda.local.array(HELD_GRADS, types.int32)
         s = cuda.local.array(SCORES, types.float32)
         ds = cuda.local.array(SCORES, types.float32)
-        slopes = cuda.local.array(SLOPES_OF_CAP, types.float32)
+        slopes = cuda.local.array(SLOPES, types.float32)
         dq = cuda.local.array(SUMS, types.float32)
         at = cuda.local.array(SLOTS, types.int64)
         grad_at = cuda.local.array(SLOTS, types.int64)
@@ -93,17 +170,12 @@ def to_query(v):
         delta = cuda.local.array(SLOTS, types.float32)
 
         # 1. The rows of this warp: queries, and the gradients of their outputs.
-        head, t = cuda.blockIdx.y, cuda.threadIdx.x & 3
+        head = head_of_block(job.matrices, 1)
         warp, g = cuda.threadIdx.x >> 5, (cuda.threadIdx.x & 31) >> 2
         row0 = int32((cuda.gridDim.x - 1 - cuda.blockIdx.x) * ROWS + warp * 16 * TALL + g)
         forget(odd)
-        low, near, far, high = place(job, row0, at, lo, hi, spans)
-        for r in range(SLOTS):
-            grad_at[r], shift[r], delta[r] = -1, 0, 0
-            if at[r] >= 0:
-                grad_at[r] = job.grad_output.at[head] + (row0 + 8 * r) * job.grad_output.row
-                where = head * job.Lq + row0 + 8 * r
-                shift[r], delta[r] = job.shift[where], job.delta[where]
+        low, near, far, high = place(job, head, row0, at, lo, hi, spans)
+        begin_rows(job, head, row0, at, grad_at, shift, delta)
         load_rows(queries, job.query.data, at, job.D)
         load_grads(grads, job.grad_output.data, grad_at, job.Dv)
         for i in range(SUMS):
@@ -111,18 +183,14 @@ def to_query(v):
 
         # 2. Past the keys and values, two tiles of each in turn.
         key_at, value_at = job.key.at[head], job.value.at[head]
-        low = low // KEYS * KEYS
+        low, now = low // KEYS * KEYS, int32(0)
         if low < high:
-            begin(keys, 0, job.key.data, key_at + low * job.key.row, job.key.row, job.Lk - low, job.D)
-            begin(values, 0, job.value.data, value_at + low * job.value.row, job.value.row, job.Lk - low, job.Dv)
+            fetch(job, keys, values, 0, key_at, value_at, low)
         commit()
-        now = int32(0)
         for start in range(low, high, KEYS):
             k0, next0 = int32(start), int32(start + KEYS)
             if next0 < high:
-                live, to = job.Lk - next0, int32(TILE - now)
-                begin(keys, to, job.key.data, key_at + next0 * job.key.row, job.key.row, live, job.D)
-                begin(values, to, job.value.data, value_at + next0 * job.value.row, job.value.row, live, job.Dv)
+                fetch(job, keys, values, int32(TILE - now), key_at, value_at, next0)
             commit()
             wait_for_all_but_one()
             cuda.syncthreads()
@@ -130,11 +198,9 @@ def to_query(v):
                 s[i], ds[i] = 0, 0
             times_transposed(s, queries, keys, now, job.query.data, at, job.D)
             grads_times_transposed(ds, grads, values, now, job.grad_output.data, grad_at, job.Dv)
-            if SOFTCAP:
-                for i in range(SCORES):
-                    slopes[i] = slope_of_cap(job.terms, s[i])
+            slopes_of_cap(job, slopes, s)
             edge = SOME_HIDDEN or k0 < near or k0 + KEYS > far
-            finish(job, s, at, lo, hi, row0, k0, edge)
+            finish(job, s, at, lo, hi, head, row0, k0, edge)
             spoiled, hidden = False, types.int64(0)
             if edge:
                 cuda.syncthreads()
@@ -144,58 +210,51 @@ def to_query(v):
 
             # 3. ds = p * (dp - delta), 0 where hidden; dq += ds k.
             if DROPOUT:
-                thin(job, ds, row0, k0)
-            for r in range(SLOTS):
-                for b in range(BLOCKS):
-                    for e in range(2):
-                        n = (r // 2 * BLOCKS + b) * 4 + r % 2 * 2 + e
-                        x = exp2(s[n] - shift[r]) * (ds[n] - delta[r])
-                        if SOFTCAP:
-                            x *= slopes[n]
-                        ds[n] = x
-            if edge:
-                for n in range(SCORES):
-                    if s[n] == -INF:
-                        ds[n] = float32(0)
+                thin(job, ds, head, row0, k0)
+            weigh(s, ds, slopes, shift, delta, edge)
             times(dq, ds, keys, now, shared)
             if spoiled:
-                for j in range(KEYS):
-                    if odd[j] != 0:
-                        add_row(dq, ds, hidden, j, job.key.data, key_at + (k0 + j) * job.key.row, job.D)
+                add_seen(job, dq, ds, hidden, odd, key_at, k0)
                 forget(odd)
             cuda.syncthreads()
             now = int32(TILE - now)
-
-        for r in range(SLOTS):
-            for c in range(WIDE):
-                n, d = (r // 2 * WIDE + c) * 4 + r % 2 * 2, 8 * c + 2 * t
-                if at[r] >= 0 and d < job.D:
-                    there = job.grad_query.at[head] + (row0 + 8 * r) * job.grad_query.row + d
-                    put(job.grad_query.data, there, dq[n] * float32(job.slope), dq[n + 1] * float32(job.slope))
+        write(job, head, row0, at, dq)
 
     return backward_to_query
 
 
-@kernel(GradientJob, registers=255, stack={128: 200, 256: 576})  # of 128, smaller tiles spill less and are slower
-def to_key(v):
-    """dv = p^T do, dk = scale * ds^T q. A block owns keys of one head and goes past all queries that see them, those of
-    every head that shares the keys. Rows are keys and columns are queries."""
-    QUERIES, TALL, SLOTS, ROWS = v.keys, v.tall, 2 * v.tall, v.rows
-    BLOCKS, WIDE, STORED = QUERIES // 8, v.width // 8, STORAGE[v.element]
-    TILE, SCORES, SUMS = QUERIES * pitch(v.element, v.width), TALL * BLOCKS * 4, TALL * WIDE * 4
-    HELD, HELD_VALUES = (held(v.element, v.width, TALL, v.hold > n) for n in range(2))
-    PASSED = passed(v.element, TALL, QUERIES, v.threads)
-    TWO, BOTH, SOME_HIDDEN = 2 * TILE, 2 * QUERIES, v.bias or v.mask
+# --- by key ----------------------------------------------------------------------------------------------------------
+class KeyPasses(NamedTuple):
+    begin_rows: object
+    fetch: object
+    look: object
+    finish: object
+    weigh: object
+    clear: object
+    add: object
+    write: object
+
+
+@functools.cache
+def key_passes(v):
+    """What `to_key` is made of. Rows are keys, from row0 on; columns are queries, from i0 on. What is known of a tile's
+    queries lies in shared memory, in lo, hi, shift and delta from `half` on."""
+    QUERIES, SLOTS, SCORES, BLOCKS, WIDE = v.keys, 2 * v.tall, v.scores, v.keys // 8, v.width // 8
     DROPOUT, SOFTCAP, SLOPES = v.dropout, v.softcap, v.slopes
     TO_KEY, TO_VALUE = v.makes != "value", v.makes != "key"
-    DK, DV, THIN = SUMS if TO_KEY else 1, SUMS if TO_VALUE else 1, SCORES if DROPOUT else 1
-    SLOPES_OF_CAP = SCORES if SOFTCAP else 1
-    load_rows, times_transposed, times, add_row = operations(v.element, v.width, TALL, QUERIES, v.hold > 0)
-    load_values, values_times_transposed, _, _ = operations(v.element, v.width, TALL, QUERIES, v.hold > 1)
+    times, add_row = operations(v.element, v.width, v.tall, QUERIES, v.hold > 0)[2:]
     begin, take_out, forget = loading(v.element, v.width, QUERIES, v.threads)
     score, slope_of_cap = scoring(v.element, v.softcap, v.slopes, v.bias, v.mask)
-    put = storing(v.element)
-    int32, float32 = types.int32, types.float32
+    put, int32, float32 = storing(v.element), types.int32, types.float32
+
+    @device
+    def begin_rows(job, head0, row0, at, value_at):
+        """Where the keys and values of this lane's rows begin, -1 where there are none."""
+        for r in range(SLOTS):
+            at[r], value_at[r] = -1, -1
+            if row0 + 8 * r < job.Lk:
+                at[r] = job.key.at[head0] + (row0 + 8 * r) * job.key.row
+                value_at[r] = job.value.at[head0] + (row0 + 8 * r) * job.value.row
 
     @device
     def fetch(job, queries, grads, to, head, i0):
@@ -214,6 +273,117 @@ def to_key(v):
         lo, hi = sees_from(job.sight, batch, i), min(int32(job.Lk), sees_to(job.sight, batch, i))
         return lo, hi, job.shift[where], job.delta[where]
 
+    @device
+    def finish(job, s, slopes, lo, hi, head, i0, half, row0, edge):
+        """From q.k to scores in base 2, hidden ones -inf; bits that say which are hidden."""
+        t, slope = cuda.threadIdx.x & 3, float32(0)
+        if SLOPES:
+            slope = job.terms.slopes[head]
+        for b in range(BLOCKS):
+            for e in range(2):
+                i = int32(i0 + 8 * b + 2 * t + e)
+                for r in range(SLOTS):
+                    k, j = (r // 2 * BLOCKS + b) * 4 + r % 2 * 2 + e, int32(row0 + 8 * r)
+                    if SOFTCAP:
+                        slopes[k] = slope_of_cap(job.terms, s[k])
+                    s[k] = score(job.terms, s[k], slope, head, i, j, j < job.Lk and i < job.Lq)
+        hidden = types.int64(0)
+        if edge:
+            for b in range(BLOCKS):
+                for e in range(2):
+                    n = int32(half + 8 * b + 2 * t + e)
+                    for r in range(SLOTS):
+                        k, j = (r // 2 * BLOCKS + b) * 4 + r % 2 * 2 + e, int32(row0 + 8 * r)
+                        if j < lo[n] or j >= hi[n]:
+                            s[k] = float32(-INF)
+            hidden = hidden_bits(s, SCORES)
+        return hidden
+
+    @device
+    def weigh(job, s, ds, thinned, slopes, shift, delta, head, i0, half, row0):
+        """s = p, thinned for the values; ds = p * (dp - delta)"""
+        t = cuda.threadIdx.x & 3
+        for b in range(BLOCKS):
+            for e in range(2):
+                n, i = int32(half + 8 * b + 2 * t + e), int32(i0 + 8 * b + 2 * t + e)
+                thrown = types.uint64(0)
+                if DROPOUT:
+                    thrown = dice(job.terms.seed, head, i)
+                for r in range(SLOTS):
+                    k, j = (r // 2 * BLOCKS + b) * 4 + r % 2 * 2 + e, int32(row0 + 8 * r)
+                    p, dp = exp2(s[k] - shift[n]), ds[k]
+                    if DROPOUT:
+                        gain = float32(job.terms.gain) if kept(thrown, j, job.terms.threshold) else float32(0)
+                        thinned[k] = p * gain
+                        dp = dp * gain if gain > 0 else float32(0)
+                    ds[k], s[k] = p * (dp - delta[n]), p
+                    if SOFTCAP:
+                        ds[k] *= slopes[k]
+
+    @device
+    def clear(s, ds, thinned, hidden):
+        """0 where hidden"""
+        for k in range(SCORES):
+            if hidden >> k & 1:
+                s[k], ds[k] = float32(0), float32(0)
+                if DROPOUT:
+                    thinned[k] = float32(0)
+
+    @device
+    def add(job, dk, dv, ds, p, queries, grads, now, shared, odd, odd_grads, hidden, edge, head, i0):
+        """dv += p^T do, dk += ds^T q. Rows with NaN or infinity are added to those that see them."""
+        spoiled, spoiled_grads = False, False
+        if edge:
+            cuda.syncthreads()
+            spoiled = take_out(queries, now, odd)
+            spoiled_grads = take_out(grads, now, odd_grads)
+        if TO_VALUE:
+            times(dv, p, grads, now, shared)
+        if TO_KEY:
+            times(dk, ds, queries, now, shared)
+        if spoiled or spoiled_grads:
+            for n in range(QUERIES):
+                if TO_KEY and odd[n] != 0:
+                    there = job.query.at[head] + (i0 + n) * job.query.row
+                    add_row(dk, ds, hidden, n, job.query.data, there, job.D)
+                if TO_VALUE and odd_grads[n] != 0:
+                    there = job.grad_output.at[head] + (i0 + n) * job.grad_output.row
+                    add_row(dv, p, hidden, n, job.grad_output.data, there, job.Dv)
+            forget(odd)
+            forget(odd_grads)
+
+    @device
+    def write(job, head0, row0, dk, dv):
+        for r in range(SLOTS):
+            for c in range(WIDE):
+                n, d = (r // 2 * WIDE + c) * 4 + r % 2 * 2, 8 * c + 2 * (cuda.threadIdx.x & 3)
+                if TO_KEY and row0 + 8 * r < job.Lk and d < job.D:
+                    there = job.grad_key.at[head0] + (row0 + 8 * r) * job.grad_key.row + d
+                    put(job.grad_key.data, there, dk[n] * float32(job.slope), dk[n + 1] * float32(job.slope))
+                if TO_VALUE and row0 + 8 * r < job.Lk and d < job.Dv:
+                    there = job.grad_value.at[head0] + (row0 + 8 * r) * job.grad_value.row + d
+                    put(job.grad_value.data, there, dv[n], dv[n + 1])
+
+    return KeyPasses(begin_rows, fetch, look, finish, weigh, clear, add, write)
+
+
+@kernel(GradientJob, registers=255, stack={128: 200, 256: 576})  # of 128, smaller tiles spill less and are slower
+def to_key(v):
+    """dv = p^T do, dk = scale * ds^T q. A block owns keys of one head and goes past all queries that see them, those of
+    every head that shares the keys. Rows are keys and columns are queries."""
+    QUERIES, TALL, SLOTS, ROWS, SCORES, STORED = v.keys, v.tall, 2 * v.tall, v.rows, v.scores, STORAGE[v.element]
+    TILE, SUMS = QUERIES * pitch(v.element, v.width), TALL * v.width // 2
+    HELD, HELD_VALUES = (held(v.element, v.width, TALL, v.hold > n) for n in range(2))
+    PASSED, TWO, BOTH = passed(v.element, TALL, QUERIES, v.threads), 2 * TILE, 2 * QUERIES
+    TO_KEY, TO_VALUE, DROPOUT, SOME_HIDDEN = v.makes != "value", v.makes != "key", v.dropout, v.bias or v.mask
+    DK, DV, THIN = SUMS if TO_KEY else 1, SUMS if TO_VALUE else 1, SCORES if DROPOUT else 1
+    SLOPES = SCORES if v.softcap else 1
+    load_rows, times_transposed, _, _ = operations(v.element, v.width, TALL, QUERIES, v.hold > 0)
+    load_values, values_times_transposed, _, _ = operations(v.element, v.width, TALL, QUERIES, v.hold > 1)
+    _, _, forget = loading(v.element, v.width, QUERIES, v.threads)
+    begin_rows, fetch, look, finish, weigh, clear, add, write = key_passes(v)
+    int32, float32 = types.int32, types.float32
+
     def backward_to_key(job):
         queries = cuda.shared.array(TWO, STORED)
         grads = cuda.shared.array(TWO, STORED)
@@ -229,7 +399,7 @@ def to_key(v):
         s = cuda.local.array(SCORES, types.float32)
         ds = cuda.local.array(SCORES, types.float32)
         thinned = cuda.local.array(THIN, types.float32)
-        slopes = cuda.local.array(SLOPES_OF_CAP, types.float32)
+        slopes = cuda.local.array(SLOPES, types.float32)
         dk = cuda.local.array(DK, types.float32)
         dv = cuda.local.array(DV, types.float32)
         at = cuda.local.array(SLOTS, types.int64)
@@ -238,24 +408,18 @@ def to_key(v):
         # 1. The rows of this warp: keys and values.
         forget(odd)
         forget(odd_grads)
-        head0, t = int32(cuda.blockIdx.y * job.group), cuda.threadIdx.x & 3
+        head0 = int32(head_of_block(job.key_matrices, 1) * job.group)
         batch = int32(head0 // job.H)
         warp, g = cuda.threadIdx.x >> 5, (cuda.threadIdx.x & 31) >> 2
         j0 = int32(cuda.blockIdx.x * ROWS)
         j1, row0 = int32(min(job.Lk, j0 + ROWS)), int32(j0 + warp * 16 * TALL + g)
-        for r in range(SLOTS):
-            at[r], value_at[r] = -1, -1
-            if row0 + 8 * r < job.Lk:
-                at[r] = job.key.at[head0] + (row0 + 8 * r) * job.key.row
-                value_at[r] = job.value.at[head0] + (row0 + 8 * r) * job.value.row
+        begin_rows(job, head0, row0, at, value_at)
         load_rows(keys, job.key.data, at, job.D)
         load_values(values, job.value.data, value_at, job.Dv)
-        if TO_KEY:
-            for i in range(SUMS):
-                dk[i] = 0
-        if TO_VALUE:
-            for i in range(SUMS):
-                dv[i] = 0
+        for i in range(DK):
+            dk[i] = 0
+        for i in range(DV):
+            dv[i] = 0
 
         # 2. Past the queries that may see one of these keys, first <= j - i < last: head by head, two tiles in turn.
         low = int32(max(0, j0 - job.sight.last + 1) // QUERIES * QUERIES)
@@ -275,7 +439,6 @@ def to_key(v):
             next_head, next0 = head, int32(i0 + QUERIES)
             if next0 >= high:
                 next_head, next0 = int32(head + 1), low
-            q_at, g_at = job.query.at[head], job.grad_output.at[head]
             next_lo, next_hi, next_shift, next_delta = int32(0), int32(0), float32(0), float32(0)
             if turn + 1 < turns:
                 fetch(job, queries, grads, int32(TILE - now), next_head, next0)
@@ -286,6 +449,8 @@ def to_key(v):
             commit()
             wait_for_all_but_one()
             cuda.syncthreads()
+
+            # 3. Scores, and which of them are hidden; p, and ds = p * (dp - delta); dv += p^T do, dk += ds^T q.
             if some != 0:
                 for i in range(SCORES):
                     s[i], ds[i] = 0, 0
@@ -293,79 +458,14 @@ def to_key(v):
                 if TO_KEY:
                     values_times_transposed(ds, values, grads, now, job.value.data, value_at, job.Dv)
                 edge = SOME_HIDDEN or missing != 0
-                slope = float32(0)
-                if SLOPES:
-                    slope = job.terms.slopes[head]
-
-                # 3. Scores, and which of them are hidden.
-                for b in range(BLOCKS):
-                    for e in range(2):
-                        i = int32(i0 + 8 * b + 2 * t + e)
-                        for r in range(SLOTS):
-                            k, j = (r // 2 * BLOCKS + b) * 4 + r % 2 * 2 + e, int32(row0 + 8 * r)
-                            if SOFTCAP:
-                                slopes[k] = slope_of_cap(job.terms, s[k])
-                            s[k] = score(job.terms, s[k], slope, head, i, j, j < job.Lk and i < job.Lq)
-                hidden = types.int64(0)
+                hidden = finish(job, s, slopes, lo, hi, head, i0, half, row0, edge)
+                weigh(job, s, ds, thinned, slopes, shift, delta, head, i0, half, row0)
                 if edge:
-                    for b in range(BLOCKS):
-                        for e in range(2):
-                            n = int32(half + 8 * b + 2 * t + e)
-                            for r in range(SLOTS):
-                                k, j = (r // 2 * BLOCKS + b) * 4 + r % 2 * 2 + e, int32(row0 + 8 * r)
-                                if j < lo[n] or j >= hi[n]:
-                                    s[k] = float32(-INF)
-                    hidden = hidden_bits(s, SCORES)
+                    clear(s, ds, thinned, hidden)
+                p = thinned if DROPOUT else s
+                add(job, dk, dv, ds, p, queries, grads, now, shared, odd, odd_grads, hidden, edge, head, i0)
 
-                # 4. p, thinned for the values; ds = p * (dp - delta); both 0 where hidden.
-                for b in range(BLOCKS):
-                    for e in range(2):
-                        n, i = int32(half + 8 * b + 2 * t + e), int32(i0 + 8 * b + 2 * t + e)
-                        thrown = types.uint64(0)
-                        if DROPOUT:
-                            thrown = dice(job.terms.seed, head, i)
-                        for r in range(SLOTS):
-                            k, j = (r // 2 * BLOCKS + b) * 4 + r % 2 * 2 + e, int32(row0 + 8 * r)
-                            p, dp = exp2(s[k] - shift[n]), ds[k]
-                            if DROPOUT:
-                                gain = float32(job.terms.gain) if kept(thrown, j, job.terms.threshold) else float32(0)
-                                thinned[k] = p * gain
-                                dp = dp * gain if gain > 0 else float32(0)
-                            ds[k], s[k] = p * (dp - delta[n]), p
-                            if SOFTCAP:
-                                ds[k] *= slopes[k]
-                if edge:
-                    for k in range(SCORES):
-                        if hidden >> k & 1:
-                            s[k], ds[k] = float32(0), float32(0)
-                            if DROPOUT:
-                                thinned[k] = float32(0)
-
-                # 5. dv += p^T do, dk += ds^T q.
-                spoiled, spoiled_grads = False, False
-                if edge:
-                    cuda.syncthreads()
-                    spoiled = take_out(queries, now, odd)
-                    spoiled_grads = take_out(grads, now, odd_grads)
-                if TO_VALUE:
-                    if DROPOUT:
-                        times(dv, thinned, grads, now, shared)
-                    else:
-                        times(dv, s, grads, now, shared)
-                if TO_KEY:
-                    times(dk, ds, queries, now, shared)
-                if spoiled or spoiled_grads:
-                    for n in range(QUERIES):
-                        if TO_KEY and odd[n] != 0:
-                            add_row(dk, ds, hidden, n, job.query.data, q_at + (i0 + n) * job.query.row, job.D)
-                        if TO_VALUE and odd_grads[n] != 0:
-                            there = g_at + (i0 + n) * job.grad_output.row
-                            if DROPOUT:
-                                add_row(dv, thinned, hidden, n, job.grad_output.data, there, job.Dv)
-                            else:
-                                add_row(dv, s, hidden, n, job.grad_output.data, there, job.Dv)
-                    forget(odd)
-                    forget(odd_grads)
+            # 4. On to the next tile.
             now, half, head, i0 = int32(TILE - now), int32(QUERIES - half), next_head, next0
             some, missing = int32(0), int32(0)
             if cuda.threadIdx.x < QUERIES:
@@ -374,15 +474,6 @@ def to_key(v):
                 some, missing = next_lo < j1 and next_hi > j0, next_lo > j0 or next_hi < j0 + ROWS
             missing = cuda.syncthreads_or(int32(missing))
             some = cuda.syncthreads_or(int32(some)) if job.sight.limits_row != 0 else int32(1)
-
-        for r in range(SLOTS):
-            for c in range(WIDE):
-                n, d = (r // 2 * WIDE + c) * 4 + r % 2 * 2, 8 * c + 2 * t
-                if TO_KEY and row0 + 8 * r < job.Lk and d < job.D:
-                    there = job.grad_key.at[cuda.blockIdx.y] + (row0 + 8 * r) * job.grad_key.row + d
-                    put(job.grad_key.data, there, dk[n] * float32(job.slope), dk[n + 1] * float32(job.slope))
-                if TO_VALUE and row0 + 8 * r < job.Lk and d < job.Dv:
-                    there = job.grad_value.at[cuda.blockIdx.y] + (row0 + 8 * r) * job.grad_value.row + d
-                    put(job.grad_value.data, there, dv[n], dv[n + 1])
+        write(job, head0, row0, dk, dv)
 
     return backward_to_key

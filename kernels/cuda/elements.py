@@ -1,4 +1,8 @@
-"""The types of elements that the kernels for GPUs read and write. They compute in float32 whatever they read."""
+"""The types of elements that the kernels for GPUs read and write. They compute in float32 whatever they read.
+
+A number of Python beside a float32 makes Numba compute in float64, which GPUs do at a fraction of the rate: constants
+are float32 too, and tests/gpu_assembly.py looks for instructions of float64.
+"""
 
 from typing import NamedTuple
 

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from numba import cuda, types
 
-from .jit import SIMULATED, Elements, kernel
+from .jit import Elements, kernel
 from .projection import writing
 from .tiles import widen
 
@@ -22,7 +22,7 @@ class FoldJob(NamedTuple):
 
 class Variant(NamedTuple):
     element: str
-    threads: int = 32 if SIMULATED else 128
+    threads: int
     resident: int = 1
 
 

@@ -5,10 +5,11 @@ out = g r + (1 - g) o            a warp for a row
 
 from typing import NamedTuple
 
+import numpy as np
 from numba import cuda, types
 
 from . import instructions as gpu
-from .jit import SIMULATED, WARP, Elements, Floats, kernel
+from .jit import NOWHERE, WARP, Elements, Floats, kernel
 from .projection import writing
 from .scoring import LOG2E
 from .tiles import widen
@@ -17,29 +18,31 @@ across, exp2 = gpu.across, gpu.exp2
 
 
 class GateJob(NamedTuple):
+    N: int
+    C: int
     output: Elements  # (N, C), as root: o and r
     root: Elements
     weight: Elements  # (3, C)
-    out: Elements  # (N, C)
     gate: Floats  # (N)
-    grad: Elements  # (N, C): of out
-    doutput: Elements
-    droot: Elements
-    dgate: Elements  # (N): of w . [o, r, o - r]
-    N: int
-    C: int
+    # forward
+    out: Elements = NOWHERE  # (N, C)
+    # backward
+    grad: Elements = NOWHERE  # (N, C): of out
+    doutput: Elements = NOWHERE
+    droot: Elements = NOWHERE
+    dgate: Elements = NOWHERE  # (N): of w . [o, r, o - r]
 
 
 class Variant(NamedTuple):
     element: str
-    threads: int = 32 if SIMULATED else 128
+    threads: int
     resident: int = 1
 
 
 @kernel(GateJob, registers=64)
 def forward(v):
     WARPS, put, widened = v.threads // WARP, writing(v.element), widen(v.element)
-    int32, int64, float32 = types.int32, types.int64, types.float32
+    int32, int64, float32, one = types.int32, types.int64, types.float32, np.float32(1)
 
     def weigh(job):
         t, C = int32(cuda.threadIdx.x), int32(job.C)
@@ -51,10 +54,10 @@ def forward(v):
                 z += (o - r) * widened(job.weight[2 * C + c])
             for b in range(5):
                 z += across(z, 1 << b)
-            g = 1 / (1 + exp2(z * float32(-LOG2E)))
+            g = one / (one + exp2(z * float32(-LOG2E)))
             for c in range(lane, C, WARP):
                 o, r = widened(job.output[row * C + c]), widened(job.root[row * C + c])
-                put(job.out, row * C + c, g * r + (1 - g) * o)
+                put(job.out, row * C + c, g * r + (one - g) * o)
             if lane == 0:
                 job.gate[row] = g
 
@@ -64,7 +67,7 @@ def forward(v):
 @kernel(GateJob, registers=64)
 def backward(v):
     WARPS, put, widened = v.threads // WARP, writing(v.element), widen(v.element)
-    int32, int64, float32 = types.int32, types.int64, types.float32
+    int32, int64, float32, one = types.int32, types.int64, types.float32, np.float32(1)
 
     def weigh_back(job):
         t, C = int32(cuda.threadIdx.x), int32(job.C)
@@ -76,10 +79,10 @@ def backward(v):
             for b in range(5):
                 d += across(d, 1 << b)
             g = job.gate[row]
-            d *= g * (1 - g)
+            d *= g * (one - g)
             for c in range(lane, C, WARP):
                 x, w = widened(job.grad[row * C + c]), widened(job.weight[2 * C + c])
-                put(job.doutput, row * C + c, (1 - g) * x + d * (widened(job.weight[c]) + w))
+                put(job.doutput, row * C + c, (one - g) * x + d * (widened(job.weight[c]) + w))
                 put(job.droot, row * C + c, g * x + d * (widened(job.weight[C + c]) - w))
             if lane == 0:
                 put(job.dgate, row, d)

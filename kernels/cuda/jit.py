@@ -30,7 +30,13 @@ Indices = typing.NewType("Indices", int)  # to int64
 Ints = typing.NewType("Ints", int)  # to int32
 Bytes = typing.NewType("Bytes", int)  # to uint8
 
+# What numba-cuda takes for "fast", whatever it is called, if it is not empty: products are contracted with sums,
+# division and roots may be off in the last place or two, kernels take fast logarithms, and subnormal numbers count
+# as 0. It assumes nothing about NaN and infinity, which are data here.
+FAST = {"contract"}
+
 WARP = 32
+NOWHERE = 0  # for a pointer of a job that a launch does not look at
 _POINTEES = {
     Halves: types.uint16,
     Floats: types.float32,
@@ -239,10 +245,6 @@ def _as_if_there_were(compute_capability):
         yield
     finally:
         dispatcher.get_current_device = asked
-
-
-# Contraction and fast division are harmless; nothing here may assume that there is no NaN or infinity.
-FAST = {"contract"}
 
 
 def kernel(job_class, registers=255, stack=None):

@@ -7,8 +7,8 @@ from typing import NamedTuple
 from numba import cuda, types
 
 from . import instructions as gpu
-from .blocks import INF, GradientJob
-from .jit import WARP, Floats, Indices, device, kernel
+from .blocks import INF, GradientJob, dealt
+from .jit import NOWHERE, WARP, Floats, Indices, device, kernel
 from .scoring import dice, kept, scoring, sees_from, sees_to
 from .tiles import widen
 
@@ -20,13 +20,15 @@ class PairJob(NamedTuple):
 
     attention: GradientJob
     out: Floats
-    rows: Indices  # weights: which queries
-    count: int  # how many of them
-    averaged: int  # over so many heads
-    begins: Indices  # gradient: matrix m of the bias belongs to the heads members[begins[m] : begins[m + 1]]
-    members: Indices
-    R: int  # rows and columns of a matrix of the bias: Lq or 1, Lk or 1
-    C: int
+    # weights
+    rows: Indices = NOWHERE  # which queries
+    count: int = 0  # how many of them
+    averaged: int = 1  # over so many heads
+    # gradient of a bias, whose matrix m belongs to the heads members[begins[m] : begins[m + 1]]
+    begins: Indices = NOWHERE
+    members: Indices = NOWHERE
+    R: int = 0  # rows and columns of a matrix: Lq or 1, Lk or 1
+    C: int = 0
 
 
 @kernel(PairJob, registers=64)
@@ -49,8 +51,9 @@ def weights(v):
         return exp2(s - a.shift[head * a.Lq + i]) if s != -INF else float32(0)
 
     def attention_weights(job):
-        a, m, n = job.attention, cuda.blockIdx.z, cuda.blockIdx.y
-        j, i = int32(cuda.blockIdx.x * THREADS + cuda.threadIdx.x), int32(job.rows[n])
+        a, (row, block) = job.attention, dealt(job.attention.Lk, THREADS)
+        m, n = row // job.count, row % job.count
+        j, i = int32(block * THREADS + cuda.threadIdx.x), int32(job.rows[n])
         if j < a.Lk:
             total = float32(0)
             for h in range(job.averaged):
@@ -69,9 +72,10 @@ def bias_gradient(v):
     int32, float32 = types.int32, types.float32
 
     def gradient_of_bias(job):
-        a, entry = job.attention, cuda.blockIdx.x * WARPS + (cuda.threadIdx.x >> 5)
+        a, (matrix, block) = job.attention, dealt(job.R * job.C, WARPS)
+        entry = block * WARPS + (cuda.threadIdx.x >> 5)
         if entry < job.R * job.C:
-            matrix, r, c = cuda.blockIdx.y, entry // job.C, entry % job.C
+            r, c = entry // job.C, entry % job.C
             rows, columns = a.Lq if job.R == 1 else 1, a.Lk if job.C == 1 else 1
             first, heads = job.begins[matrix], job.begins[matrix + 1] - job.begins[matrix]
             found = float32(0)

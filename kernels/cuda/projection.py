@@ -4,8 +4,8 @@
 
 A block of threads makes `threads` rows by 64 columns of out. `project`: each thread 8 by 8 of them, as in SGEMM (Nath
 et al., 2010); 16 of K at a time come to shared memory as float32, whatever they are, while those before are multiplied.
-All products are of float32, never rounded to TF32. `project_halves`: 16 bits that lie in aligned eights go through the
-tensor cores, each warp 32 rows, 32 of K at a time as they lie.
+All products are of float32, never rounded to TF32. 16 bits that lie in aligned eights go through the tensor cores:
+projection_halves.py.
 
 Long sums, such as dW = x^T dy over all nodes of a graph, are cut into parts, each a block of threads of its own, that
 `join` adds up in their order. How they are cut depends on shapes alone: the same bits every time.
@@ -17,11 +17,10 @@ from typing import NamedTuple
 from numba import cuda, types
 
 from . import instructions as gpu
-from .elements import ELEMENTS, STORAGE
 from .jit import Elements, Floats, device, kernel
-from .tiles import storing, widen
+from .tiles import widen
 
-COLS, DEPTH, STEP = 64, 16, 32  # of out; of K at a time, by lanes and by tensor cores
+COLS, DEPTH = 64, 16  # of out; of K at a time
 put_shared, shared_four, put_four_floats = gpu.put_shared_four, gpu.shared_four, gpu.put_four["float32"]
 
 
@@ -132,18 +131,40 @@ def fetching(v):
     return fetch
 
 
-# Registers: 168 for 3 blocks of 128 threads; 255 for 2, where numbers are read one by one or selected.
-@kernel(ProjectionJob, registers=255)
-def project(v):
-    THREADS, ROWS, CUT, SELECTS = v.threads, v.threads, v.cut, v.selects
+@device
+def place_of_block(job, rows):
+    """The part of K that a block of threads sums, and the first of its rows and columns."""
+    n, across = types.int32(cuda.blockIdx.x), types.int32((types.int32(job.J) + COLS - 1) // COLS)
+    return types.int32(cuda.blockIdx.y), types.int32(n // across * rows), types.int32(n % across * COLS)
+
+
+# --- by lanes --------------------------------------------------------------------------------------------------------
+class LanePasses(NamedTuple):
+    begin: object
+    keep: object
+    is_odd: object
+    multiply_add: object
+    put_sums: object
+    write: object
+
+
+@functools.cache
+def lane_passes(v):
+    """What `project` is made of."""
+    ROWS, CUT, SELECTS = v.threads, v.cut, v.selects
     PITCH, COL_PITCH, HALF, HALF_COLS = ROWS + 4, COLS + 4, ROWS // 2, COLS // 2
-    TILE, COL_TILE = DEPTH * PITCH, DEPTH * COL_PITCH
-    BOTH, COL_BOTH = 2 * TILE, 2 * COL_TILE
-    FOURS, COL_FOURS = ROWS * DEPTH // THREADS // 4, COLS * DEPTH // THREADS // 4  # that a thread brings of each
-    BROUGHT, COL_BROUGHT = 4 * FOURS, 4 * COL_FOURS
-    one, put_four, put = gpu.one[v.element], gpu.put_four[v.element], writing(v.element)
-    fetch, widened = fetching(v), widen(v.element)
+    BROUGHT = ROWS * DEPTH // v.threads
+    one, put_four, put, widened = gpu.one[v.element], gpu.put_four[v.element], writing(v.element), widen(v.element)
     int32, int64, float32 = types.int32, types.int64, types.float32
+
+    @device
+    def begin(job, sums, z, col):
+        """The bias, in the first part of K."""
+        for b in range(8):
+            j = int32(col + b % 4 + b // 4 * HALF_COLS)
+            x = one(job.bias, j, job.has_bias != 0 and z == 0 and j < job.J)
+            for a in range(8):
+                sums[a * 8 + b] = x
 
     @device
     def keep(tile, n, x, at, step, pitch, by_rows):
@@ -183,6 +204,51 @@ def project(v):
                     for b in range(8):
                         sums[a * 8 + b] += x[a] * y[b]
 
+    @device
+    def put_sums(job, z, j, total):
+        """The sum of column j of right."""
+        if CUT:
+            job.part_sums[int64(z) * job.line + j] = total
+        else:
+            if job.adds != 0:
+                total += widened(job.sums[j])
+            put(job.sums, int64(j), total)
+
+    @device
+    def write(job, sums, z, row, col):
+        """To where it belongs, four neighbours of a row at once."""
+        for half in range(2):
+            j = int32(col + half * HALF_COLS)
+            if j < job.J:
+                to_column = int64(j) if CUT else column_at(job.out, j)
+                for a in range(8):
+                    i, n = int32(row + a % 4 + a // 4 * HALF), a * 8 + half * 4
+                    if i < job.I:
+                        if CUT:
+                            four = (sums[n], sums[n + 1], sums[n + 2], sums[n + 3])
+                            put_four_floats(job.parts, (int64(z) * job.I + i) * job.line + to_column, four)
+                        else:
+                            at = row_at(job.out, i) + to_column
+                            if job.adds != 0:
+                                for b in range(4):
+                                    sums[n + b] += widened(job.out.data[at + b])
+                            put_four(job.out.data, at, (sums[n], sums[n + 1], sums[n + 2], sums[n + 3]))
+
+    return LanePasses(begin, keep, is_odd, multiply_add, put_sums, write)
+
+
+# Registers: 168 for 3 blocks of 128 threads; 255 for 2, where numbers are read one by one or selected.
+@kernel(ProjectionJob, registers=255)
+def project(v):
+    THREADS, ROWS, SELECTS = v.threads, v.threads, v.selects
+    PITCH, COL_PITCH = ROWS + 4, COLS + 4
+    TILE, COL_TILE = DEPTH * PITCH, DEPTH * COL_PITCH
+    BOTH, COL_BOTH = 2 * TILE, 2 * COL_TILE
+    FOURS, COL_FOURS = ROWS * DEPTH // THREADS // 4, COLS * DEPTH // THREADS // 4  # that a thread brings of each
+    BROUGHT, COL_BROUGHT = 4 * FOURS, 4 * COL_FOURS
+    begin, keep, is_odd, multiply_add, put_sums, write = lane_passes(v)
+    fetch, int32, float32 = fetching(v), types.int32, types.float32
+
     def project_rows(job):
         left = cuda.shared.array(BOTH, float32, 16)
         right = cuda.shared.array(COL_BOTH, float32, 16)
@@ -191,16 +257,11 @@ def project(v):
         y = cuda.local.array(COL_BROUGHT, float32)
 
         # 1. Rows i0 to i0 + ROWS, columns j0 to j0 + COLS, of part z of K. out begins as the bias.
-        t, z, I, J = int32(cuda.threadIdx.x), int32(cuda.blockIdx.y), int32(job.I), int32(job.J)
-        across = int32((J + COLS - 1) // COLS)
-        i0, j0 = int32(int32(cuda.blockIdx.x) // across * ROWS), int32(int32(cuda.blockIdx.x) % across * COLS)
+        t, I, J = int32(cuda.threadIdx.x), int32(job.I), int32(job.J)
+        z, i0, j0 = place_of_block(job, ROWS)
         first, last = int32(z * job.part), int32(min(job.K, (z + 1) * job.part))
         mine, other = int32(4 * (t >> 3)), int32(4 * (t & 7))
-        for b in range(8):
-            j = int32(j0 + other + b % 4 + b // 4 * HALF_COLS)
-            begin = one(job.bias, j, job.has_bias != 0 and z == 0 and j < J)
-            for a in range(8):
-                sums[a * 8 + b] = begin
+        begin(job, sums, z, int32(j0 + other))
 
         # 2. Which fours this thread brings: neighbouring threads those that are neighbours in memory.
         by_rows, col_by_rows = int32(job.left_by_rows), int32(job.right_by_rows)
@@ -237,193 +298,13 @@ def project(v):
 
         # 4. To where it belongs.
         if job.wants_sums != 0 and i0 == 0 and t < COLS and j0 + t < J:
-            if CUT:
-                job.part_sums[int64(z) * job.line + j0 + t] = total
-            else:
-                if job.adds != 0:
-                    total += widened(job.sums[j0 + t])
-                put(job.sums, int64(j0 + t), total)
-        for half in range(2):
-            j = int32(j0 + other + half * HALF_COLS)
-            if j < J:
-                to_column = int64(j) if CUT else column_at(job.out, j)
-                for a in range(8):
-                    i, n = int32(i0 + mine + a % 4 + a // 4 * HALF), a * 8 + half * 4
-                    if i < I:
-                        if CUT:
-                            four = (sums[n], sums[n + 1], sums[n + 2], sums[n + 3])
-                            put_four_floats(job.parts, (int64(z) * I + i) * job.line + to_column, four)
-                        else:
-                            at = row_at(job.out, i) + to_column
-                            if job.adds != 0:
-                                for b in range(4):
-                                    sums[n + b] += widened(job.out.data[at + b])
-                            put_four(job.out.data, at, (sums[n], sums[n + 1], sums[n + 2], sums[n + 3]))
+            put_sums(job, z, int32(j0 + t), total)
+        write(job, sums, z, int32(i0 + mine), int32(j0 + other))
 
     return project_rows
 
 
-@kernel(ProjectionJob, registers=255)
-def project_halves(v):
-    ROWS, CUT, SELECTS, LEFT_ROWS, RIGHT_ROWS = v.threads, v.cut, v.selects, v.left_rows, v.right_rows
-    PITCH, LINES = (STEP + 8, v.threads) if v.left_rows else (v.threads + 8, STEP)
-    COL_PITCH, COL_LINES = (COLS + 8, STEP) if v.right_rows else (STEP + 8, COLS)
-    TILE, COL_TILE = LINES * PITCH, COL_LINES * COL_PITCH
-    BOTH, COL_BOTH, STORED = 2 * TILE, 2 * COL_TILE, STORAGE[v.element]
-    multiply_add, widened = ELEMENTS[v.element].multiply_add, widen(v.element)
-    put, put_pair, one, PAIRED = writing(v.element), storing(v.element), gpu.one[v.element], v.paired
-    address, copy, commit, wait_for_all, read = gpu.address, gpu.copy, gpu.commit, gpu.wait_for_all, gpu.read
-    HIGH, LOW = ELEMENTS[v.element].exponents
-    left_fragments = gpu.fragments if v.left_rows else gpu.fragments_transposed
-    right_fragments = gpu.fragments_transposed if v.right_rows else gpu.fragments
-    int32, int64, float32 = types.int32, types.int64, types.float32
-
-    @device
-    def begin(tile, offset, pitch, lines, m, row0, col0, by_rows, last_row, last_col):
-        """Begin to copy lines of the tile, which are rows of m or columns, eight numbers at a time."""
-        t, eights = int32(cuda.threadIdx.x), int32((pitch - 8) // 8)
-        for p in range(lines * (pitch - 8) // 8 // ROWS):
-            line, c = int32((t + p * ROWS) // eights), int32((t + p * ROWS) % eights * 8)
-            row, col = (row0 + line, col0 + c) if by_rows else (row0 + c, col0 + line)
-            wanted, at = row < last_row and col < last_col, int64(0)
-            if wanted and PAIRED:
-                at = row_at(m, row) + column_at(m, col)
-            elif wanted:
-                at = int64(row) * m.row + int64(col) * m.col
-            copy(address(tile, int32(offset + line * pitch + c)), m.data, at, wanted)
-
-    @device
-    def add_products(sums, left, now, right, col_now):
-        """sums += left right of one tile: this warp's 32 rows, fragments as tiles.py and PTX have them"""
-        lane, warp = int32(cuda.threadIdx.x & 31), int32(cuda.threadIdx.x >> 5)
-        q, r = int32(lane >> 3), int32(lane & 7)
-        a = cuda.local.array(8, int32)
-        for s in range(STEP // 16):
-            for m in range(2):
-                i, k = int32(warp * 32 + m * 16 + r + (q & 1) * 8), int32(s * 16 + (q >> 1) * 8)
-                if not LEFT_ROWS:
-                    i, k = int32(warp * 32 + m * 16 + (q & 1) * 8), int32(s * 16 + r + (q >> 1) * 8)
-                there = now + (i * PITCH + k if LEFT_ROWS else k * PITCH + i)
-                a[4 * m], a[4 * m + 1], a[4 * m + 2], a[4 * m + 3] = left_fragments(address(left, int32(there)))
-            for p in range(COLS // 16):
-                k, j = int32(s * 16 + r + (q & 1) * 8), int32(p * 16 + (q >> 1) * 8)
-                if not RIGHT_ROWS:
-                    k, j = int32(s * 16 + (q & 1) * 8), int32(p * 16 + r + (q >> 1) * 8)
-                there = col_now + (k * COL_PITCH + j if RIGHT_ROWS else j * COL_PITCH + k)
-                f = right_fragments(address(right, int32(there)))
-                for m in range(2):
-                    x, n = (a[4 * m], a[4 * m + 1], a[4 * m + 2], a[4 * m + 3]), (m * 8 + 2 * p) * 4
-                    c = multiply_add(x, (f[0], f[1]), (sums[n], sums[n + 1], sums[n + 2], sums[n + 3]))
-                    sums[n], sums[n + 1], sums[n + 2], sums[n + 3] = c[0], c[1], c[2], c[3]
-                    c = multiply_add(x, (f[2], f[3]), (sums[n + 4], sums[n + 5], sums[n + 6], sums[n + 7]))
-                    sums[n + 4], sums[n + 5], sums[n + 6], sums[n + 7] = c[0], c[1], c[2], c[3]
-
-    @device
-    def leave_out(left, now, right, col_now):
-        """Where a row of right is 0, so is the column of left: nobody saw it, and it may be NaN."""
-        k, some = int32(cuda.threadIdx.x), False
-        if k < STEP:
-            for j in range(COLS):
-                some |= widened(right[int32(col_now + (k * COL_PITCH + j if RIGHT_ROWS else j * COL_PITCH + k))]) != 0
-            if not some:
-                for i in range(ROWS):
-                    left[int32(now + (i * PITCH + k if LEFT_ROWS else k * PITCH + i))] = STORED(0)
-        cuda.syncthreads()
-
-    @device
-    def is_odd(left, now):
-        """Does what this thread brought of left hold NaN or infinity?"""
-        t, eights, found = int32(cuda.threadIdx.x), int32((PITCH - 8) // 8), int32(0)
-        for p in range(LINES * (PITCH - 8) // 8 // ROWS):
-            line, c = int32((t + p * ROWS) // eights), int32((t + p * ROWS) % eights * 8)
-            words = read(address(left, int32(now + line * PITCH + c)))
-            for w in range(4):
-                if words[w] & HIGH == HIGH or words[w] & LOW == LOW:
-                    found = int32(1)
-        return found
-
-    @device
-    def finish(job, z, row, col, sums):
-        """To where it belongs, two neighbours of a row at once."""
-        rows = cuda.local.array(4, int64)
-        cols = cuda.local.array(8, int64)
-        for r in range(4):
-            i = int32(row + 8 * r)
-            rows[r] = -1
-            if i < job.I:
-                rows[r] = (int64(z) * job.I + i) * job.line if CUT else row_at(job.out, i)
-        for b in range(8):
-            j = int32(col + 8 * b)
-            cols[b] = -1
-            if j < job.J:
-                cols[b] = int64(j) if CUT else column_at(job.out, j)
-        if job.adds != 0 and not CUT:
-            for r in range(4):
-                for b in range(8):
-                    if rows[r] >= 0 and cols[b] >= 0:
-                        n, at = (r // 2 * 8 + b) * 4 + r % 2 * 2, rows[r] + cols[b]
-                        sums[n] += widened(job.out.data[at])
-                        sums[n + 1] += widened(job.out.data[at + 1])
-        for r in range(4):
-            for b in range(8):
-                if rows[r] >= 0 and cols[b] >= 0:
-                    n, at = (r // 2 * 8 + b) * 4 + r % 2 * 2, rows[r] + cols[b]
-                    if CUT:
-                        job.parts[at], job.parts[at + 1] = sums[n], sums[n + 1]
-                    else:
-                        put_pair(job.out.data, at, sums[n], sums[n + 1])
-
-    def project_by_tensor_cores(job):
-        left = cuda.shared.array(BOTH, STORED, 16)
-        right = cuda.shared.array(COL_BOTH, STORED, 16)
-        sums = cuda.local.array(64, float32)
-
-        # 1. Rows i0 to i0 + ROWS, columns j0 to j0 + COLS, of part z of K. out begins as the bias.
-        t, z, I, J = int32(cuda.threadIdx.x), int32(cuda.blockIdx.y), int32(job.I), int32(job.J)
-        across = int32((J + COLS - 1) // COLS)
-        i0, j0 = int32(int32(cuda.blockIdx.x) // across * ROWS), int32(int32(cuda.blockIdx.x) % across * COLS)
-        first, last = int32(z * job.part), int32(min(job.K, (z + 1) * job.part))
-        row, col = int32(i0 + (t >> 5) * 32 + ((t & 31) >> 2)), int32(j0 + 2 * (t & 3))
-        for b in range(8):
-            for e in range(2):
-                j = int32(col + 8 * b + e)
-                x = one(job.bias, j, job.has_bias != 0 and z == 0 and j < J)
-                for m in range(2):
-                    sums[(m * 8 + b) * 4 + e] = x
-                    sums[(m * 8 + b) * 4 + 2 + e] = x
-
-        # 2. Along K: a tile of each is multiplied while the next arrives.
-        now, col_now, total = int32(0), int32(0), float32(0)
-        begin(left, 0, PITCH, LINES, job.left, i0, first, LEFT_ROWS, I, last)
-        begin(right, 0, COL_PITCH, COL_LINES, job.right, first, j0, RIGHT_ROWS, last, J)
-        commit()
-        for k0 in range(first, last, STEP):
-            wait_for_all()
-            cuda.syncthreads()
-            if k0 + STEP < last:
-                soon = int32(k0 + STEP)
-                begin(left, int32(TILE - now), PITCH, LINES, job.left, i0, soon, LEFT_ROWS, I, last)
-                begin(right, int32(COL_TILE - col_now), COL_PITCH, COL_LINES, job.right, soon, j0, RIGHT_ROWS, last, J)
-            commit()
-            if job.wants_sums != 0 and i0 == 0 and t < COLS:
-                for k in range(STEP):
-                    total += widened(right[int32(col_now + (k * COL_PITCH + t if RIGHT_ROWS else t * COL_PITCH + k))])
-            if SELECTS and cuda.syncthreads_or(is_odd(left, now)) != 0:
-                leave_out(left, now, right, col_now)
-            add_products(sums, left, now, right, col_now)
-            now, col_now = int32(TILE - now), int32(COL_TILE - col_now)
-
-        # 3. To where it belongs.
-        if job.wants_sums != 0 and i0 == 0 and t < COLS and j0 + t < J:
-            if CUT:
-                job.part_sums[int64(z) * job.line + j0 + t] = total
-            else:
-                put(job.sums, int64(j0 + t), total + widened(job.sums[j0 + t]) if job.adds != 0 else total)
-        finish(job, z, row, col, sums)
-
-    return project_by_tensor_cores
-
-
+# --- parts -----------------------------------------------------------------------------------------------------------
 @kernel(ProjectionJob, registers=40)
 def join(v):
     """The sums of parts, in their order."""
@@ -431,9 +312,9 @@ def join(v):
     int32, int64, float32 = types.int32, types.int64, types.float32
 
     def join_parts(job):
-        n = int32(cuda.blockIdx.x * THREADS + cuda.threadIdx.x)
-        line, found, count = int32(job.line), float32(0), int32(job.count)
-        i, j = n // line, n % line
+        n = int64(cuda.blockIdx.x) * THREADS + cuda.threadIdx.x  # I * line may be more than int32 counts
+        line, found, count = job.line, float32(0), int32(job.count)
+        i, j = int32(n // line), int32(n % line)
         if i < job.I and j < job.J:
             for z in range(count):
                 found += job.parts[int64(z) * job.I * line + n]
@@ -447,6 +328,6 @@ def join(v):
                 found += job.part_sums[int64(z) * line + n]
             if job.adds != 0:
                 found += widened(job.sums[n])
-            put(job.sums, int64(n), found)
+            put(job.sums, n, found)
 
     return join_parts

@@ -8,6 +8,7 @@ import functools
 import math
 from typing import NamedTuple
 
+import numpy as np
 from numba import types
 
 from . import instructions as gpu
@@ -62,13 +63,17 @@ def sees_to(sight, batch, i):
 
 
 # --- softcap -------------------------------------------------------------------------------------------------------
+ONE, TWO, QUARTER = (np.float32(x) for x in (1, 2, 1 / 4))
+SERIES = tuple(np.float32(x) for x in (-1 / 3, 2 / 15, -17 / 315, 62 / 2835))  # of tanh: of x**3, x**5, x**7, x**9
+
+
 @device
 def tanh(x):
     """From e**2x, or where that would cancel from its series; the two meet within 1e-7 at 1/4."""
     y, size = x * x, abs(x)
-    small = x * (1 + y * (-1 / 3 + y * (2 / 15 + y * (-17 / 315 + y * (62 / 2835)))))
-    large = 1 - 2 / (1 + exp2(types.float32(2 * LOG2E) * size))
-    return types.float32(small) if size < 0.25 else types.float32(math.copysign(large, x))
+    small = x * (ONE + y * (SERIES[0] + y * (SERIES[1] + y * (SERIES[2] + y * SERIES[3]))))
+    large = ONE - TWO / (ONE + exp2(types.float32(2 * LOG2E) * size))
+    return small if size < QUARTER else math.copysign(large, x)
 
 
 # --- dropout -------------------------------------------------------------------------------------------------------
@@ -130,14 +135,17 @@ def scoring(element, softcap, slopes, bias, mask):
     def slope_of_cap(terms, s):
         """1 - tanh**2, from q.k"""
         t = tanh(s * types.float32(terms.scale) / types.float32(terms.cap))
-        return 1 - t * t
+        return ONE - t * t
 
     return score, slope_of_cap
 
 
+MOST_SCORES = 64  # of a lane: what `hidden_bits` has bits for
+
+
 @device
 def hidden_bits(s, n):
-    """Bit i says that score i is hidden."""
+    """Bit i says that score i is hidden; at most MOST_SCORES of them."""
     bits = types.int64(0)
     for i in range(n):
         if s[i] == -INF:

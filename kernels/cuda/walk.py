@@ -16,7 +16,7 @@ from typing import NamedTuple
 from numba import cuda, types
 
 from . import instructions as gpu
-from .jit import Elements, Floats, Ints, device
+from .jit import NOWHERE, Elements, Floats, Ints, device
 from .scoring import dice
 
 SUM, JOINT, DOT, GIVEN = 0, 1, 2, 3  # rules for scores, see csr.py
@@ -26,72 +26,76 @@ number, across = gpu.number, gpu.across
 class Rows(NamedTuple):
     """(N, H, C): row n begins at n * step; its heads and channels lie side by side."""
 
-    data: Elements
-    step: int
+    data: Elements = NOWHERE
+    step: int = 0
 
 
 class NeighborJob(NamedTuple):
-    indptr: Ints  # of the walk: by target, or by source for `backward_sources`
-    by_target: Ints  # that of targets, for their degrees
-    others: Ints  # the node at the other end
-    edge_ids: Ints  # the caller's number of the edge at a position, if has_ids
-    positions: Ints  # by target, of the edge at a position by source
-    has_ids: int
-    parts: Ints  # (count_parts, 3): which hub, first edge, last edge
-    hubs: Ints  # (hubs, 3): node, first part, last part
-    count_parts: int
-    count_hubs: int
-    nodes: int
-    most: int  # edges of a node that is no hub
-    of_hubs: int  # whether this launch adds up the parts of hubs
-    rounds: int  # items of one group
-    partial: Floats  # (parts, 2, H, line)
-    partial_best: Ints  # (parts, H, line)
-    # the rule
-    slope: float
-    scale: float
-    key: Rows
-    query: Rows
-    edge: Rows
-    bias: Elements  # (E, H)
-    att: Elements  # (1 or 2, H, C)
-    has_query: int  # of SUM: whether targets have a term at all
-    # what is done with scores
-    seed: int
-    threshold: int
-    gain: float
-    has_dropout: int
-    edge_weight: Elements  # (E)
-    has_weight: int
-    is_mean: int
-    value: Rows
-    edge_value: Rows
-    offset: Rows  # what each target's row of the output begins with; step 0 for one row that all share
-    has_offset: int
-    # made on the way
-    output: Rows
-    stats: Floats  # (Nt, H, 4): the largest score, the sum of exp(score - it), the target's term of SUM
-    best: Ints  # (Nt, H, C): for the maximum, the position of the edge whose value it is
-    weights: Elements  # (E, H), the caller's order: p
-    # backward
-    grad: Rows
-    slopes: Floats  # (Nt, H, 4): as stats, but 1 / sum, and then delta
-    changes: Floats  # (E, H): ds, by position by target
-    dquery: Rows
-    dkey: Rows
-    dvalue: Rows
-    dedge: Rows
-    dedge_value: Rows
-    dbias: Elements  # (E, H), the caller's order: ds
-    wants_dbias: int
-    dweight: Floats  # (E, H)
-    adds: int  # of SUM: whether the targets' term goes into dvalue, for they are the same nodes
-    sums: Floats  # (blocks, H, C)
-    sums_from: int
-    wants_sums: int
+    """What a launch does not look at may be left out."""
+
     H: int
     C: int
     D: int
+    # the walk, by target, or by source for `backward_sources`
+    indptr: Ints = NOWHERE
+    by_target: Ints = NOWHERE  # that of targets, for their degrees
+    others: Ints = NOWHERE  # the node at the other end
+    edge_ids: Ints = NOWHERE  # the caller's number of the edge at a position, if has_ids
+    positions: Ints = NOWHERE  # by target, of the edge at a position by source
+    has_ids: int = 0
+    parts: Ints = NOWHERE  # (count_parts, 3): which hub, first edge, last edge
+    hubs: Ints = NOWHERE  # (hubs, 3): node, first part, last part
+    count_parts: int = 0
+    count_hubs: int = 0
+    nodes: int = 0
+    most: int = 0  # edges of a node that is no hub
+    of_hubs: int = 0  # whether this launch adds up the parts of hubs
+    rounds: int = 1  # items of one group
+    partial: Floats = NOWHERE  # (parts, 2, H, line)
+    partial_best: Ints = NOWHERE  # (parts, H, line)
+    # the rule
+    slope: float = 0.0
+    scale: float = 1.0
+    key: Rows = Rows()
+    query: Rows = Rows()
+    edge: Rows = Rows()
+    bias: Elements = NOWHERE  # (E, H)
+    att: Elements = NOWHERE  # (1 or 2, H, C)
+    has_query: int = 0  # of SUM: whether targets have a term at all
+    # what is done with scores
+    seed: int = 0
+    threshold: int = 0
+    gain: float = 1.0
+    has_dropout: int = 0
+    edge_weight: Elements = NOWHERE  # (E)
+    has_weight: int = 0
+    is_mean: int = 0
+    value: Rows = Rows()
+    edge_value: Rows = Rows()
+    offset: Rows = Rows()  # what each target's row of the output begins with; step 0 for one row that all share
+    has_offset: int = 0
+    # made on the way
+    output: Rows = Rows()
+    attended: Rows = Rows()  # the output less its offset, which backward needs: where there is none the output itself
+    stats: Floats = NOWHERE  # (Nt, H, 4): the largest score, the sum of exp(score - it), the target's term of SUM
+    best: Ints = NOWHERE  # (Nt, H, C): for the maximum, the position of the edge whose value it is
+    weights: Elements = NOWHERE  # (E, H), the caller's order: p
+    # backward
+    grad: Rows = Rows()
+    slopes: Floats = NOWHERE  # (Nt, H, 4): as stats, but 1 / sum, and then delta
+    changes: Floats = NOWHERE  # (E, H): ds, by position by target
+    dquery: Rows = Rows()
+    dkey: Rows = Rows()
+    dvalue: Rows = Rows()
+    dedge: Rows = Rows()
+    dedge_value: Rows = Rows()
+    dbias: Elements = NOWHERE  # (E, H), the caller's order: ds
+    wants_dbias: int = 0
+    dweight: Floats = NOWHERE  # (E, H)
+    adds: int = 0  # of SUM: whether the targets' term goes into dvalue, for they are the same nodes
+    sums: Floats = NOWHERE  # (blocks, H, C)
+    sums_from: int = 0
+    wants_sums: int = 0
 
 
 class Variant(NamedTuple):

@@ -29,9 +29,9 @@ _DLPACK_CUDA = 2
 
 
 # --- is there one ------------------------------------------------------------------------------------------------
-@functools.cache
 def problem() -> tuple[str, str] | None:
-    """What is missing and what would help; None if a GPU can be used, or is simulated.
+    """What is missing and what would help; None if a GPU can be used, or is simulated. Only that is remembered: what is
+    missing now may be there at the next call.
 
     Examples
     --------
@@ -39,26 +39,41 @@ def problem() -> tuple[str, str] | None:
     >>> isinstance(gpu.problem(), (tuple, type(None)))
     True
     """
+    global _works
+    found = None if _works else _looked_for()
+    _works = found is None
+    return found
+
+
+_works = False  # whether a GPU was found that can be used
+
+
+def _looked_for() -> tuple[str, str] | None:
+    import importlib.util
+
+    import numba
+
     install = 'pip install "ruvector-numba[cuda]"'
+    if importlib.util.find_spec("numba_cuda") is None:
+        return "the package numba-cuda is not installed", install
     try:
-        import importlib.util
-
-        import numba
-
-        if importlib.util.find_spec("numba_cuda") is None:
-            return "the package numba-cuda is not installed", install
         from numba import cuda
 
         if numba.config.ENABLE_CUDASIM:
             return None
+        from numba.cuda.cudadrv.error import CudaDriverError
+
         if not cuda.is_available():
             return (
                 "numba-cuda finds no NVIDIA driver, or no GPU",
                 "nvidia-smi must list a GPU, and its driver be of CUDA 13 (580) or newer",
             )
-        capability = cuda.get_current_device().compute_capability
-    except Exception as error:
+    except ImportError as error:  # CudaSupportError is one
         return f"numba-cuda does not start: {error}", install
+    try:
+        capability = cuda.get_current_device().compute_capability
+    except CudaDriverError as error:
+        return f"the driver does not give the GPU: {error}", "it may be busy: try again, or look at nvidia-smi"
     if tuple(capability) < (8, 0):
         return f"the GPU has compute capability {capability[0]}.{capability[1]}", "8.0 (Ampere) or newer is needed"
     return None
@@ -99,7 +114,7 @@ def is_on_gpu(x: object) -> bool:
     if hasattr(kind, "__dlpack_device__") and not isinstance(x, np.ndarray | np.generic):
         try:
             return int(x.__dlpack_device__()[0]) == _DLPACK_CUDA  # type: ignore[attr-defined]
-        except Exception:
+        except (AttributeError, BufferError, NotImplementedError, TypeError, ValueError):  # it cannot say
             return False
     return False
 

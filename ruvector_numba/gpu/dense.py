@@ -30,7 +30,7 @@ class Call(NamedTuple):
     value: GpuArray
     bias: GpuArray | None
     mask: GpuArray | None
-    is_moved: bool = False  # from NumPy, whither results go back
+    is_moved: bool = False  # inputs came from NumPy, so results are copied back
 
     def space(self) -> Space:
         return Space(self.query.native)
@@ -124,8 +124,8 @@ def terms_of(c: Call) -> Any:
     from ..plan.cuda_dense import Terms
 
     return Terms(
-        c.checked.softcap is not None, c.checked.slopes is not None, c.bias is not None, c.mask is not None,
-        c.checked.dropout > 0,
+        softcap=c.checked.softcap is not None, slopes=c.checked.slopes is not None, bias=c.bias is not None,
+        mask=c.mask is not None, dropout=c.checked.dropout > 0,
     )  # fmt: skip
 
 
@@ -136,32 +136,26 @@ def score_terms(c: Call, space: Space) -> tuple[Any, Any]:
     a, seen, nothing = c.checked, c.checked.seen, space.pointer(None)
     Lq, Lk = a.query.shape[-2], a.key.shape[-2]
     scores = (*a.batch, a.heads, Lq, Lk)
-    matrices: list[Any] = []
-    for x in (c.bias, c.mask):
-        if x is None:
-            matrices += [nothing, nothing, 0, 0]
-        else:
+    matrices: dict[str, Any] = {}
+    for name, x in (("bias", c.bias), ("mask", c.mask)):
+        found = (nothing, nothing, 0, 0)
+        if x is not None:
             whole = broadcast(x, scores)
-            at = starts(space, scores[:-2], whole.strides[:-2])
-            matrices += [space.pointer(whole), at, *whole.strides[-2:]]
+            found = space.pointer(whole), starts(space, scores[:-2], whole.strides[:-2]), *whole.strides[-2:]
+        matrices |= dict(zip((name, f"{name}_at", f"{name}_row", f"{name}_col"), found, strict=True))
     natural = a.softcap is not None or a.slopes is not None or c.bias is not None
     slopes = nothing if a.slopes is None else space.upload(np.ascontiguousarray(a.slopes, np.float32).reshape(-1))
     threshold, gain = min(round(a.dropout * (1 << 32)), (1 << 32) - 1), 0.0 if a.dropout == 1 else 1 / (1 - a.dropout)
     terms = Terms(
-        a.scale * (1.0 if natural else _LOG2E),
-        a.softcap or 0.0,
-        slopes,
-        *matrices,
-        seen.offset,
-        a.seed,
-        threshold,
-        gain,
-    )
+        scale=a.scale * (1.0 if natural else _LOG2E), cap=a.softcap or 0.0, slopes=slopes, offset=seen.offset,
+        seed=a.seed, threshold=threshold, gain=gain, **matrices,
+    )  # fmt: skip
     first, last = max(-_FAR, min(_FAR, seen.first)), max(-_FAR, min(_FAR, seen.last))
     if seen.limits is None:
-        return terms, Sight(space.constant(("keys", Lk), lambda: np.array([0, Lk], np.int64)), 0, 0, first, last)
-    limits = np.broadcast_to(seen.limits, (*a.batch, Lq, 2))
-    return terms, Sight(space.upload(np.ascontiguousarray(limits, np.int64)), 2 * Lq, 2, first, last)
+        limits = space.constant(("keys", Lk), lambda: np.array([0, Lk], np.int64))
+        return terms, Sight(limits=limits, limits_batch=0, limits_row=0, first=first, last=last)
+    limits = space.upload(np.ascontiguousarray(np.broadcast_to(seen.limits, (*a.batch, Lq, 2)), np.int64))
+    return terms, Sight(limits=limits, limits_batch=2 * Lq, limits_row=2, first=first, last=last)
 
 
 def run(
@@ -248,16 +242,20 @@ def prepared(c: Call, output: GpuArray) -> Ready | None:
     v = plan.variant("forward", element, channels, terms_of(c))
     if cutting.splits > 1:
         v = plan.packed(v, Lq * cutting.heads)
+    terms, sight = score_terms(c, space)
+    matrices = heads // cutting.heads
     job = blocks.AttentionJob(
-        named(space, "query", c.query), named(space, "key", c.key, a.group), named(space, "value", c.value, a.group),
-        named(space, "output", output), "top", "total", "lse", "parts", "merged_top", "merged_total",
-        *score_terms(c, space), a.eps, Lq, Lk, whole(D, element), output.shape[-1], a.heads, cutting.heads,
-        cutting.splits, cutting.split_keys,
+        query=named(space, "query", c.query), key=named(space, "key", c.key, a.group),
+        value=named(space, "value", c.value, a.group), output=named(space, "output", output),
+        top="top", total="total", lse="lse", parts="parts", merged_top="merged_top", merged_total="merged_total",
+        terms=terms, sight=sight, epsilon=a.eps, Lq=Lq, Lk=Lk, D=whole(D, element), Dv=output.shape[-1], H=a.heads,
+        matrices=matrices, heads=cutting.heads, splits=cutting.splits, split_keys=cutting.split_keys,
     )  # fmt: skip
-    attend = dense.forward.prepare(v, job, (-(-Lq * cutting.heads // v.rows), heads // cutting.heads, cutting.splits))
+    grid = plan.grid(Lq * cutting.heads, v.rows, matrices, cutting.splits)
+    attend = dense.forward.prepare(v, job, grid)
     if cutting.splits == 1:
         return Ready(attend, None, 0, space.kept, all_aligned)
-    merge = dense.merge.prepare(plan.merging(element, channels), job, (Lq, heads, 1))
+    merge = dense.merge.prepare(plan.merging(element, channels), job, plan.merge_grid(Lq, heads))
     return Ready(attend, merge, heads * cutting.splits * Lq, space.kept, all_aligned)
 
 

@@ -35,24 +35,24 @@ def _gradient_job(
     else:
         lse = space.pointer(compact(space, grad_lse))
     return blocks.GradientJob(
-        matrices(space, c.query), matrices(space, c.key, a.group), matrices(space, c.value, a.group),
-        matrices(space, past.output), matrices(space, grad_output), matrices(space, dq), matrices(space, dk),
-        matrices(space, dv), *kept, lse, *made_first, terms, sight, a.scale, Lq, Lk, whole(D, c.query.element),
-        past.output.shape[-1], a.heads, 1, a.group,
+        query=matrices(space, c.query), key=matrices(space, c.key, a.group), value=matrices(space, c.value, a.group),
+        output=matrices(space, past.output), grad_output=matrices(space, grad_output),
+        grad_query=matrices(space, dq), grad_key=matrices(space, dk, a.group), grad_value=matrices(space, dv, a.group),
+        top=kept[0], total=kept[1], grad_lse=lse, shift=made_first[0], delta=made_first[1], terms=terms, sight=sight,
+        slope=a.scale, Lq=Lq, Lk=Lk, D=whole(D, c.query.element), Dv=past.output.shape[-1], H=a.heads, matrices=heads,
+        key_matrices=heads // a.group, heads=1, group=a.group,
     )  # fmt: skip
 
 
 def _prepared(past: Past, space: Space, job: Any) -> int:
     """shift and delta of each query."""
-    from ..kernels.cuda import blocks, dense_backward
+    from ..kernels.cuda import dense_backward
     from ..plan import cuda_dense as plan
 
-    c, heads = past.call, math.prod(past.call.checked.query.shape[:-2])
     channels = plan.width(max(job.D, job.Dv))
     assert channels is not None
-    v = blocks.Variant(c.query.element, channels, 16, 1, 32 if isinstance(c.query.data, np.ndarray) else 128)
-    rows = v.threads // 32 * dense_backward.ROWS_OF_A_WARP
-    dense_backward.prepare(v, job, (-(-job.Lq // rows), heads, 1), space.stream)
+    v = plan.preparing(past.call.query.element, channels)
+    dense_backward.prepare(v, job, plan.prepare_grid(v, job.Lq, job.matrices), space.stream)
     return channels
 
 
@@ -60,7 +60,7 @@ def backward(past: Past, grad_output: GpuArray, grad_lse: GpuArray | None, wants
     from ..kernels.cuda import dense_backward
     from ..plan import cuda_dense as plan
 
-    c, a, space, element = past.call, past.call.checked, past.call.space(), past.call.query.element
+    c, space, element = past.call, past.call.space(), past.call.query.element
     dq, dk, dv = (room(space, x.shape, element) for x in (c.query, c.key, c.value))
     bias = space.empty(c.bias.shape, "float32") if wants_bias and c.bias is not None else None
     if past.kept is None:
@@ -69,12 +69,11 @@ def backward(past: Past, grad_output: GpuArray, grad_lse: GpuArray | None, wants
     else:
         job = _gradient_job(past, space, grad_output, grad_lse, (dq, dk, dv))
         channels = _prepared(past, space, job)
-        heads = math.prod(a.query.shape[:-2])
         v = plan.variant("to_query", element, channels, terms_of(c))
-        dense_backward.to_query(v, job, (-(-job.Lq // v.rows), heads, 1), space.stream)
+        dense_backward.to_query(v, job, plan.grid(job.Lq, v.rows, job.matrices), space.stream)
         for part in plan.makes(channels):
             v = plan.variant("to_key", element, channels, terms_of(c))._replace(makes=part)
-            dense_backward.to_key(v, job, (-(-job.Lk // v.rows), heads // a.group, 1), space.stream)
+            dense_backward.to_key(v, job, plan.grid(job.Lk, v.rows, job.key_matrices), space.stream)
         if bias is not None:
             _bias_gradient(c, space, job, bias)
     query, key, value = (past.given(cut(x, y.shape[-1])) for x, y in ((dq, c.query), (dk, c.key), (dv, c.value)))
@@ -83,7 +82,8 @@ def backward(past: Past, grad_output: GpuArray, grad_lse: GpuArray | None, wants
 
 def _bias_gradient(c: Call, space: Space, job: Any, bias: GpuArray) -> None:
     """The gradient of the float mask, in float32, each distinct matrix of it in one place."""
-    from ..kernels.cuda import blocks, pairs
+    from ..kernels.cuda import pairs
+    from ..plan import cuda_dense as plan
 
     a = c.checked
     shape = (1,) * (len(a.batch) + 3 - len(bias.shape)) + bias.shape
@@ -91,28 +91,22 @@ def _bias_gradient(c: Call, space: Space, job: Any, bias: GpuArray) -> None:
     owner = np.broadcast_to(np.arange(matrices).reshape(shape[:-2]), (*a.batch, a.heads)).reshape(-1)
     members = np.argsort(owner, kind="stable").astype(np.int64)
     begins = np.searchsorted(owner[members], np.arange(matrices + 1)).astype(np.int64)
-    v = blocks.Variant(
-        c.query.element, 64, 16, 1, 32 if isinstance(c.query.data, np.ndarray) else 128, 1, 2, *terms_of(c)
-    )
+    v, (R, C) = plan.in_pairs(c.query.element, terms_of(c)), shape[-2:]
     more = pairs.PairJob(
-        job, space.pointer(bias), space.pointer(None), 0, 1, space.upload(begins), space.upload(members), *shape[-2:]
+        attention=job, out=space.pointer(bias), begins=space.upload(begins), members=space.upload(members), R=R, C=C
     )
-    pairs.bias_gradient(v, more, (-(-shape[-2] * shape[-1] // (v.threads // 32)), matrices, 1), space.stream)
+    pairs.bias_gradient(v, more, plan.bias_grid(v, R * C, matrices), space.stream)
 
 
 def weights(past: Past, space: Space, chosen: Any, out: GpuArray, averaged: int) -> None:
-    from ..kernels.cuda import blocks, pairs
+    from ..kernels.cuda import pairs
+    from ..plan import cuda_dense as plan
 
     c, a = past.call, past.call.checked
     if past.kept is None:
         return zero(space, out, 0.0)
     job = _gradient_job(past, space, past.output._replace(shape=a.output_shape), None, (c.query, c.key, c.value))
     _prepared(past, space, job)
-    threads = 32 if isinstance(c.query.data, np.ndarray) else 128
-    v = blocks.Variant(c.query.element, 64, 16, 1, threads, 1, 2, *terms_of(c))
-    nothing = space.pointer(None)
-    more = pairs.PairJob(
-        job, space.pointer(out), space.upload(chosen.astype(np.int64)), len(chosen), averaged, nothing, nothing, 0, 0
-    )
-    grid = (-(-job.Lk // threads), len(chosen), math.prod(a.query.shape[:-2]) // averaged)
-    pairs.weights(v, more, grid, space.stream)
+    v, rows = plan.in_pairs(c.query.element, terms_of(c)), space.upload(chosen.astype(np.int64))
+    more = pairs.PairJob(attention=job, out=space.pointer(out), rows=rows, count=len(chosen), averaged=averaged)
+    pairs.weights(v, more, plan.weights_grid(v, job.Lk, len(chosen) * (job.matrices // averaged)), space.stream)

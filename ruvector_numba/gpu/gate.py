@@ -27,7 +27,7 @@ def gated(work: Work, output: GpuArray, root: GpuArray) -> tuple[GpuArray, Gated
     space = work.space
     out, kept = space.keep(space.empty(output.shape, work.element)), space.empty(output.shape[:1], "float32")
     made = Gated(output, root, space.keep(kept))
-    _launch(kernels.forward, work, _job(work, made)._replace(out=space.pointer(out)))
+    _launch(kernels.forward, work, _job(work, made, out=out))
     return out, made
 
 
@@ -37,9 +37,7 @@ def gated_back(work: Work, grad: GpuArray, kept: Gated, found: Found) -> tuple[G
 
     space, (N, C) = work.space, grad.shape
     doutput, droot, dgate = (space.keep(space.empty(shape, work.element)) for shape in ((N, C), (N, C), (N, 1)))
-    fields = dict(grad=grad, doutput=doutput, droot=droot, dgate=dgate)
-    job = _job(work, kept)._replace(**{name: space.pointer(x) for name, x in fields.items()})
-    _launch(kernels.backward, work, job)
+    _launch(kernels.backward, work, _job(work, kept, grad=grad, doutput=doutput, droot=droot, dgate=dgate))
     # d[0] = dgate^T o, d[1] = dgate^T r, d[2] = d[0] - d[1]
     made = space.keep(space.empty((3, C), work.element))
     rows = [made._replace(**_row(made, n, C)) for n in range(3)]
@@ -59,19 +57,19 @@ def _row(x: GpuArray, n: int, C: int) -> dict[str, Any]:
     return dict(data=one.data, start=one.start, shape=(1, C), strides=(C, 1))
 
 
-def _job(work: Work, kept: Gated) -> Any:
+def _job(work: Work, kept: Gated, **more: GpuArray) -> Any:
+    """What both ways look at, and `more`."""
     from ..kernels.cuda.gate import GateJob
 
-    space, nothing, p = work.space, work.space.nothing, work.parameters
+    space, (N, C), p = work.space, kept.output.shape, work.parameters
     weight = work.constant("lin_beta.weight", lambda: p["lin_beta.weight"])
-    given = (space.pointer(x) for x in (kept.output, kept.root, weight))
-    gate = space.pointer(kept.gate)
-    return GateJob(*given, nothing, gate, nothing, nothing, nothing, nothing, *kept.output.shape)
+    arrays = dict(output=kept.output, root=kept.root, weight=weight, gate=kept.gate, **more)
+    return GateJob(N=N, C=C, **{name: space.pointer(x) for name, x in arrays.items()})
 
 
 def _launch(kernel: Any, work: Work, job: Any) -> None:
-    from ..kernels.cuda.gate import Variant
+    from ..plan import cuda_gate as plan
 
-    v = Variant(work.element)
+    v = plan.variant(work.element)
     if job.N:
-        kernel(v, job, (-(-job.N // (v.threads // 32)), 1, 1), work.space.stream)
+        kernel(v, job, plan.grid(v, job.N), work.space.stream)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ from .neighbors import Past, Terms
 from .projection import linear, linear_backward
 from .work import Found, Inputs, Work, columns
 
-__all__ = ["KINDS", "Kind"]
+__all__ = ["Kind", "kind_of"]
 
 
 class Kind(NamedTuple):
@@ -78,6 +79,7 @@ def _gat_back(
 def edge_attention_back(work: Work, grad: GpuArray, found: Found) -> None:
     """The gradients of att_edge and lin_edge.weight, from that of their product (H, edge_dim)."""
     from ..kernels.cuda import folding
+    from ..plan import cuda_csr as plan
 
     p, space, layer = work.parameters, work.space, work.layer
     names = ("att_edge", "lin_edge.weight")
@@ -85,10 +87,11 @@ def edge_attention_back(work: Work, grad: GpuArray, found: Found) -> None:
     made = [space.keep(space.empty(p[name].shape, work.element)) for name in names]
     rows = layer.heads * layer.out_channels
     job = folding.FoldJob(
-        *(space.pointer(x) for x in (grad, *given, *made)), layer.out_channels, layer.edge_dim, rows
+        grad=space.pointer(grad), att=space.pointer(given[0]), weight=space.pointer(given[1]),
+        datt=space.pointer(made[0]), dweight=space.pointer(made[1]), C=layer.out_channels, D=layer.edge_dim, rows=rows,
     )  # fmt: skip
-    v = folding.Variant(work.element)
-    folding.fold_back(v, job, (-(-rows // v.threads), 1, 1), space.stream)
+    v = plan.fold(work.element)
+    folding.fold_back(v, job, plan.by_threads(v, rows), space.stream)
     for name, x in zip(names, made, strict=True):
         found.named[name] = x.native
 
@@ -189,8 +192,26 @@ def _room(work: Work, names: tuple[str, ...]) -> tuple[dict[str, GpuArray], GpuA
     return {name: columns(whole, n * H * C, (H, C)) for n, name in enumerate(names)}, whole
 
 
-KINDS = {
-    "GAT": Kind(_gat, _gat_back),
-    "GATv2": Kind(_gatv2, _gatv2_back),
-    "GraphTransformer": Kind(_transformer, _transformer_back),
-}
+@functools.cache
+def kinds() -> dict[type, Kind]:
+    """How layers of these classes attend."""
+    from ..graphs.gat import GAT, GATv2
+    from ..graphs.transformer import GraphTransformer
+
+    return {
+        GAT: Kind(_gat, _gat_back), GATv2: Kind(_gatv2, _gatv2_back),
+        GraphTransformer: Kind(_transformer, _transformer_back),
+    }  # fmt: skip
+
+
+def kind_of(layer_class: type) -> Kind | None:
+    """The kind of a class of layers, or of the class that it is derived from; None if the GPU knows none, or if the
+    class has a way of its own to attend, of which the kernels know nothing."""
+    base = next((c for c in layer_class.__mro__ if c in kinds()), None)
+    if base is None:
+        return None
+    is_own = any(getattr(layer_class, name) is not getattr(base, name) for name in _HOOKS)
+    return None if is_own else kinds()[base]
+
+
+_HOOKS = ("_run", "_attend", "_finish", "_attend_back", "_finish_back", "_backward")  # that compute, on a CPU

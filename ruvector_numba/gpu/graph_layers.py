@@ -15,7 +15,7 @@ from ..parameters import ParameterSet
 from .arrays import GpuArray, Space
 from .dense import gradient
 from .gate import Gated, gated, gated_back
-from .graph_kinds import KINDS
+from .graph_kinds import Kind, kind_of
 from .layouts import compact, zero
 from .loops import loops_taken_out
 from .neighbors import Past, one_element
@@ -32,6 +32,7 @@ class Record(NamedTuple):
     """What a layer's forward pass remembers."""
 
     layer: Any
+    kind: Kind
     inputs: Inputs
     parameters: ParameterSet
     past: Any  # with coefficients(), as a caller gets them
@@ -54,7 +55,8 @@ def run(
     layer: Any, x: Any, graph: Any, edge_attr: Any, edge_weight: Any, dropout: float, seed: Any, device: str | None
 ) -> tuple[Any, Record]:
     """A layer's output, and what its gradients need."""
-    if type(layer).__name__ not in KINDS:
+    kind = kind_of(type(layer))
+    if kind is None:
         raise InvalidConfigError(f"{layer.name()} does not run on a GPU", hint="take the arrays to the CPU")
     if gpu.is_on_gpu(graph):
         hint = "make one of it, once: CSRGraph.from_edge_index(edge_index.cpu(), num_nodes=N)"
@@ -76,9 +78,9 @@ def run(
     )
     space = Space(sources[0])
     work = Work(layer, layer.parameters.as_type(np.float32), space, inputs_of(layer, checked, space, nodes, of_edges))
-    past = KINDS[type(layer).__name__].attend(work)
+    past = kind.attend(work)
     output, gate = _finish(work, past)
-    record = Record(layer, work.inputs, work.parameters, _Coefficients(past, is_moved), gate, is_moved)
+    record = Record(layer, kind, work.inputs, work.parameters, _Coefficients(past, is_moved), gate, is_moved)
     return gpu.default().download(output.native) if is_moved else output.native, record
 
 
@@ -124,7 +126,7 @@ def backward(grad_output: Any, record: Record) -> GraphGradients:
     grad = compact(space, given)
     attended, added = (grad, grad) if record.gate is None else gated_back(work, grad, record.gate, found)
     heads = viewed(attended, (N, H, C)) if layer.concat else _spread(work, attended)
-    made, dsource, dtarget, dattr = KINDS[layer.name()].attend_back(work, past, heads, found)
+    made, dsource, dtarget, dattr = record.kind.attend_back(work, past, heads, found)
     if layer.bias and "bias" in record.parameters:
         _bias_gradient(work, made.offset, found)
     if inputs.target is not None:

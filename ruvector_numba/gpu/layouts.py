@@ -58,15 +58,17 @@ def aligned(space: Space, x: GpuArray) -> GpuArray:
     if x.aligned:
         return x
     from ..kernels.cuda import copying
+    from ..plan import cuda_copying as plan
 
     made = space.keep(room(space, x.shape, x.element))
     heads, (rows, columns) = math.prod(x.shape[:-2]), x.shape[-2:]
+    v = plan.variant(x.element)
+    blocks = plan.pack_blocks(v, rows * made.shape[-1])
     job = copying.CopyJob(
-        space.pointer(x), starts(space, x.shape[:-2], x.strides[:-2]), x.strides[-2], x.strides[-1],
-        space.pointer(made), rows, columns, made.shape[-1],
+        source=space.pointer(x), at=starts(space, x.shape[:-2], x.strides[:-2]), row=x.strides[-2], col=x.strides[-1],
+        copy=space.pointer(made), rows=rows, columns=columns, width=made.shape[-1], blocks=blocks,
     )  # fmt: skip
-    v = copying.Variant(x.element, 32 if isinstance(x.data, np.ndarray) else 256)
-    copying.pack(v, job, (min(64, -(-rows * made.shape[-1] // v.threads)), heads, 1), space.stream)
+    copying.pack(v, job, (blocks * heads, 1, 1), space.stream)
     return made
 
 
@@ -94,13 +96,12 @@ def whole(n: int, element: str) -> int:
 def zero(space: Space, x: GpuArray, value: float) -> None:
     """Fill an array, which is contiguous, with 0 or, of float32, any number."""
     from ..kernels.cuda import copying
+    from ..plan import cuda_copying as plan
 
-    v = copying.Variant(x.element, 32 if isinstance(x.data, np.ndarray) else 256)
-    n = gpu.size(x.shape)
+    v, n = plan.variant(x.element), gpu.size(x.shape)
     if n:
-        copying.fill(
-            v, copying.FillJob(space.pointer(x), n, value), (min(1024, -(-n // v.threads)), 1, 1), space.stream
-        )
+        job = copying.FillJob(data=space.pointer(x), count=n, value=value)
+        copying.fill(v, job, plan.fill_grid(v, n), space.stream)
 
 
 def compact(space: Space, x: GpuArray, inverted: bool = False) -> GpuArray:
@@ -108,16 +109,17 @@ def compact(space: Space, x: GpuArray, inverted: bool = False) -> GpuArray:
     if x.strides == gpu.contiguous_strides(x.shape) and not inverted:
         return x
     from ..kernels.cuda import copying
+    from ..plan import cuda_copying as plan
 
-    made = space.keep(space.empty(x.shape, x.element))
+    made, v = space.keep(space.empty(x.shape, x.element)), plan.variant(x.element, inverted)
     rows = x._replace(shape=(*x.shape, 1), strides=(*x.strides, 1))
+    blocks = plan.pack_blocks(v, rows.shape[-2])
     job = copying.CopyJob(
-        space.pointer(x), starts(space, rows.shape[:-2], rows.strides[:-2]), rows.strides[-2], 1,
-        space.pointer(made), rows.shape[-2], 1, 1,
+        source=space.pointer(x), at=starts(space, rows.shape[:-2], rows.strides[:-2]), row=rows.strides[-2], col=1,
+        copy=space.pointer(made), rows=rows.shape[-2], columns=1, width=1, blocks=blocks,
     )  # fmt: skip
-    v = copying.Variant(x.element, 32 if isinstance(x.data, np.ndarray) else 256, inverted=inverted)
     if gpu.size(x.shape):
-        copying.pack(v, job, (-(-rows.shape[-2] // v.threads), math.prod(rows.shape[:-2]), 1), space.stream)
+        copying.pack(v, job, (blocks * math.prod(rows.shape[:-2]), 1, 1), space.stream)
     return made
 
 

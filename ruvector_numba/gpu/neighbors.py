@@ -142,19 +142,20 @@ def edge_softmax(scores: Any, graph: CSRGraph) -> Any:
 
 def edge_softmax_backward(grad_weights: Any, weights: Any, graph: CSRGraph) -> Any:
     from ..kernels.cuda import csr_backward as backwards
+    from ..plan import cuda_csr as plan
 
     p = gpu.floats("weights", weights)
     neighbors.edge_numbers("weights", gpu.shadow(p.shape), neighbors.checked_graph(graph))
     grad, space = gradient("grad_weights", grad_weights, p.shape, p.element), Space(weights)
     made, w = space.empty(p.shape, p.element), _walk(graph, space, False)
     if gpu.size(p.shape):
-        ids = space.nothing if w.edge_ids is None else space.pointer(w.edge_ids)
         job = backwards.SoftmaxJob(
-            space.pointer(w.indptr), ids, int(w.edge_ids is not None), space.pointer(compact(space, p)),
-            space.pointer(compact(space, grad)), space.pointer(made), w.nodes, gpu.size(p.shape[1:]),
+            indptr=space.pointer(w.indptr), edge_ids=space.pointer(w.edge_ids), has_ids=int(w.edge_ids is not None),
+            weights=space.pointer(compact(space, p)), grad=space.pointer(compact(space, grad)),
+            out=space.pointer(made), nodes=w.nodes, H=gpu.size(p.shape[1:]),
         )  # fmt: skip
-        v = _flat_variant(p.element)
-        backwards.softmax_backward(v, job, (-(-w.nodes // (v.threads // 32)), 1, 1), space.stream)
+        v = plan.flat(p.element)
+        backwards.softmax_backward(v, job, plan.by_warps(v, w.nodes), space.stream)
     return made.native
 
 
@@ -199,7 +200,7 @@ def _uploaded(graph: CSRGraph, space: Space, by_source: bool) -> _Walk:
         indptr, others, positions = graph.transposed
     parts, hubs = hubs_of(indptr, plan.PART, plan.MOST)
 
-    def upload(x: Array) -> GpuArray:  # one number more, for something must lie where nothing does
+    def upload(x: Array) -> GpuArray:  # one element extra, so that an empty array still has an address
         return space.library.view(space.library.upload(np.append(x.reshape(-1), 0).astype(np.int32)))
 
     ids, places = (None if x is None else upload(x) for x in (graph.edge_ids, positions))
@@ -242,6 +243,9 @@ class Past:
         Nt, (_, H, C) = graph.num_targets, terms.value.shape
         made = space.keep(space.empty((Nt, H * C) if joined else (Nt, H, C), terms.value.element))
         self.output = made._replace(shape=(Nt, H, C), strides=gpu.contiguous_strides((Nt, H, C)))
+        self.attended = self.output  # less the offset, where gradients need it so
+        if terms.offset is not None and terms.normalizes:
+            self.attended = space.keep(space.empty((Nt, H, C), terms.value.element))
         self.stats = space.keep(space.empty((Nt, H, 4), "float32"))
         self.best = space.keep(space.empty((Nt, H, C), "int32")) if terms.aggregation == "max" else None
         _run(csr.forward, self._walk(space), self._variant(), self._job(space), space)
@@ -257,12 +261,13 @@ class Past:
 
     def lse(self, space: Space) -> GpuArray:
         from ..kernels.cuda import csr
+        from ..plan import cuda_csr as plan
 
         shape = self.stats.shape[:2]
-        made, n, v = space.keep(space.empty(shape, "float32")), gpu.size(shape), _flat_variant("float32")
+        made, n, v = space.keep(space.empty(shape, "float32")), gpu.size(shape), plan.flat("float32")
         if n:
-            job = csr.LseJob(space.pointer(self.stats), space.pointer(made), n)
-            csr.lse(v, job, (-(-n // v.threads), 1, 1), space.stream)
+            job = csr.LseJob(stats=space.pointer(self.stats), lse=space.pointer(made), count=n)
+            csr.lse(v, job, plan.by_threads(v, n), space.stream)
         return made
 
     def _walk(self, space: Space, by_source: bool = False) -> _Walk:
@@ -274,11 +279,11 @@ class Past:
         t = self.terms
         _, H, C = t.value.shape
         edge = None if t.rule == plan.SUM else t.edge
-        given = (t.key, t.query, t.value, edge, t.edge_value, t.offset, self.output, *more)
+        given = (t.key, t.query, t.value, edge, t.edge_value, t.offset, self.output, self.attended, *more)
         shares = t.dropout > 0 or t.edge_weight is not None or t.aggregation == "mean"
         options = plan.Options(
-            t.edge is not None, t.bias is not None, t.edge_value is not None, shares, t.aggregation == "max",
-            t.normalizes,
+            edge=t.edge is not None, bias=t.bias is not None, edge_value=t.edge_value is not None, shares=shares,
+            maximum=t.aggregation == "max", normalizes=t.normalizes,
         )  # fmt: skip
         width = max(C, t.key.shape[2])
         if width > plan.WIDEST:
@@ -288,24 +293,22 @@ class Past:
         return plan.variant(t.value.element, t.rule, H, width, all(_by_fours(x) for x in given), options)
 
     def _job(self, space: Space) -> Any:
-        from ..kernels.cuda.walk import NeighborJob, Rows
+        from ..kernels.cuda.walk import NeighborJob
 
-        t, nothing, none = self.terms, space.nothing, Rows(space.nothing, 0)
+        t, w = self.terms, self._walk(space)
         _, H, C = t.value.shape
-        threshold, gain = round(t.dropout * 2**32), 1 / (1 - t.dropout) if t.dropout < 1 else 0.0
-        w = self._walk(space)
-        ids = nothing if w.edge_ids is None else space.pointer(w.edge_ids)
         return NeighborJob(
-            nothing, space.pointer(w.indptr), nothing, ids, nothing, int(w.edge_ids is not None), nothing, nothing,
-            0, 0, 0, 0, 0, 1, nothing, nothing,
-            t.slope, t.scale, _rows(space, t.key), _rows(space, t.query), _rows(space, t.edge), space.pointer(t.bias),
-            space.pointer(t.att), int(t.query is not None),
-            t.seed, threshold, gain, int(t.dropout > 0), space.pointer(t.edge_weight), int(t.edge_weight is not None),
-            int(t.aggregation == "mean"), _rows(space, t.value), _rows(space, t.edge_value), _rows(space, t.offset),
-            int(t.offset is not None),
-            _rows(space, self.output), space.pointer(self.stats), space.pointer(self.best), nothing,
-            none, nothing, nothing, none, none, none, none, none, nothing, 0, nothing, 0, nothing, 0, 0, H, C,
-            t.key.shape[2],
+            H=H, C=C, D=t.key.shape[2], by_target=space.pointer(w.indptr), edge_ids=space.pointer(w.edge_ids),
+            has_ids=int(w.edge_ids is not None),
+            slope=t.slope, scale=t.scale, key=_rows(space, t.key), query=_rows(space, t.query),
+            edge=_rows(space, t.edge), bias=space.pointer(t.bias), att=space.pointer(t.att),
+            has_query=int(t.query is not None),
+            seed=t.seed, threshold=round(t.dropout * 2**32), gain=1 / (1 - t.dropout) if t.dropout < 1 else 0.0,
+            has_dropout=int(t.dropout > 0), edge_weight=space.pointer(t.edge_weight),
+            has_weight=int(t.edge_weight is not None), is_mean=int(t.aggregation == "mean"),
+            value=_rows(space, t.value), edge_value=_rows(space, t.edge_value), offset=_rows(space, t.offset),
+            has_offset=int(t.offset is not None), output=_rows(space, self.output),
+            attended=_rows(space, self.attended), stats=space.pointer(self.stats), best=space.pointer(self.best),
         )  # fmt: skip
 
     # --- backward ----------------------------------------------------------------------------------------------------
@@ -353,14 +356,13 @@ class Past:
         weight = None
         if t.edge_weight is not None:
             weight = space.keep(space.empty((E,), element))
-            add = sums_of.HeadsJob(job.dweight, space.pointer(weight), E, H)
-            flat = _flat_variant(element)
-            sums_of.add_heads(flat, add, (max(1, -(-E // flat.threads)), 1, 1), space.stream)
+            add, flat = sums_of.HeadsJob(numbers=job.dweight, out=space.pointer(weight), E=E, H=H), plan.flat(element)
+            sums_of.add_heads(flat, add, plan.by_threads(flat, E), space.stream)
         if t.rule == plan.SUM and t.edge is not None:
             made["edge"] = made.pop("bias")
         return Made(
-            made.get("query"), made.get("key"), made["value"], made.get("edge"), made.get("bias"), weight,
-            made.get("edge_value"), offset, att,
+            query=made.get("query"), key=made.get("key"), value=made["value"], edge=made.get("edge"),
+            bias=made.get("bias"), edge_weight=weight, edge_value=made.get("edge_value"), offset=offset, att=att,
         )  # fmt: skip
 
 
@@ -369,8 +371,8 @@ def _run(kernel: Any, walk: _Walk, v: Any, job: Any, space: Space, sums: GpuArra
     """All nodes and the parts of hubs, then hubs. `sums`, if given, gets what the groups have summed."""
     from ..plan import cuda_csr as plan
 
-    items, chunks = walk.nodes + walk.count_parts, -(-job.H // v.heads)
-    if not items or not chunks:
+    items = walk.nodes + walk.count_parts
+    if not items or not job.H:
         if sums is not None:
             zero(space, sums, 0.0)
         return
@@ -378,28 +380,20 @@ def _run(kernel: Any, walk: _Walk, v: Any, job: Any, space: Space, sums: GpuArra
     first, second = plan.blocks(v, items, each), plan.blocks(v, walk.count_hubs, 1)
     partial = space.scratch(walk.count_parts * 2 * job.H * v.line) if walk.count_parts else space.nothing
     best = space.scratch(walk.count_parts * job.H * v.line, "int32") if walk.count_parts else space.nothing
-    columns, nothing = job.H * job.C, space.nothing
-    made = nothing if sums is None else space.scratch((first + second) * columns)
+    columns = job.H * job.C
+    made = space.nothing if sums is None else space.scratch((first + second) * columns)
     job = job._replace(
-        indptr=space.pointer(walk.indptr), others=space.pointer(walk.others),
-        positions=nothing if walk.positions is None else space.pointer(walk.positions),
+        indptr=space.pointer(walk.indptr), others=space.pointer(walk.others), positions=space.pointer(walk.positions),
         parts=space.pointer(walk.parts), hubs=space.pointer(walk.hubs), count_parts=walk.count_parts,
-        count_hubs=walk.count_hubs, nodes=walk.nodes, most=walk.most, rounds=each, partial=partial, partial_best=best,
-        sums=made, wants_sums=int(sums is not None),
+        count_hubs=walk.count_hubs, nodes=walk.nodes, most=walk.most, rounds=each, partial=partial,
+        partial_best=best, sums=made, wants_sums=int(sums is not None),
     )  # fmt: skip
-    kernel(v, job, (first, chunks, 1), space.stream)
+    kernel(v, job, plan.grid(v, items, each, job.H), space.stream)
     if second:
-        kernel(v, job._replace(of_hubs=1, rounds=1, sums_from=first), (second, chunks, 1), space.stream)
+        hubs = job._replace(of_hubs=1, rounds=1, sums_from=first)
+        kernel(v, hubs, plan.grid(v, walk.count_hubs, 1, job.H), space.stream)
     if sums is not None and columns:
         from ..kernels.cuda import sums as sums_of
 
-        threads = 64 if v.threads == 32 else 1024
-        add = sums_of.SumJob(made, space.pointer(sums), first + second, columns)
-        sums_of.add_up(sums_of.SumVariant(sums.element, threads), add, (-(-columns // 32), 1, 1), space.stream)
-
-
-def _flat_variant(element: str) -> Any:
-    from ..kernels.cuda.jit import SIMULATED
-    from ..kernels.cuda.sums import SumVariant
-
-    return SumVariant(element, 32 if SIMULATED else 256)
+        add = sums_of.SumJob(sums=made, out=space.pointer(sums), rows=first + second, columns=columns)
+        sums_of.add_up(plan.adding(sums.element), add, plan.by_columns(columns), space.stream)

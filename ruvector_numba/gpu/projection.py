@@ -40,6 +40,7 @@ def product(
     element type; `bias` and `sums` are contiguous.
     """
     from ..kernels.cuda import projection as kernels
+    from ..kernels.cuda.projection_halves import project_halves
     from ..plan import cuda_projection as plan
 
     if not gpu.size(out.shape):
@@ -52,11 +53,13 @@ def product(
         parts = space.scratch(p.parts * p.I * p.line)
         part_sums = space.scratch(p.parts * p.line) if sums is not None else parts
     job = kernels.ProjectionJob(
-        *(kernels.Pairs(space.pointer(x), *s) for x, s in ((left, p.left), (right, p.right), (out, p.out))),
-        space.pointer(bias), space.pointer(sums), parts, part_sums, p.line, int(bias is not None),
-        int(sums is not None), int(adds), p.left_by_rows, p.right_by_rows, p.I, p.J, p.K, p.part, p.parts,
+        left=kernels.Pairs(space.pointer(left), *p.left), right=kernels.Pairs(space.pointer(right), *p.right),
+        out=kernels.Pairs(space.pointer(out), *p.out), bias=space.pointer(bias), sums=space.pointer(sums),
+        parts=parts, part_sums=part_sums, line=p.line, has_bias=int(bias is not None),
+        wants_sums=int(sums is not None), adds=int(adds), left_by_rows=p.left_by_rows, right_by_rows=p.right_by_rows,
+        I=p.I, J=p.J, K=p.K, part=p.part, count=p.parts,
     )  # fmt: skip
-    (kernels.project_halves if p.halves else kernels.project)(p.variant, job, p.grid, space.stream)
+    (project_halves if p.halves else kernels.project)(p.variant, job, p.grid, space.stream)
     if p.variant.cut:
         kernels.join(p.join, job, p.join_grid, space.stream)
 

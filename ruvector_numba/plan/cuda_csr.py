@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 from typing import NamedTuple
 
-from ..kernels.cuda.jit import SIMULATED
+from ..kernels.cuda import folding, sums
+from ..kernels.cuda.jit import SIMULATED, WARP
 from ..kernels.cuda.walk import DOT, GIVEN, JOINT, SUM, Variant
 
 __all__ = [
@@ -17,9 +18,16 @@ __all__ = [
     "SUM",
     "WIDEST",
     "Options",
+    "adding",
     "blocks",
+    "by_columns",
+    "by_threads",
+    "by_warps",
+    "flat",
+    "fold",
     "for_prepare",
     "for_targets",
+    "grid",
     "rounds",
     "variant",
 ]
@@ -28,6 +36,9 @@ __all__ = [
 MOST, PART = (9, 4) if SIMULATED else (256, 128)
 BLOCKS = 3 if SIMULATED else 2048  # that leave a row of sums, at most
 WIDEST = 512  # channels of a head: what the lanes of a warp have registers for
+
+
+Grid = tuple[int, int, int]
 
 
 class Options(NamedTuple):
@@ -70,6 +81,41 @@ def rounds(v: Variant, items: int) -> int:
 
 def blocks(v: Variant, items: int, each: int) -> int:
     return -(-items // (v.groups * each))
+
+
+def adding(element: str) -> sums.SumVariant:
+    """The kernel that adds up rows of sums."""
+    return sums.SumVariant(element, 64 if SIMULATED else 1024)
+
+
+def flat(element: str) -> sums.SumVariant:
+    """Kernels that give each thread a number, or each warp a node."""
+    return sums.SumVariant(element, 32 if SIMULATED else 256)
+
+
+def fold(element: str) -> folding.Variant:
+    return folding.Variant(element, 32 if SIMULATED else 128)
+
+
+# --- grids -----------------------------------------------------------------------------------------------------------
+def grid(v: Variant, items: int, each: int, H: int) -> Grid:
+    """All items, so many for each group of lanes, and all heads."""
+    return blocks(v, items, each), -(-H // v.heads), 1
+
+
+def by_threads(v: sums.SumVariant | folding.Variant, numbers: int) -> Grid:
+    """A thread for each number."""
+    return max(1, -(-numbers // v.threads)), 1, 1
+
+
+def by_warps(v: sums.SumVariant, nodes: int) -> Grid:
+    """A warp for each node."""
+    return -(-nodes // (v.threads // WARP)), 1, 1
+
+
+def by_columns(columns: int) -> Grid:
+    """A block for as many columns as a warp has lanes."""
+    return -(-columns // WARP), 1, 1
 
 
 def _power(n: int) -> int:

@@ -15,12 +15,17 @@ import functools
 from typing import NamedTuple
 
 from ..kernels.cuda.blocks import Variant
-from ..kernels.cuda.jit import SIMULATED
+from ..kernels.cuda.dense_backward import ROWS_OF_A_WARP
+from ..kernels.cuda.jit import SIMULATED, WARP
+from ..kernels.cuda.scoring import MOST_SCORES
 
 FEW_ROWS = 64  # so many queries of one key head's group at most are packed into one block, and their keys cut
 SPLIT_KEYS = 256  # at least so many in a part: 64 blocks of one warp for one sequence of 16384 keys
 MOST_SPLITS = 128
 WIDTHS = (32, 64, 128, 256)
+MOST_ALONG_Y = 65_535  # blocks of threads in a grid; along z too, along x 2**31 - 1
+
+Grid = tuple[int, int, int]
 
 # keys in a tile, tall, blocks on a multiprocessor, left factors held in registers
 _HALVES = {
@@ -58,6 +63,7 @@ def variant(kernel: str, element: str, channels: int, terms: Terms) -> Variant:
     if any(terms):  # they need registers of their own: what is larger spills some 300 bytes
         keys, tall = keys if kernel == "forward" else min(keys, 32), 1
     found = Variant(element, channels, keys, tall, 128, resident, hold, *terms)
+    assert found.scores <= MOST_SCORES, found
     return simulated(found) if SIMULATED else found
 
 
@@ -84,7 +90,7 @@ def split(Lq: int, Lk: int, group: int) -> Split:
 
 def packed(v: Variant, rows: int) -> Variant:
     """The forward kernel for few rows: as many warps as they need, 16 rows in each."""
-    return v._replace(packed=2, tall=1, threads=32 * -(-rows // 16), resident=1)
+    return v._replace(packed=True, tall=1, threads=32 * -(-rows // 16), resident=1)
 
 
 def merging(element: str, channels: int) -> Variant:
@@ -92,9 +98,49 @@ def merging(element: str, channels: int) -> Variant:
     return Variant(element, channels, 0, 1, 64 if SIMULATED else 128)
 
 
+def preparing(element: str, channels: int) -> Variant:
+    """The kernel that finds shift and delta of each query."""
+    return Variant(element, channels, 0, 1, 32 if SIMULATED else 128)
+
+
+def in_pairs(element: str, terms: Terms) -> Variant:
+    """The kernels that have an entry for each pair of a query and a key."""
+    return Variant(element, 0, 0, 1, 32 if SIMULATED else 128, 1, 0, *terms)
+
+
 def makes(channels: int) -> tuple[str, ...]:
     """The passes of `to_key`: two where the registers do not hold both gradients."""
     return ("both",) if channels < 256 else ("key", "value")
 
 
-__all__ = ["Split", "Terms", "makes", "merging", "packed", "simulated", "split", "variant", "width"]
+# --- grids ---------------------------------------------------------------------------------------------------------
+def grid(rows: int, of_block: int, matrices: int, splits: int = 1) -> Grid:
+    """Blocks of the rows of so many heads, as `head_of_block` of the kernels knows them: along y and, behind its end,
+    along z, where the parts of the keys are too."""
+    layers = max(1, -(-matrices // MOST_ALONG_Y))
+    return -(-rows // of_block), -(-matrices // layers), layers * splits
+
+
+def prepare_grid(v: Variant, Lq: int, matrices: int) -> Grid:
+    return grid(Lq, v.threads // WARP * ROWS_OF_A_WARP, matrices)
+
+
+def merge_grid(Lq: int, matrices: int) -> Grid:
+    """A block for each query, of which there are at most FEW_ROWS where keys are cut."""
+    return matrices, Lq, 1
+
+
+def weights_grid(v: Variant, Lk: int, rows: int) -> Grid:
+    """A thread for each key of so many rows of weights."""
+    return -(-Lk // v.threads) * rows, 1, 1
+
+
+def bias_grid(v: Variant, entries: int, matrices: int) -> Grid:
+    """A warp for each entry of a matrix of the bias."""
+    return -(-entries // (v.threads // WARP)) * matrices, 1, 1
+
+
+__all__ = [
+    "Grid", "Split", "Terms", "bias_grid", "grid", "in_pairs", "makes", "merge_grid", "merging", "packed",
+    "prepare_grid", "preparing", "simulated", "split", "variant", "weights_grid", "width",
+]  # fmt: skip

@@ -8,13 +8,15 @@ from typing import NamedTuple
 
 from ..checks import Shape
 from ..kernels.cuda.jit import SIMULATED
-from ..kernels.cuda.projection import COLS, STEP, Variant
+from ..kernels.cuda.projection import COLS, Variant
+from ..kernels.cuda.projection_halves import STEP
 
 __all__ = ["Layout", "Plan", "Sides", "plan"]
 
 # Sums over rows are cut into parts of at least PART, only as many as have room in so many numbers: dW = x^T dy of a
-# graph's 100,000 nodes is one small matrix, which else were one block's work.
+# graph's 100,000 nodes is one small matrix, which would otherwise be one block's work.
 PART, ROOM = 512, 1 << 22
+MOST_PARTS = 65_535  # they lie along a grid's axis y, which ends there
 
 
 class Layout(NamedTuple):
@@ -71,7 +73,8 @@ def plan(element: str, left: Layout, right: Layout, out: Layout, over_rows: bool
     I, J, K = (math.prod(shape) for shape in (out.shape[:2], out.shape[2:], left.shape[2:]))
     line, part = -(-J // 4) * 4, max(K, 1)
     if over_rows:
-        part = max(64 if SIMULATED else PART, -(-K // max(1, ROOM // max(1, I * line))))
+        count = min(MOST_PARTS, max(1, ROOM // max(1, I * line)))
+        part = max(64 if SIMULATED else PART, -(-K // count))
         part = -(-part // STEP) * STEP
     count = max(1, -(-K // part))
     sides = [_sides(x) for x in (left, right, out)]
