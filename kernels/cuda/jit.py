@@ -31,7 +31,7 @@ Ints = typing.NewType("Ints", int)  # to int32
 Bytes = typing.NewType("Bytes", int)  # to uint8
 
 # What numba-cuda takes for "fast", whatever it is called, if it is not empty: products are contracted with sums,
-# division and roots may be off in the last place or two, kernels take fast logarithms, and subnormal numbers count
+# division and roots may be off in the last place or two, logarithms are the fast ones, and subnormal numbers count
 # as 0. It assumes nothing about NaN and infinity, which are data here.
 FAST = {"contract"}
 
@@ -54,7 +54,7 @@ def device(function):
     """A function of the kernels: inlined, so that arrays handed to it stay in registers."""
     if SIMULATED:
         return cuda.jit(device=True)(function)
-    return cuda.jit(device=True, forceinline=True)(function)
+    return cuda.jit(device=True, forceinline=True, fastmath=FAST)(function)
 
 
 @functools.cache
