@@ -107,6 +107,7 @@ class AttentionJob(NamedTuple):
     splits: int  # parts of the keys, of split_keys each, done apart and merged
     split_keys: int
     keys_per_block: int
+    deep: int | None  # anything, if there are more channels than one chain should sum: see tiles.row_products
     packed: int | None  # anything, if bfloat16 is multiplied two by two: see packed.py
     scratch: Elements
     scratch_step: int

@@ -74,7 +74,7 @@ def scaled(s, scale):
 
 
 @apart
-def scores(like, b, column, key, D, j, live, scale, softcap, slope, additive, edge, slope_of_cap):
+def scores(like, b, column, key, D, deep, j, live, scale, softcap, slope, additive, edge, slope_of_cap):
     """One tile: key j + r by the queries from `column`, through the terms; -inf where hidden.
 
     `scale` is None where the queries are scaled already. Where the caller gives it room, the derivative of the softcap
@@ -82,7 +82,7 @@ def scores(like, b, column, key, D, j, live, scale, softcap, slope, additive, ed
     """
     # s[r, query] = sum_d key[j + r, d] * query[query, d]
     width, at, D = width_of(b.query), j * width_of(b.query) + column, D // per_lane(b.query)
-    s = row_products(like, rows_from(key, j), live, b.query + column, D)
+    s = row_products(like, rows_from(key, j), live, b.query + column, D, deep)
     if scale is not None:
         s = tile_map(scaled, s, (scale,))
     if softcap is not None:
@@ -169,7 +169,7 @@ def attend(like, b, column, key, value, zipped, first, last, k0, nq, job, slope,
         live, at = min(rows, last - j), j * width + column
         # 1. s = k . q, with its terms
         scale = given(job.packed, job.scale)
-        s = scores(like, b, column, key, D, j, live, scale, job.softcap, slope, additive, edge, None)
+        s = scores(like, b, column, key, D, job.deep, j, live, scale, job.softcap, slope, additive, edge, None)
         record_top(like, s, b, column, job.epsilon)
         # 2. p = exp(s - shift), l += sum p
         if tile_exceeds(s, tile_row(like, b.bound, column)):

@@ -92,11 +92,11 @@ def weights_and_gradients(like, b, g, column, key, value, first, last, k0, job, 
         live, at = min(rows, last - j), j * width + column
         # 1. p = exp(s - lse)
         scale = given(job.packed, job.scale)
-        s = scores(like, b, column, key, D, j, live, scale, job.softcap, slope, additive, edge, g.scores)
+        s = scores(like, b, column, key, D, job.deep, j, live, scale, job.softcap, slope, additive, edge, g.scores)
         p = tile_map(probability, s, (tile_row(like, b.shift, column), job.natural))
         tile_store(p, b.scores, at, width, live)
         # 2. dp = v . do, of the weights that dropout kept;  ds = p (dp - delta)
-        dp = row_products(like, rows_from(value, j), live, g.output + column, Dv)
+        dp = row_products(like, rows_from(value, j), live, g.output + column, Dv, job.deep)
         dp = apply_dropout(like, dp, b, column, k0 + j, job.dropout)
         p = tile_load(like, b.scores, at, width, live)
         ds = through_softmax(like, p, dp, b, g, column, job.epsilon)

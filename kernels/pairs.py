@@ -68,6 +68,7 @@ def weights(job: AttentionJob, slot, task):
     tall = tile_zeros(b.output, TALL, 1)
     lowest, near, far, highest = find_keys(b, job, head, q0, nq, 0, job.Lk)
     slope, additive = given(job.slopes, slope_of(job.slopes, head)), given(job.additive, b.additive)
+    D, scale = job.D, given(job.packed, job.scale)
     load_queries(b, job, head, q0, nq)
     normalise(b, job, head * job.Lq + q0, nq, job.natural)
     for k0 in range(lowest // KB * KB, highest, KB):
@@ -78,8 +79,7 @@ def weights(job: AttentionJob, slot, task):
             first, last = b.first[column // lanes], b.last[column // lanes]
             for j in range(first, last, TALL):
                 live = min(TALL, last - j)
-                scale = given(job.packed, job.scale)
-                s = scores(tall, b, column, key, job.D, j, live, scale, job.softcap, slope, additive, True, None)
+                s = scores(tall, b, column, key, D, job.deep, j, live, scale, job.softcap, slope, additive, True, None)
                 p = tile_map(probability, s, (tile_row(tall, b.shift, column), job.natural))
                 tile_store(p, b.scores, j * width + column, width, live)
             queries = column, min(nq, column + lanes)

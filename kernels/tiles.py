@@ -77,14 +77,16 @@ SUMMED = 256  # channels: one chain of more would lose digits, of 1024 2.7 times
 
 
 @apart
-def row_products(like, m, live, block, D):
-    """s[r, query] = sum over d < D of m[r, d] * block[d, query]: K . Q, or V . dO"""
+def row_products(like, m, live, block, D, deep):
+    """s[r, query] = sum over d < D of m[r, d] * block[d, query]: K . Q, or V . dO; with `deep`, D may pass SUMMED"""
     width = width_of(block)
-    tile = tile_multiply_add(like, m.data, m.col, m.row, live, block, width, min(SUMMED, D))
-    for d in range(SUMMED, D, SUMMED):
+    if deep is None:
+        return tile_multiply_add(like, m.data, m.col, m.row, live, block, width, D)
+    tile = like
+    for d in range(0, D, SUMMED):
         data, n = m.data + d * m.col, min(SUMMED, D - d)
-        more = tile_multiply_add(like, data, m.col, m.row, live, block + d * width, width, n)
-        tile = tile_map(plus, tile, (more,))
+        part = tile_multiply_add(like, data, m.col, m.row, live, block + d * width, width, n)
+        tile = tile_map(plus, tile, (part,))
     return tile
 
 

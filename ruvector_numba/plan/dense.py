@@ -20,7 +20,7 @@ from ..kernels.scoring import ByteMatrices, Dropout
 from ..kernels.simd import halves as target_halves
 from ..kernels.simd import target
 from ..kernels.softmax import LN2, LOG2E, Epsilon
-from ..kernels.tiles import StoredMatrices
+from ..kernels.tiles import SUMMED, StoredMatrices
 from . import halves, memory, team
 from .dropout import threshold_and_gain
 from .layouts import NOTHING, NOWHERE, Layout, as_matrices, broadcast, contiguous, layout, padded, with_heads
@@ -143,7 +143,8 @@ def _job(p: Problem, keys_per_block: int, rows: int, **more: Any) -> blocks.Atte
         limits_row=0 if p.limits is None else 2, first=p.first, last=p.last, offset=p.offset,
         scale=p.scale * (LOG2E if natural is None else 1.0), Lq=Lq, Lk=Lk, D=D, Dv=Dv, H=H, group=group,
         blocks=-(-Lq // width), splits=1, split_keys=Lk, keys_per_block=keys_per_block,
-        packed=1 if is_packed(p) else None, scratch="scratch", scratch_step=rows * width + more_elements,
+        deep=1 if max(D, Dv) > SUMMED else None, packed=1 if is_packed(p) else None, scratch="scratch",
+        scratch_step=rows * width + more_elements,
     )  # fmt: skip
     return blocks.AttentionJob(**{**fields, **more})
 
