@@ -66,6 +66,8 @@ from .tiles import (
     whole_vectors,
 )
 
+LONG = 1024  # keys: beyond that many, what is lost by adding up chunks is kept
+
 
 # --- what forward and backward share ---------------------------------------------------------------------------------
 @inline
@@ -180,7 +182,7 @@ def attend(like, b, column, key, value, zipped, first, last, k0, nq, job, slope,
         p = tile_map(probability, s, (tile_row(like, b.shift, column), job.natural))
         tile_store(tile_map(plus, tile_row(like, total, width), (tile_column_sum(p),)), total, width, width, 1)
         tile_store(apply_dropout(like, p, b, column, k0 + j, job.dropout), b.scores, at, width, live)
-    add_to_total(like, total)
+    add_to_total(like, total, job.split_keys > LONG)
     # 3. out[d, query] += sum_key v[key, d] * p[key, query]
     if careful:
         add_seen_columns(b.output, value, Dv, b, b.scores, k0, first, last, column, tile_lanes(like), nq, additive)

@@ -115,12 +115,15 @@ def _rounding(total, part, sum, lost):
 
 
 @apart
-def add_to_total(like, l):
-    """l[0] += l[1], and into l[2] goes what that loses: over 100,000 keys the sum had 9 times the error of NumPy's."""
+def add_to_total(like, l, is_long):
+    """l[0] += l[1], and of a long row what that loses goes into l[2]: over 100,000 keys the sum had 9 times the error
+    of NumPy's. Of a row of 128 keys it would be 1 % of the time."""
     width = width_of(l)
-    total, part, lost = tile_row(like, l, 0), tile_row(like, l, width), tile_row(like, l, 2 * width)
+    total, part = tile_row(like, l, 0), tile_row(like, l, width)
     sum = tile_map(plus, total, (part,))
-    tile_store(tile_map(_rounding, total, (part, sum, lost)), l, 2 * width, width, 1)
+    if is_long:
+        lost = tile_row(like, l, 2 * width)
+        tile_store(tile_map(_rounding, total, (part, sum, lost)), l, 2 * width, width, 1)
     tile_store(sum, l, 0, width, 1)
 
 

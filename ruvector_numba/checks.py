@@ -89,7 +89,7 @@ def call(
     heads, batch = query.shape[-3] if query.ndim > 2 else 1, query.shape[:-3]
     of_mask = query.dtype if dtype is None else halves.BITS
     seen = masks.resolve(attn_mask, switch("is_causal", is_causal), batch, heads, Lq, Lk, of_mask)
-    scale = scale_of(scale, D)
+    is_scaled, scale = scale is not None, scale_of(scale, D)
     if softcap is not None:
         softcap = real_number("softcap", softcap)
         if not 0 < softcap < math.inf:
@@ -99,7 +99,8 @@ def call(
         query, key, value = (halves.stored(x) for x in (query, key, value))
         seen = seen if seen.bias is None else replace(seen, bias=halves.widened(seen.bias))
     arithmetic = halves.arithmetic(query.dtype)
-    _check_range(arithmetic, scale, softcap)
+    if is_scaled or softcap is not None:
+        _check_range(arithmetic, scale, softcap)
     slopes = None if alibi_slopes is None else _slopes(alibi_slopes, batch, heads, arithmetic)
     terms = (seen, scale, softcap, slopes, *dropout(dropout_p, seed))
     return Call(query, key, value, *terms, given=of_results, bias_given=bias_given)
@@ -278,9 +279,8 @@ def _slopes(slopes: ArrayLike, batch: Shape, heads: int, dtype: np.dtype[Any]) -
 
 
 def check_output(out: object, c: Call) -> Array | None:
-    """Check the array that a result is written to, or without one that there is memory for it."""
+    """Check the array that a result is written to, if there is one."""
     if out is None:
-        check_memory(c.output_shape, c.given, "output", "attend with some of the queries or heads at a time")
         return None
     if not isinstance(out, np.ndarray):
         raise InvalidInputError(f"out is a {type(out).__name__}", hint="give a NumPy array, numpy.empty(shape, dtype)")

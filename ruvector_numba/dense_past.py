@@ -95,7 +95,9 @@ def forward(c: Call, out: Array | None = None, wants_sums: bool = True, by_tiles
     from .plan import dense as plan  # at the first call, as it loads the kernels: 60 ms
 
     shape = c.output_shape
-    out = memory.result(shape, c.given) if out is None else out
+    if out is None:
+        checks.check_memory(shape, c.given, "output", "attend with some of the queries or heads at a time")
+        out = memory.result(shape, c.given)
     sums = np.empty((*shape[:-1], 2)) if wants_sums else None
     top = np.empty(shape[:-1], c.arithmetic) if c.eps else None
     if 0 in c.query.shape[:-1] or 0 in c.key.shape[:-1]:

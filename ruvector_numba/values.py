@@ -30,7 +30,9 @@ def real_number(name: str, x: object) -> float:
 
 def switch(name: str, x: object, error: type[InvalidInputError] | type[InvalidConfigError] = InvalidInputError) -> bool:
     """An option that is on or off: a bool, or 0 or 1. Other things are not asked whether they are true."""
-    if isinstance(x, bool | np.bool_) or (isinstance(x, int | np.integer) and x in (0, 1)):
+    if type(x) is bool:
+        return x
+    if isinstance(x, np.bool_) or (isinstance(x, int | np.integer) and x in (0, 1)):
         return bool(x)
     raise error(f"{name} is {x!r}, of type {type(x).__name__}", hint="give True or False")
 

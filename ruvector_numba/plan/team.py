@@ -5,6 +5,8 @@ The kernels ask that variable at their first launch; whoever plans one asks befo
 
 from __future__ import annotations
 
+import functools
+
 from ..errors import InvalidInputError
 from ..kernels import jit
 
@@ -19,13 +21,16 @@ def size() -> int:
         raise InvalidInputError(str(error), hint="unset or correct it before starting Python") from None
 
 
+_asked = functools.cache(size)  # once without an error
+
+
 def threads() -> int:
     """How many threads a large job is planned for."""
-    size()
+    _asked()
     return int(jit.threads())
 
 
 def slots() -> int:
     """How many threads may need scratch."""
-    size()
+    _asked()
     return int(jit.slots())
