@@ -30,6 +30,16 @@ _idle: dict[int, Array] = {}
 _lock = threading.Lock()
 
 
+def _unlocked() -> None:
+    """Another thread of the parent may have held the lock, and is not there to give it back."""
+    global _lock
+    _lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_unlocked)
+
+
 class _Block:
     """Memory that is kept when the last array in it is gone: what such arrays have as their base."""
 
