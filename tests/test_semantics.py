@@ -297,3 +297,23 @@ def test_a_whole_row_of_one_huge_score_is_shared_evenly(low, queries, keys):
     gradients = rv.attention_backward(do, cache)
     np.testing.assert_allclose(gradients.value, np.broadcast_to(do.sum(1, keepdims=True) / keys, v.shape), atol=1e-5)
     np.testing.assert_allclose(cache.lse, low, rtol=1e-6)
+
+
+def test_many_channels_and_many_keys():
+    """Heads that have kernels of their own, over keys whose sums keep what they lose: rows that see nothing, NaN in
+    hidden rows, one thread."""
+    case = of_kind("lengths", (41, 1100, 300, 270))
+    agrees(case)
+    visible = np.broadcast_to(case.spec["visible"], (2, 4, 41, 1100)).reshape(2, 2, 2, 41, 1100)
+    lonely, empty = ~visible.any(axis=(2, 3)), ~visible.any(-1).reshape(2, 4, 41)
+    assert lonely.any() and empty.any()
+    clean, _ = results_of(case)
+    with rv.threads(1):
+        alone, _ = results_of(case)
+    bad = {name: np.where(lonely[..., None], NAN, getattr(case, name)) for name in ("key", "value")}
+    bad |= {name: np.where(empty[..., None], NAN, getattr(case, name)) for name in ("query", "grad_output")}
+    bad = {name: x.astype(case.key.dtype) for name, x in bad.items()}
+    poisoned_by_nan, _ = results_of(case._replace(**bad))
+    for name, x in clean.items():
+        assert np.array_equal(x, alone[name]), name
+        assert np.array_equal(x, poisoned_by_nan[name]), name
