@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from . import gpu, halves, masks
-from .checks import Shape, check_not_masked, floats, from_sequence, switch
+from .checks import Shape, floats, from_sequence, switch
 from .config import AttentionConfig
 from .errors import DimensionMismatchError, InvalidConfigError, InvalidInputError, InvalidMaskError
 from .results import AttentionCache
@@ -87,9 +87,8 @@ def batch(
 ) -> tuple[Array, Array, Array]:
     """query (B, Lq, d), key (B, Lk, d) and value (B, Lk, d) of these widths (None: any), of one dtype."""
     given = {"query": query, "key": key, "value": value}
-    for name, x in given.items():
-        check_not_masked(name, x, f"pass {name}.filled(0) and hide keys by mask or key_padding_mask")
-    arrays = {name: from_sequence(name, x) for name, x in given.items()}
+    hint = "pass {}.filled(0) and hide keys by mask or key_padding_mask"
+    arrays = {name: from_sequence(name, x, hint.format(name)) for name, x in given.items()}
     is_mixed = len({x.dtype for x in arrays.values()}) > 1
     if is_mixed and any(halves.is_half(halves.stored(x).dtype) for x in arrays.values()):
         _refuse_types(arrays)  # and not the half one, which would be as good as the others
@@ -121,7 +120,6 @@ def batch(
 
 def sequences(name: str, x: ArrayLike, width: int) -> Array:
     """One array (B, L, width)."""
-    check_not_masked(name, x)
     array = floats(name, x)
     if array.ndim != 3:
         hint = f"give (batch, length, channels); for one sequence, {name}[None]"

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from .errors import InvalidMaskError
+from .values import check_not_masked
 from .visibility import Call, Shape, broadcasts
 
 
@@ -50,8 +51,7 @@ def size(name: str, value: object) -> int:
 
 def _integers(name: str, values: object) -> NDArray[np.int64]:
     """A read-only int64 copy: small next to the work, and safe from later changes."""
-    if isinstance(values, np.ma.MaskedArray):
-        raise InvalidMaskError(f"{name} is a numpy.ma array, whose own mask would be lost", hint="pass a plain array")
+    check_not_masked(name, values, "pass a plain array", InvalidMaskError)
     try:
         array = np.asarray(values)
     except (TypeError, ValueError) as error:

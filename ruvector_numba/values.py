@@ -6,11 +6,12 @@ import math
 import numbers
 import os
 import secrets
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from .errors import InvalidConfigError, InvalidInputError, OutOfMemoryError
+from .errors import AttentionError, InvalidInputError, OutOfMemoryError
 
 __all__ = ["check_memory", "check_not_masked", "random_seed", "real_number", "switch"]
 
@@ -28,7 +29,7 @@ def real_number(name: str, x: object) -> float:
         raise InvalidInputError(f"{name} is beyond what float64 holds", hint="give a smaller number") from None
 
 
-def switch(name: str, x: object, error: type[InvalidInputError] | type[InvalidConfigError] = InvalidInputError) -> bool:
+def switch(name: str, x: object, error: Callable[..., AttentionError] = InvalidInputError) -> bool:
     """An option that is on or off: a bool, or 0 or 1. Other things are not asked whether they are true."""
     if type(x) is bool:
         return x
@@ -47,11 +48,13 @@ def random_seed(seed: object) -> int:
     return int(seed)  # type: ignore[call-overload]
 
 
-def check_not_masked(name: str, x: object, hint: str | None = None) -> None:
+def check_not_masked(
+    name: str, x: object, hint: str | None = None, error: Callable[..., AttentionError] = InvalidInputError
+) -> None:
     """Refuse arrays of numpy.ma, whose masks NumPy's functions drop without a word."""
     if isinstance(x, np.ma.MaskedArray):
         hint = hint or f"pass {name}.filled(0), a plain array"
-        raise InvalidInputError(f"{name} is a numpy.ma array, whose own mask would be lost", hint=hint)
+        raise error(f"{name} is a numpy.ma array, whose own mask would be lost", hint=hint)
 
 
 def check_memory(shape: tuple[int, ...], dtype: np.dtype[Any], purpose: str, hint: str | None = None) -> None:

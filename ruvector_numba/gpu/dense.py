@@ -10,6 +10,7 @@ import numpy as np
 from .. import checks, gpu, masks
 from ..checks import Shape
 from ..errors import DimensionMismatchError, InvalidInputError, InvalidMaskError
+from ..plan.dropout import threshold_and_gain
 from ..results import InputGradients
 from .arrays import GpuArray, Space
 from .layouts import aligned, broadcast, cut, named, padded, room, starts, whole, zero
@@ -145,7 +146,7 @@ def score_terms(c: Call, space: Space) -> tuple[Any, Any]:
         matrices |= dict(zip((name, f"{name}_at", f"{name}_row", f"{name}_col"), found, strict=True))
     natural = a.softcap is not None or a.slopes is not None or c.bias is not None
     slopes = nothing if a.slopes is None else space.upload(np.ascontiguousarray(a.slopes, np.float32).reshape(-1))
-    threshold, gain = min(round(a.dropout * (1 << 32)), (1 << 32) - 1), 0.0 if a.dropout == 1 else 1 / (1 - a.dropout)
+    threshold, gain = threshold_and_gain(a.dropout)
     terms = Terms(
         scale=a.scale * (1.0 if natural else _LOG2E), cap=a.softcap or 0.0, slopes=slopes, offset=seen.offset,
         seed=a.seed, threshold=threshold, gain=gain, **matrices,

@@ -16,6 +16,7 @@ from ..graphs import neighbors
 from ..graphs.derived import Derived
 from ..graphs.graph import CSRGraph
 from ..graphs.neighbors import NeighborGradients
+from ..plan.dropout import threshold_and_gain
 from .arrays import GpuArray, Space
 from .dense import gradient
 from .layouts import compact, zero
@@ -297,13 +298,14 @@ class Past:
 
         t, w = self.terms, self._walk(space)
         _, H, C = t.value.shape
+        threshold, gain = threshold_and_gain(t.dropout)
         return NeighborJob(
             H=H, C=C, D=t.key.shape[2], by_target=space.pointer(w.indptr), edge_ids=space.pointer(w.edge_ids),
             has_ids=int(w.edge_ids is not None),
             slope=t.slope, scale=t.scale, key=_rows(space, t.key), query=_rows(space, t.query),
             edge=_rows(space, t.edge), bias=space.pointer(t.bias), att=space.pointer(t.att),
             has_query=int(t.query is not None),
-            seed=t.seed, threshold=round(t.dropout * 2**32), gain=1 / (1 - t.dropout) if t.dropout < 1 else 0.0,
+            seed=t.seed, threshold=threshold, gain=gain,
             has_dropout=int(t.dropout > 0), edge_weight=space.pointer(t.edge_weight),
             has_weight=int(t.edge_weight is not None), is_mean=int(t.aggregation == "mean"),
             value=_rows(space, t.value), edge_value=_rows(space, t.edge_value), offset=_rows(space, t.offset),

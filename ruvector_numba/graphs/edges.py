@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ..checks import Array, check_memory, from_sequence
+from ..checks import Array, check_memory, check_not_masked, from_sequence
 from ..errors import (
     DimensionMismatchError,
     GraphStructureError,
@@ -136,10 +136,8 @@ def integers(name: str, x: ArrayLike) -> Array:
 
 
 def refuse_masked(name: str, x: object) -> None:
-    """NumPy reads what a masked array hides as if it were data."""
-    if isinstance(x, np.ma.MaskedArray):
-        hint = f"leave out what it hides: {name}.compressed() has the rest, in one axis"
-        raise GraphStructureError(f"{name} is a numpy.ma array, whose own mask would be lost", hint=hint)
+    hint = f"leave out what it hides: {name}.compressed() has the rest, in one axis"
+    check_not_masked(name, x, hint, GraphStructureError)
 
 
 def _sizes(num_nodes: object) -> tuple[int, int]:
