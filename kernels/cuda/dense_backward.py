@@ -123,10 +123,10 @@ def query_passes(v):
                 add_row(dq, ds, hidden, j, job.key.data, at + (k0 + j) * job.key.row, job.D)
 
     @device
-    def write(job, head, row0, at, dq):
+    def write(job, head, row0, t, at, dq):
         for r in range(SLOTS):
             for c in range(WIDE):
-                n, d = (r // 2 * WIDE + c) * 4 + r % 2 * 2, 8 * c + 2 * (cuda.threadIdx.x & 3)
+                n, d = (r // 2 * WIDE + c) * 4 + r % 2 * 2, 8 * c + 2 * t
                 if at[r] >= 0 and d < job.D:
                     there = job.grad_query.at[head] + (row0 + 8 * r) * job.grad_query.row + d
                     put(job.grad_query.data, there, dq[n] * float32(job.slope), dq[n + 1] * float32(job.slope))
@@ -134,7 +134,7 @@ def query_passes(v):
     return QueryPasses(begin_rows, fetch, slopes_of_cap, weigh, add_seen, write)
 
 
-@kernel(GradientJob, registers=255, stack={64: 88, 256: 640})  # of 64, tall 2 spills a little and gains a quarter
+@kernel(GradientJob, registers=255, stack={64: 80, 256: 640})  # of 64, tall 2 spills a little and gains a quarter
 def to_query(v):
     """dq = scale * ds k. A block owns queries and goes past the keys they see."""
     KEYS, TALL, SLOTS, ROWS, SCORES, STORED = v.keys, v.tall, 2 * v.tall, v.rows, v.scores, STORAGE[v.element]
@@ -171,7 +171,8 @@ def to_query(v):
 
         # 1. The rows of this warp: queries, and the gradients of their outputs.
         head = head_of_block(job.matrices, 1)
-        warp, g = cuda.threadIdx.x >> 5, (cuda.threadIdx.x & 31) >> 2
+        # t, which is for the end, is found here: found there it costs 8 bytes more of stack
+        warp, g, t = cuda.threadIdx.x >> 5, (cuda.threadIdx.x & 31) >> 2, cuda.threadIdx.x & 3
         row0 = int32((cuda.gridDim.x - 1 - cuda.blockIdx.x) * ROWS + warp * 16 * TALL + g)
         forget(odd)
         low, near, far, high = place(job, head, row0, at, lo, hi, spans)
@@ -218,7 +219,7 @@ def to_query(v):
                 forget(odd)
             cuda.syncthreads()
             now = int32(TILE - now)
-        write(job, head, row0, at, dq)
+        write(job, head, row0, t, at, dq)
 
     return backward_to_query
 
