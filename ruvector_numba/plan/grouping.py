@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from ..checks import Array
 from ..kernels import grouping as kernels
-from . import team
+from . import memory, team
 from .layouts import NOTHING
 
 __all__ = ["Grouped", "Loops", "Survey", "find_loops", "group", "put_loops", "survey"]
@@ -71,14 +71,14 @@ def group(survey: Survey) -> Grouped:
         return Grouped(indptr, others.astype(dtype), None)
     ends = np.cumsum(job.counts.T).reshape(job.buckets, -1)
     begins = np.append(ends[:, 0] - job.counts[0], job.edges)
-    dealt = np.empty((3, job.edges), dtype)
+    dealt = memory.empty((3, job.edges), dtype)
     job = job._replace(
         counts=np.ascontiguousarray(ends.T) - job.counts,
         dealt_keys=dealt[0], dealt_others=dealt[1], dealt_ids=dealt[2],
     )  # fmt: skip
     work = job.edges * EDGE_WORK
     kernels.deal.prepare(job, len(job.counts), dtype, work)()
-    made = Grouped(np.zeros(job.num_keys + 1, dtype), np.empty(job.edges, dtype), np.empty(job.edges, dtype))
+    made = Grouped(np.zeros(job.num_keys + 1, dtype), *(memory.empty((job.edges,), dtype) for _ in range(2)))
     by_key = kernels.SortJob(*dealt, begins, job.num_keys, job.shift, *made)
     kernels.sort.prepare(by_key, job.buckets, dtype, work)()
     return made
@@ -115,11 +115,12 @@ def put_loops(graph: Grouped, gone: Loops | None, loops: int, dtype: np.dtype[An
     degrees = np.diff(graph.indptr) if gone is None else gone.degrees
     new_ids = None
     if gone is not None and not gone.stays.all():
-        new_ids = np.cumsum(gone.stays, dtype=dtype) - dtype.type(1)
+        new_ids = np.cumsum(gone.stays, out=memory.empty(gone.stays.shape, dtype))
+        new_ids -= 1
     indptr = np.zeros(len(graph.indptr), dtype)
     np.cumsum(degrees + (np.arange(len(degrees)) < loops), out=indptr[1:])
     edges = int(indptr[-1])
-    made = Grouped(indptr, np.empty(edges, dtype), np.empty(edges, dtype))
+    made = Grouped(indptr, *(memory.empty((edges,), dtype) for _ in range(2)))
     job, tasks = _loops_job(
         graph, new_ids=new_ids, new_indptr=made.indptr, new_indices=made.others, made_ids=made.ids,
         removes=int(new_ids is not None), kept=edges - loops, loops=loops,
