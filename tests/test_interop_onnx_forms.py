@@ -38,6 +38,8 @@ FORMS = {
     "all hidden by the lowest number": TURNED + """h = Constant <value = float {-3.4028234663852886e+38}> ()
         i = Constant <value = int64[7] {0,0,0,0,0,0,0}> ()  w = Cast <to = 9> (i)  t = Where (w, s, h)
         p = Softmax <axis = 3> (t)  y = MatMul (p, v)""",
+    "casts that change nothing": TURNED + HIDING + """h = Constant <value = float {-1e9}> ()  t = Where (w, s, h)
+        u = Cast <to = 1> (t)  p = Softmax (u)  r = Cast <to = 1> (p)  d = Dropout (r)  y = MatMul (d, v)""",
     "dropout": TURNED + "p = Softmax (s)  d = Dropout (p)  e = Identity (d)  y = MatMul (e, v)",
     "guarded against NaN, as torch does": TURNED + HIDING + """h = Constant <value = float {-inf}> ()
         c = Constant <value_float = 0.0> ()  b = Where (w, c, h)  t = Add (s, b)  p = Softmax (t)
@@ -199,6 +201,35 @@ def test_half_precision():
     check(model_of("{" + FORMS["plain"] + "}", inputs, "float16[B,H,L,E] y"), qkv(dtype=np.float16), tolerance=2e-3)
 
 
+def test_softmax_in_float32_between_products_in_float16():
+    inputs = "float16[B,H,L,D] q, float16[B,H,M,D] k, float16[B,H,M,E] v"
+    body = TURNED + "t = Cast <to = 1> (s)  p = Softmax (t)  w = Cast <to = 10> (p)  y = MatMul (w, v)"
+    check(model_of("{" + body + "}", inputs, "float16[B,H,L,E] y"), qkv(dtype=np.float16), tolerance=2e-3)
+
+
+def test_values_of_another_type_than_queries():
+    body = TURNED + "t = Cast <to = 11> (s)  p = Softmax (t)  y = MatMul (p, v)"
+    inputs = "float[B,H,L,D] q, float[B,H,M,D] k, double[B,H,M,E] v"
+    given = qkv() | {"v": qkv(dtype=np.float64)["v"]}
+    check(model_of("{" + body + "}", inputs, "double[B,H,L,E] y"), given)
+
+
+def test_softmax_in_float64_is_done_so():
+    """A score among others that are 18 less: in float32 they are lost beside it."""
+    body = (
+        TURNED
+        + """t = Cast <to = 11> (s)  c = Constant <value = double {18.0}> ()  u = Mul (t, c)  p = Softmax (u)
+        w = Cast <to = 1> (p)  y = MatMul (w, v)"""
+    )
+    query, key, value = np.ones((1, 1, 1, 1)), np.zeros((1, 1, 4097, 1)), np.ones((1, 1, 4097, 1))
+    key[..., 0, 0], value[..., 0, 0] = 1, 0
+    given = {"q": query, "k": key, "v": value}
+    ours = replace_attention(model_of("{" + body + "}"))
+    got = ours.run({name: x.astype(np.float32) for name, x in given.items()})["y"]
+    wanted = 4096 * np.exp(-18) / (1 + 4096 * np.exp(-18))
+    np.testing.assert_allclose(got, wanted, rtol=1e-7)
+
+
 def test_leading_axes_broadcast():
     """As MatMul and Add have them: shared keys, and a mask that makes a batch out of one row."""
     inputs = "float[1,H,L,D] q, float[1,1,D,M] k, float[H,M,E] v, float[B,1,1,M] m"
@@ -295,6 +326,10 @@ LEFT = {
         y = Einsum <equation = "bij,bhje->bhie"> (p, v)""",
     "a sum of one input": TURNED + """t = Einsum <equation = "bhij->bhij"> (s)  p = Softmax (t)
         y = MatMul (p, v)""",
+    "scores that become whole numbers": TURNED + """t = Cast <to = 6> (s)  u = Cast <to = 1> (t)  p = Softmax (u)
+        y = MatMul (p, v)""",
+    "weights that become whole numbers": TURNED + """p = Softmax (s)  t = Cast <to = 6> (p)  u = Cast <to = 1> (t)
+        y = MatMul (u, v)""",
     "another function of scores": TURNED + "t = Exp (s)  p = Softmax (t)  y = MatMul (p, v)",
     "biased before a cap": TURNED + """b = Constant <value = float[7] {0,1,2,-1,0,3,1}> ()  a = Add (b, s)
         t = Tanh (a)  p = Softmax (t)  y = MatMul (p, v)""",
@@ -314,6 +349,8 @@ REASONS = {
     "other sums": "Einsum bhid,bhjd->bij is no product of queries and keys, or of weights and values",
     "a sum of one input": "Einsum bhij->bhij is no product of matrices",
     "guarded with another number": "p is made by Softmax and taken by IsNaN, Where",
+    "scores that become whole numbers": "p: scores are cast to INT32",
+    "weights that become whole numbers": "not what MatMul multiplies values by: p is made by Softmax and taken by Cast",
     "another function of scores": "p: no product of queries and keys: t is made by Exp and taken by Softmax",
     "biased before a cap": "p: scores are masked before Tanh",
     "biased before a number that is not constant": "scores are masked, and then multiplied by c, which is no constant",

@@ -157,6 +157,39 @@ def test_files_of_torch_with_sizes_that_are_not_known(opset, how):
     check(onnx.load_from_string(file.getvalue()), {"x": draw(3, 6, 16), "mask": mask})
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("opset", [18, 23])
+@pytest.mark.parametrize("sizes", ["fixed", "open"])
+def test_files_of_torch_by_dynamo(opset, sizes, tmp_path):
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("onnxscript")
+
+    class Decoder(torch.nn.Module):
+        """Of two heads of keys for four of queries, and of a softmax that asks for float32."""
+
+        def __init__(self):
+            super().__init__()
+            self.query, self.key_value = torch.nn.Linear(24, 32), torch.nn.Linear(24, 32)
+            self.encoder = torch.nn.TransformerEncoderLayer(32, 4, 48, batch_first=True)
+
+        def forward(self, x, mask):
+            q = self.query(x).unflatten(-1, (4, 8)).transpose(1, 2)
+            k, v = (t.unflatten(-1, (2, 8)).transpose(1, 2) for t in self.key_value(x).chunk(2, -1))
+            y = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+            k, v = (t.repeat_interleave(2, dim=1) for t in (k, v))
+            scores = (q @ k.transpose(-1, -2) * 0.3).masked_fill(mask[:, None, None] == 0, torch.finfo(x.dtype).min)
+            z = scores.softmax(-1, dtype=torch.float32).to(x.dtype) @ v
+            return self.encoder((y + z).transpose(1, 2).flatten(2))
+
+    module, x, mask = Decoder().eval(), torch.randn(2, 9, 24), torch.ones(2, 9, dtype=torch.long)
+    mask[0, 6:] = 0
+    free = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
+    kinds = {"dynamic_shapes": (free, free)} if sizes == "open" else {}
+    file = tmp_path / "decoder.onnx"
+    torch.onnx.export(module, (x, mask), str(file), dynamo=True, opset_version=opset, verbose=False, **kinds)
+    check(onnx.load(file), {"x": x.numpy(), "mask": mask.numpy()}, attentions=3, tolerance=1e-5)
+
+
 def test_the_examples_in_the_docstrings_hold():
     failed, tried = doctest.testmod(importlib.import_module("ruvector_numba.interop.onnx_model"))
     assert tried and not failed

@@ -80,7 +80,7 @@ class Graph:
             return sum(known) - 1
         if node.op_type in ("Squeeze", "Unsqueeze"):
             axes = attributes(node).get("axes") if len(node.input) < 2 else self._constant(node.input[1])
-            return None if axes is None else known[0] + len(axes) * (1 if node.op_type == "Unsqueeze" else -1)
+            return None if axes is None else known[0] + np.size(axes) * (1 if node.op_type == "Unsqueeze" else -1)
         return max(known)
 
     def _sizes(self, name: str) -> list[int] | None:

@@ -42,9 +42,9 @@ def replace_attention(
     Found are nodes of the operator Attention, opsets 23 to 28, and attention that is written out, in models of any
     opset: MatMul or Einsum; then Mul or Div by a number, Tanh (a softcap), Add of a mask or bias, Where that puts a
     constant in the place of scores (-inf, -1e9, the lowest number or any other), in any order and number; then Softmax
-    over the keys, and MatMul or Einsum. Functions of the model are inlined. Attention inside of subgraphs (If, Loop),
-    of other operators or of other types than float16, float32 and float64 stays where it is; `AttentionModel.left` says
-    why.
+    over the keys, and MatMul or Einsum; and Casts between types of floats anywhere. Functions of the model are inlined.
+    Attention inside of subgraphs (If, Loop), of other operators or of other types than float16, float32 and float64
+    stays where it is; `AttentionModel.left` says why.
 
     Parameters
     ----------

@@ -2,7 +2,8 @@
 
 Written out it is ``MatMul(Softmax(f(MatMul(Q, K^T))), V)``, where f multiplies by numbers, caps with Tanh, adds what is
 broadcast, and puts numbers in the place of scores with Where. Searching starts at each Softmax, backwards to the first
-product and forwards to the second, and ends with an attention or with a reason why there is none.
+product and forwards to the second, and ends with an attention or with a reason why there is none. Casts from one type
+of floats to another are passed over: all is computed in float32, or in float64 where anything is.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from .onnx_graph import Graph, attributes
 
 __all__ = ["Site", "sites"]
 
+FLOATS = {onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16, onnx.TensorProto.FLOAT, onnx.TensorProto.DOUBLE}
 UNDERFLOW = {np.float32: 120.0, np.float64: 800.0}  # exp of minus this is 0
 
 
@@ -50,7 +52,7 @@ class Site:
 
     def like(self) -> dict[str, str]:
         """For each output an input that has its type."""
-        return dict.fromkeys(self.outputs, self.inputs[0])
+        raise NotImplementedError
 
     def run(self, known: Mapping[str, Array]) -> dict[str, Array]:
         raise NotImplementedError
@@ -145,6 +147,7 @@ class Scores:
     terms: list[Term] = field(default_factory=list)
     nodes: list[int] = field(default_factory=list)
     product: int = -1
+    precision: str | None = None  # "float64" if they were cast to it
 
     def scale_of(self, known: Mapping[str, Array]) -> float:
         scale = self.scale
@@ -172,9 +175,12 @@ class WrittenOut(Site):
     axis: int | None  # of the softmax, if counted from the left
     turn: Sequence[int] | None  # of the result
 
+    def like(self) -> dict[str, str]:
+        return dict.fromkeys(self.outputs, self.value.name)
+
     def run(self, known: Mapping[str, Array]) -> dict[str, Array]:
         inputs = [x.read(known) for x in (self.query, self.key, self.value)]
-        dtype, given_type = _engine_type(inputs, None, None), inputs[0].dtype
+        dtype, given_type = _engine_type(inputs, None, self.scores.precision), inputs[2].dtype
         read = [term.read(known, dtype) for term in self.scores.terms]
         self._check_axes(inputs, read)
         query, key, value = _spread([x.astype(dtype, copy=False) for x in inputs], read)
@@ -355,13 +361,19 @@ def _other_sum(einsum: onnx.NodeProto) -> Left:
 def _forth(graph: Graph, name: str) -> tuple[str, list[int]]:
     """Past what does nothing to the weights outside of training, or puts 0 where a query sees no key."""
     passed = _guard(graph, name)
-    at = graph.taken_by(name, "Dropout", "Identity")
-    if at is not None and len(graph.nodes[at].input) <= 2 and not any(graph.nodes[at].output[1:]):
+    at = graph.taken_by(name, "Dropout", "Identity", "Cast")
+    if at is not None and _changes_nothing(graph.nodes[at]):
         passed = [at]
     if not passed:
         return name, []
     name, more = _forth(graph, graph.nodes[passed[-1]].output[0])
     return name, [*passed, *more]
+
+
+def _changes_nothing(node: onnx.NodeProto) -> bool:
+    if node.op_type == "Cast":
+        return attributes(node)["to"] in FLOATS
+    return len(node.input) <= 2 and not any(node.output[1:])
 
 
 def _guard(graph: Graph, name: str) -> list[int]:
@@ -379,13 +391,13 @@ def _guard(graph: Graph, name: str) -> list[int]:
 
 def _back(graph: Graph, name: str, factor: float = 1.0, steps: int = 0) -> Scores:
     """From a score that is multiplied by `factor` later on back to the product of queries and keys."""
-    at = graph.made_by(name, "MatMul", "Einsum", "Add", "Mul", "Div", "Tanh", "Where")
+    at = graph.made_by(name, "MatMul", "Einsum", "Add", "Mul", "Div", "Tanh", "Where", "Cast")
     if at is None:
         raise Left(f"no product of queries and keys: {graph.told(name)}", steps)
     node = graph.nodes[at]
     if node.op_type in ("MatMul", "Einsum"):
         return Scores(scale=factor, product=at)
-    back = {"Add": _back_from_add, "Where": _back_from_where, "Tanh": _back_from_tanh}.get(
+    back = {"Add": _back_from_add, "Where": _back_from_where, "Tanh": _back_from_tanh, "Cast": _back_from_cast}.get(
         node.op_type, _back_from_number
     )
     found = back(graph, node, factor, steps + 1)
@@ -404,6 +416,16 @@ def _back_from_add(graph: Graph, node: onnx.NodeProto, factor: float, steps: int
             found.terms.append(Term(other, factor))
             return found
     raise max(reasons, key=lambda reason: reason.steps)  # of the way that went on for longer
+
+
+def _back_from_cast(graph: Graph, node: onnx.NodeProto, factor: float, steps: int) -> Scores:
+    to = attributes(node)["to"]
+    if to not in FLOATS:
+        raise Left(f"scores are cast to {onnx.TensorProto.DataType.Name(to)}", steps)
+    found = _back(graph, node.input[0], factor, steps)
+    if to == onnx.TensorProto.DOUBLE:
+        found.precision = "float64"
+    return found
 
 
 def _back_from_number(graph: Graph, node: onnx.NodeProto, factor: float, steps: int) -> Scores:
