@@ -1,4 +1,4 @@
-"""Edges grouped by one of their ends, in parallel: a stable counting sort in two passes, and self-loops put into it.
+"""Edges grouped by one of their ends, in parallel: a stable counting sort in two passes.
 
 The nodes are cut into at most 256 buckets of neighbours in number, the edges into chunks. First each chunk deals its
 edges to the buckets, a few streams that are written side by side; then each bucket, which stays near the core, sorts
@@ -9,7 +9,7 @@ A stable sort has one result, so neither the chunks nor the threads show in it.
 
 from typing import NamedTuple
 
-from .jit import Bytes, Elements, Indices, apart, kernel
+from .jit import Elements, Indices, apart, kernel
 
 
 class DealJob(NamedTuple):
@@ -102,54 +102,3 @@ def sort(job: SortJob, slot, task):
         p = ends[key]
         ends[key] = p + 1
         job.sorted_others[p], job.sorted_ids[p] = job.others[e], job.ids[e]
-
-
-class LoopsJob(NamedTuple):
-    """A graph grouped by target, and the same with self-loops: the last of their groups, as the caller's last edges."""
-
-    indptr: Elements
-    indices: Elements
-    ids: Elements | None  # of the caller's edges; None if these are grouped already
-    num_targets: int
-    targets: int  # of one task
-    degrees: Elements  # (num_targets): edges that are no loops
-    stays: Bytes  # of each of the caller's edges: 0 if it is a loop
-    new_ids: Elements | None  # of the caller's edges, when some are gone
-    new_indptr: Elements
-    new_indices: Elements
-    made_ids: Elements
-    removes: int  # 1: loops that are there are gone
-    kept: int  # edges that stay
-    loops: int  # nodes that get one
-
-
-@apart
-def edge_id(ids, p):
-    return p if ids is None else ids[p]
-
-
-@kernel
-def find_loops(job: LoopsJob, slot, task):
-    # task -> some targets
-    for i in range(task * job.targets, min(job.num_targets, (task + 1) * job.targets)):
-        first, last = job.indptr[i], job.indptr[i + 1]
-        degree = last - first
-        for p in range(first, last):
-            if job.indices[p] == i:
-                degree -= 1
-                job.stays[edge_id(job.ids, p)] = 0
-        job.degrees[i] = degree
-
-
-@kernel
-def put_loops(job: LoopsJob, slot, task):
-    # task -> some targets
-    for i in range(task * job.targets, min(job.num_targets, (task + 1) * job.targets)):
-        at = job.new_indptr[i]
-        for p in range(job.indptr[i], job.indptr[i + 1]):
-            if job.removes == 0 or job.indices[p] != i:
-                job.new_indices[at] = job.indices[p]
-                job.made_ids[at] = edge_id(job.new_ids, edge_id(job.ids, p))
-                at += 1
-        if i < job.loops:
-            job.new_indices[at], job.made_ids[at] = i, job.kept + i

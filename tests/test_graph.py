@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import ruvector_numba as rv
 from ruvector_numba.errors import DimensionMismatchError, GraphStructureError
-from ruvector_numba.graphs import edges
+from ruvector_numba.graphs import edges, self_loops
 from ruvector_numba.graphs.derived import Derived
 from ruvector_numba.graphs.graph import CSRGraph
 
@@ -356,6 +356,38 @@ def test_what_self_loops_get(size, policy, fill):
         single = graph.edge_attr_with_self_loops(attr.astype(np.float32), policy, fill)
         assert single.dtype == np.float32
         np.testing.assert_allclose(single, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("narrow", [59, 70], ids=["all wide", "wide with loops"])
+def test_what_self_loops_get_where_int32_cannot_count(narrow, monkeypatch):
+    edge_index, attr = draw((20, 20, 60)), np.random.default_rng(3).standard_normal((60, 3))
+    wanted = CSRGraph.from_edge_index(edge_index, 20).edge_attr_with_self_loops(attr)
+    monkeypatch.setattr(edges, "NARROW", narrow)
+    graph = CSRGraph.from_edge_index(edge_index, 20)
+    assert graph.with_self_loops().indices.dtype == np.int64
+    assert np.array_equal(graph.edge_attr_with_self_loops(attr), wanted)
+
+
+@pytest.mark.parametrize("fill", ["mean", "add", 0.5])
+@pytest.mark.parametrize("policy", ["replace", "add"])
+def test_gradients_of_what_self_loops_get(policy, fill):
+    """<y, A x> = <A^T y, x>, but for what a constant adds, at one thread and two to the same bit."""
+    edge_index, rng = draw((300, 300, 4000)), np.random.default_rng(0)
+    graph, attr = CSRGraph.from_edge_index(edge_index, 300), rng.standard_normal((4000, 2, 5))
+    put_in = graph.edge_attr_with_self_loops(attr, policy, fill)
+    grad = rng.standard_normal(put_in.shape)
+    constant = graph.edge_attr_with_self_loops(np.zeros_like(attr), policy, fill)
+    back = self_loops.taken_out(graph, grad, policy, fill)
+    np.testing.assert_allclose((back * attr).sum(), (grad * (put_in - constant)).sum(), rtol=1e-12)
+    gone = edge_index[0] == edge_index[1]
+    assert gone.any() and np.all(back[gone] == 0) == (policy == "replace")
+    threads = rv.get_num_threads()
+    try:
+        rv.set_num_threads(1)
+        assert np.array_equal(self_loops.taken_out(graph, grad, policy, fill), back)
+        assert np.array_equal(graph.edge_attr_with_self_loops(attr, policy, fill), put_in)
+    finally:
+        rv.set_num_threads(threads)
 
 
 def test_an_array_with_one_entry_for_each_loop():

@@ -30,7 +30,7 @@ from .derived import Derived
 from .edges import LoopPolicy
 
 if TYPE_CHECKING:
-    from ..plan import grouping
+    from ..plan import loops
 
 __all__ = ["CSRGraph", "Transposed"]
 
@@ -46,7 +46,7 @@ class Transposed(NamedTuple):
 
 
 TRANSPOSED = Derived[Transposed]("the edges grouped by source")
-LOOPS: Derived[grouping.Loops] = Derived("where its self-loops are")
+LOOPS: Derived[loops.Loops] = Derived("where its self-loops are")
 WITH_LOOPS: Derived[CSRGraph] = Derived("the graph with self-loops by a policy")
 
 
@@ -385,13 +385,7 @@ class CSRGraph:
         values = self._one_each("edge_attr", floats("edge_attr", edge_attr))
         if edges.policy(policy) == "keep":
             return values.copy()
-        stays = self._loops().stays if policy == "replace" else np.ones(self.num_edges, np.bool_)
-        loops = self_loops.filled(self, values, stays, fill_value)
-        kept = int(np.count_nonzero(stays))
-        out = np.empty((kept + len(loops), *values.shape[1:]), values.dtype)
-        np.compress(stays, values, axis=0, out=out[:kept])
-        out[kept:] = loops
-        return out
+        return self_loops.put_in(self, values, policy, fill_value)
 
     # --- what is derived from it -----------------------------------------------------------------------------------
     def derived(self, kind: Derived[_T], make: Callable[[], _T], *of: Hashable) -> _T:
@@ -433,18 +427,17 @@ class CSRGraph:
             positions = np.arange(self.num_edges, dtype=self.indices.dtype)
         return Transposed(*map(_frozen, (indptr, targets, positions)))
 
-    def _loops(self) -> grouping.Loops:
-        from ..plan import grouping as plan
+    def _loops(self) -> loops.Loops:
+        from ..plan import loops as plan
 
-        return self.derived(LOOPS, lambda: plan.find_loops(plan.Grouped(self.indptr, self.indices, self.edge_ids)))
+        return self.derived(LOOPS, lambda: plan.find_loops(self_loops.parts(self)))
 
     def _put_loops(self, policy: LoopPolicy) -> CSRGraph:
-        from ..plan import grouping as plan
+        from ..plan import loops as plan
 
         loops = min(self.num_sources, self.num_targets)
         dtype = edges.index_dtype(self.num_sources, self.num_targets, self.num_edges + loops)
-        graph = plan.Grouped(self.indptr, self.indices, self.edge_ids)
-        made = plan.put_loops(graph, self._loops() if policy == "replace" else None, loops, dtype)
+        made = plan.put_loops(self_loops.parts(self), self._loops() if policy == "replace" else None, loops, dtype)
         return _assembled(*made, self.num_sources)
 
     def _one_each(self, name: str, x: Array) -> Array:

@@ -8,19 +8,17 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ..checks import Array
 from ..kernels import grouping as kernels
 from . import memory, team
 from .layouts import NOTHING
 
-__all__ = ["Grouped", "Loops", "Survey", "find_loops", "group", "put_loops", "survey"]
+__all__ = ["EDGE_WORK", "Grouped", "Survey", "group", "survey"]
 
 CHUNK = 1 << 15  # edges: enough that their counts do not matter
 MOST_CHUNKS = 1 << 10
 MOST_BUCKETS = 1 << 8  # streams that one core writes side by side: 64 to 512 measured the same
-TARGETS = 1 << 9  # of a task
 EDGE_WORK = 100  # what an edge costs, in multiply-adds
 
 
@@ -81,49 +79,4 @@ def group(survey: Survey) -> Grouped:
     made = Grouped(np.zeros(job.num_keys + 1, dtype), *(memory.empty((job.edges,), dtype) for _ in range(2)))
     by_key = kernels.SortJob(*dealt, begins, job.num_keys, job.shift, *made)
     kernels.sort.prepare(by_key, job.buckets, dtype, work)()
-    return made
-
-
-class Loops(NamedTuple):
-    """Where a graph has self-loops."""
-
-    degrees: Array  # of each target, edges that are none
-    stays: NDArray[np.bool_]  # of the caller's edges: is it none?
-
-
-def _loops_job(graph: Grouped, **more: Any) -> tuple[kernels.LoopsJob, int]:
-    """The job and the number of its tasks."""
-    num_targets = len(graph.indptr) - 1
-    fields = dict(
-        indptr=graph.indptr, indices=graph.others, ids=graph.ids, num_targets=num_targets, targets=TARGETS,
-        degrees=NOTHING, stays=NOTHING, new_ids=None, new_indptr=NOTHING, new_indices=NOTHING, made_ids=NOTHING,
-        removes=0, kept=0, loops=0,
-    )  # fmt: skip
-    return kernels.LoopsJob(**{**fields, **more}), -(-num_targets // TARGETS)
-
-
-def find_loops(graph: Grouped) -> Loops:
-    found = Loops(np.empty(len(graph.indptr) - 1, graph.indptr.dtype), np.ones(len(graph.others), np.bool_))
-    job, tasks = _loops_job(graph, degrees=found.degrees, stays=found.stays.view(np.uint8))
-    kernels.find_loops.prepare(job, tasks, graph.indptr.dtype, len(graph.others) * EDGE_WORK)()
-    return found
-
-
-def put_loops(graph: Grouped, gone: Loops | None, loops: int, dtype: np.dtype[Any]) -> Grouped:
-    """With one more self-loop for each of the first `loops` targets, and without those that shall be gone."""
-    graph = Grouped(*(None if x is None else x.astype(dtype, copy=False) for x in graph))  # type: ignore[arg-type]
-    degrees = np.diff(graph.indptr) if gone is None else gone.degrees
-    new_ids = None
-    if gone is not None and not gone.stays.all():
-        new_ids = np.cumsum(gone.stays, out=memory.empty(gone.stays.shape, dtype))
-        new_ids -= 1
-    indptr = np.zeros(len(graph.indptr), dtype)
-    np.cumsum(degrees + (np.arange(len(degrees)) < loops), out=indptr[1:])
-    edges = int(indptr[-1])
-    made = Grouped(indptr, *(memory.empty((edges,), dtype) for _ in range(2)))
-    job, tasks = _loops_job(
-        graph, new_ids=new_ids, new_indptr=made.indptr, new_indices=made.others, made_ids=made.ids,
-        removes=int(new_ids is not None), kept=edges - loops, loops=loops,
-    )  # fmt: skip
-    kernels.put_loops.prepare(job, tasks, dtype, edges * EDGE_WORK)()
     return made
