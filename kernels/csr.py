@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from .edge_features import count_lines, lines_of, make_rows, rows_of
 from .gather import (
     AHEAD,
     EDGES,
@@ -62,6 +63,7 @@ from .walk import (
     begin_of,
     carve,
     edges_of,
+    features_desk,
     find_shares,
     from_edge,
     is_mine,
@@ -100,11 +102,11 @@ def find_scores(job, desk, i, j, first, n):
 @within
 def find_products(job, desk, n):
     """What of the scores belongs to both ends: desk.y has the target's query"""
-    s, nodes, edges, terms = desk.scores, desk.nodes, desk.edges, job.terms
+    s, nodes, edge, lines, terms = desk.scores, desk.nodes, rows_of(job, desk, job.edge), lines_of(job, desk), job.terms
     if job.rule == DOT:
-        dot_gathered(s, desk.y, job.key, nodes, job.edge, edges, job.has_edge, n, terms)
+        dot_gathered(s, desk.y, job.key, nodes, edge, lines, job.has_edge, n, terms)
     elif job.rule == JOINT:
-        joint_scores(s, desk.y, job.att, job.slope, job.key, nodes, job.edge, edges, job.has_edge, n, terms)
+        joint_scores(s, desk.y, job.att, job.slope, job.key, nodes, edge, lines, job.has_edge, n, terms)
     elif job.rule == SUM:
         find_sums(job, desk, n)
     else:
@@ -167,7 +169,7 @@ def soften(job, desk, n, again):
 @within
 def add_values(job, desk, i, first, n, again, best):
     """What the n edges of target i, those from `first` on, add to its sums, again if it had others before"""
-    W, values = job.W, job.channels
+    W, values, edge_value, lines = job.W, job.channels, rows_of(job, desk, job.edge_value), lines_of(job, desk)
     if job.normalizes:
         soften(job, desk, n, again)
         if again:
@@ -181,14 +183,14 @@ def add_values(job, desk, i, first, n, again, best):
         multiply(desk.weights, desk.shares, n * W)
     if job.aggregation == MAX:
         keep_largest(
-            desk.value, best, desk.weights, job.value, job.edge_value, job.has_edge_value, desk.nodes, desk.edges,
-            job.bias, job.has_bias, first, n, values,
+            desk.value, best, desk.weights, job.value, edge_value, job.has_edge_value, desk.nodes, lines,
+            desk.edges, job.bias, job.has_bias, first, n, values,
         )  # fmt: skip
     else:
         fetches = job.rule != JOINT  # whose values are its keys
         add_gathered(desk.value, desk.weights, W, job.value, desk.nodes, n, values, fetches, job.has_bias)
         if job.has_edge_value:
-            add_gathered(desk.value, desk.weights, W, job.edge_value, desk.edges, n, values, True, job.has_bias)
+            add_gathered(desk.value, desk.weights, W, edge_value, lines, n, values, True, job.has_bias)
 
 
 @within
@@ -200,6 +202,8 @@ def attend(job, desk, i, j, first, last, best, finishes):
         n = min(EDGES, last - p)
         if n:
             take_edges(job, desk, p, n)
+            if job.features.K:
+                make_rows(features_desk(job, desk), desk.edges, job.edge, job.features, n)
             find_scores(job, desk, i, j, p, n)
         for t in range(i, j):
             begin, end = edges_of(job, t, p, p + n)
@@ -286,6 +290,7 @@ def add_parts(job, desk, first, last, best):
 def forward(job: NeighborJob, slot, task):
     # task -> some targets, or a part of a hub's edges, or a hub whose parts are done
     desk = carve(job, slot)
+    count_lines(job, desk)
     channels = job.H * job.channels.C
     if job.mode == HUB:
         i, first, last = job.hubs[3 * task], job.hubs[3 * task + 1], job.hubs[3 * task + 2]

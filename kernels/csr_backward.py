@@ -10,6 +10,7 @@ apart. It was as fast (GAT 1.02, GATv2 0.96, GraphTransformer 1.01 times; Zen 3,
 """
 
 from .csr import find_weights, take_query
+from .edge_features import changes_of, count_lines, give_rows, lines_of, make_rows, rows_of
 from .gather import (
     AHEAD,
     EDGES,
@@ -25,6 +26,7 @@ from .gather import (
     put_part,
     put_row,
     rounds,
+    spread,
     take_row,
 )
 from .jit import apart, inline, kernel, within
@@ -42,6 +44,8 @@ from .walk import (
     NeighborJob,
     carve,
     edges_of,
+    features_desk,
+    fetch_number,
     find_shares,
     from_edge,
     is_mine,
@@ -62,7 +66,8 @@ def weight_gradients(job, desk, i, first, n):
     if job.aggregation == MAX:
         gather_largest(job, desk, i, first, n)
     else:
-        dot_gathered(dp, desk.x, job.value, desk.nodes, job.edge_value, desk.edges, job.has_edge_value, n, job.channels)
+        edge_value, lines = rows_of(job, desk, job.edge_value), lines_of(job, desk)
+        dot_gathered(dp, desk.x, job.value, desk.nodes, edge_value, lines, job.has_edge_value, n, job.channels)
     if job.has_shares:
         thin_gradients(job, desk, n)
     for e in range(n if job.has_grad_weights else 0):
@@ -81,6 +86,7 @@ def weight_gradients(job, desk, i, first, n):
 def gather_largest(job, desk, i, first, n):
     """dp where the value of an edge was the largest: from those channels alone"""
     W, C, pad = job.W, job.channels.C, job.channels.pad
+    edge_value, lines = rows_of(job, desk, job.edge_value), lines_of(job, desk)
     fill(desk.changes, n * W, 0.0)
     for h in range(job.H):
         for c in range(C):
@@ -88,7 +94,7 @@ def gather_largest(job, desk, i, first, n):
             if 0 <= e and e < n:
                 value = job.value.data[desk.nodes[e] * job.value.step + h * C + c]
                 if job.has_edge_value:
-                    value += job.edge_value.data[desk.edges[e] * job.edge_value.step + h * C + c]
+                    value += edge_value.data[lines[e] * edge_value.step + h * C + c]
                 desk.changes[e * W + h] += desk.x[h * pad + c] * value
 
 
@@ -113,6 +119,8 @@ def thin_gradients(job, desk, n):
 def take_scores(job, desk, first, n):
     """What forward kept of n edges"""
     take_edges(job, desk, first, n)
+    if job.features.K:
+        make_rows(features_desk(job, desk), desk.edges, job.edge, job.features, n)
     copy(desk.scores, job.scores + first * job.W, n * job.W)
 
 
@@ -147,6 +155,8 @@ def score_gradients(job, desk, first, n, i, sums):
     """changes = ds = p * (dp - delta), of what is on the desk, through the rule: added up in desk.terms, and by edge in
     dedge. weights = w"""
     H, W, ds, lanes, nodes, edges = job.H, job.W, desk.changes, lanes_of(desk.changes), desk.nodes, desk.edges
+    edge, lines = rows_of(job, desk, job.edge), lines_of(job, desk)
+    dedge, dedge_value = changes_of(job, desk, job.dedge), changes_of(job, desk, job.dedge_value)
     # 1. ds; of SUM, where query and key are numbers, it is their gradient too
     for g in range(0, W, lanes):
         delta = load(desk.delta, g)
@@ -171,19 +181,19 @@ def score_gradients(job, desk, first, n, i, sums):
     # 3. what the query gets, and what belongs to the edge
     if job.rule == JOINT:
         joint_gradients(
-            desk.terms, sums + job.width, ds, W, desk.y, job.att, job.slope, job.key, job.edge, job.has_edge,
-            job.dedge, job.has_edge, nodes, edges, n, job.terms, False,
+            desk.terms, sums + job.width, ds, W, desk.y, job.att, job.slope, job.key, edge, job.has_edge,
+            dedge, job.has_edge, nodes, lines, n, job.terms, False,
         )  # fmt: skip
-    elif job.rule == DOT:
-        add_gathered(desk.terms, ds, W, job.key, nodes, n, job.terms, True, job.has_bias)
-        if job.has_edge:
-            add_gathered(desk.terms, ds, W, job.edge, edges, n, job.terms, True, job.has_bias)
-            spread(job.dedge, edges, ds, desk.y, n, job.terms, job.scale)
     if job.has_edge_value:
-        spread(job.dedge_value, edges, desk.weights, desk.x, n, job.channels, 1.0)
+        spread(dedge_value, lines, desk.weights, desk.x, n, job.channels, 1.0, False)
         if job.aggregation == MAX:
             width = H * job.channels.C
-            keep_chosen(job.dedge_value, edges, job.best + i * width, first, n, width)
+            keep_chosen(dedge_value, lines, job.best + i * width, first, n, width)
+    if job.rule == DOT:
+        add_gathered(desk.terms, ds, W, job.key, nodes, n, job.terms, True, job.has_bias)
+        if job.has_edge:
+            add_gathered(desk.terms, ds, W, edge, lines, n, job.terms, True, job.has_bias)
+            spread(dedge, lines, ds, desk.y, n, job.terms, job.scale, job.features.K and job.has_edge_value)
 
 
 @within
@@ -215,19 +225,6 @@ def keep_chosen(rows, ids, best, first, n, width):
                 rows.data[ids[e] * rows.step + c] = 0
 
 
-@apart
-def spread(rows, ids, weights, x, n, heads, factor):
-    """rows[ids[e], h, c] = weights[e, h] * x[h, c] * factor"""
-    lanes, C = lanes_of(x), heads.C
-    for e in range(n):
-        for h in range(heads.H):
-            w = weights[e * heads.W + h]
-            for c in range(0, C, lanes):
-                y = load(x, h * heads.pad + c)
-                y = y * splat(y, w * factor) if w != 0 else splat(y, 0.0)
-                put_part(rows, ids[e] * rows.step + h * C + c, y, min(lanes, C - c), lanes)
-
-
 @within
 def clear_target(job, desk, i):
     take_row(desk.x, job.grad, i, job.channels)
@@ -248,7 +245,7 @@ def put_terms(job, rows, i, x):
 
 
 @within
-def gradients(job, desk, i, j, first, last, finds, gives, sums):
+def gradients(job, desk, i, j, first, last, finds, gives, sums, task):
     """Targets i .. j - 1 from their edges first .. last - 1: a batch, or more of one target. It finds delta and gives
     what needs it: at once where the edges are a batch, else in two rounds, as delta is needed whole. (Only a target
     alone has more edges than a batch: then `here` is the desk itself.)"""
@@ -276,6 +273,8 @@ def gradients(job, desk, i, j, first, last, finds, gives, sums):
                     put_target(job, desk, t, sums)
             if round == 1 or at_once:
                 put_pairs(job, desk, p, n)
+                if job.features.K and n:
+                    give_rows(features_desk(job, desk), desk.edges, job.dedge, job.features, n, task)
     if finds and gives and not at_once:
         put_target(job, desk, i, sums)
 
@@ -290,8 +289,9 @@ def put_target(job, desk, i, sums):
 def backward_targets(job: NeighborJob, slot, task):
     # task -> as in forward, with two rounds over a hub's parts: delta is needed whole before the second
     desk = carve(job, slot)
-    width, is_hub = job.width, job.mode == HUB
-    sums = job.sums + (job.sums_from + task) * 3 * width
+    count_lines(job, desk)
+    width, is_hub, row = job.width, job.mode == HUB, job.sums_from + task
+    sums = job.sums + row * 3 * width
     here = job.partial + task * job.partial_step
     if is_hub or job.mode == SECOND_PART:
         hub = task if is_hub else job.parts[3 * task]
@@ -309,7 +309,7 @@ def backward_targets(job: NeighborJob, slot, task):
     while i < end:
         j, first, last = next_batch(job, task, i, end)
         if is_mine(job, first, last):
-            gradients(job, desk, i, j, first, last, job.mode != SECOND_PART, job.mode != PART, sums)
+            gradients(job, desk, i, j, first, last, job.mode != SECOND_PART, job.mode != PART, sums, row)
         i = j
     if job.mode == PART:
         copy(here + width, desk.delta, job.span)
@@ -358,8 +358,8 @@ def add_gradients(job, desk, n):
         add_gathered(desk.terms, ds, 2 * W, job.query, nodes, n, job.terms, True, job.has_bias)
     elif job.rule == JOINT:
         joint_gradients(
-            desk.terms, None, ds, 2 * W, desk.y, job.att, job.slope, job.query, job.edge, job.has_edge,
-            job.edge, 0, nodes, desk.edges, n, job.terms, True,
+            desk.terms, None, ds, 2 * W, desk.y, job.att, job.slope, job.query, rows_of(job, desk, job.edge),
+            job.has_edge, job.edge, 0, nodes, lines_of(job, desk), n, job.terms, True,
         )  # fmt: skip
 
 
@@ -373,10 +373,15 @@ def take_pairs(job, desk, first, n):
     for e in range(n):
         fetch_row(pairs, desk.positions[e + AHEAD], 0, width)
         position = desk.positions[e]
-        if job.has_edge:  # else a look at random memory for nothing
+        if job.features.K and job.has_ids:
+            fetch_number(job.edge_ids, job.wide_edge_ids, desk.positions[e + AHEAD])
+        if job.has_edge and job.rule == JOINT:  # else a look at random memory for nothing
             desk.edges[e] = number(job.edge_ids, job.wide_edge_ids, position) if job.has_ids else position
+            fetch_row(job.edge, desk.edges[e], 0, job.features.K)
         for g in range(0, width, lanes_of(desk.pairs)):
             store(load(job.pairs, position * width + g), desk.pairs, e * width + g)
+    if job.features.K and job.rule == JOINT:
+        make_rows(features_desk(job, desk), desk.edges, job.edge, job.features, n)
 
 
 @within
@@ -416,6 +421,7 @@ def give(job, desk, j, sums):
 def backward_sources(job: NeighborJob, slot, task):
     # task -> as in forward
     desk = carve(job, slot)
+    count_lines(job, desk)
     width = job.width
     sums = job.sums + (job.sums_from + task) * 3 * width
     if job.mode == HUB:

@@ -196,15 +196,25 @@ def gathered(like, rows, nodes, edge_rows, edges, has_edge, e, n, heads, places,
     return y
 
 
+@inline
+def row_even(like, rows, nodes, edge_rows, edges, has_edge, e, c):
+    """rows[nodes[e], c:] (+ edge_rows[edges[e], c:]), as much as the tile holds"""
+    tall, stride = tile_rows(like), tile_lanes(like)
+    y = tile_load(like, rows.data, nodes[e] * rows.step + c, stride, tall)
+    if has_edge:
+        y = tile_map(plus, y, (tile_load(like, edge_rows.data, edges[e] * edge_rows.step + c, stride, tall),))
+    return y
+
+
 @apart
-def dot_even(like, out, x, rows, nodes, n, heads):
+def dot_even(like, out, x, rows, nodes, edge_rows, edges, has_edge, n, heads):
     """`dot_gathered` where the tile is some whole heads"""
     tall, stride, width = tile_rows(like), tile_lanes(like), tile_rows(like) * tile_lanes(like)
     for h in range(0, heads.H, tall):
         mine = tile_load(like, x, h * heads.pad, heads.pad, tall)
         for e in range(n):
             fetch_row(rows, nodes[e + AHEAD], h * stride, width)
-            y = tile_load(like, rows.data, nodes[e] * rows.step + h * stride, stride, tall)
+            y = row_even(like, rows, nodes, edge_rows, edges, has_edge, e, h * stride)
             store_row_sums(tile_dot(mine, y), out, e * heads.W + h)
 
 
@@ -234,13 +244,12 @@ def dot_gathered(out, x, rows, nodes, edge_rows, edges, has_edge, n, heads):
     As many sums as the tile has rows are made at once, and stored as one vector.
     """
     zeros = tile_narrow(out, VECTORS, 1)
-    even = 0 if has_edge else heads.even
-    if even == 1:
-        dot_even(zeros, out, x, rows, nodes, n, heads)
-    elif even == 2:
-        dot_even(tile_narrow(out, VECTORS, 2), out, x, rows, nodes, n, heads)
-    elif even == 4:
-        dot_even(tile_narrow(out, HALF, 4), out, x, rows, nodes, n, heads)
+    if heads.even == 1:
+        dot_even(zeros, out, x, rows, nodes, edge_rows, edges, has_edge, n, heads)
+    elif heads.even == 2:
+        dot_even(tile_narrow(out, VECTORS, 2), out, x, rows, nodes, edge_rows, edges, has_edge, n, heads)
+    elif heads.even == 4:
+        dot_even(tile_narrow(out, HALF, 4), out, x, rows, nodes, edge_rows, edges, has_edge, n, heads)
     else:
         dot_uneven(zeros, out, x, rows, nodes, edge_rows, edges, has_edge, n, heads)
 
@@ -339,6 +348,40 @@ def add_uneven(tile, out, weights, step, rows, index, n, heads, fetches, selects
 
 
 @apart
+def spread(rows, ids, weights, x, n, heads, factor, adds):
+    """rows[ids[e], h, c] = weights[e, h] * x[h, c] * factor, or adds that"""
+    for v in range(0, heads.whole, VECTORS):
+        spread_block(rows, ids, weights, x, n, heads, v, None, factor, adds)
+    whole = blocks(heads.whole)
+    for v in range(whole, whole + heads.rests, VECTORS):
+        spread_block(rows, ids, weights, x, n, heads, v, heads.rest, factor, adds)
+
+
+@apart
+def spread_block(rows, ids, weights, x, n, heads, v, live, factor, adds):
+    """`spread` for the vectors v, v + 1, ... of a row"""
+    zeros = tile_zeros(x, VECTORS, 1)
+    head_of, in_row, in_scratch = row_places(zeros, heads, v)
+    mine = tile_map(scaled, tile_at(zeros, x, in_scratch, 0, None), (factor,))
+    for e in range(n):
+        at = ids[e] * rows.step
+        change = tile_map(times_unless_zero, mine, (tile_splats(zeros, weights, head_of, e * heads.W),))
+        if adds:
+            change = tile_map(plus, change, (tile_at(zeros, rows.data, in_row, at, live),))
+        tile_store_at(change, rows.data, in_row, at, live)
+
+
+@inline
+def scaled(x, factor):
+    return x * splat(x, factor)
+
+
+@inline
+def times_unless_zero(x, w):
+    return where(w == splat(w, 0.0), splat(x, 0.0), x * w)
+
+
+@apart
 def scale_heads(x, factors, heads):
     """x[h, c] *= factors[h]"""
     lanes = lanes_of(x)
@@ -349,8 +392,8 @@ def scale_heads(x, factors, heads):
 
 
 @apart
-def keep_largest(out, best, weights, rows, edge_rows, has_edge, nodes, edges, bias, has_bias, first, n, heads):
-    """out[h, c] = the largest of weights[e, h] * (rows[nodes[e], h, c] + edge_rows[edges[e], h, c]), and
+def keep_largest(out, best, weights, rows, edge_rows, has_edge, nodes, lines, edges, bias, has_bias, first, n, heads):
+    """out[h, c] = the largest of weights[e, h] * (rows[nodes[e], h, c] + edge_rows[lines[e], h, c]), and
     best[h, c] its position, -1 before any; the first of equal ones, NaN before all, and none that a bias hides"""
     C = heads.C
     for e in range(n):
@@ -361,7 +404,7 @@ def keep_largest(out, best, weights, rows, edge_rows, has_edge, nodes, edges, bi
                 for c in range(C):
                     value = rows.data[nodes[e] * rows.step + h * C + c]
                     if has_edge:
-                        value += edge_rows.data[edges[e] * edge_rows.step + h * C + c]
+                        value += edge_rows.data[lines[e] * edge_rows.step + h * C + c]
                     value *= w
                     at = h * heads.pad + c
                     if best[h * C + c] < 0 or value > out[at] or value != value:

@@ -13,6 +13,7 @@ from .gather import (
     fetch_row,
     gathered,
     multiply_add,
+    row_even,
     row_places,
 )
 from .jit import apart, inline
@@ -63,19 +64,20 @@ def leaky_share(z, d, slope):
 def joint_scores(out, x, att, slope, rows, nodes, edge_rows, edges, has_edge, n, heads):
     """out[e, h] = sum over c of att[h, c] * leaky(z[e, h, c])"""
     zeros = tile_narrow(out, VECTORS, 1)
-    even = 0 if has_edge else heads.even
-    if even == 1:
-        joint_even(zeros, out, x, att, slope, rows, nodes, n, heads)
-    elif even == 2:
-        joint_even(tile_narrow(out, VECTORS, 2), out, x, att, slope, rows, nodes, n, heads)
-    elif even == 4:
-        joint_even(tile_narrow(out, HALF, 4), out, x, att, slope, rows, nodes, n, heads)
+    if heads.even == 1:
+        joint_even(zeros, out, x, att, slope, rows, nodes, edge_rows, edges, has_edge, n, heads)
+    elif heads.even == 2:
+        wide = tile_narrow(out, VECTORS, 2)
+        joint_even(wide, out, x, att, slope, rows, nodes, edge_rows, edges, has_edge, n, heads)
+    elif heads.even == 4:
+        wide = tile_narrow(out, HALF, 4)
+        joint_even(wide, out, x, att, slope, rows, nodes, edge_rows, edges, has_edge, n, heads)
     else:
         joint_uneven(zeros, out, x, att, slope, rows, nodes, edge_rows, edges, has_edge, n, heads)
 
 
 @apart
-def joint_even(like, out, x, att, slope, rows, nodes, n, heads):
+def joint_even(like, out, x, att, slope, rows, nodes, edge_rows, edges, has_edge, n, heads):
     """`joint_scores` where the tile is some whole heads"""
     tall, stride, width = tile_rows(like), tile_lanes(like), tile_rows(like) * tile_lanes(like)
     for h in range(0, heads.H, tall):
@@ -83,7 +85,7 @@ def joint_even(like, out, x, att, slope, rows, nodes, n, heads):
         a = tile_load(like, att, h * heads.pad, heads.pad, tall)
         for e in range(n):
             fetch_row(rows, nodes[e + AHEAD], h * stride, width)
-            y = tile_load(like, rows.data, nodes[e] * rows.step + h * stride, stride, tall)
+            y = row_even(like, rows, nodes, edge_rows, edges, has_edge, e, h * stride)
             z = tile_map(leaky, tile_map(plus, y, (mine,)), (slope,))
             store_row_sums(tile_dot(z, a), out, e * heads.W + h)
 

@@ -1,5 +1,7 @@
 """GAT, GATv2 and the graph transformer: the formula, all gradients, dropout, bits, and what a graph may look like."""
 
+import tracemalloc
+
 import graph_reference as spec
 import numba
 import numpy as np
@@ -207,11 +209,12 @@ def test_a_hub(kind):
 
 
 @pytest.mark.core
+@pytest.mark.parametrize("edge_dim", [None, 3])
 @pytest.mark.parametrize("vectors", [1, 2, 4])
 @kinds
-def test_heads_of_whole_vectors(kind, vectors):
-    """Which are read as whole tiles where edges have no features; 12 heads are three tiles and no power of two."""
-    case = make(kind, 3, vectors * target().lanes(8), 12, N=40, E=300)
+def test_heads_of_whole_vectors(kind, vectors, edge_dim):
+    """Which are read as whole tiles; 12 heads are three tiles and no power of two."""
+    case = make(kind, 3, vectors * target().lanes(8), 12, N=40, E=300, edge_dim=edge_dim)
     exact = case.exact()
     agrees(case.forward(), exact.output)
     agrees(case.forward_cached()[1].coefficients(), exact.coefficients)
@@ -221,6 +224,29 @@ def test_heads_of_whole_vectors(kind, vectors):
         with rv.threads(n):
             found.append(results(case))
     same_bits(*found)
+
+
+@pytest.mark.parametrize("edge_dim", [1, 7, 70, 300])
+@kinds
+def test_any_number_of_edge_features(kind, edge_dim):
+    """Beside 5 heads of 65 channels: more of both than are summed at once, and none that fills vectors or tiles."""
+    case = make(kind, 3, 65, 5, N=12, E=200, edge_dim=edge_dim)
+    agrees(case.forward(), case.exact().output)
+    has_the_slope_of_a_loss(case)
+
+
+@pytest.mark.parametrize("kind", ["GATv2", "GraphTransformer"])
+def test_features_of_edges_become_no_array_as_wide_as_nodes(kind):
+    case = make(kind, 4, 32, 8, N=50, E=20_000, edge_dim=1, aggregation="mean")
+    case.layer.backward(case.grad_output(), case.forward_cached()[1])  # compiles
+    tracemalloc.start()
+    try:
+        output, cache = case.forward_cached()
+        case.layer.backward(output, cache)
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert most < 20_000 * 8 * 32 * 8 / 4
 
 
 # --- graphs ----------------------------------------------------------------------------------------------------------

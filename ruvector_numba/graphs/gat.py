@@ -12,7 +12,7 @@ from ..errors import InvalidConfigError
 from ..parameters import ParameterSet
 from ..projection import flattened, linear, linear_backward, linears, linears_backward
 from ..values import switch
-from .inputs import Inputs, checked_slope, loop_policy
+from .inputs import Inputs, checked_slope, edge_terms, edge_terms_back, loop_policy
 from .layer import GraphLayer
 from .neighbors import Past
 from .results import Record
@@ -330,10 +330,8 @@ class GATv2(_Convolution):
             left, right = linears(source, p, ("lin_l", "lin_r"), H)
         else:
             left, right = linears(source, p, ("lin_l",), H)[0], linears(target, p, ("lin_r",), H)[0]
-        edge = None
-        if inputs.edge_attr is not None:
-            edge = self._nodes_of(linear(inputs.edge_attr, p["lin_edge.weight"]))
-        terms = plan.Terms(plan.JOINT, left, right, left, edge=edge, att=p["att"][0], **self._common(inputs, p))
+        edge = edge_terms(inputs, p, self.heads)
+        terms = plan.Terms(plan.JOINT, left, right, left, **edge, att=p["att"][0], **self._common(inputs, p))
         return Past(inputs.graph, terms, keeps), None
 
     def _joined(self, inputs: Inputs) -> tuple[str, ...]:
@@ -356,6 +354,5 @@ class GATv2(_Convolution):
             dtarget = linears_backward(back.query, inputs.target, p, (right,), gradients, so_far)
         dattr = None
         if inputs.edge_attr is not None:
-            dedge = flattened(back.edge)
-            dattr, gradients["lin_edge.weight"], _ = linear_backward(dedge, inputs.edge_attr, p["lin_edge.weight"])
+            dattr, gradients["lin_edge.weight"] = edge_terms_back(back)
         return dsource, dtarget, dattr

@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike
 from .. import checks
 from ..checks import Array
 from ..errors import DimensionMismatchError, GraphStructureError, InvalidConfigError, InvalidInputError
+from ..parameters import ParameterSet
 from . import edges, self_loops
 from .graph import CSRGraph
 
@@ -22,6 +23,8 @@ __all__ = [
     "check_owner",
     "checked_slope",
     "edge_gradients",
+    "edge_terms",
+    "edge_terms_back",
     "features",
     "graph_of",
     "initial",
@@ -146,6 +149,20 @@ def graph_of(graph: Any, sources: int, targets: int | None, is_pair: bool) -> CS
         )
         raise DimensionMismatchError(wanted, (sources, targets), shapes=shapes, hint=hint)
     return graph
+
+
+def edge_terms(inputs: Inputs, p: ParameterSet, heads: int) -> dict[str, Any]:
+    """What scores and values have of the edges: their attributes, and the matrix (edge_dim, H, C) that these are
+    multiplied by in the kernels, batch by batch."""
+    if inputs.edge_attr is None:
+        return {}
+    weight = p["lin_edge.weight"]
+    return {"edge": inputs.edge_attr, "matrix": weight.T.reshape(len(weight.T), heads, -1)}
+
+
+def edge_terms_back(back: Any) -> tuple[Array, Array]:
+    """The gradients of the attributes and of lin_edge.weight."""
+    return back.edge, np.ascontiguousarray(back.matrix.reshape(len(back.matrix), -1).T)
 
 
 def edge_gradients(

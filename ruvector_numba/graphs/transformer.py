@@ -11,9 +11,9 @@ from .. import checks
 from ..checks import Array
 from ..errors import InvalidConfigError, InvalidInputError
 from ..parameters import ParameterSet
-from ..projection import flattened, linear, linear_backward, linears, linears_backward
+from ..projection import linears, linears_backward
 from ..values import switch
-from .inputs import Inputs
+from .inputs import Inputs, edge_terms, edge_terms_back
 from .layer import GraphLayer
 from .neighbors import Past
 from .results import Record
@@ -138,13 +138,11 @@ class GraphTransformer(GraphLayer):
         of_target = ("lin_query", "lin_skip") if self._begins_with_root else ("lin_query",)
         key, value = linears(source, p, of_source, self.heads, side_by_side=True)
         query, *root = linears(target, p, of_target, self.heads)
-        edge = None
-        if inputs.edge_attr is not None:
-            edge = linear(inputs.edge_attr, p["lin_edge.weight"]).reshape(-1, self.heads, self.out_channels)
+        edge = edge_terms(inputs, p, self.heads)
         terms = plan.Terms(
-            plan.DOT, key, query, value, edge=edge, edge_value=edge, scale=self._scale, normalizes=self.normalize,
-            dropout=inputs.dropout, seed=inputs.seed, edge_weight=inputs.edge_weight, aggregation=self.aggregation,
-            offset=root[0] if root else None,
+            plan.DOT, key, query, value, **edge, edge_value=edge.get("edge"), scale=self._scale,
+            normalizes=self.normalize, dropout=inputs.dropout, seed=inputs.seed, edge_weight=inputs.edge_weight,
+            aggregation=self.aggregation, offset=root[0] if root else None,
         )  # fmt: skip
         return Past(inputs.graph, terms, keeps), None
 
@@ -192,8 +190,7 @@ class GraphTransformer(GraphLayer):
             dtarget = linears_backward(back.query, inputs.target, p, ("lin_query",), gradients, so_far)
         dattr = None
         if inputs.edge_attr is not None:
-            dedge = flattened(back.edge + back.edge_value)
-            dattr, gradients["lin_edge.weight"], _ = linear_backward(dedge, inputs.edge_attr, p["lin_edge.weight"])
+            dattr, gradients["lin_edge.weight"] = edge_terms_back(back)
         return dsource, dtarget, dattr
 
 

@@ -6,6 +6,7 @@ As plan/grouping.py this one runs its jobs: how many there are, one or four, dep
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ from ..checks import Array
 from ..kernels import csr as kernels
 from ..kernels import csr_backward as backwards
 from ..kernels import walk
+from ..kernels.edge_features import WIDE
 from ..kernels.gather import EDGES, HALF, VECTORS, Heads, Rows
 from ..kernels.scoring import Dropout
 from ..kernels.simd import target
@@ -61,6 +63,7 @@ class Terms(NamedTuple):
     query: Array
     value: Array  # for JOINT the keys again
     edge: Array | None = None
+    matrix: Array | None = None  # (K, H, C): `edge` is (E, K) then, and its product with this is what is meant
     bias: Array | None = None  # (E, H)
     att: Array | None = None  # (H, D)
     slope: float = 0.2
@@ -70,7 +73,7 @@ class Terms(NamedTuple):
     seed: int = 0
     edge_weight: Array | None = None  # (E)
     aggregation: str = "sum"
-    edge_value: Array | None = None
+    edge_value: Array | None = None  # where there is a matrix, None or the same as `edge`
     offset: Array | None = None  # (Nt or 1, H, C): what the output begins with
     fold: Array | None = None  # (1 or 2, H, C): key = <fold[0], value> and, if the nodes are the same, so the query
 
@@ -95,6 +98,7 @@ class Made(NamedTuple):
     bias: Array | None
     edge_weight: Array | None
     edge_value: Array | None
+    matrix: Array | None
     joined: Array  # (N, names, H, C): those that were to lie side by side
     offset: Array  # (H, C)
     att: Array | None  # (H, D), or (1 or 2, H, C) of a fold
@@ -151,6 +155,8 @@ def backward(
     for name in ("query", "key", "value", "edge", "edge_weight", "edge_value"):
         if name not in made:
             made[name] = like(getattr(terms, name)) if name != "key" or makes_key else None
+    if terms.matrix is not None:
+        made["edge_value"] = None  # it is part of that of `edge`
     is_summed = terms.rule == SUM  # where the score of an edge is a number, so is its gradient
     scores = terms.bias if terms.bias is not None else terms.edge if is_summed else None
     made["bias"] = like(scores)
@@ -162,6 +168,9 @@ def backward(
         dedge_value=_rows(made["edge_value"]), dbias=_or_nothing(made["bias"]), wants_dbias=int(scores is not None),
     )  # fmt: skip
     job = _job(by_target, terms, kept, **fields)
+    rows = _rows_of_sums(by_target)
+    of_matrix = np.zeros((rows, job.features.K, job.features.pitch), dtype)
+    job = job._replace(features=job.features._replace(sums=of_matrix))
     sums = _run(backwards.backward_targets, by_target, job, dtype, pad)
     job = _job(by_source, terms, kept, **fields, fold=_padded(terms.fold, pad), folds=folds)
     more = _run(backwards.backward_sources, by_source, job, dtype, pad)
@@ -169,6 +178,7 @@ def backward(
         made["edge"], made["bias"] = made["bias"], None
     return Made(
         **made,
+        matrix=None if terms.matrix is None else of_matrix.sum(axis=0)[:, : H * C].reshape(terms.matrix.shape),
         joined=together,
         offset=sums[0, :, :C],
         att=more[1 : 1 + folds, :, :C] if folds else sums[1, :, : terms.key.shape[2]] if terms.rule == JOINT else None,
@@ -245,6 +255,15 @@ def _padded(x: Array | None, pad: int) -> Array:
     return out
 
 
+def _features(terms: Terms, lanes: int) -> walk.Features:
+    if terms.matrix is None:
+        return walk.Features(0, 0, 0, 0, NOTHING, NOTHING, NOTHING)
+    K, D = len(terms.matrix), math.prod(terms.matrix.shape[1:])
+    pitch, narrow = (-(-n // step) * step for n, step in ((D, WIDE * lanes), (K, lanes)))
+    matrix = terms.matrix.reshape(K, D)
+    return walk.Features(K, D, pitch, narrow, _padded(matrix, pitch), _padded(matrix.T, narrow), NOTHING)
+
+
 def _rows(x: Array | None) -> Rows:
     return NO_ROWS if x is None else Rows(x, x.strides[0] // x.itemsize)
 
@@ -263,7 +282,9 @@ def _job(by: Walk, terms: Terms, kept: Kept, **more: Any) -> walk.NeighborJob:
     narrow = here if is_narrow else [None] * 4
     wide = [NOTHING] * 4 if is_narrow else here
     W, span = _numbers(H, lanes)
-    scratch = walk.scratch_elements(W, span, H * pad, lanes, dtype.itemsize)
+    features = _features(terms, lanes)
+    of_edge = features.narrow + 2 * features.pitch
+    scratch = walk.scratch_elements(W, span, H * pad, of_edge, lanes, dtype.itemsize)
     given = np.zeros((1, H, C), dtype) if terms.offset is None else terms.offset
     offset = Rows(given, 0 if len(given) == 1 else given.strides[0] // dtype.itemsize)
     has_shares = terms.dropout > 0 or terms.edge_weight is not None or terms.aggregation == "mean"
@@ -279,7 +300,7 @@ def _job(by: Walk, terms: Terms, kept: Kept, **more: Any) -> walk.NeighborJob:
         partial=np.empty((len(parts), partial_step), dtype), partial_step=partial_step,
         partial_best=np.empty((len(parts) if is_max else 0, H * C), np.int64),
         rule=terms.rule, slope=terms.slope, scale=terms.scale, key=_rows(terms.key), query=_rows(terms.query),
-        edge=_rows(terms.edge), has_edge=int(terms.edge is not None), bias=_rows(terms.bias),
+        edge=_rows(terms.edge), has_edge=int(terms.edge is not None), features=features, bias=_rows(terms.bias),
         has_bias=int(terms.bias is not None), att=_padded(terms.att, pad), normalizes=int(terms.normalizes),
         dropout=Dropout(terms.seed, *threshold_and_gain(terms.dropout)), edge_weight=_or_nothing(terms.edge_weight),
         has_dropout=int(terms.dropout > 0), has_weight=int(terms.edge_weight is not None), has_shares=int(has_shares),
@@ -304,10 +325,16 @@ def _run(kernel: Callable[..., None], by: Walk, job: walk.NeighborJob, dtype: np
         if kernel is backwards.backward_targets:
             rounds.append((walk.SECOND_PART, len(parts), tasks))
         rounds.append((walk.HUB, len(hubs), tasks + len(parts)))
-    sums = np.zeros((tasks + len(parts) + len(hubs), 3, job.H, pad), dtype)
+    sums = np.zeros((_rows_of_sums(by), 3, job.H, pad), dtype)
     for mode, n, start in rounds:
         _launch(kernel, job._replace(mode=mode, sums=sums, sums_from=start), n, dtype)
     return sums.sum(axis=0)
+
+
+def _rows_of_sums(by: Walk) -> int:
+    """One of each task of nodes, part of a hub and hub"""
+    starts, parts, hubs = by.schedule
+    return len(starts) - 1 + len(parts) + len(hubs)
 
 
 def _launch(kernel: Any, job: walk.NeighborJob, tasks: int, dtype: np.dtype[Any]) -> None:
