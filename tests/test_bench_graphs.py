@@ -11,8 +11,10 @@ import ruvector_numba as rv
 from ruvector_numba.bench import comparison, peers, works
 from ruvector_numba.bench.peers_graph import GraphWork
 
-WORKS = [GraphWork(layer, 12, 40, 5, 2, 3, backward=True) for layer in ("GAT", "GATv2", "GraphTransformer")]
-IDS = [w.layer for w in WORKS]
+LAYERS = ["GAT", "GATv2", "GraphTransformer"]
+WORKS = [GraphWork(layer, 12, 40, 5, 2, 3, backward=True) for layer in LAYERS]
+WORKS += [dataclasses.replace(work, edge_dim=2) for work in WORKS]
+IDS = LAYERS + [f"{layer}, edges with features" for layer in LAYERS]
 
 
 def leaky(z):
@@ -22,6 +24,7 @@ def leaky(z):
 def definition(work, x, p):
     """Node by node and head by head, from the papers' formulas."""
     source, target = work.edge_index()
+    attr = work.edge_attr()
     heads = (work.nodes, work.heads, work.channels)
 
     def linear(name):
@@ -30,18 +33,24 @@ def definition(work, x, p):
     loops = work.layer != "GraphTransformer"
     out = np.zeros(heads)
     for i in range(work.nodes):
-        near = source[(target == i) & ~(loops & (source == i))]
-        near = np.append(near, i) if loops else near
+        into = (target == i) & ~(loops & (source == i))
+        near = np.append(source[into], i) if loops else source[into]
+        added = np.zeros((len(near), *heads[1:]))
+        if attr is not None:
+            mean = attr[into].astype(float).mean(axis=0, keepdims=True) if into.any() else np.zeros((1, work.edge_dim))
+            own = np.concatenate([attr[into], mean]) if loops else attr[into].astype(float)
+            added += (own @ p["lin_edge.weight"].T).reshape(added.shape)
         for h in range(work.heads):
             if work.layer == "GAT":
                 value = linear("lin")[near, h]
-                s = leaky(value @ p["att_src"][0, h] + linear("lin")[i, h] @ p["att_dst"][0, h])
+                z = value @ p["att_src"][0, h] + linear("lin")[i, h] @ p["att_dst"][0, h]
+                s = leaky(z if attr is None else z + added[:, h] @ p["att_edge"][0, h])
             elif work.layer == "GATv2":
                 value = linear("lin_l")[near, h]
-                s = leaky(value + linear("lin_r")[i, h]) @ p["att"][0, h]
+                s = leaky(value + linear("lin_r")[i, h] + added[:, h]) @ p["att"][0, h]
             else:
-                value = linear("lin_value")[near, h]
-                s = linear("lin_key")[near, h] @ linear("lin_query")[i, h] / math.sqrt(work.channels)
+                value = linear("lin_value")[near, h] + added[:, h]
+                s = (linear("lin_key")[near, h] + added[:, h]) @ linear("lin_query")[i, h] / math.sqrt(work.channels)
             if len(near):
                 e = np.exp(s - s.max())
                 out[i, h] = e / e.sum() @ value
@@ -101,7 +110,7 @@ def test_every_result_counts(work):
         assert comparison.relative_error(found, right) == pytest.approx(0.01)
 
 
-@pytest.mark.parametrize("layer", IDS)
+@pytest.mark.parametrize("layer", LAYERS)
 def test_float32_adds_its_numbers_without_rounding(layer):
     """Else a LeakyReLU may take an edge for one on the other side of zero, and a right gradient for a wrong one."""
     work = GraphWork(layer, 500, 10, 128, 8, 16)
@@ -123,12 +132,14 @@ def test_rates_are_edges_and_what_must_be_read_for_them():
     assert work.used(8.0) == pytest.approx(8e6 * 64 * 4 / 1e9)
     assert dataclasses.replace(work, layer="GraphTransformer").used(8.0) == pytest.approx(2 * work.used(8.0))
     assert dataclasses.replace(work, backward=True).used(8.0) == pytest.approx(3 * work.used(8.0))
+    assert dataclasses.replace(work, edge_dim=64).used(8.0) == pytest.approx(2 * work.used(8.0))
 
 
 @pytest.mark.parametrize(
     ("changed", "name"),
     [
         ({}, "GAT 64→4x16, 100,000 nodes, 1,000,000 edges, forward"),
+        ({"edge_dim": 8}, "GAT 64→4x16, 100,000 nodes, 1,000,000 edges with 8 features, forward"),
         ({"power_law": True}, "GAT 64→4x16, 100,000 nodes, 1,000,000 edges of power-law degrees, forward"),
         (
             {"backward": True, "from_edge_index": True},
