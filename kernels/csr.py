@@ -121,6 +121,8 @@ def find_sums(job, desk, n):
         live, query = min(lanes, job.H - h), load(desk.y, h)
         for e in range(n):
             prefetch(job.key.data, desk.nodes[e + AHEAD] * job.key.step)
+            if job.has_edge:
+                prefetch(job.edge.data, desk.edges[e + AHEAD] * job.edge.step)
             x = query + row_part(job.key, desk.nodes[e] * job.key.step + h, live, lanes)
             if job.has_edge:
                 x = x + row_part(job.edge, desk.edges[e] * job.edge.step + h, live, lanes)

@@ -31,7 +31,7 @@ from .gather import (
 )
 from .jit import apart, inline, kernel, within
 from .joint import joint_gradients, leaky_slope
-from .simd import fma, lanes_of, load, period_sum, splat, store, store_live, where
+from .simd import fma, lanes_of, load, period_sum, prefetch, splat, store, store_live, where
 from .walk import (
     DOT,
     HUB,
@@ -173,6 +173,7 @@ def score_gradients(job, desk, first, n, i, sums):
         if job.rule == SUM:
             store(load(desk.terms, g) + period_sum(sum, W), desk.terms, g)
     for e in range(n if job.wants_dbias else 0):
+        prefetch(job.dbias, edges[e + AHEAD] * H)
         for h in range(H):
             job.dbias[edges[e] * H + h] = ds[e * W + h]
     # 2. w
