@@ -46,7 +46,7 @@ def count_lines(job, desk):
 
 
 @apart
-def product(tile, out, pitch, x, x_next, x_row, rows, y, y_row, n, adds):
+def multiply_rows(tile, out, pitch, x, x_next, x_row, rows, y, y_row, n, adds):
     """out[r, :] = sum over t < n of x[t * x_next + r * x_row] * y[t, :], or adds that; `pitch` is whole tiles"""
     for d in range(0, pitch, tile_lanes(tile)):
         for r in range(0, rows, tile_rows(tile)):
@@ -69,7 +69,7 @@ def make_rows(here, edges, edge, features, n):
         fetch_row(edge, edges[e + AHEAD], 0, K)  # by target, else these are edges of before
         copy(here.features + e * narrow, edge.data + edges[e] * edge.step, K)
     tile = tile_zeros(here.made, TALL, WIDE)
-    product(tile, here.made, pitch, here.features, 1, narrow, n, features.matrix, pitch, K, False)
+    multiply_rows(tile, here.made, pitch, here.features, 1, narrow, n, features.matrix, pitch, K, False)
 
 
 @apart
@@ -81,8 +81,8 @@ def give_rows(here, edges, dedge, features, n, task):
         for e in range(n):
             leave_out(here.features + e * narrow, K, here.dmade + e * pitch, D)
     wide, tall = tile_zeros(sums, TALL, WIDE), tile_zeros(sums, ALL, 1)
-    product(wide, sums, pitch, here.features, narrow, 1, K, here.dmade, pitch, n, True)
-    product(tall, here.features, narrow, here.dmade, 1, pitch, n, features.turned, narrow, D, False)
+    multiply_rows(wide, sums, pitch, here.features, narrow, 1, K, here.dmade, pitch, n, True)
+    multiply_rows(tall, here.features, narrow, here.dmade, 1, pitch, n, features.turned, narrow, D, False)
     for e in range(n):
         copy(dedge.data + edges[e] * dedge.step, here.features + e * narrow, K)
 

@@ -207,24 +207,35 @@ class Launch(typing.NamedTuple):
             raise IndexError(f"kernel {self.name} left the bounds of an array")
 
 
+_PARTS: set[str] = set()
+_WHOLE: set[str] = set()  # kernels
+
+
+def _named(function, mine, others):
+    """Remember whose name that is: while a kernel is compiled, Numba's libraries are known by names alone."""
+    if function.__qualname__ in others:
+        raise ValueError(f"{function.__qualname__} would be the name of a kernel and of a part of kernels")
+    mine.add(function.__qualname__)
+
+
 def kernel(function) -> Kernel:
     """Decorate `function(job, slot, task)`, whose first annotation is the NamedTuple of its arguments."""
+    _named(function, _WHOLE, _PARTS)
     return Kernel(function)
 
 
-_PARTS: set[str] = set()
 _PART_FLAGS = {**_FLAGS, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}  # only kernels call parts
 
 
 def inline(function):
     """A function for kernels to call, which Numba pastes into its caller: for small ones."""
-    _PARTS.add(function.__qualname__)
+    _named(function, _PARTS, _WHOLE)
     return numba.njit(**_PART_FLAGS, inline="always")(function)
 
 
 def apart(function):
     """A function for kernels to call that stays one: large, called from several places, or mapped over a tile."""
-    _PARTS.add(function.__qualname__)
+    _named(function, _PARTS, _WHOLE)
     return numba.njit(**_PART_FLAGS)(function)
 
 
@@ -232,7 +243,7 @@ def within(function):
     """A function for kernels to call that becomes part of its caller's machine code: with so many arguments (a tuple is
     passed field by field) that passing them would cost more than what it does. Each call is a copy to compile, of all
     that is within it too: large ones are called from one place."""
-    _PARTS.add(function.__qualname__)
+    _named(function, _PARTS, _WHOLE)
     return numba.njit(**_PART_FLAGS, forceinline=True)(function)
 
 

@@ -236,3 +236,19 @@ def test_what_others_compile_meanwhile_is_theirs(tmp_path):
     """Parts of kernels are known by name, while Numba's one target makes them: a user's `add` is none."""
     race = "t = threading.Thread(target=compile_theirs); t.start(); begun.wait(); work(); t.join()"
     run(SOMEBODY_ELSE + ADD, tmp_path / "cache", do=race + "; assert found == [3.0], found")
+
+
+def test_a_name_is_that_of_a_kernel_or_of_a_part():
+    """Else the kernel would be compiled as a part, which has no address, once both are imported."""
+    from ruvector_numba.kernels import functional, gather, jit  # noqa: F401
+
+    def named(name):
+        def function(job, slot, task):
+            pass
+
+        function.__qualname__ = name
+        return function
+
+    for wrong, decorate in (("take_row", jit.kernel), ("product", jit.apart)):
+        with pytest.raises(ValueError, match=f"{wrong} would be the name of a kernel and of a part"):
+            decorate(named(wrong))
