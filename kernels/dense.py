@@ -53,7 +53,7 @@ from .simd import (
     width_of,
     zeros_of,
 )
-from .softmax import LN2, add_to_total, plus, probability, raise_bound
+from .softmax import LN2, add_to_total, plus, probability, raise_bound, scaled
 from .tiles import (
     Matrix,
     add_columns_times_block,
@@ -70,11 +70,6 @@ LONG = 1024  # keys: beyond that many, what is lost by adding up chunks is kept
 
 
 # --- what forward and backward share ---------------------------------------------------------------------------------
-@inline
-def scaled(s, scale):
-    return s * splat(s, scale)
-
-
 @apart
 def scores(like, b, column, key, D, deep, j, live, scale, softcap, slope, additive, edge, slope_of_cap):
     """One tile: key j + r by the queries from `column`, through the terms; -inf where hidden.

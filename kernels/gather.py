@@ -46,7 +46,7 @@ from .simd import (
     where,
     zeros_of,
 )
-from .softmax import plus
+from .softmax import plus, scaled
 
 INF = math.inf
 # Edges of a batch. With 64 GATv2 took 1.1 times as long forward, GraphTransformer 1.05, all else no longer; with 32
@@ -369,11 +369,6 @@ def spread_block(rows, ids, weights, x, n, heads, v, live, factor, adds):
         if adds:
             change = tile_map(plus, change, (tile_at(zeros, rows.data, in_row, at, live),))
         tile_store_at(change, rows.data, in_row, at, live)
-
-
-@inline
-def scaled(x, factor):
-    return x * splat(x, factor)
 
 
 @inline

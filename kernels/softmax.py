@@ -85,6 +85,11 @@ def plus(x, y):
 
 
 @inline
+def scaled(x, factor):
+    return x * splat(x, factor)
+
+
+@inline
 def _raised(before, top):
     return where(top > before, top + splat(top, HEADROOM), before)
 

@@ -164,7 +164,7 @@ def carve(job, slot):
 
 
 class FeaturesDesk(NamedTuple):
-    """The rest of the scratch. A field of the desk more costs every function that is given one, 2 % of GAT's time."""
+    """The rest of the scratch: no fields of the desk, which functions are given field by field."""
 
     lines: Indices  # 0, 1, ... from the desk's first edge on
     features: Elements  # (EDGES, narrow)

@@ -235,6 +235,24 @@ def test_any_number_of_edge_features(kind, edge_dim):
     has_the_slope_of_a_loss(case)
 
 
+def test_an_edge_that_its_infinite_feature_hides_adds_nothing():
+    """Of score -inf: its features meet no gradient, and infinity times 0 would be NaN in that of their matrix."""
+    case = make("GATv2", 3, 5, 2, N=10, E=60, edge_dim=1, add_self_loops=False)
+    parameters = dict(case.layer.parameters)
+    parameters["att"], parameters["lin_edge.weight"] = abs(parameters["att"]), -abs(parameters["lin_edge.weight"])
+    case.layer.set_parameters(parameters)
+    rest = case._replace(edge_index=case.edge_index[:, 1:], edge_attr=case.edge_attr[1:])
+    assert (rest.edge_index[1] == case.edge_index[1, 0]).any()
+    case.edge_attr[0] = np.inf
+    grad = case.grad_output()
+    found, wanted = (c.layer.backward(grad, c.forward_cached()[1]) for c in (case, rest))
+    agrees(case.forward(), rest.forward())
+    agrees(found.node_features, wanted.node_features)
+    agrees(found.parameters["lin_edge.weight"], wanted.parameters["lin_edge.weight"])
+    agrees(found.edge_attr[1:], wanted.edge_attr)
+    assert not found.edge_attr[0].any()
+
+
 @pytest.mark.parametrize("kind", ["GATv2", "GraphTransformer"])
 def test_features_of_edges_become_no_array_as_wide_as_nodes(kind):
     case = make(kind, 4, 32, 8, N=50, E=20_000, edge_dim=1, aggregation="mean")

@@ -18,7 +18,7 @@ handed in and out in the caller's order.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -28,9 +28,6 @@ from ..errors import DimensionMismatchError, GraphStructureError
 from . import edges, self_loops
 from .derived import Derived
 from .edges import LoopPolicy
-
-if TYPE_CHECKING:
-    from ..plan import loops
 
 __all__ = ["CSRGraph", "Transposed"]
 
@@ -46,7 +43,6 @@ class Transposed(NamedTuple):
 
 
 TRANSPOSED = Derived[Transposed]("the edges grouped by source")
-LOOPS: Derived[loops.Loops] = Derived("where its self-loops are")
 WITH_LOOPS: Derived[CSRGraph] = Derived("the graph with self-loops by a policy")
 
 
@@ -427,17 +423,13 @@ class CSRGraph:
             positions = np.arange(self.num_edges, dtype=self.indices.dtype)
         return Transposed(*map(_frozen, (indptr, targets, positions)))
 
-    def _loops(self) -> loops.Loops:
-        from ..plan import loops as plan
-
-        return self.derived(LOOPS, lambda: plan.find_loops(self_loops.parts(self)))
-
     def _put_loops(self, policy: LoopPolicy) -> CSRGraph:
         from ..plan import loops as plan
 
         loops = min(self.num_sources, self.num_targets)
         dtype = edges.index_dtype(self.num_sources, self.num_targets, self.num_edges + loops)
-        made = plan.put_loops(self_loops.parts(self), self._loops() if policy == "replace" else None, loops, dtype)
+        parts = self_loops.parts(self)
+        made = plan.put_loops(parts, plan.find_loops(parts) if policy == "replace" else None, loops, dtype)
         return _assembled(*made, self.num_sources)
 
     def _one_each(self, name: str, x: Array) -> Array:
