@@ -102,3 +102,22 @@ def sort(job: SortJob, slot, task):
         p = ends[key]
         ends[key] = p + 1
         job.sorted_others[p], job.sorted_ids[p] = job.others[e], job.ids[e]
+
+
+class CompareJob(NamedTuple):
+    """Two arrays, eight bytes by eight."""
+
+    given: Indices
+    kept: Indices
+    size: int
+    chunk: int
+    differ: Indices  # of each chunk: 0 if none does
+
+
+@kernel
+def compare(job: CompareJob, slot, task):
+    # task -> one chunk; all of it, in vectors, for mostly none does
+    differ = 0
+    for i in range(task * job.chunk, min(job.size, (task + 1) * job.chunk)):
+        differ |= job.given[i] ^ job.kept[i]
+    job.differ[task] = differ

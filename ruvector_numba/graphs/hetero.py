@@ -11,10 +11,10 @@ import numpy as np
 from .. import gpu
 from ..checks import Array, from_sequence
 from ..errors import DimensionMismatchError, GraphStructureError, InvalidConfigError, InvalidInputError
-from . import edges
 from .derived import Derived
 from .graph import CSRGraph
 from .inputs import features, size
+from .known import graph_of_edges
 from .neighbors import edge_values, packed
 
 __all__ = [
@@ -53,7 +53,7 @@ JOINED: Derived[dict[Any, _Kept]] = Derived("graphs that it was joined to, as th
 
 
 def joined_edges(edge_types: list[EdgeType], edge_index_dict: Any, nodes: dict[str, Array]) -> Joined:
-    """All edges of a call as one graph. If all are graphs, it is kept with the first as long as the others live."""
+    """All edges of a call as one graph, which is kept with that of its first type as long as the others live."""
     edges_of = known_types("edge_index_dict", edge_index_dict, edge_types)
     for kind in edges_of:
         for node in kind[::2]:
@@ -63,9 +63,10 @@ def joined_edges(edge_types: list[EdgeType], edge_index_dict: Any, nodes: dict[s
     reached = {kind[2] for kind in edge_types}
     sources = _places({kind: len(nodes[kind[0]]) for kind in edges_of})
     targets = _places({node: len(x) for node, x in nodes.items() if node in reached})
-    graphs = list(edges_of.values())
-    if not graphs or not all(isinstance(graph, CSRGraph) for graph in graphs):
-        return _joined(edges_of, sources, targets, nodes)
+    graph_of = {kind: _graph(kind, one, nodes) for kind, one in edges_of.items()}
+    if not graph_of:
+        return _joined(graph_of, sources, targets)
+    graphs = list(graph_of.values())
     kept = graphs[0].derived(JOINED, dict)
     sizes = [(kind, at.stop) for places in (sources, targets) for kind, at in places.items()]
     key = (*map(id, graphs), *sizes)
@@ -75,19 +76,34 @@ def joined_edges(edge_types: list[EdgeType], edge_index_dict: Any, nodes: dict[s
         for old, one in list(kept.items()):
             if any(ref() is None for ref in one.made_of):
                 kept.pop(old, None)
-        found = _Kept([*map(weakref.ref, graphs)], _joined(edges_of, sources, targets, nodes))
+        found = _Kept([*map(weakref.ref, graphs)], _joined(graph_of, sources, targets))
         kept[key] = found
     return found.joined
 
 
-def _joined(
-    edges_of: dict[EdgeType, Any], sources: dict[EdgeType, slice], targets: dict[str, slice], nodes: dict[str, Array]
-) -> Joined:
-    ends = {kind: _ends(kind, one, nodes) for kind, one in edges_of.items()}
+def _joined(graph_of: dict[EdgeType, CSRGraph], sources: dict[EdgeType, slice], targets: dict[str, slice]) -> Joined:
+    ends = {kind: graph.to_edge_index() for kind, graph in graph_of.items()}
     moved = [x + [[sources[kind].start], [targets[kind[2]].start]] for kind, x in ends.items()]
     numbers = tuple(sum(at.stop - at.start for at in places.values()) for places in (sources, targets))
     whole = CSRGraph.from_edge_index(np.concatenate([np.empty((2, 0), np.int64), *moved], axis=1), numbers)
     return Joined(whole, sources, targets, _places({kind: x.shape[1] for kind, x in ends.items()}))
+
+
+def _graph(kind: EdgeType, edge_index: Any, nodes: dict[str, Array]) -> CSRGraph:
+    """The edges of one type, checked."""
+    numbers = len(nodes[kind[0]]), len(nodes[kind[2]])
+    if not isinstance(edge_index, CSRGraph):
+        try:
+            return graph_of_edges(edge_index, numbers)
+        except GraphStructureError as error:
+            reason = f"edge_index_dict[{kind!r}]: {error.reason}"
+            raise GraphStructureError(reason, shapes=error.shapes, hint=error.hint) from None
+    given = edge_index.num_sources, edge_index.num_targets
+    if given != numbers:
+        shapes = {f"nodes {kind[0]!r}, {kind[2]!r}": numbers, f"edge_index_dict[{kind!r}]": edge_index}
+        hint = "the graph has a source for each row of the one, a target for each of the other"
+        raise DimensionMismatchError(given, numbers, shapes=shapes, hint=hint)
+    return edge_index
 
 
 # --- what a call has by type -----------------------------------------------------------------------------------------
@@ -182,28 +198,6 @@ def known_types(
         if kind not in kinds:
             raise error(f"{name} has {kind!r}", hint=f"the types are {', '.join(map(repr, kinds))}")
     return {kind: by_kind[kind] for kind in kinds if kind in by_kind}
-
-
-def _ends(kind: EdgeType, edge_index: Any, nodes: dict[str, Array]) -> Array:
-    """The sources and targets (2, E) of edges of one type, checked."""
-    numbers = len(nodes[kind[0]]), len(nodes[kind[2]])
-    if isinstance(edge_index, CSRGraph):
-        if (edge_index.num_sources, edge_index.num_targets) != numbers:
-            shapes = {f"nodes {kind[0]!r}, {kind[2]!r}": numbers, f"edge_index_dict[{kind!r}]": edge_index}
-            hint = "the graph has a source for each row of the one, a target for each of the other"
-            raise DimensionMismatchError(
-                (edge_index.num_sources, edge_index.num_targets), numbers, shapes=shapes, hint=hint
-            )
-        return edge_index.to_edge_index()
-    try:
-        ends = edges.ends(edge_index, numbers)[0]
-        bad = np.flatnonzero(((ends < 0) | (ends >= np.array(numbers)[:, None])).any(axis=0))
-        if len(bad):
-            raise edges.no_node(int(bad[0]), ends[0, bad[0]], ends[1, bad[0]], *numbers)
-    except GraphStructureError as error:
-        reason = f"edge_index_dict[{kind!r}]: {error.reason}"
-        raise GraphStructureError(reason, shapes=error.shapes, hint=error.hint) from None
-    return ends.astype(np.int64)
 
 
 def _places(sizes: dict[Any, int]) -> dict[Any, slice]:

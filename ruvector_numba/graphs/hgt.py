@@ -182,7 +182,7 @@ class HGT(Trainable, GraphAttention):
             Features of the nodes. A type may be missing if no edges are given of types that begin or end there.
         edge_index_dict : dict of (str, str, str) to CSRGraph, or array_like of integers (2, E)
             The edges of each type: sources, counted within their type, above targets. A type that is missing has no
-            edges. If all are `CSRGraph`, they are joined at the first call only.
+            edges. They are joined to one graph when they are first given together, as in `GAT.forward`.
         edge_attr_dict : dict of (str, str, str) to array (E, edge_dim) or, for edge_dim 1, (E,), optional
             Features of the edges, of each type that has an edge_dim.
         edge_weight : dict of (str, str, str) to array (E,), optional

@@ -16,6 +16,7 @@ from ..errors import DimensionMismatchError, GraphStructureError, InvalidConfigE
 from ..parameters import ParameterSet
 from . import edges, self_loops
 from .graph import CSRGraph
+from .known import graph_of_edges
 
 __all__ = [
     "Inputs",
@@ -140,7 +141,7 @@ def graph_of(graph: Any, sources: int, targets: int | None, is_pair: bool) -> CS
         if targets is None:
             hint = "give a CSRGraph: nothing else says how many targets there are when x_target is None"
             raise GraphStructureError("graph is an edge_index", hint=hint)
-        return CSRGraph.from_edge_index(graph, num_nodes=(sources, targets))
+        return graph_of_edges(graph, (sources, targets))
     wanted = graph.num_sources, graph.num_targets
     if wanted != (sources, wanted[1] if targets is None else targets):
         shapes = {"nodes (sources, targets)": (sources, targets), "graph": graph}

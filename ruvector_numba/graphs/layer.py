@@ -148,7 +148,9 @@ class GraphLayer(Trainable, GraphAttention):
             Features of the nodes; for a bipartite graph those of sources and of targets, (x_source, x_target), where
             x_target may be None in `GAT`.
         graph : CSRGraph, or array_like of integers (2, E)
-            The edges: source j above target i, which attends to j. A `CSRGraph` is checked and sorted only once.
+            The edges: source j above target i, which attends to j. A `CSRGraph` is checked and grouped only once. So is
+            an array that is given again, to this or another layer: as long as it lives its graph is kept (the last 64,
+            at most ``RUVECTOR_NUMBA_KEEP`` MB of arrays), and each call looks whether it still says the same.
         edge_attr : array (E, edge_dim) or, for edge_dim 1, (E,), optional
             Features of edges, in the order of the edges as they were given.
         edge_weight : array (E,), optional

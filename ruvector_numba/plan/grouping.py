@@ -14,7 +14,7 @@ from ..kernels import grouping as kernels
 from . import memory, team
 from .layouts import NOTHING
 
-__all__ = ["EDGE_WORK", "Grouped", "Survey", "group", "survey"]
+__all__ = ["EDGE_WORK", "Grouped", "Survey", "group", "is_same", "survey"]
 
 CHUNK = 1 << 15  # edges: enough that their counts do not matter
 MOST_CHUNKS = 1 << 10
@@ -80,3 +80,18 @@ def group(survey: Survey) -> Grouped:
     by_key = kernels.SortJob(*dealt, begins, job.num_keys, job.shift, *made)
     kernels.sort.prepare(by_key, job.buckets, dtype, work)()
     return made
+
+
+def is_same(kept: Array, given: Array) -> bool:
+    """Whether two contiguous arrays (2, E) of integers are alike in all."""
+    if kept.shape != given.shape or kept.dtype != given.dtype:
+        return False
+    if kept.itemsize < 4:  # two rows of others are whole words
+        return np.array_equal(kept, given)
+    team.size()
+    words = [x.reshape(-1).view(np.int64) for x in (given, kept)]
+    size = len(words[0])
+    differ = np.zeros(-(-size // CHUNK), np.int64)
+    job = kernels.CompareJob(*words, size, CHUNK, differ)
+    kernels.compare.prepare(job, len(differ), np.dtype(np.int64), size)()
+    return not differ.any()
