@@ -8,6 +8,7 @@ To learn attention from it, read in this order; a backward pass comes after its 
     blocks            a block of queries: which keys it sees, and where its scratch lies
     dense, dense_backward, decode, pairs        attention: many queries, gradients, few queries, weights on demand
     gather, walk, csr, joint, csr_backward      the same on graphs: products with rows anywhere, batches of edges
+    largest                                     aggregation "max" on graphs
     edge_features                               rows of edges that are products, made batch by batch
     projection, grouping, loops                 linear layers; edges in the order of one of their ends; self-loops
     halves, packed                              float16 and bfloat16, and bfloat16 two by two

@@ -28,7 +28,6 @@ from .gather import (
     fetch_row,
     fill,
     first_lanes,
-    keep_largest,
     multiply,
     put_part,
     rounds,
@@ -38,6 +37,7 @@ from .gather import (
 )
 from .jit import Elements, apart, inline, kernel, within
 from .joint import joint_scores, leaky
+from .largest import NONE, choose, clear_chosen, join_largest, keep_largest
 from .simd import (
     fma,
     lane_sum,
@@ -169,12 +169,12 @@ def soften(job, desk, n, again):
 
 
 @within
-def add_values(job, desk, i, first, n, again, best):
-    """What the n edges of target i, those from `first` on, add to its sums, again if it had others before"""
+def add_values(job, desk, i, n, round):
+    """What n edges of target i add to its sums, the batch `round` of them"""
     W, values, edge_value, lines = job.W, job.channels, rows_of(job, desk, job.edge_value), lines_of(job, desk)
     if job.normalizes:
-        soften(job, desk, n, again)
-        if again:
+        soften(job, desk, n, round > 0)
+        if round > 0:
             scale_heads(desk.value, desk.factor, values)
     else:
         for f in range(0, n * W, lanes_of(desk.scores)):
@@ -184,9 +184,10 @@ def add_values(job, desk, i, first, n, again, best):
         weigh_shares(job, desk, n)
         multiply(desk.weights, desk.shares, n * W)
     if job.aggregation == MAX:
+        find_hidden(job, desk, n)
         keep_largest(
-            desk.value, best, desk.weights, job.value, edge_value, job.has_edge_value, desk.nodes, lines,
-            desk.edges, job.bias, job.has_bias, first, n, values,
+            desk.value, desk.place, desk.batch, desk.weights, desk.changes, job.has_bias, job.value, edge_value,
+            job.has_edge_value, desk.nodes, lines, n, round, values,
         )  # fmt: skip
     else:
         fetches = job.rule != JOINT  # whose values are its keys
@@ -196,12 +197,22 @@ def add_values(job, desk, i, first, n, again, best):
 
 
 @within
-def attend(job, desk, i, j, first, last, best, finishes):
+def find_hidden(job, desk, n):
+    """changes[e, h] = 1 where a bias hides the edge, else 0"""
+    for e in range(n if job.has_bias else 0):
+        for h in range(job.H):
+            hides = job.bias.data[desk.edges[e] * job.bias.step + h] == -INF
+            desk.changes[e * job.W + h] = 1.0 if hides else 0.0
+
+
+@within
+def attend(job, desk, i, j, first, last, finishes):
     """Targets i .. j - 1 to their edges first .. last - 1: a batch, or one target to more. Unless it finishes, what is
     summed is left on the desk."""
-    channels = job.H * job.channels.C
     for p in range(first, max(last, first + 1), EDGES):
         n = min(EDGES, last - p)
+        if job.aggregation == MAX and job.keeps:
+            clear_chosen(job, p, n)
         if n:
             take_edges(job, desk, p, n)
             if job.features.K:
@@ -209,15 +220,15 @@ def attend(job, desk, i, j, first, last, best, finishes):
             find_scores(job, desk, i, j, p, n)
         for t in range(i, j):
             begin, end = edges_of(job, t, p, p + n)
-            here, mine = from_edge(desk, begin - p, job.W), best + (t - i) * channels
+            here = from_edge(desk, begin - p, job.W)
             fetch_target(job, t + TARGETS_AHEAD)
             if p == first:
                 fill(desk.bound, job.span, -INF)
                 fill(desk.total, job.span, 0.0)
                 fill(desk.value, job.width, 0.0)
-                for c in range(channels if job.aggregation == MAX else 0):
-                    mine[c] = -1
-            add_values(job, here, t, begin, end - begin, p > first, mine)
+                if job.aggregation == MAX:
+                    fill(desk.place, job.width, NONE)
+            add_values(job, here, t, end - begin, (p - first) // EDGES)
             if finishes and p + EDGES >= last:
                 finish(job, here, t)
 
@@ -258,12 +269,16 @@ def finish(job, desk, i):
             o = row_part(job.offset, i * job.offset.step + h * values.C + c, live, lanes)
             at = i * job.output.step + h * values.C + c
             put_part(job.output, at, fma(x, splat(x, desk.factor[h]), o), live, lanes)
+    if job.aggregation == MAX and job.keeps:
+        choose(job, desk, i)
 
 
 @within
-def add_parts(job, desk, first, last, best):
+def add_parts(job, desk, first, last):
     """What the parts of a hub have summed, each under its own bound, as if `attend` had done it at once."""
-    H, C, pad, width, span = job.H, job.channels.C, job.channels.pad, job.width, job.span
+    H, pad, width, span = job.H, job.channels.pad, job.width, job.span
+    if job.aggregation == MAX:
+        fill(desk.place, width, NONE)
     fill(desk.bound, span, -INF)
     fill(desk.total, span, 0.0)
     fill(desk.value, width, 0.0)
@@ -278,14 +293,10 @@ def add_parts(job, desk, first, last, best):
             desk.total[h] = desk.total[h] * mine + here[width + span + h] * factor
             for c in range(h * pad, (h + 1) * pad if h < H else 0):
                 desk.value[c] *= mine
-                x, channel = here[c] * factor, h * C + c - h * pad
-                if job.aggregation != MAX:
-                    desk.value[c] += x
-                elif c - h * pad < C and job.partial_best[part * H * C + channel] >= 0:
-                    if part == first or best[channel] < 0 or x > desk.value[c] or x != x:
-                        desk.value[c], best[channel] = x, job.partial_best[part * H * C + channel]
-                elif c - h * pad < C and part == first:
-                    best[channel] = -1
+                if job.aggregation == MAX:
+                    join_largest(job, desk, part, c, here[c] * factor)
+                else:
+                    desk.value[c] += here[c] * factor
 
 
 @kernel
@@ -293,25 +304,26 @@ def forward(job: NeighborJob, slot, task):
     # task -> some targets, or a part of a hub's edges, or a hub whose parts are done
     desk = carve(job, slot)
     count_lines(job, desk)
-    channels = job.H * job.channels.C
     if job.mode == HUB:
-        i, first, last = job.hubs[3 * task], job.hubs[3 * task + 1], job.hubs[3 * task + 2]
-        add_parts(job, desk, first, last, job.best + i * channels)
-        finish(job, desk, i)
+        add_parts(job, desk, job.hubs[3 * task + 1], job.hubs[3 * task + 2])
+        finish(job, desk, job.hubs[3 * task])
         return
     i, end = nodes_of(job, task)
     is_part = job.mode == PART
     while i < end:
         j, first, last = next_batch(job, task, i, end)
         if is_mine(job, first, last):
-            best = job.partial_best + task * channels if is_part else job.best + i * channels
-            attend(job, desk, i, j, first, last, best, not is_part)
+            attend(job, desk, i, j, first, last, not is_part)
         i = j
     if is_part:
         here = job.partial + task * job.partial_step
         copy(here, desk.value, job.width)
         copy(here + job.width, desk.bound, job.span)
         copy(here + (job.width + job.span), desk.total, job.span)
+        if job.aggregation == MAX:
+            found = here + (job.width + 2 * job.span)
+            copy(found, desk.place, job.width)
+            copy(found + job.width, desk.batch, job.width)
 
 
 # --- terms of nodes --------------------------------------------------------------------------------------------------

@@ -31,6 +31,7 @@ from .gather import (
 )
 from .jit import apart, inline, kernel, within
 from .joint import joint_gradients, leaky_slope
+from .largest import add_chosen, dot_chosen, keep_chosen
 from .simd import fma, lanes_of, load, period_sum, prefetch, splat, store, store_live, where
 from .walk import (
     DOT,
@@ -60,13 +61,13 @@ from .walk import (
 
 # --- backward, by target ---------------------------------------------------------------------------------------------
 @within
-def weight_gradients(job, desk, i, first, n):
+def weight_gradients(job, desk, first, n):
     """changes[e, h] = dp, desk.x has do; adds to delta"""
     H, W, dp, lanes = job.H, job.W, desk.changes, lanes_of(desk.changes)
+    edge_value, lines = rows_of(job, desk, job.edge_value), lines_of(job, desk)
     if job.aggregation == MAX:
-        gather_largest(job, desk, i, first, n)
+        dot_chosen(job, desk, edge_value, lines, first, n)
     else:
-        edge_value, lines = rows_of(job, desk, job.edge_value), lines_of(job, desk)
         dot_gathered(dp, desk.x, job.value, desk.nodes, edge_value, lines, job.has_edge_value, n, job.channels)
     if job.has_shares:
         thin_gradients(job, desk, n)
@@ -80,22 +81,6 @@ def weight_gradients(job, desk, i, first, n):
             p, d = load(desk.weights, f), load(dp, f)
             sum = sum + where(p > splat(p, 0.0), p * d, p)  # p is 0 where hidden, and d may be NaN there
         store(load(desk.delta, g) + period_sum(sum, W), desk.delta, g)
-
-
-@within
-def gather_largest(job, desk, i, first, n):
-    """dp where the value of an edge was the largest: from those channels alone"""
-    W, C, pad = job.W, job.channels.C, job.channels.pad
-    edge_value, lines = rows_of(job, desk, job.edge_value), lines_of(job, desk)
-    fill(desk.changes, n * W, 0.0)
-    for h in range(job.H):
-        for c in range(C):
-            e = job.best[(i * job.H + h) * C + c] - first
-            if 0 <= e and e < n:
-                value = job.value.data[desk.nodes[e] * job.value.step + h * C + c]
-                if job.has_edge_value:
-                    value += edge_value.data[lines[e] * edge_value.step + h * C + c]
-                desk.changes[e * W + h] += desk.x[h * pad + c] * value
 
 
 @within
@@ -151,7 +136,7 @@ def take_gradients(job, desk, first, n):
 
 
 @within
-def score_gradients(job, desk, first, n, i, sums):
+def score_gradients(job, desk, first, n, sums):
     """changes = ds = p * (dp - delta), of what is on the desk, through the rule: added up in desk.terms, and by edge in
     dedge. weights = w"""
     H, W, ds, lanes, nodes, edges = job.H, job.W, desk.changes, lanes_of(desk.changes), desk.nodes, desk.edges
@@ -188,8 +173,7 @@ def score_gradients(job, desk, first, n, i, sums):
     if job.has_edge_value:
         spread(dedge_value, lines, desk.weights, desk.x, n, job.channels, 1.0, False)
         if job.aggregation == MAX:
-            width = H * job.channels.C
-            keep_chosen(dedge_value, lines, job.best + i * width, first, n, width)
+            keep_chosen(job, dedge_value, lines, first, n)
     if job.rule == DOT:
         add_gathered(desk.terms, ds, W, job.key, nodes, n, job.terms, True, job.has_bias)
         if job.has_edge:
@@ -215,15 +199,6 @@ def put_numbers(job, x, at, end):
         store(x, job.pairs, at)
     else:
         store_live(x, job.pairs, at, job.W)
-
-
-@apart
-def keep_chosen(rows, ids, best, first, n, width):
-    """0 where another edge's value was the largest"""
-    for e in range(n):
-        for c in range(width):
-            if best[c] != first + e:
-                rows.data[ids[e] * rows.step + c] = 0
 
 
 @within
@@ -263,11 +238,11 @@ def gradients(job, desk, i, j, first, last, finds, gives, sums, task):
                     clear_target(job, desk, t)
                 take_weights(job, here, t, end - begin)
                 if round == 0:
-                    weight_gradients(job, here, t, begin, end - begin)
+                    weight_gradients(job, here, begin, end - begin)
                 else:
                     take_gradients(job, desk, p, n)
                 if round == 1 or at_once:
-                    score_gradients(job, here, begin, end - begin, t, sums)
+                    score_gradients(job, here, begin, end - begin, sums)
                 else:
                     keep_gradients(job, desk, p, n)
                 if at_once:
@@ -346,7 +321,7 @@ def add_gradients(job, desk, n):
     W, nodes = job.W, desk.nodes
     ds, weights = desk.pairs, desk.pairs + W  # ds first, so that it is read as it was stored, at once
     if job.aggregation == MAX:
-        add_largest(job, desk, n)
+        add_chosen(job, desk, n)
     else:
         add_gathered(desk.value, weights, 2 * W, job.grad, nodes, n, job.channels, True, job.has_bias)
     if job.rule == SUM:
@@ -373,6 +348,8 @@ def take_pairs(job, desk, first, n):
     take_numbers(desk.positions, job.positions, job.wide_positions, first, n, job.E)
     for e in range(n):
         fetch_row(pairs, desk.positions[e + AHEAD], 0, width)
+        if job.aggregation == MAX:
+            prefetch(job.chosen, desk.positions[e + AHEAD] * job.chosen_step)
         position = desk.positions[e]
         if job.features.K and job.has_ids:
             fetch_number(job.edge_ids, job.wide_edge_ids, desk.positions[e + AHEAD])
@@ -383,19 +360,6 @@ def take_pairs(job, desk, first, n):
             store(load(job.pairs, position * width + g), desk.pairs, e * width + g)
     if job.features.K and job.rule == JOINT:
         make_rows(features_desk(job, desk), desk.edges, job.edge, job.features, n)
-
-
-@within
-def add_largest(job, desk, n):
-    """dvalue in the channels where the edge's value was the largest"""
-    H, C, pad, grad = job.H, job.channels.C, job.channels.pad, job.grad
-    for e in range(n):
-        i = desk.nodes[e]
-        for h in range(H):
-            for c in range(C):
-                if job.best[(i * H + h) * C + c] == desk.positions[e]:
-                    w, channel = desk.pairs[(2 * e + 1) * job.W + h], h * C + c
-                    desk.value[h * pad + c] += w * grad.data[i * grad.step + channel]
 
 
 @within

@@ -13,7 +13,6 @@ Numbers of edges lie as the edges do, [e][W]: the heads padded to a power of two
 edges are one vector then, and a loop over vectors does them at once.
 """
 
-import math
 from typing import NamedTuple
 
 from .jit import Elements, Indices, apart, inline
@@ -48,7 +47,6 @@ from .simd import (
 )
 from .softmax import plus, scaled
 
-INF = math.inf
 # Edges of a batch. With 64 GATv2 took 1.1 times as long forward, GraphTransformer 1.05, all else no longer; with 32
 # GraphTransformer took 1.03 to 1.1 times as long again (Zen 3, 11 edges a node).
 EDGES = 128
@@ -384,23 +382,3 @@ def scale_heads(x, factors, heads):
         for c in range(h * heads.pad, (h + 1) * heads.pad, lanes):
             y = load(x, c)
             store(y * splat(y, factors[h]), x, c)
-
-
-@apart
-def keep_largest(out, best, weights, rows, edge_rows, has_edge, nodes, lines, edges, bias, has_bias, first, n, heads):
-    """out[h, c] = the largest of weights[e, h] * (rows[nodes[e], h, c] + edge_rows[lines[e], h, c]), and
-    best[h, c] its position, -1 before any; the first of equal ones, NaN before all, and none that a bias hides"""
-    C = heads.C
-    for e in range(n):
-        fetch_row(rows, nodes[e + AHEAD], 0, heads.H * C)
-        for h in range(heads.H):
-            w = weights[e * heads.W + h]
-            if not has_bias or bias.data[edges[e] * bias.step + h] != -INF:
-                for c in range(C):
-                    value = rows.data[nodes[e] * rows.step + h * C + c]
-                    if has_edge:
-                        value += edge_rows.data[lines[e] * edge_rows.step + h * C + c]
-                    value *= w
-                    at = h * heads.pad + c
-                    if best[h * C + c] < 0 or value > out[at] or value != value:
-                        out[at], best[h * C + c] = value, first + e

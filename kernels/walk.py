@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .gather import AHEAD, EDGES, Heads, Rows
-from .jit import Elements, Indices, Ints, apart, inline, within
+from .jit import Bytes, Elements, Indices, Ints, apart, inline, within
 from .scoring import Dropout, mixed
 from .simd import as_indices, lanes_of, line_of, prefetch
 
@@ -54,7 +54,6 @@ class NeighborJob(NamedTuple):
     most: int  # edges of a node that is no hub
     partial: Elements  # (P, step)
     partial_step: int
-    partial_best: Indices  # (P, H * C)
     # the rule
     rule: int
     slope: float
@@ -84,7 +83,8 @@ class NeighborJob(NamedTuple):
     # Their logsumexp alone would cost p digits: exp(s - lse), with s in the hundreds.
     bounds: Elements  # (Nt, span): heads, repeated to a whole vector; kept with the scores
     totals: Elements
-    best: Indices  # (Nt, H * C): for MAX, the position of the edge whose value it is
+    chosen: Bytes  # (E, chosen_step): of MAX, see largest.py; kept with the scores
+    chosen_step: int
     output: Rows
     # backward: given
     grad: Rows  # of the output
@@ -133,6 +133,8 @@ class Desk(NamedTuple):
     terms: Elements
     x: Elements
     y: Elements
+    place: Elements  # forward, of MAX, in the memory of x and terms: see largest.py
+    batch: Elements
 
 
 INDICES = 4 * (EDGES + AHEAD)  # that `carve` lays out; the last are the numbers of lines, see `features_desk`
@@ -144,8 +146,8 @@ def scratch_elements(W: int, span: int, width: int, of_edge: int, lanes: int, it
 
 
 def partial_elements(span: int, width: int) -> int:
-    """What a part leaves: forward its sums, bounds and totals; backward delta, or its sums."""
-    return 2 * width + 2 * span
+    """What a part leaves: forward its sums, bounds and totals, and two rows of MAX; backward delta, or its sums."""
+    return 3 * width + 2 * span
 
 
 @inline
@@ -160,6 +162,7 @@ def carve(job, slot):
         numbers, numbers + step, numbers + 2 * step, numbers + 3 * step, numbers + 4 * step,
         bound, bound + job.span, bound + 2 * job.span, bound + 3 * job.span,
         value, value + job.width, value + 2 * job.width, value + 3 * job.width,
+        value + 2 * job.width, value + job.width,
     )  # fmt: skip
 
 
@@ -187,6 +190,7 @@ def from_edge(desk, e, W):
         desk.nodes + e, desk.edges + e, desk.positions + e,
         desk.scores + f, desk.weights + f, desk.changes + f, desk.shares + f, desk.pairs + 2 * f,
         desk.bound, desk.total, desk.delta, desk.factor, desk.value, desk.terms, desk.x, desk.y,
+        desk.place, desk.batch,
     )  # fmt: skip
 
 

@@ -183,6 +183,20 @@ def where(context, mask, then, otherwise):
 
 
 @intrinsic
+def bits_at(context, like, pointer, offset):
+    """A mask for vectors like `like`: lane k is bit k of the bytes from pointer[offset] on."""
+    size, kind = max(1, like.lanes // 8), MaskType(like.lanes)
+
+    def build(cx, b, sig, args):
+        place = b.bitcast(emit.at(b, *args[1:], emit.count(size)), ir.IntType(8 * size).as_pointer())
+        bits = b.load(place)
+        bits.align = 1
+        return b.bitcast(bits if like.lanes >= 8 else b.trunc(bits, ir.IntType(like.lanes)), kind.llvm)
+
+    return kind(like, pointer, types.intp), build
+
+
+@intrinsic
 def load(context, pointer, offset):
     """pointer[offset : offset + lanes]"""
     vector = vector_of(pointer.element)

@@ -85,7 +85,7 @@ class Kept(NamedTuple):
     bounds: Array  # (Nt, H): the largest score, and the sum of exp(score - it); meaningless without a softmax
     totals: Array  # both, and the scores, have more columns than heads
     scores: Array  # (E, H) by position
-    best: Array | None  # (Nt, H, C) for "max": the position of the edge that was the largest
+    chosen: Array  # (E, bytes) by position, for "max": bits of the channels that the edge was the largest in
 
 
 class Made(NamedTuple):
@@ -114,7 +114,7 @@ def forward(by_target: Walk, terms: Terms, keeps: bool) -> Kept:
         bounds=memory.empty((nodes if keeps else 0, span), dtype),
         totals=memory.empty((nodes if keeps else 0, span), dtype),
         scores=memory.empty((len(by_target.others) if keeps else 0, W), dtype),
-        best=np.empty((nodes, H, C), np.int64) if terms.aggregation == "max" else None,
+        chosen=memory.empty((len(by_target.others) if keeps else 0, _chosen_step(terms)), np.dtype(np.uint8)),
     )
     _run(kernels.forward, by_target, _job(by_target, terms, kept, keeps=int(keeps)), dtype)
     return kept
@@ -212,6 +212,13 @@ def _numbers(H: int, lanes: int) -> tuple[int, int]:
     return W, max(W, lanes)
 
 
+def _chosen_step(terms: Terms) -> int:
+    """Bytes of an edge that say in which channels it was the largest."""
+    lanes = target().lanes(terms.value.dtype.itemsize)
+    vectors = terms.value.shape[1] * _pad(terms) // lanes if terms.aggregation == "max" else 0
+    return vectors * max(1, lanes // 8)
+
+
 def _even(H: int, C: int, lanes: int) -> int:
     """How many vectors a head is, where a tile of kernels/gather.py is some whole heads; else 0"""
     vectors = C // lanes if C % lanes == 0 else 0
@@ -290,7 +297,6 @@ def _job(by: Walk, terms: Terms, kept: Kept, **more: Any) -> walk.NeighborJob:
     has_shares = terms.dropout > 0 or terms.edge_weight is not None or terms.aggregation == "mean"
     starts, parts, hubs = by.schedule
     partial_step = walk.partial_elements(span, H * pad)
-    is_max = terms.aggregation == "max"
     of_edges = [terms.edge, terms.bias, terms.edge_weight, terms.edge_value, more.get("has_grad_weights") or None]
     wants_ids = terms.dropout > 0 or any(x is not None for x in of_edges)
     fields = dict(
@@ -298,7 +304,6 @@ def _job(by: Walk, terms: Terms, kept: Kept, **more: Any) -> walk.NeighborJob:
         wide_others=wide[1], wide_edge_ids=wide[2], wide_positions=wide[3], has_ids=int(by.edge_ids is not None),
         wants_ids=int(wants_ids), E=len(by.others), mode=walk.NODES, starts=starts, parts=parts, hubs=hubs, most=MOST,
         partial=np.empty((len(parts), partial_step), dtype), partial_step=partial_step,
-        partial_best=np.empty((len(parts) if is_max else 0, H * C), np.int64),
         rule=terms.rule, slope=terms.slope, scale=terms.scale, key=_rows(terms.key), query=_rows(terms.query),
         edge=_rows(terms.edge), has_edge=int(terms.edge is not None), features=features, bias=_rows(terms.bias),
         has_bias=int(terms.bias is not None), att=_padded(terms.att, pad), normalizes=int(terms.normalizes),
@@ -306,8 +311,8 @@ def _job(by: Walk, terms: Terms, kept: Kept, **more: Any) -> walk.NeighborJob:
         has_dropout=int(terms.dropout > 0), has_weight=int(terms.edge_weight is not None), has_shares=int(has_shares),
         aggregation=AGGREGATIONS[terms.aggregation], value=_rows(terms.value), edge_value=_rows(terms.edge_value),
         has_edge_value=int(terms.edge_value is not None), offset=offset, scores=kept.scores, keeps=0,
-        bounds=kept.bounds, totals=kept.totals,
-        best=_or_nothing(kept.best), output=_rows(kept.output), grad=NO_ROWS, grad_weights=NOTHING, has_grad_weights=0,
+        bounds=kept.bounds, totals=kept.totals, chosen=kept.chosen, chosen_step=_chosen_step(terms),
+        output=_rows(kept.output), grad=NO_ROWS, grad_weights=NOTHING, has_grad_weights=0,
         pairs=NOTHING, dquery=NO_ROWS, dkey=NO_ROWS, dvalue=NO_ROWS, dedge=NO_ROWS, dbias=NOTHING, dweight=NOTHING,
         dedge_value=NO_ROWS, wants_dbias=0, fold=NOTHING, folds=0, sums=NOTHING, sums_from=0, H=H, W=W,
         span=span, width=H * pad, channels=_heads(H, C, pad, lanes), terms=_heads(H, terms.key.shape[2], pad, lanes),
