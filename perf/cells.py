@@ -49,7 +49,8 @@ def _graphs(backward: bool) -> tuple[GraphWork, ...]:
     first = narrow[0]
     others = dataclasses.replace(first, power_law=True), dataclasses.replace(first, from_edge_index=True)
     of_edges = [dataclasses.replace(work, edge_dim=8) for work in (first, narrow[-1])]
-    return (*narrow, *others, *wide, *of_edges)
+    largest = [] if backward else [dataclasses.replace(work, aggregation="max") for work in (first, narrow[-1])]
+    return (*narrow, *others, *wide, *of_edges, *largest)
 
 
 GROUPS = (

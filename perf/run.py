@@ -49,9 +49,10 @@ CAVEATS = (
     "machine did in registers in the same rounds; that of a decode is of the memory that the same number of threads "
     "read.",
     "A layer on a graph has the edges drawn at random and, for GAT and GATv2, a self-loop at each node; its gradients "
-    "are those of the nodes and of all parameters. rv.GAT and the others are given a CSRGraph built beforehand (the "
-    "edge_index, where it says so); torch_geometric is given the edge_index, in the order drawn or grouped by target, "
-    "whichever is faster in each cell. It runs in torch.inference_mode where no gradients are asked for.",
+    "are those of the nodes and of all parameters. rv.GAT and the others are given a CSRGraph built beforehand (where "
+    "it says so, the same edge_index in each call, whose graph is kept); torch_geometric is given the edge_index, in "
+    "the order drawn or grouped by target, whichever is faster in each cell. It runs in torch.inference_mode where no "
+    "gradients are asked for.",
     "A share of the bandwidth counts what a layer on a graph reads at least: for each edge a projected row of its "
     "source in float32, two for GraphTransformer (key and value), and three times that with gradients, once forward "
     "and once towards either end of the edges. No nodes, no self-loops, no indices, nothing that is written. Rows that "

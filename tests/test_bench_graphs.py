@@ -53,7 +53,8 @@ def definition(work, x, p):
                 s = (linear("lin_key")[near, h] + added[:, h]) @ linear("lin_query")[i, h] / math.sqrt(work.channels)
             if len(near):
                 e = np.exp(s - s.max())
-                out[i, h] = e / e.sum() @ value
+                messages = (e / e.sum())[:, None] * value
+                out[i, h] = messages.max(axis=0) if work.aggregation == "max" else messages.sum(axis=0)
     joined = out.reshape(work.nodes, -1)
     return joined + (p["bias"] if loops else linear("lin_skip").reshape(work.nodes, -1))
 
@@ -83,7 +84,10 @@ def test_its_reference_is_the_definition(work):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-6 * abs(theirs).max())
 
 
-@pytest.mark.parametrize("changed", [{}, {"backward": False}, {"power_law": True, "from_edge_index": True}])
+LARGEST = {"backward": False, "aggregation": "max"}
+
+
+@pytest.mark.parametrize("changed", [{}, {"backward": False}, {"power_law": True, "from_edge_index": True}, LARGEST])
 @pytest.mark.parametrize("work", WORKS, ids=IDS)
 def test_our_adapter_is_right(work, changed):
     work = dataclasses.replace(work, **changed)
@@ -95,7 +99,21 @@ def test_our_adapter_is_right(work, changed):
 
 
 @pytest.mark.parametrize("work", WORKS, ids=IDS)
-def test_so_is_that_of_pytorch_geometric(work):
+def test_its_reference_of_the_largest_is_the_definition(work):
+    work = dataclasses.replace(work, edges=15, **LARGEST)  # so few that some nodes have none
+    x, _, parameters = work.inputs()
+    given = {name: array.astype(np.float64) for name, array in parameters.items()}
+    (output,) = work.reference()
+    np.testing.assert_allclose(output, definition(work, x.astype(np.float64), given), rtol=1e-12, atol=1e-13)
+    assert abs(output - dataclasses.replace(work, aggregation="sum").reference()[0]).max() > 0.1
+    with pytest.raises(ValueError, match="without gradients"):
+        dataclasses.replace(work, backward=True)
+
+
+@pytest.mark.parametrize("changed", [{}, LARGEST])
+@pytest.mark.parametrize("work", WORKS, ids=IDS)
+def test_so_is_that_of_pytorch_geometric(work, changed):
+    work = dataclasses.replace(work, **changed)
     torch = pytest.importorskip("torch")
     pytest.importorskip("torch_geometric")
     runner = peers.adapters(work)["torch_geometric"](work, torch.get_num_threads())
@@ -139,6 +157,7 @@ def test_rates_are_edges_and_what_must_be_read_for_them():
     ("changed", "name"),
     [
         ({}, "GAT 64→4x16, 100,000 nodes, 1,000,000 edges, forward"),
+        ({"aggregation": "max"}, "GAT 64→4x16, 100,000 nodes, 1,000,000 edges, forward, max"),
         ({"edge_dim": 8}, "GAT 64→4x16, 100,000 nodes, 1,000,000 edges with 8 features, forward"),
         ({"power_law": True}, "GAT 64→4x16, 100,000 nodes, 1,000,000 edges of power-law degrees, forward"),
         (

@@ -27,8 +27,9 @@ class GraphWork:
     """One cell of the tables: a layer on a random graph, forward or with the gradients of nodes and parameters.
 
     Both ends of an edge are drawn from all nodes alike, or with `power_law` the k-th most popular node k^-0.8 times as
-    often as the first. With `from_edge_index` ours is given the edges in each call, and not a graph built beforehand.
-    With `edge_dim` edges have so many features, and loops the mean of those of the other edges to their node.
+    often as the first. With `from_edge_index` ours is given the same edge_index in each call, and not a graph built
+    beforehand. With `edge_dim` edges have so many features, and loops the mean of those of the other edges to their
+    node. With `aggregation` "max", forward alone: of two edges equal but for rounding, either has the gradient.
     """
 
     layer: str
@@ -41,10 +42,15 @@ class GraphWork:
     power_law: bool = False
     from_edge_index: bool = False
     edge_dim: int = 0
+    aggregation: str = "sum"
 
     kind = "graph"
     unit = "M edges/s"
     limit = "bandwidth"
+
+    def __post_init__(self) -> None:
+        if self.aggregation not in ("sum", "max") or (self.backward and self.aggregation == "max"):
+            raise ValueError(f"aggregation is {self.aggregation!r}: give 'sum', or 'max' without gradients")
 
     @property
     def name(self) -> str:
@@ -56,7 +62,7 @@ class GraphWork:
             f"{self.edges:,} edges" + " of power-law degrees" * self.power_law + features,
             "forward + backward" if self.backward else "forward",
         ]
-        return ", ".join(terms) + " from edge_index" * self.from_edge_index
+        return ", ".join(terms) + " from edge_index" * self.from_edge_index + ", max" * (self.aggregation == "max")
 
     @property
     def length(self) -> int:
@@ -119,13 +125,13 @@ class GraphWork:
 class _Edges:
     """Edges from source to target, and what goes along them; arrays of edges are (E) or (E, C), of one head."""
 
-    def __init__(self, source: np.ndarray, target: np.ndarray, nodes: int) -> None:
+    def __init__(self, source: np.ndarray, target: np.ndarray, nodes: int, aggregation: str = "sum") -> None:
         import scipy.sparse
 
         def incidence(end: np.ndarray) -> Any:
             return scipy.sparse.csr_array((np.ones(len(end)), (end, np.arange(len(end)))), shape=(nodes, len(end)))
 
-        self.source, self.target, self.nodes = source, target, nodes
+        self.source, self.target, self.nodes, self.aggregation = source, target, nodes, aggregation
         self._into, self._from = incidence(target), incidence(source)
 
     def into(self, values: np.ndarray) -> np.ndarray:
@@ -136,7 +142,7 @@ class _Edges:
         return self._from @ values
 
     def attend(self, scores: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, Callable[[np.ndarray], Any]]:
-        """Softmax over the edges into a node, times the values (E, C); from a gradient, those of both."""
+        """Softmax over the edges into a node, times the values (E, C), summed; from a gradient, those of both."""
         top = np.full(self.nodes, -np.inf)
         np.maximum.at(top, self.target, scores)
         p = np.exp(scores - top[self.target])
@@ -148,7 +154,11 @@ class _Edges:
             along *= p[:, None]
             return p * (dp - self.into(p * dp)[self.target]), along
 
-        return self.into(p[:, None] * values), back
+        if self.aggregation == "sum":
+            return self.into(p[:, None] * values), back
+        largest = np.full((self.nodes, values.shape[1]), -np.inf)
+        np.maximum.at(largest, self.target, p[:, None] * values)
+        return np.where(np.isinf(largest), 0.0, largest), back
 
 
 def _leaky(z: np.ndarray) -> np.ndarray:
@@ -285,7 +295,7 @@ def _graph(work: GraphWork, has_loops: bool) -> tuple[_Edges, np.ndarray | None]
             means = _Edges(source, target, work.nodes).into(attr[kept]) / np.maximum(degrees, 1)[:, None]
             attr = np.concatenate([attr[kept], means])
         source, target = np.concatenate([source, nodes]), np.concatenate([target, nodes])
-    return _Edges(source, target, work.nodes), attr
+    return _Edges(source, target, work.nodes, work.aggregation), attr
 
 
 def _results(output: np.ndarray, dx: np.ndarray, gradients: Mapping[str, np.ndarray]) -> list[np.ndarray]:
@@ -305,7 +315,8 @@ def _ruvector(work: GraphWork, threads: int) -> Runner:
 
     rv.set_num_threads(threads)
     x, grad, parameters = work.inputs()
-    layer = getattr(rv, work.layer)(work.channels_in, work.channels, work.heads, edge_dim=work.edge_dim or None)
+    kind, options = getattr(rv, work.layer), {"edge_dim": work.edge_dim or None, "aggregation": work.aggregation}
+    layer = kind(work.channels_in, work.channels, work.heads, **options)
     layer.set_parameters(parameters)
     graph: Any = work.edge_index()
     attr = work.edge_attr()
@@ -329,7 +340,8 @@ def torch_layer(work: GraphWork, threads: int, grouped: bool = False) -> Runner:
     nn: Any = importlib.import_module("torch_geometric.nn")
     x, grad, parameters = work.inputs()
     kind = getattr(nn, _LAYERS[work.layer].peer)
-    layer = kind(work.channels_in, work.channels, work.heads, edge_dim=work.edge_dim or None)
+    options = {"edge_dim": work.edge_dim or None, "aggr": work.aggregation}
+    layer = kind(work.channels_in, work.channels, work.heads, **options)
     layer.load_state_dict({name: torch.from_numpy(array) for name, array in parameters.items()})
     ends, attr = work.edge_index(), work.edge_attr()
     if grouped:
