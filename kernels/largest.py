@@ -19,6 +19,7 @@ from .simd import (
     lane_sum,
     lanes_of,
     load,
+    prefetch,
     splat,
     store,
     tile_at,
@@ -150,7 +151,7 @@ def join_largest(job, desk, part, c, x):
 
 
 # --- backward -------------------------------------------------------------------------------------------------------
-@within
+@apart
 def dot_chosen(job, desk, edge_value, lines, first, n):
     """changes[e, h] = sum over the channels c in which the edge was chosen of do[i, h, c] * (value + value_a), of the n
     edges at the positions from `first` on"""
@@ -170,12 +171,13 @@ def dot_chosen(job, desk, edge_value, lines, first, n):
             desk.changes[e * job.W + h] = lane_sum(sum)
 
 
-@within
+@apart
 def add_chosen(job, desk, n):
     """desk.value[h, c] += w[e, h] * do[i, h, c], where the edge was chosen, of n edges of a source"""
     C, pad, lanes = job.channels.C, job.channels.pad, lanes_of(desk.value)
     for e in range(n):
         row = desk.nodes[e] * job.grad.step
+        prefetch(job.chosen, desk.positions[e + AHEAD] * job.chosen_step)
         fetch_row(job.grad, desk.nodes[e + AHEAD], 0, job.H * C)
         for h in range(job.H):
             w = desk.pairs[(2 * e + 1) * job.W + h]
@@ -186,7 +188,7 @@ def add_chosen(job, desk, n):
                 store(if_chosen(job, desk.positions[e], h * pad + c, sum, so_far), desk.value, h * pad + c)
 
 
-@within
+@apart
 def keep_chosen(job, rows, ids, first, n):
     """rows[ids[e], h, c] = 0 where the edge at position first + e was not chosen"""
     C, pad, lanes = job.channels.C, job.channels.pad, lanes_of(rows.data)

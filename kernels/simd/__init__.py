@@ -2,7 +2,7 @@
 
     Pointer   where elements lie; p[i], p[i] = x and p + n count in elements
     Vector    one register of elements; + - * / and the functions of `values`
-    Mask      one truth value per lane; & and |
+    Mask      one truth value per lane; &
     Tile      rows x cols vectors: accumulators that live in registers
     Job       a kernel's arguments: a struct behind one pointer, read as attributes
 
