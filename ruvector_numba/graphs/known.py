@@ -59,8 +59,8 @@ def _keep(edge_index: Any, said: Array, graph: CSRGraph) -> None:
         return
     kept, size = [], 0
     for one in (new, *(old for old in _known if old.array() is not edge_index)):
-        size += one.said.nbytes
-        if one.array() is not None and size <= memory.limit():
+        if one.array() is not None and size + one.said.nbytes <= memory.limit():
+            size += one.said.nbytes
             kept.append(one)
     _known = tuple(kept[:MOST])
 
