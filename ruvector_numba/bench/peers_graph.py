@@ -142,7 +142,7 @@ class _Edges:
         return self._from @ values
 
     def attend(self, scores: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, Callable[[np.ndarray], Any]]:
-        """Softmax over the edges into a node, times the values (E, C), summed; from a gradient, those of both."""
+        """Softmax over the edges into a node, times the values (E, C), joined; from a sum's gradient, those of both."""
         top = np.full(self.nodes, -np.inf)
         np.maximum.at(top, self.target, scores)
         p = np.exp(scores - top[self.target])
