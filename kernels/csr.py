@@ -37,7 +37,7 @@ from .gather import (
 )
 from .jit import Elements, apart, inline, kernel, within
 from .joint import joint_scores, leaky
-from .largest import NONE, choose, clear_chosen, join_largest, keep_largest
+from .largest import NONE, choose, clear_chosen, find_hidden, join_largest, keep_largest
 from .simd import (
     fma,
     lane_sum,
@@ -194,15 +194,6 @@ def add_values(job, desk, i, n, round):
         add_gathered(desk.value, desk.weights, W, job.value, desk.nodes, n, values, fetches, job.has_bias)
         if job.has_edge_value:
             add_gathered(desk.value, desk.weights, W, edge_value, lines, n, values, True, job.has_bias)
-
-
-@within
-def find_hidden(job, desk, n):
-    """changes[e, h] = 1 where a bias hides the edge, else 0"""
-    for e in range(n if job.has_bias else 0):
-        for h in range(job.H):
-            hides = job.bias.data[desk.edges[e] * job.bias.step + h] == -INF
-            desk.changes[e * job.W + h] = 1.0 if hides else 0.0
 
 
 @within

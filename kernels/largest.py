@@ -11,6 +11,8 @@ Until all edges of a target were seen, two rows of numbers in scratch say which 
 batch, -1 before any, and which batch of the target's it was in.
 """
 
+import math
+
 from .gather import AHEAD, EDGES, VECTORS, blocks, fetch_row, put_part, row_part, row_places
 from .jit import apart, inline, within
 from .simd import (
@@ -33,6 +35,7 @@ from .simd import (
 from .softmax import plus, times
 from .walk import begin_of
 
+INF = math.inf
 NONE, OLDER = -1.0, -2.0  # no edge yet; one of another batch
 
 
@@ -74,6 +77,15 @@ def placed(place, value, top, e):
     here = splat(place, e)
     found = where(value == value, where(value > top, here, place), here)
     return where(place == splat(place, NONE), here, found)
+
+
+@within
+def find_hidden(job, desk, n):
+    """changes[e, h] = 1 where a bias hides the edge, else 0"""
+    for e in range(n if job.has_bias else 0):
+        for h in range(job.H):
+            hides = job.bias.data[desk.edges[e] * job.bias.step + h] == -INF
+            desk.changes[e * job.W + h] = 1.0 if hides else 0.0
 
 
 @inline
