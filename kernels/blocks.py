@@ -15,7 +15,6 @@ from typing import NamedTuple
 from .jit import Doubles, Elements, Indices, Words, apart, inline
 from .scoring import ByteMatrices, Dropout, stage_bias, stage_mask
 from .simd import as_indices, as_words, given_words, lanes_of, per_lane, target, transpose_square, width_of
-from .softmax import Epsilon
 from .tiles import Matrices, StoredMatrices, whole_vectors
 
 ROWS, COLS = target().rows, target().cols  # the wide tile, rows of keys by vectors of queries
@@ -79,6 +78,11 @@ class AttentionJob(NamedTuple):
     wants_exact: int
     sums: Doubles  # (heads, splits, Lq, 2): a shift in the scores' unit, and log of the sum of exp(score - shift)
     wants_sums: int
+    # What layers add to the sum: p = exp(s - top) / (eps + sum exp(s - top)), with the largest score for top. Nothing
+    # optional: a test in each tile costs nothing, and functions and layers have their machine code in common.
+    eps: float
+    top: Elements  # (heads, splits, Lq): written by the forward pass, in the scores' unit
+    wants_top: int
     natural: float | None  # log2(e) where terms need scores in natural units, else scores are in base 2
     softcap: float | None
     slopes: Elements | None  # (B * H)
@@ -86,7 +90,6 @@ class AttentionJob(NamedTuple):
     mask: ByteMatrices | None
     additive: int | None  # anything, if there is a bias or a mask
     dropout: Dropout | None
-    epsilon: Epsilon | None
     gradients: Gradients | None
     rounded: Rounded | None
     bias_gradient: BiasGradient | None

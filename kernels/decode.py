@@ -242,7 +242,7 @@ def forward(job: AttentionJob, slot, task):
                 take_chunk(high, wide, narrow, single, one, r, job, key_head, i, k0, lo - k0, hi - k0, step, v_step)
     for row in range(R):
         part = (key_head * G + row % G) * job.splits + split
-        write_row(job, r, job.exact, part, row // G, row, v_step, job.epsilon)
+        write_row(job, r, job.exact, part, row // G, row, v_step)
 
 
 @apart
@@ -252,12 +252,12 @@ def write_scaled(out, row, Dv, factor):
 
 
 @apart
-def write_row(job, r, exact, part, i, row, v_step, epsilon):
+def write_row(job, r, exact, part, i, row, v_step):
     """out = sum p v / sum p, and 0 where nothing was seen; the sums if wanted."""
     total = r.total[row]
-    if epsilon is not None:  # here the bound is the largest score
-        epsilon.top[part * job.Lq + i] = r.bound[row]
-        total += 0 if total == 0 else epsilon.value
+    if job.wants_top:  # here the bound is the largest score
+        job.top[part * job.Lq + i] = r.bound[row]
+        total += 0 if total == 0 else job.eps
     factor = 0 if total == 0 else 1 / total
     if job.wants_output:
         write_scaled(matrix(job.output, part, i), r.output + row * v_step, job.Dv, factor)

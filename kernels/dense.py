@@ -146,9 +146,9 @@ def load_queries(b, job, head, q0, nq):
 
 # --- forward --------------------------------------------------------------------------------------------------------
 @apart
-def record_top(like, s, b, column, epsilon):
+def record_top(like, s, b, column, wanted):
     """The largest score of each query: the bound and the shift know it only roughly."""
-    if epsilon is not None:
+    if wanted:
         tile_store(tile_column_max(s, tile_row(like, b.top, column)), b.top, column, width_of(b.query), 1)
 
 
@@ -167,7 +167,7 @@ def attend(like, b, column, key, value, zipped, first, last, k0, nq, job, slope,
         # 1. s = k . q, with its terms
         scale = given(job.packed, job.scale)
         s = scores(like, b, column, key, D, job.deep, j, live, scale, job.softcap, slope, additive, edge, None)
-        record_top(like, s, b, column, job.epsilon)
+        record_top(like, s, b, column, job.wants_top)
         # 2. p = exp(s - shift), l += sum p
         if tile_exceeds(s, tile_row(like, b.bound, column)):
             raise_bound(
@@ -220,13 +220,12 @@ def stream(wide, tall, b, room, job, head, q0, nq, keys, slope, careful):
 
 
 @apart
-def add_epsilon(b, epsilon, at, nq, unit):
+def add_epsilon(b, top, eps, at, nq, unit):
     """l += eps, in the unit that l has: exp(s - shift) and not exp(s - top)."""
-    if epsilon is not None:
-        for i in range(nq):
-            epsilon.top[at + i] = b.top[i]
-            if b.total[i] != 0:
-                b.total[i] += epsilon.value * math.exp((b.top[i] - b.shift[i]) * (LN2 if unit is None else 1.0))
+    for i in range(nq):
+        top[at + i] = b.top[i]
+        if b.total[i] != 0:
+            b.total[i] += eps * math.exp((b.top[i] - b.shift[i]) * (LN2 if unit is None else 1.0))
 
 
 @apart
@@ -273,7 +272,8 @@ def forward(job: AttentionJob, slot, task):
     # 3. out = sum p v / sum p, and 0 where nothing was seen
     for i in range(nq):
         b.total[i] += b.lost[i]
-    add_epsilon(b, job.epsilon, part * job.Lq + q0, nq, job.natural)
+    if job.wants_top:
+        add_epsilon(b, job.top, job.eps, part * job.Lq + q0, nq, job.natural)
     for i in range(nq):
         b.factor[i] = 0 if b.total[i] == 0 else 1 / b.total[i]
     write_output(job, job.exact, part, q0, nq, b)

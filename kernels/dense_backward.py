@@ -99,7 +99,7 @@ def weights_and_gradients(like, b, g, column, key, value, first, last, k0, job, 
         dp = row_products(like, rows_from(value, j), live, g.output + column, Dv, job.deep)
         dp = apply_dropout(like, dp, b, column, k0 + j, job.dropout)
         p = tile_load(like, b.scores, at, width, live)
-        ds = through_softmax(like, p, dp, b, g, column, job.epsilon)
+        ds = through_softmax(like, p, dp, b, g, column, job.wants_top, job.eps)
         ds = hide_gradient(like, ds, b, g, column, j, live, job.softcap, additive, edge, job.bias_gradient)
         tile_store(ds, g.scores, at, width, live)
         # 3. what dv is made of: the weights that dropout kept
@@ -108,12 +108,11 @@ def weights_and_gradients(like, b, g, column, key, value, first, last, k0, job, 
 
 
 @apart
-def through_softmax(like, p, dp, b, g, column, epsilon):
+def through_softmax(like, p, dp, b, g, column, has_top, eps):
     delta = tile_row(like, g.delta, column)
-    if epsilon is None:
-        return tile_map(score_gradient, p, (dp, delta))
-    terms = (dp, delta, tile_row(like, b.top, column), epsilon.value)
-    return tile_map(score_gradient_with_epsilon, p, terms)
+    if has_top:
+        return tile_map(score_gradient_with_epsilon, p, (dp, delta, tile_row(like, b.top, column), eps))
+    return tile_map(score_gradient, p, (dp, delta))
 
 
 @apart
@@ -231,13 +230,12 @@ def normalise(b, job, at, nq, unit):
 
 
 @apart
-def load_top(b, epsilon, at, nq, unit):
+def load_top(b, top, at, nq, unit):
     """The probability of each query's largest score, by the function that makes the others: the same bits."""
-    if epsilon is not None:
-        for i in range(width_of(b.query)):
-            b.top[i] = epsilon.top[at + i] if i < nq else -INF
-        for i in range(0, width_of(b.query), lanes_of(b.query)):
-            store(probability(load(b.top, i), load(b.shift, i), unit), b.top, i)
+    for i in range(width_of(b.query)):
+        b.top[i] = top[at + i] if i < nq else -INF
+    for i in range(0, width_of(b.query), lanes_of(b.query)):
+        store(probability(load(b.top, i), load(b.shift, i), unit), b.top, i)
 
 
 @apart
@@ -251,7 +249,8 @@ def load_gradients(b, g, room, job, head, q0, nq):
     for i in range(width):
         b.shift[i], b.total[i], g.delta[i] = 0, 0, 0
     normalise(b, job, head * job.Lq + q0, nq, job.natural)
-    load_top(b, job.epsilon, head * job.Lq + q0, nq, job.natural)
+    if job.wants_top:
+        load_top(b, job.top, head * job.Lq + q0, nq, job.natural)
     # rows: do * total, and the outputs for a moment, where the transposed do will lie
     padded_rows(g.output_rows, v_step, matrix(job.gradients.output, head, q0), nq, Dv, b.total)
     out = matrix(either(job.exact, job.output), head, q0)  # rounded to half precision it would cost ds its last digits

@@ -9,9 +9,8 @@ the idea). Each query decides for itself, so that its bits never depend on its n
 """
 
 import math
-from typing import NamedTuple
 
-from .jit import Elements, apart, inline
+from .jit import apart, inline
 from .simd import (
     at_least,
     nearest,
@@ -65,13 +64,6 @@ def probability(s, shift, unit):
     if unit is None:
         return exp2(s - shift)
     return exp2((s - shift) * splat(s, unit))
-
-
-class Epsilon(NamedTuple):
-    """What the layers add to the sum: p = exp(s - top) / (eps + sum exp(s - top)), with the largest score for `top`."""
-
-    value: float
-    top: Elements  # (heads, splits, Lq): written by the forward pass, in the scores' unit
 
 
 @inline

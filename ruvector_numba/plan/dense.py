@@ -19,7 +19,7 @@ from ..kernels import blocks, decode, dense, dense_backward, jit, pairs
 from ..kernels.scoring import ByteMatrices, Dropout
 from ..kernels.simd import halves as target_halves
 from ..kernels.simd import target
-from ..kernels.softmax import LN2, LOG2E, Epsilon
+from ..kernels.softmax import LN2, LOG2E
 from ..kernels.tiles import SUMMED, StoredMatrices
 from . import halves, memory, team
 from .dropout import threshold_and_gain
@@ -134,13 +134,13 @@ def _job(p: Problem, keys_per_block: int, rows: int, **more: Any) -> blocks.Atte
     fields = dict(
         query=as_matrices("query", query, itemsize), key=as_matrices("key", key, itemsize, group),
         value=as_matrices("value", value, itemsize, group), widened=_widened(p, group), sums=NOTHING,
-        wants_sums=0, natural=natural,
+        wants_sums=0, eps=p.eps, top="top" if p.eps else NOTHING, wants_top=int(p.eps != 0), natural=natural,
         softcap=p.softcap, slopes="slopes" if p.slopes else None, bias=bias, mask=mask,
         additive=None if bias is None and mask is None else 1, dropout=_dropout(p.dropout),
-        epsilon=Epsilon(p.eps, "top") if p.eps else None, gradients=None, rounded=None,
-        bias_gradient=None, limits=np.array([0, Lk], np.int64) if p.limits is None else "limits",
-        limits_batch=0 if p.limits is None else 2 * Lq,
-        limits_row=0 if p.limits is None else 2, first=p.first, last=p.last, offset=p.offset,
+        gradients=None, rounded=None, bias_gradient=None,
+        limits=np.array([0, Lk], np.int64) if p.limits is None else "limits",
+        limits_batch=0 if p.limits is None else 2 * Lq, limits_row=0 if p.limits is None else 2,
+        first=p.first, last=p.last, offset=p.offset,
         scale=p.scale * (LOG2E if natural is None else 1.0), Lq=Lq, Lk=Lk, D=D, Dv=Dv, H=H, group=group,
         blocks=-(-Lq // width), splits=1, split_keys=Lk, keys_per_block=keys_per_block,
         deep=1 if max(D, Dv) > SUMMED else None, packed=1 if is_packed(p) else None, scratch="scratch",
@@ -222,7 +222,7 @@ def forward(p: Problem, wants_sums: bool, by_tiles: bool = False) -> Plan:
     if wants_sums or splits > 1:
         more.update(sums="sums", wants_sums=1)
     if p.eps and splits > 1:  # it is one sum: eps is added when the parts are merged
-        more.update(epsilon=Epsilon(0.0, "top"))
+        more.update(eps=0.0)
     if few:
         job = _job(p, DECODE_KEYS, 0, widened=None, packed=None, **more)
         step = decode.scratch_elements(Lq * job.group, D, Dv, DECODE_KEYS, itemsize)
@@ -322,7 +322,7 @@ def weights(p: Problem) -> Plan:
     """The weights of all queries of the problem, whose output is an array of them; eps, if any, is in the logsumexp."""
     (_, D), (_, Dv), output = p.query.shape[-2:], p.value.shape[-2:], with_heads(p.output, 3)
     made = _outputs(p, output, None) if p.rounds else _outputs(p, None, output)
-    job = _job(p, FORWARD_KEYS, blocks.scratch_rows(D, Dv, FORWARD_KEYS), sums="sums", **{**made, "epsilon": None})
+    job = _job(p, FORWARD_KEYS, blocks.scratch_rows(D, Dv, FORWARD_KEYS), sums="sums", top=NOTHING, wants_top=0, **made)
     return _plan(pairs.weights, job, len(job.query.at) * job.blocks, p, 1)
 
 
