@@ -98,7 +98,11 @@ def scores(like, b, column, key, D, deep, j, live, scale, softcap, slope, additi
 
 @apart
 def apply_dropout(like, p, b, column, key, dropout):
-    """The tile of probabilities, or of their gradients, after dropout, if there is any."""
+    """The tile of probabilities, or of their gradients, after dropout, if there is any.
+
+    Optional, and so a kernel of its own: as a number that is tested in each tile, as `wants_top` is, it made gradients
+    without dropout 1.02 times as slow (Zen 3), for a tile lies in registers around the test.
+    """
     if dropout is None:
         return p
     width = width_of(b.query)

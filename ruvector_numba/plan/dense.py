@@ -322,7 +322,8 @@ def weights(p: Problem) -> Plan:
     """The weights of all queries of the problem, whose output is an array of them; eps, if any, is in the logsumexp."""
     (_, D), (_, Dv), output = p.query.shape[-2:], p.value.shape[-2:], with_heads(p.output, 3)
     made = _outputs(p, output, None) if p.rounds else _outputs(p, None, output)
-    job = _job(p, FORWARD_KEYS, blocks.scratch_rows(D, Dv, FORWARD_KEYS), sums="sums", top=NOTHING, wants_top=0, **made)
+    made.update(sums="sums", top=NOTHING, wants_top=0, dropout=None)  # weights are those before dropout
+    job = _job(p, FORWARD_KEYS, blocks.scratch_rows(D, Dv, FORWARD_KEYS), **made)
     return _plan(pairs.weights, job, len(job.query.at) * job.blocks, p, 1)
 
 
