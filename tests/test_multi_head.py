@@ -39,6 +39,8 @@ class TestThePlansOwnTests:
         ((1, 20), {"use_bias": False}),
         ((130, 97), {"kdim": 10, "vdim": 31}),
         ((5, 5), {"d_model": 96, "num_heads": 8, "eps": 0.3, "scale": 0.2}),
+        ((2, 9000), {"eps": 30.0, "max_seq_len": None}),  # parts of the keys, by the kernel for few queries
+        ((9, 9000), {"eps": 30.0, "max_seq_len": None}),  # and by the other
     ],
 )
 def test_forward_is_the_formula(size, settings, dtype):
