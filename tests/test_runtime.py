@@ -286,6 +286,28 @@ def test_warmup_refuses_what_is_no_dtype_before_any_work(given):
     assert told == []
 
 
+def test_functions_and_layers_need_the_same_kernels(monkeypatch):
+    """Else whoever uses both waits twice. `eps`, which layers add to the softmax's sum, once had kernels of its own."""
+    prepare, needed = jit.Kernel.prepare, []
+
+    def watched(kernel, job, *others):
+        needed[-1].add((kernel.name, *(field for field, x in zip(job._fields, job, strict=True) if x is None)))
+        return prepare(kernel, job, *others)
+
+    monkeypatch.setattr(jit.Kernel, "prepare", watched)
+    layer = rv.MultiHeadAttention(rv.AttentionConfig(12, 2, dropout=0.0), seed=0)
+    for length in (23, 1):  # that no other test has, whose plans are kept
+        x = np.random.default_rng(0).standard_normal((3, length, 12), dtype=np.float32)
+        heads = np.ascontiguousarray(x.reshape(3, length, 2, 6).swapaxes(1, 2))
+        needed.append(set())
+        cache = rv.attention_forward(heads, heads, heads)
+        rv.attention_backward(heads, cache)
+        needed.append(set())
+        layer.backward(*layer.forward_cached(x))
+        by_function, by_layer = needed[-2:]
+        assert by_function and by_function == {kernel for kernel in by_layer if kernel[0] != "projection.project"}
+
+
 @pytest.mark.parametrize("enabled", [True, False])
 def test_compiling_leaves_garbage_collection_as_it_was(enabled, monkeypatch):
     """Also when it fails: a process that never collects again would grow without end."""
