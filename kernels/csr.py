@@ -75,7 +75,7 @@ from .walk import (
 )
 
 INF = math.inf
-TARGETS_AHEAD = 8  # about a batch
+TARGETS_AHEAD = 8  # about a batch; rows that will be written, or those of the way back, are as fast unasked for
 
 
 # --- forward --------------------------------------------------------------------------------------------------------
