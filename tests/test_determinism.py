@@ -14,11 +14,11 @@ pytestmark = pytest.mark.core
 
 MOST = numba.config.NUMBA_NUM_THREADS
 NAMES = {
-    "causal": (["causal"], np.float32),
+    "causal float32": (["causal"], np.float32),
     "window": (["window"], np.float64),
     "bool": (["bool"], np.float64),
     "everything": ([*MASKS, *TERMS], np.float64),
-    "wide everything": (["window", "lengths", "bool", "float", *TERMS], np.float32),
+    "wide everything float32": (["window", "lengths", "bool", "float", *TERMS], np.float32),
 }
 SIZES = [(150, 260, 40, 24), (5, 260, 64, 24), (5, 9000, 16, 8), (12, 4500, 16, 8)]
 every_size = pytest.mark.parametrize("size", SIZES, ids=str)

@@ -175,9 +175,10 @@ def in_order(found, order):
 
 
 @pytest.mark.core
+@dtypes
 @aggregations
-def test_edges_in_another_order_that_keeps_that_of_each_target_change_no_bit(aggregation):
-    case = large(aggregation)
+def test_edges_in_another_order_that_keeps_that_of_each_target_change_no_bit(aggregation, dtype):
+    case = large(aggregation, dtype)
     targets = case.edge_index[1]
     shuffled = targets[np.random.default_rng(0).permutation(len(targets))]
     order = np.empty(len(targets), int)
