@@ -53,7 +53,7 @@ from .simd import (
     width_of,
     zeros_of,
 )
-from .softmax import LN2, add_to_total, plus, probability, raise_bound, scaled
+from .softmax import LN2, add_to_total, headroom_of, plus, probability, raise_bound, scaled
 from .tiles import (
     Matrix,
     add_columns_times_block,
@@ -176,7 +176,7 @@ def attend(like, b, column, key, value, zipped, first, last, k0, nq, job, slope,
         if tile_exceeds(s, tile_row(like, b.bound, column)):
             raise_bound(
                 s, like, b.bound + column, b.shift + column, total, waiting, j - first, b.output + column, Dv,
-                job.natural,
+                headroom_of(job.packed), job.natural,
             )  # fmt: skip
         p = tile_map(probability, s, (tile_row(like, b.shift, column), job.natural))
         tile_store(tile_map(plus, tile_row(like, total, width), (tile_column_sum(p),)), total, width, width, 1)

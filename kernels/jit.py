@@ -19,6 +19,7 @@ import math
 import os
 import struct
 import threading
+import time
 import typing
 
 import numba
@@ -48,6 +49,7 @@ _POINTEES = {
 
 # never nnan or ninf: infinity and NaN are data. No reassociation either: a sum has one order, on every machine.
 _FLAGS = {"nogil": True, "error_model": "numpy", "boundscheck": False}
+SILENCE = 8.0  # seconds that compiling may go on unspoken of
 NOT_WORTH_A_THREAD = 150_000  # multiply-adds: done before a second thread has woken (2 us)
 
 
@@ -139,6 +141,10 @@ _COMPILING = threading.RLock()
 _log = logging.getLogger("ruvector_numba")
 
 
+def _name_of(function) -> str:
+    return f"{function.__module__.rpartition('.')[2]}.{function.__name__}"
+
+
 class Kernel:
     """A compiled `kernel(job, slot, task)`; call it with a job and the number of its tasks."""
 
@@ -148,7 +154,7 @@ class Kernel:
         self._job_class = next(iter(typing.get_type_hints(function).values()))
         self._optional = [i for i, field in enumerate(_fields(self._job_class)) if field[2]]
         self._compiled: dict = {}
-        self.name = f"{function.__module__.rpartition('.')[2]}.{function.__name__}"
+        self.name = _name_of(function)
         _KERNELS[self.name] = self
 
     def variant(self, stored, absent: tuple):
@@ -320,18 +326,32 @@ def _c_function(function, signature):
     compiled = ccallback.CFunc(function, (signature.args, signature.return_type), locals={}, options=dict(_FLAGS))
     compiled._cache = PackageCache(function)
     if not compiled._cache.holds(compiled._sig):
-        _say_compiling()
+        _say_compiling(_name_of(function))
     with global_compiler_lock, _garbage_kept(), _parts_uncompiled():
         compiled.compile()
     return compiled
 
 
-@functools.cache
-def _say_compiling():
-    _log.warning(
-        "ruvector_numba: compiling kernels for this machine, some seconds each, once (kept in %s)",
-        cache_folder() or "no folder: RUVECTOR_NUMBA_CACHE is 0, or none can be written",
-    )
+class _Said:
+    """When compiling was last spoken of."""
+
+    at = -math.inf
+
+
+def _say_compiling(name: str) -> None:
+    """Why a call takes long: once in full, and then whenever nothing was said for a while."""
+    now = time.monotonic()
+    if _Said.at == -math.inf:
+        _log.warning(
+            "ruvector_numba: compiling kernels for this machine, some seconds each, once (kept in %s); "
+            "ruvector_numba.warmup() does it ahead",
+            cache_folder() or "no folder: RUVECTOR_NUMBA_CACHE is 0, or none can be written",
+        )
+    elif now - _Said.at > SILENCE:
+        _log.warning("ruvector_numba: compiling %s", name)
+    else:
+        return
+    _Said.at = now
 
 
 def variants() -> list[str]:

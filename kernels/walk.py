@@ -8,6 +8,7 @@ A hub, a node with more than a task should have, is cut into parts, each a task 
 and then one task adds them up in their order. All this depends on the graph alone, so results do not depend on threads.
 """
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -17,6 +18,7 @@ from .jit import Bytes, Elements, Indices, Ints, apart, inline, within
 from .scoring import Dropout, mixed
 from .simd import as_indices, lanes_of, line_of, prefetch
 
+INF = math.inf
 SUM, JOINT, DOT, GIVEN = 0, 1, 2, 3  # rules for scores, see csr.py
 ADD, MEAN, MAX = 0, 1, 2  # aggregations
 NODES, PART, SECOND_PART, HUB = 0, 1, 2, 3  # what a task is
@@ -303,7 +305,10 @@ def find_shares(job, desk, i, n):
 
 @within
 def weigh_shares(job, desk, n):
+    """shares = w / p; 0 for an edge that its score hides, whose own weight may be NaN"""
     if job.has_weight:
         for e in range(n):
             for h in range(job.H):
-                desk.shares[e * job.W + h] *= job.edge_weight[desk.edges[e]]
+                at = e * job.W + h
+                hidden = job.normalizes and desk.scores[at] == -INF
+                desk.shares[at] = 0.0 if hidden else desk.shares[at] * job.edge_weight[desk.edges[e]]

@@ -112,6 +112,23 @@ def test_at_most_twice_the_error_of_the_plain_formula(size, kind):
     assert max(ratios.values()) <= 2, ratios
 
 
+@kinds
+def test_the_only_key_that_counts_may_come_late(kind):
+    """Its weight is 1 and the gradient of its score 0, whatever weight the first key had before: the difference of two
+    numbers of which neither may be off by a rounding of the type."""
+    rng = np.random.default_rng(0)
+    query, key = np.zeros((1, 32, 16)), np.full((1, 512, 16), -40.0)
+    query[..., 0], key[0, 0, 0], key[0, 400, 0] = 1, 0, 9.6
+    key[..., 1:] = rng.standard_normal((1, 512, 15))
+    arrays = [rng.standard_normal((1, 32, 16)), query, key, rng.standard_normal(key.shape)]
+    grad, *inputs = (x.astype(kind) for x in arrays)
+    got = rv.attention_backward(grad, rv.attention_forward(*inputs, scale=1.0))
+    exact = reference.gradients(grad, *inputs, scale=1.0)
+    naive = half_reference.plain_gradients(kind, grad, *inputs, scale=1.0)
+    for name in ("query", "key", "value"):
+        close(f"gradient of {name}", getattr(got, name), exact[name], naive[name], kind)
+
+
 # What half precision can hold, and cannot
 
 

@@ -257,6 +257,17 @@ def test_large_scores_are_rounded_alike_every_time(size, hub):
     np.testing.assert_allclose(sums[case.edge_index[1]], 1, rtol=0, atol=16 * np.finfo(np.float32).eps)
 
 
+@aggregations
+@pytest.mark.parametrize("poison", [np.nan, np.inf])
+def test_a_hidden_edge_may_have_any_weight(poison, aggregation):
+    case, other = (draw(30, 25, 60, terms=ALL, hidden=0.5, aggregation=aggregation) for _ in range(2))
+    hidden = np.isneginf(case.terms["edge_bias"]).all(axis=1)
+    assert 0 < hidden.sum() < len(hidden)
+    other.terms["edge_weight"] = np.where(hidden, poison, case.terms["edge_weight"])
+    for (name, wanted), got in zip(results(case).items(), results(other).values(), strict=True):
+        np.testing.assert_array_equal(got, wanted, err_msg=name)
+
+
 # --- edge_softmax ---------------------------------------------------------------------------------------------------
 @dtypes
 @pytest.mark.parametrize("heads", [(), (1,), (2,), (3,), (5,)], ids=str)
@@ -284,6 +295,23 @@ def test_edge_softmax(size, heads, dtype):
     wide = spec.softmax_gradient(grad.astype(np.float64), exact, edge_index[1], Nt)
     naive = spec.softmax_gradient(grad, naive, edge_index[1], Nt) if single else None
     close("gradient", got, wide, naive, SECOND_PASS)
+
+
+def test_the_gradient_of_edge_softmax_is_as_exact_as_its_formula():
+    """Of 20,000 edges, where exp(log(weight)) would lose four bits; and also of weights that do not sum to 1."""
+    rng = np.random.default_rng(0)
+    graph = rv.CSRGraph.from_edge_index(np.zeros((2, 20_000), int), 1)
+    weights, grad = rng.random((2, 20_000, 2), dtype=np.float32)
+
+    def formula(p, g):
+        return p * (g - (p * g).sum(axis=0))
+
+    exact = formula(weights.astype(np.float64), grad.astype(np.float64))
+    error, naive = (
+        np.sqrt(((x - exact) ** 2).mean())
+        for x in (rv.edge_softmax_backward(grad, weights, graph), formula(weights, grad))
+    )
+    assert error <= 1.5 * naive
 
 
 def test_edge_softmax_takes_lists():

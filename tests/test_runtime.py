@@ -308,6 +308,17 @@ def test_functions_and_layers_need_the_same_kernels(monkeypatch):
         assert by_function and by_function == {kernel for kernel in by_layer if kernel[0] != "projection.project"}
 
 
+def test_compiling_is_spoken_of_at_first_and_after_a_silence(caplog, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(jit.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(jit._Said, "at", -np.inf)
+    for name, later in (("dense.forward", 0), ("dense.backward", 3), ("csr.forward", 9), ("csr.fold", 1)):
+        now[0] += later
+        jit._say_compiling(name)
+    first, second = caplog.messages
+    assert "once" in first and "warmup" in first and "csr.forward" in second
+
+
 @pytest.mark.parametrize("enabled", [True, False])
 def test_compiling_leaves_garbage_collection_as_it_was(enabled, monkeypatch):
     """Also when it fails: a process that never collects again would grow without end."""

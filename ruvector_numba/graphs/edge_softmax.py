@@ -93,12 +93,10 @@ def edge_softmax_backward(grad_weights: ArrayLike, weights: ArrayLike, graph: CS
         return gpu_neighbors.edge_softmax_backward(grad_weights, weights, graph)
     p = edge_numbers("weights", weights, checked_graph(graph))
     grad = checks.gradient("grad_weights", grad_weights, p.shape, p.dtype)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        past = _edge_terms(flattened(np.log(p)), graph)
-    none = np.zeros((graph.num_targets, past.terms.value.shape[1], 0), p.dtype)
-    back = past.backward(none, np.ascontiguousarray(flattened(grad)))
-    assert back.bias is not None  # the scores went in as one
-    return back.bias.reshape(p.shape)
+    w, g = flattened(p), flattened(grad)
+    delta = _sums(w, g, graph)[graph.to_edge_index()[1]]
+    with np.errstate(invalid="ignore"):
+        return np.where(w == 0, w, w * (g - delta)).reshape(p.shape)
 
 
 def _edge_terms(bias: Array, graph: CSRGraph) -> Past:
@@ -107,3 +105,16 @@ def _edge_terms(bias: Array, graph: CSRGraph) -> Past:
     H = bias.shape[1]
     targets, sources = (np.zeros((n, H, 0), bias.dtype) for n in (graph.num_targets, graph.num_sources))
     return Past(graph, plan.Terms(plan.GIVEN, sources, targets, sources, bias=packed(bias)))
+
+
+def _sums(weights: Array, x: Array, graph: CSRGraph) -> Array:
+    """Over the edges of each target, weights * x: attention whose weights are given, and whose values are edges'."""
+    from ..plan import csr as plan
+
+    E, H = x.shape
+    targets, sources = (np.zeros((n, H, 1), x.dtype) for n in (graph.num_targets, graph.num_sources))
+    terms = plan.Terms(
+        plan.GIVEN, sources, targets, sources, bias=packed(weights), normalizes=False,
+        edge_value=packed(x.reshape(E, H, 1)),
+    )  # fmt: skip
+    return Past(graph, terms, keeps=False).output[..., 0]
