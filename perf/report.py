@@ -217,7 +217,7 @@ def summary(documents: list[dict[str, Any]], gpus: list[dict[str, Any]]) -> str:
         forward, training = (
             _span([row[f"{kind}_to_flash"] for row in gpu["dense"]]) for kind in ("forward", "training")
         )
-        said = [f"{gpu['machine']['gpu']}, bfloat16: {forward} of the time of torch's FlashAttention"]
+        said = [f"{gpu['machine']['gpu']}, bfloat16: takes {forward} times as long as torch's FlashAttention"]
         said.append(f"with gradients {training}")
         for name, kind in (("layers on graphs", "forward"), ("with gradients", "training")):
             if "graph" in gpu:

@@ -246,6 +246,12 @@ def _forward_backward(query: Array, key: Array, value: Array, **options: Any) ->
     rv.attention_backward(np.ones_like(cache.output), cache)
 
 
+def _weights(query: Array, key: Array, value: Array, **options: Any) -> None:
+    import ruvector_numba as rv
+
+    rv.attention_forward(query, key, value, **options).weights(rows=[0])
+
+
 def _layer(query: Array, key: Array, value: Array, dropout: float) -> None:
     import ruvector_numba as rv
 
@@ -288,7 +294,7 @@ class _Call(NamedTuple):
 
     def serves(self, dtype: np.dtype[Any]) -> bool:
         """Layers compute in float32 what is given in half precision."""
-        return self.run in (_forward, _forward_backward) or dtype.itemsize > 2
+        return self.run in (_forward, _forward_backward, _weights) or dtype.itemsize > 2
 
 
 _TERMS: dict[str, Callable[[np.dtype[Any]], Options]] = {
@@ -302,6 +308,7 @@ _TERMS: dict[str, Callable[[np.dtype[Any]], Options]] = {
 _CALLS = (
     *(_Call(f"forward {name}", options=options) for name, options in _TERMS.items()),
     _Call("decode", queries=1, keys=_KEYS),
+    _Call("weights", _weights),
     *(_Call(f"backward {name}", _forward_backward, options) for name, options in _TERMS.items()),
     _Call("layer", _layer, lambda _: {"dropout": 0.0}),
     _Call("layer with dropout", _layer, lambda _: {"dropout": 0.1}),
@@ -332,6 +339,8 @@ def warmup(
     """Compile what the common calls need, or load it from the cache, before the first of them has to wait for it.
 
     Kernels are compiled once for a machine and kept in the cache: run this when an image is built or a service starts.
+    It takes one to three minutes for each dtype, and does forward and backward passes of dense attention, plain and
+    with each of its terms, weights, few queries over many keys, a layer with its steps, and a `GAT`.
 
     Parameters
     ----------
