@@ -111,11 +111,22 @@ class AttentionBuilder(_Options):
         self._config.validate()
         return self._config
 
-    def build_scaled_dot_product(self) -> ScaledDotProductAttention:
-        """Scaled dot-product attention; `InvalidConfigError` if the configuration is not valid."""
+    def build_scaled_dot_product(self, seed: int | None = None) -> ScaledDotProductAttention:
+        """Scaled dot-product attention.
+
+        Parameters
+        ----------
+        seed : int, optional
+            Of the dropout; the same seed drops the same.
+
+        Raises
+        ------
+        InvalidConfigError
+            If the configuration is not valid, or `seed` is none.
+        """
         from .scaled_dot_product import ScaledDotProductAttention
 
-        return ScaledDotProductAttention(self.build_config())
+        return ScaledDotProductAttention(self.build_config(), seed)
 
     def build_multi_head(
         self, seed: int | None = None, kdim: int | None = None, vdim: int | None = None

@@ -252,7 +252,7 @@ class GraphAttentionConfig(_Config):
     normalize : bool, default True
         Whether the coefficients of a node's neighbours are normalised by a softmax.
     negative_slope : float, default 0.2
-        Slope of the LeakyReLU below zero.
+        Slope of the LeakyReLU below zero. A layer refuses inputs whose dtype cannot hold it.
 
     Examples
     --------

@@ -213,6 +213,9 @@ def test_seed_and_sizes_reach_the_layer():
     same, other = builder.build_multi_head(seed=3, kdim=5, vdim=7), builder.build_multi_head(seed=4, kdim=5, vdim=7)
     assert np.array_equal(layer.get_parameters(), same.get_parameters())
     assert not np.array_equal(layer.get_parameters(), other.get_parameters())
+    x, plain = np.ones((1, 9, 16)), [builder.build_scaled_dot_product(seed=seed) for seed in (3, 3, 4)]
+    first, again, another = (layer.forward_cached(x, x, np.cumsum(x, 1))[0] for layer in plain)
+    assert np.array_equal(first, again) and not np.array_equal(first, another)
 
 
 def test_bert_base_builds():

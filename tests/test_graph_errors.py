@@ -52,6 +52,38 @@ def test_more_indices_that_are_no_nodes():
     refused(lambda: CSRGraph.from_edge_index(huge, 2**62), "is num_nodes right?", kind=OutOfMemoryError)
 
 
+@pytest.mark.parametrize("n", [2**63, 10**30, 10**15], ids=str)
+def test_more_sources_than_memory(n):
+    empty = scipy.sparse.coo_array((3, 4))
+    empty._shape = (3, n)
+    for call, told in (
+        (lambda: CSRGraph.from_edge_index([[0], [0]], (n, 3)), "is num_nodes right?"),
+        (lambda: CSRGraph.from_neighbors([0, 1], [0], n), "is num_sources right?"),
+        (lambda: CSRGraph.from_scipy(empty), "is num_nodes right?"),
+    ):
+        refused(call, "out_degrees", told, kind=OutOfMemoryError)
+
+
+def test_a_graph_is_made_by_its_methods():
+    for call in (lambda: CSRGraph([[0], [1]]), lambda: CSRGraph([[0], [1]], num_nodes=2)):
+        refused(call, "use CSRGraph.from_edge_index")
+
+
+@pytest.mark.parametrize("wrong, told", [
+    (np.ma.array([1.0, 2.0]), "values is a numpy.ma array, whose own mask would be lost"),
+    ([[1.0], [1.0, 2.0]], "values cannot become an array"), (None, "values is None"),
+    (scipy.sparse.eye_array(2), "values is a sparse matrix"), (["a", "b"], "values has dtype <U1"),
+    ([object(), object()], "values has dtype object"),
+], ids=str)  # fmt: skip
+def test_values_of_edges_that_are_none(wrong, told):
+    graph = CSRGraph.from_edge_index([[0, 1], [1, 0]])
+    if wrong is not None:
+        refused(lambda: graph.to_scipy(wrong), told, kind=InvalidInputError)
+    if "dtype" not in told:  # entries of a matrix are numbers; here they may be anything
+        refused(lambda: graph.by_position(wrong), told, kind=InvalidInputError)
+        refused(lambda: graph.by_edge(wrong), told, kind=InvalidInputError)
+
+
 class Tensor:
     """One that NumPy cannot read."""
 

@@ -65,7 +65,7 @@ def test_an_index_that_is_no_node_is_found_in_a_known_array():
     graph_of(edge_index)
     edge_index[1, 5] = N
     for _ in range(2):
-        with pytest.raises(GraphStructureError, match=f"edge 5 has target {N}"):
+        with pytest.raises(GraphStructureError, match=f"names node {N}, at edge 5"):
             LAYER(X, edge_index)
     edge_index[1, 5] = 0
     assert says(graph_of(edge_index), edge_index)

@@ -11,7 +11,7 @@ from graph_layer_cases import KINDS, make
 from neighbor_cases import refused, rows
 
 import ruvector_numba as rv
-from ruvector_numba.errors import AttentionError, InvalidConfigError
+from ruvector_numba.errors import AttentionError, InvalidConfigError, OutOfMemoryError
 
 kinds = pytest.mark.parametrize("kind", KINDS)
 
@@ -148,11 +148,12 @@ BAD_SETTINGS = [
     ("out_channels", None), ("heads", 0), ("heads", -1), ("heads", 1.0), ("heads", "2"), ("dropout", -0.1),
     ("dropout", 1.5), ("dropout", np.nan), ("dropout", "x"), ("edge_dim", 0), ("edge_dim", -1), ("edge_dim", 1.5),
     ("aggregation", "median"), ("aggregation", None), ("dtype", np.int64), ("dtype", np.float16), ("dtype", "x"),
-    ("seed", "a"), ("seed", -1),
+    ("seed", "a"), ("seed", -1), ("aggregation", np.array(["sum", "max"])), ("dtype", (None, np.zeros(2))),
 ]  # fmt: skip
 BAD_OF_GAT = [
     ("negative_slope", np.nan), ("negative_slope", "x"), ("negative_slope", np.inf), ("add_self_loops", "sometimes"),
-    ("add_self_loops", None), ("fill_value", "median"), ("fill_value", None),
+    ("add_self_loops", None), ("add_self_loops", np.array(["add", "keep"])), ("fill_value", "median"),
+    *[("fill_value", x) for x in (None, object(), {}, True, 1j, ["a"], [[1.0], [1.0, 2.0]], np.ma.array([1.0]))],
 ]  # fmt: skip
 
 
@@ -185,6 +186,28 @@ def test_bad_settings_of_gat(kind, name, x):
     refused(lambda: build(kind, name, x), name)
 
 
+@pytest.mark.parametrize("name", ["in_channels", "out_channels", "heads", "edge_dim"])
+@kinds
+def test_sizes_beyond_memory(kind, name):
+    for n in (10**13, 2**63, 10**400):
+        with pytest.raises(OutOfMemoryError, match=name):
+            build(kind, name, n)
+    with pytest.raises(OutOfMemoryError, match="parameters"):  # each size would do alone
+        getattr(rv, kind)(10**8, 10**8)
+
+
+@pytest.mark.parametrize("number", [1e39, -1e39])
+@pytest.mark.parametrize("kind, name", [
+    ("GAT", "negative_slope"), ("GATv2", "negative_slope"), ("GraphTransformer", "scale"),
+])  # fmt: skip
+def test_numbers_beyond_float32(kind, name, number):
+    layer = getattr(rv, kind)(3, 2, **{name: number}, seed=0)
+    told = f"{name} is {number}", "float32 ends at 3.4e+38"
+    for call in (layer.forward, layer.forward_cached):
+        refused(lambda call=call: call(X.astype(np.float32), EDGES), *told)
+    assert np.isfinite(layer(X, EDGES)).all()  # float64 holds them
+
+
 def test_shared_weights_need_one_width():
     refused(lambda: rv.GATv2((3, 5), 2, share_weights=True), "share_weights")
     with pytest.raises(TypeError, match="share_weights"):  # GATv2 alone has it
@@ -202,7 +225,10 @@ BAD_CALLS = [  # of a layer with in 3, edge_dim 6
     ("x", (rows(4, 3), rv.CSRGraph.from_edge_index(EDGES, 5), ATTR)),
     ("x", (X, rv.CSRGraph.from_edge_index(EDGES, (5, 3)), ATTR)),
     ("x", ((X, rows(4, 3)), rv.CSRGraph.from_edge_index(EDGES, (5, 3)), ATTR)),
-    ("source", (rows(4, 3), EDGES, ATTR)),  # an edge from a node that has no features
+    ("x has 4 rows, and edge_index names node 4, at edge 4\n  x.shape: (4, 3)", (rows(4, 3), EDGES, ATTR)),
+    ("x_source has 4 rows, and edge_index names source 4", ((rows(4, 3), X), EDGES, ATTR)),
+    ("x_target has 2 rows, and edge_index names target 2", ((X, rows(2, 3)), EDGES, ATTR)),
+    ("x has 0 rows, and edge_index names node 0", (rows(0, 3), EDGES, ATTR)),
     ("edge_index", (X, EDGES.T, ATTR)), ("edge_index", (X, EDGES.astype(float), ATTR)),
     ("edge_index", (X, EDGES[0], ATTR)),
     ("target -1", (X, np.array([[0], [-1]]), rows(1, 6))),

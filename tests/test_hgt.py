@@ -458,7 +458,8 @@ def test_settings_that_are_refused(changes, message):
         ("x", lambda x: x | {"paper": x["paper"][0]}, errors.InvalidInputError, r"x_dict\['paper'\] has 1 axes"),
         ("x", lambda x: x | {"paper": x["paper"].astype(int)}, errors.InvalidInputError, "has dtype int64"),
         ("x", lambda x: x | {"paper": x["paper"].astype("f4")}, errors.InvalidInputError, "differ in dtype"),
-        ("x", lambda x: x | {"paper": x["paper"][:1]}, errors.GraphStructureError, r"edge_index_dict\[.*edge \d"),
+        ("x", lambda x: x | {"paper": x["paper"][:1]}, errors.GraphStructureError,
+         r"x_dict\['paper'\] has 1 rows, and edge_index_dict\[.*names .*, at edge \d"),
         ("index", lambda index: [index], errors.InvalidInputError, "edge_index_dict is a list"),
         ("index", lambda index: {("a", "b"): 0}, errors.InvalidInputError, r"edge_index_dict has \('a', 'b'\)"),
         ("index", lambda index: index | {AT: index[AT].T}, errors.GraphStructureError, r"'at'.*not \(2, E\)"),
@@ -481,6 +482,17 @@ def test_calls_that_are_refused(argument, change, kind, message):
     for method in (made, made.forward, made.forward_cached):
         with pytest.raises(kind, match=message):
             method(*call.values())
+
+
+def test_options_and_sizes_that_are_refused():
+    made, call = case()
+    for training in ("no", None, np.array([True, False])):
+        with pytest.raises(errors.InvalidInputError, match=r"training is (.|\n)*give True or False"):
+            made.forward_cached(*call, training=training)
+    with pytest.raises(errors.InvalidInputError, match="dtype is "):
+        HGT(WIDTHS, 6, METADATA, dtype=(None, np.zeros(2)))
+    with pytest.raises(errors.OutOfMemoryError, match="out_channels"):
+        HGT(WIDTHS, 10**30, METADATA)
 
 
 def test_gradients_that_are_refused():

@@ -24,6 +24,7 @@ BAD = [  # 7 edges from 5 sources to 3 targets, H = 2, D = 4, C = 6
     ("scale", np.nan), ("scale", np.inf), ("scale", "large"), ("scale", True), ("scale", [1.0, 2.0]),
     ("dropout_p", -0.1), ("dropout_p", 1.1), ("dropout_p", np.nan), ("dropout_p", "half"),
     ("aggregation", "median"), ("aggregation", "add"), ("aggregation", None), ("aggregation", ["sum"]),
+    ("aggregation", np.array(["sum", "max"])), ("scale", 1e308),
     ("seed", -1), ("seed", 1.5), ("seed", "a"), ("seed", True), ("seed", 2**63),
 ]  # fmt: skip
 
@@ -53,6 +54,14 @@ def test_bad_inputs(name, x):
 )
 def test_the_sizes_told_are_those_that_differ(name, x, told):
     refused(lambda: rv.neighbor_attention(**call_with(name, x)), told)
+
+
+@pytest.mark.parametrize("scale", [1e39, -1e39, 2e38])
+def test_scales_beyond_float32(scale):
+    given = {name: x.astype(np.float32) if isinstance(x, np.ndarray) else x for name, x in call_with().items()}
+    for call in (rv.neighbor_attention, rv.neighbor_attention_forward):
+        refused(lambda call=call: call(**given, scale=scale), f"scale is {scale}", "float32 ends at 3.4e+38")
+    assert np.isfinite(rv.neighbor_attention(**call_with("scale", scale))).all()
 
 
 def test_what_others_call_add_is_sum():
@@ -101,6 +110,9 @@ def test_bad_gradients_and_caches():
 def test_bad_scores(scores):
     graph = call_with()["graph"]
     refused(lambda: rv.edge_softmax(scores, graph), "scores")
+    if np.shape(scores) in ((6,), (8, 2)):
+        told = f"expected {(7, *scores.shape[1:])}, got {scores.shape}"
+        refused(lambda: rv.edge_softmax(scores, graph), told)
     refused(lambda: rv.edge_softmax_backward(rows(7), scores, graph), "weights")
 
 

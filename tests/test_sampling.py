@@ -226,6 +226,8 @@ def test_features_that_are_none():
         assert "rows of all nodes of the whole graph" in str(caught.value)
     with pytest.raises(InvalidInputError, match="x cannot become an array"):
         sample.features([[1.0], [2.0, 3.0]])
+    with pytest.raises(InvalidInputError, match=r"x is a numpy\.ma array, whose own mask would be lost"):
+        sample.features(np.ma.array(np.ones(60)))
 
 
 # --- batches -------------------------------------------------------------------------------------------------------
@@ -315,6 +317,13 @@ def test_graphs_that_are_none():
     refused(GraphStructureError, "graph is a list", "CSRGraph.from_edge_index", graph=[[0], [1]])
     bipartite = CSRGraph.from_edge_index([[0], [1]], (4, 3))
     refused(GraphStructureError, "different nodes", "num_sources: 4", "num_nodes=N", graph=bipartite)
+
+
+@pytest.mark.parametrize("shuffle", ["no", None, 2, 0.0, np.array([True, False])], ids=str)
+def test_shuffle_is_true_or_false(shuffle):
+    with pytest.raises(InvalidInputError, match="shuffle is ") as caught:
+        neighbor_batches(GRAPH, [0], 1, 1, shuffle=shuffle)
+    assert "HINT: give True or False" in str(caught.value)
 
 
 @pytest.mark.parametrize("batch_size", [0, -1, 2.0, True, None, "3"])

@@ -18,6 +18,9 @@ from ..errors import (
 
 __all__ = [
     "LoopPolicy",
+    "as_given",
+    "check_num_sources",
+    "checked_fill",
     "ends",
     "filled",
     "index_dtype",
@@ -100,12 +103,24 @@ def neighbors(indptr: ArrayLike, indices: ArrayLike, num_sources: int | None) ->
     begins = starts(indptr, len(sources))
     num_targets = len(begins) - 1
     num_sources = num_targets if num_sources is None else _size("num_sources", num_sources)
+    check_num_sources(num_sources)
     if len(sources) and (sources.min() < 0 or sources.max() >= num_sources):
         e = int(np.flatnonzero((sources < 0) | (sources >= num_sources))[0])
         target = int(np.searchsorted(begins, e, side="right")) - 1
         hint = "pass num_sources if sources and targets are different nodes"
         raise no_node(e, sources[e], target, num_sources, num_targets, hint)
     return begins, sources, num_sources
+
+
+def check_num_sources(n: int, name: str = "num_sources") -> None:
+    """Refuse more sources than memory has numbers for: what is counted for each is made later, when it is asked for."""
+    check_memory((n,), index_dtype(n), "out_degrees", hint=f"it has one number for each source: is {name} right?")
+
+
+def as_given(name: str, x: ArrayLike) -> Array:
+    """As `from_sequence`, but a list of whole numbers, such as labels, becomes no floats."""
+    array = from_sequence(name, x)
+    return array if isinstance(x, np.ndarray) else np.asarray(x)
 
 
 def integers(name: str, x: ArrayLike) -> Array:
@@ -187,12 +202,18 @@ def policy(name: LoopPolicy) -> LoopPolicy:
     return name
 
 
-def filled(fill_value: ArrayLike, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
-    """The numbers in an array of this shape."""
+def checked_fill(fill_value: ArrayLike) -> Array:
+    """The real numbers that loops are filled with, of whichever shape."""
     array = from_sequence("fill_value", fill_value)
     if array.dtype.kind not in "iuf":
         hint = 'give "mean", "add", a number or an array'
         raise InvalidInputError(f"fill_value has dtype {array.dtype}, which is no real number", hint=hint)
+    return array
+
+
+def filled(fill_value: ArrayLike, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+    """The numbers in an array of this shape."""
+    array = checked_fill(fill_value)
     try:
         return np.broadcast_to(array.astype(dtype, copy=False), shape)
     except ValueError:

@@ -12,7 +12,15 @@ from ..errors import InvalidConfigError
 from ..parameters import ParameterSet
 from ..projection import flattened, linear, linear_backward, linears, linears_backward
 from ..values import switch
-from .inputs import Inputs, checked_slope, edge_terms, edge_terms_back, loop_policy
+from .inputs import (
+    Inputs,
+    check_slope_range,
+    checked_filling,
+    checked_slope,
+    edge_terms,
+    edge_terms_back,
+    loop_policy,
+)
 from .layer import GraphLayer
 from .neighbors import Past
 from .results import Record
@@ -44,15 +52,16 @@ class _Convolution(GraphLayer):
     ) -> None:
         super().__init__(in_channels, out_channels, heads, concat, dropout, edge_dim, bias, aggregation, seed)
         self.negative_slope, self.add_self_loops = checked_slope(negative_slope), loop_policy(add_self_loops)
-        if fill_value is None or (isinstance(fill_value, str) and fill_value not in ("mean", "add")):
-            raise InvalidConfigError(f"fill_value is {fill_value!r}", hint='give "mean", "add", a number or an array')
-        self.fill_value = fill_value
+        self.fill_value = checked_filling(fill_value)
         self.residual = switch("residual", residual, InvalidConfigError)
         self.normalize = switch("normalize", normalize, InvalidConfigError)
         self._start(self._shapes(), dtype)
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         raise NotImplementedError
+
+    def _check_range(self, dtype: np.dtype[Any]) -> None:
+        check_slope_range(self.negative_slope, dtype)
 
     def _last_shapes(self) -> dict[str, tuple[int, ...]]:
         shapes: dict[str, tuple[int, ...]] = {}
@@ -122,6 +131,8 @@ class GAT(_Convolution):
         If an option has a wrong type or value.
     InvalidInputError
         If `dtype` is neither float32 nor float64.
+    OutOfMemoryError
+        If this machine has no memory for so many parameters.
 
     Examples
     --------
@@ -263,6 +274,8 @@ class GATv2(_Convolution):
         If an option has a wrong type or value, or `share_weights` is set and sources and targets differ in width.
     InvalidInputError
         If `dtype` is neither float32 nor float64.
+    OutOfMemoryError
+        If this machine has no memory for so many parameters.
 
     Examples
     --------

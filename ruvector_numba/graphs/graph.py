@@ -1,18 +1,7 @@
 """Graphs for attention over neighbours: edges grouped by their target, checked once, never changed.
 
-    edge_index   (2, E): the sources, then the targets, as in PyTorch Geometric; edge e goes from source j to target i
-    indptr       (num_targets + 1): the edges of target i are the positions indptr[i] to indptr[i + 1] - 1
-    indices      (E): the source at each position
-    edge_ids     (E): the caller's number of the edge at each position; None if these are the positions themselves
-
->>> graph = rv.CSRGraph.from_edge_index([[0, 2, 1, 0], [1, 0, 1, 2]], num_nodes=3)
->>> graph
-CSRGraph(num_nodes=3, num_edges=4)
->>> graph.indptr.tolist(), graph.indices.tolist(), graph.edge_ids.tolist()
-([0, 1, 3, 4], [2, 0, 1, 0], [1, 0, 2, 3])
-
-The edges of one target keep the caller's order, duplicates are edges of their own, and whatever belongs to edges is
-handed in and out in the caller's order.
+Callers give edges as in PyTorch Geometric, edge_index (2, E): the sources, then the targets; edge e goes from source j
+to target i, which attends to j.
 """
 
 from __future__ import annotations
@@ -24,8 +13,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ..checks import Array, check_memory, floats
-from ..errors import DimensionMismatchError, GraphStructureError
-from . import edges, self_loops
+from ..errors import DimensionMismatchError, GraphStructureError, InvalidInputError
+from . import edges, others, self_loops
 from .derived import Derived
 from .edges import LoopPolicy
 
@@ -49,18 +38,31 @@ WITH_LOOPS: Derived[CSRGraph] = Derived("the graph with self-loops by a policy")
 class CSRGraph:
     """An immutable graph, grouped by target; made by one of the `from_` methods, which check what they are given.
 
-    Its arrays are read-only, and int32 where that can count nodes and edges, else int64. It can be pickled, and shared
-    by threads.
+    The edges of one target keep the caller's order, duplicates are edges of their own, and whatever belongs to edges is
+    handed in and out in the caller's order. The arrays are read-only, and int32 where that can count nodes and edges,
+    else int64. A graph can be pickled, and shared by threads.
 
     Attributes
     ----------
-    indptr, indices, edge_ids
-        See the top of this file.
+    indptr : array (num_targets + 1)
+        The edges of target i stand at the positions ``indptr[i]`` to ``indptr[i + 1] - 1``.
+    indices : array (num_edges)
+        The source of the edge at each position.
+    edge_ids : array (num_edges), or None
+        The caller's number of the edge at each position; None if these are the positions themselves.
     num_sources, num_targets, num_edges : int
-        Sources and targets are the same nodes, unless these numbers differ.
+        Sources and targets are the same nodes, unless their numbers differ.
 
     The layout is that of SciPy's CSR matrices, with the row a target and the column a source, so that
     ``graph.to_scipy(weights) @ x`` sums what each target receives.
+
+    Examples
+    --------
+    >>> graph = rv.CSRGraph.from_edge_index([[0, 2, 1, 0], [1, 0, 1, 2]], num_nodes=3)
+    >>> graph
+    CSRGraph(num_nodes=3, num_edges=4)
+    >>> graph.indptr.tolist(), graph.indices.tolist(), graph.edge_ids.tolist()
+    ([0, 1, 3, 4], [2, 0, 1, 0], [1, 0, 2, 3])
     """
 
     __slots__ = ("__weakref__", "_derived", "edge_ids", "indices", "indptr", "num_sources")
@@ -71,7 +73,7 @@ class CSRGraph:
     num_sources: int
     _derived: dict[tuple[Derived[Any], tuple[Hashable, ...]], Any]  # by `derived` alone
 
-    def __init__(self) -> None:
+    def __init__(self, *edges: object, **more: object) -> None:
         hint = "use CSRGraph.from_edge_index, from_neighbors, from_scipy or from_networkx"
         raise GraphStructureError("a CSRGraph is made from edges", hint=hint)
 
@@ -96,6 +98,11 @@ class CSRGraph:
         num_nodes : int or (int, int), optional
             How many nodes there are, or sources and targets where these are different nodes. None for as many as the
             largest index says.
+
+        Returns
+        -------
+        CSRGraph
+            Edge e is the e-th column of `edge_index`.
 
         Raises
         ------
@@ -125,10 +132,17 @@ class CSRGraph:
         num_sources : int, optional
             None for the same nodes as the targets.
 
+        Returns
+        -------
+        CSRGraph
+            Its `edge_ids` are None.
+
         Raises
         ------
         GraphStructureError
             If `indptr` does not rise from 0 to E, or an index is no node.
+        OutOfMemoryError
+            If there cannot be so many sources on this machine.
 
         Examples
         --------
@@ -146,8 +160,13 @@ class CSRGraph:
         Parameters
         ----------
         matrix : scipy.sparse array or matrix, CSR, CSC or COO, (num_targets, num_sources)
-            Every stored entry is an edge, a zero or a duplicate too; edge e is that of ``matrix.data[e]``. Transpose it
-            if it says who points to whom, as NetworkX's does.
+            Every stored entry is an edge, a zero or a duplicate too; edge e is that of ``matrix.data[e]``, in each of
+            the three formats. The values themselves are ignored: give a layer ``edge_attr=matrix.data`` where they
+            shall count. Transpose it if it says who points to whom, as NetworkX's does.
+
+        Returns
+        -------
+        CSRGraph
 
         Raises
         ------
@@ -160,21 +179,10 @@ class CSRGraph:
         >>> rv.CSRGraph.from_scipy(scipy.sparse.csc_array([[0, 2, 0], [3, 0, 0]]))
         CSRGraph(num_sources=3, num_targets=2, num_edges=2)
         """
-        form = getattr(matrix, "format", None)
-        if form not in ("csr", "csc", "coo") or len(matrix.shape) != 2:
-            hint = "convert it: matrix.tocsr()"
-            if not hasattr(matrix, "tocsr"):
-                hint = "scipy.sparse.csr_array makes one; for an edge_index there is CSRGraph.from_edge_index"
-            kind = f"{type(matrix).__name__} of format {form} and shape {getattr(matrix, 'shape', None)}"
-            raise GraphStructureError(f"matrix is a {kind}, not a CSR, CSC or COO matrix", hint=hint)
-        num_targets, num_sources = matrix.shape
+        form, (num_targets, num_sources) = others.sparse_format(matrix), matrix.shape
         if form == "csr":
             return cls.from_neighbors(matrix.indptr, matrix.indices[: matrix.nnz], num_sources)
-        if form == "coo":
-            return _grouped(matrix.col, matrix.row, num_sources, num_targets)
-        starts, targets = edges.starts(matrix.indptr, matrix.nnz), matrix.indices[: matrix.nnz]
-        sources = np.repeat(np.arange(num_sources, dtype=targets.dtype), np.diff(starts))
-        return _grouped(sources, targets, num_sources, num_targets)
+        return _grouped(*others.ends_of_sparse(matrix), num_sources, num_targets)
 
     @classmethod
     def from_networkx(cls, graph: Any) -> CSRGraph:
@@ -182,6 +190,10 @@ class CSRGraph:
 
         Edges are numbered node by node as ``graph.adjacency()`` gives them, which is the order of PyTorch Geometric's
         `from_networkx`. Those of an undirected graph go both ways, a self-loop once; those of a multigraph are kept.
+
+        Returns
+        -------
+        CSRGraph
 
         Raises
         ------
@@ -194,23 +206,18 @@ class CSRGraph:
         >>> rv.CSRGraph.from_networkx(networkx.path_graph(3))  # doctest: +SKIP
         CSRGraph(num_nodes=3, num_edges=4)
         """
-        if not hasattr(graph, "adjacency") or not hasattr(graph, "is_multigraph"):
-            hint = "for arrays there are CSRGraph.from_edge_index and from_scipy"
-            raise GraphStructureError(f"graph is a {type(graph).__name__}, not a NetworkX graph", hint=hint)
-        numbers, ends, many = {node: n for n, node in enumerate(graph)}, [], graph.is_multigraph()
-        for node, neighbours in graph.adjacency():
-            for other, edge in neighbours.items():
-                ends.extend([(numbers[node], numbers[other])] * (len(edge) if many else 1))
-        sources, targets = np.array(ends, np.int64).reshape(-1, 2).T
-        return _grouped(sources, targets, len(numbers), len(numbers))
+        sources, targets, num_nodes = others.ends_of_networkx(graph)
+        return _grouped(sources, targets, num_nodes, num_nodes)
 
     # --- what it is ------------------------------------------------------------------------------------------------
     @property
     def num_targets(self) -> int:
+        """How many nodes attend: one less than `indptr` has numbers."""
         return len(self.indptr) - 1
 
     @property
     def num_edges(self) -> int:
+        """How many edges there are, duplicates and self-loops among them."""
         return len(self.indices)
 
     @property
@@ -249,9 +256,10 @@ class CSRGraph:
     def by_position(self, values: ArrayLike) -> Array:
         """Values (E, ...) in the caller's order of edges, now as the edges stand in `indices`.
 
-        Raises DimensionMismatchError if there is not one for each edge, as `by_edge` does.
+        Raises DimensionMismatchError if there is not one for each edge, InvalidInputError for what becomes no array and
+        for arrays of `numpy.ma`, whose mask would be lost; as `by_edge` does.
         """
-        one_each = self._one_each("values", np.asarray(values))
+        one_each = self._one_each("values", edges.as_given("values", values))
         return one_each if self.edge_ids is None else one_each[self.edge_ids]
 
     def by_edge(self, values: ArrayLike) -> Array:
@@ -265,7 +273,7 @@ class CSRGraph:
         >>> graph.by_edge([11, 10, 12, 13]).tolist()
         [10, 11, 12, 13]
         """
-        one_each = self._one_each("values", np.asarray(values))
+        one_each = self._one_each("values", edges.as_given("values", values))
         if self.edge_ids is None:
             return one_each
         out = np.empty_like(one_each)
@@ -298,6 +306,8 @@ class CSRGraph:
         ------
         DimensionMismatchError
             If there is not one number for each edge.
+        InvalidInputError
+            If these are no numbers, or an array of `numpy.ma`.
 
         Examples
         --------
@@ -310,6 +320,8 @@ class CSRGraph:
         if data.ndim != 1:
             shapes = {"values.shape": data.shape}
             raise DimensionMismatchError((self.num_edges,), data.shape, shapes=shapes, hint="one number for each edge")
+        if data.dtype.kind not in "biufc":
+            raise InvalidInputError(f"values has dtype {data.dtype}, which is no number", hint="give numbers")
         shape = self.num_targets, self.num_sources
         return scipy.sparse.csr_array((data, self.indices.copy(), self.indptr.copy()), shape=shape)
 
@@ -466,6 +478,7 @@ def _grouped(sources: Array, targets: Array, num_sources: int, num_targets: int)
 
     dtype = edges.index_dtype(num_sources, num_targets, len(sources))
     check_memory((num_targets + 1,), dtype, "indptr", hint="it has one number for each target: is num_nodes right?")
+    edges.check_num_sources(num_sources, "num_nodes")
     is_narrow = dtype == np.int32 and sources.dtype == targets.dtype == dtype
     integer = dtype if is_narrow else np.dtype(np.int64)
     keys, others = (np.require(ends, integer, ["C", "A"]) for ends in (targets, sources))

@@ -12,10 +12,10 @@ from .. import gpu
 from ..checks import Array, from_sequence
 from ..errors import DimensionMismatchError, GraphStructureError, InvalidConfigError, InvalidInputError
 from .derived import Derived
+from .edge_values import edge_values
 from .graph import CSRGraph
-from .inputs import features, size
-from .known import graph_of_edges
-from .neighbors import edge_values, packed
+from .inputs import features, graph_in_call, size
+from .neighbors import packed
 
 __all__ = [
     "EdgeType",
@@ -91,13 +91,15 @@ def _joined(graph_of: dict[EdgeType, CSRGraph], sources: dict[EdgeType, slice], 
 
 def _graph(kind: EdgeType, edge_index: Any, nodes: dict[str, Array]) -> CSRGraph:
     """The edges of one type, checked."""
-    numbers = len(nodes[kind[0]]), len(nodes[kind[2]])
+    name, (source, target) = f"edge_index_dict[{kind!r}]", ((f"x_dict[{n!r}]", nodes[n]) for n in kind[::2])
     if not isinstance(edge_index, CSRGraph):
         try:
-            return graph_of_edges(edge_index, numbers)
+            return graph_in_call(edge_index, name, source, target)
         except GraphStructureError as error:
-            reason = f"edge_index_dict[{kind!r}]: {error.reason}"
-            raise GraphStructureError(reason, shapes=error.shapes, hint=error.hint) from None
+            if name in error.reason:
+                raise
+            raise GraphStructureError(f"{name}: {error.reason}", shapes=error.shapes, hint=error.hint) from None
+    numbers = len(source[1]), len(target[1])
     given = edge_index.num_sources, edge_index.num_targets
     if given != numbers:
         shapes = {f"nodes {kind[0]!r}, {kind[2]!r}": numbers, f"edge_index_dict[{kind!r}]": edge_index}

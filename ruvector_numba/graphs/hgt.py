@@ -21,6 +21,7 @@ from ..errors import InvalidConfigError, InvalidInputError
 from ..parameters import ParameterSet, Trainable
 from ..projection import linear_backward
 from ..protocols import GraphAttention
+from ..values import switch
 from .hetero import (
     EdgeType,
     attributes_by_type,
@@ -33,7 +34,7 @@ from .hetero import (
     weights_of_edges,
 )
 from .hgt_products import along, along_back, flat, gate_of, linear_back, linear_rows, normal
-from .inputs import along_matrix, check_owner, initial, size
+from .inputs import along_matrix, check_owner, size, starting_parameters
 from .neighbors import Past
 from .results import HeteroCache, HeteroGradients, HeteroRecord
 
@@ -77,6 +78,8 @@ class HGT(Trainable, GraphAttention):
         not divide `out_channels`, or a dictionary names a type that is not in `metadata`.
     InvalidInputError
         If `dtype` is neither float32 nor float64.
+    OutOfMemoryError
+        If this machine has no memory for so many parameters.
 
     References
     ----------
@@ -115,10 +118,7 @@ class HGT(Trainable, GraphAttention):
             raise InvalidConfigError("heads does not divide out_channels", shapes=sizes, hint="heads share them evenly")
         self.edge_dim = {} if edge_dim is None else by_type("edge_dim", edge_dim, self.edge_types)
         self._identity = layers.identity()
-        dice = layers.dice(seed)
-        ones = "skip.", "p_rel."
-        arrays = {n: np.ones(s) if n.startswith(ones) else initial(dice, n, s) for n, s in self._shapes().items()}
-        self._parameters = ParameterSet(arrays).as_type(dtype)
+        self._parameters = starting_parameters(layers.dice(seed), self._shapes(), dtype, ones=("skip.", "p_rel."))
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         F, D = self.out_channels, self.out_channels // self.heads
@@ -221,7 +221,7 @@ class HGT(Trainable, GraphAttention):
         x_dict, edge_index_dict, edge_attr_dict, edge_weight
             As in `forward`.
         training : bool, default True
-            Changes nothing: there is no dropout. The other layers have it.
+            Ignored (HGT has no dropout); accepted so that all layers have the same signature.
 
         Returns
         -------
@@ -231,8 +231,9 @@ class HGT(Trainable, GraphAttention):
         Raises
         ------
         InvalidInputError, DimensionMismatchError, GraphStructureError
-            As in `forward`.
+            As in `forward`; InvalidInputError also for a `training` that is neither True nor False.
         """
+        switch("training", training)
         return self._run(x_dict, edge_index_dict, edge_attr_dict, edge_weight, keeps=True)
 
     def _run(

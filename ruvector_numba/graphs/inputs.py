@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, DTypeLike
 
 from .. import checks
 from ..checks import Array
@@ -22,17 +22,21 @@ __all__ = [
     "Inputs",
     "along_matrix",
     "check_owner",
+    "check_slope_range",
+    "checked_filling",
     "checked_slope",
     "edge_gradients",
     "edge_terms",
     "edge_terms_back",
     "features",
+    "graph_in_call",
     "graph_of",
     "initial",
     "is_pair",
     "listed",
     "loop_policy",
     "size",
+    "starting_parameters",
 ]
 
 
@@ -55,10 +59,10 @@ def loop_policy(add_self_loops: object) -> edges.LoopPolicy:
     """True and False as in PyTorch Geometric, or one of the names."""
     if isinstance(add_self_loops, bool | np.bool_):
         return "replace" if add_self_loops else "keep"
-    if add_self_loops not in ("replace", "add", "keep"):
+    if not isinstance(add_self_loops, str) or add_self_loops not in ("replace", "add", "keep"):
         hint = 'give True, False, "replace", "add" or "keep"'
         raise InvalidConfigError(f"add_self_loops is {add_self_loops!r}", hint=hint)
-    return add_self_loops
+    return add_self_loops  # type: ignore[return-value]  # one of these words
 
 
 def checked_slope(negative_slope: object) -> float:
@@ -69,6 +73,27 @@ def checked_slope(negative_slope: object) -> float:
     if negative_slope is None or not math.isfinite(slope):
         raise InvalidConfigError(f"negative_slope is {negative_slope!r}", hint="give a finite number")
     return slope
+
+
+def checked_filling(fill_value: str | ArrayLike) -> str | ArrayLike:
+    """What a layer fills its self-loops' attributes with. That an array fits nodes and edges shows in a call."""
+    if isinstance(fill_value, str):
+        if fill_value not in ("mean", "add"):
+            raise InvalidConfigError(f"fill_value is {fill_value!r}", hint='give "mean", "add", a number or an array')
+        return fill_value
+    try:
+        edges.checked_fill(fill_value)
+    except InvalidInputError as error:
+        raise InvalidConfigError(error.details, hint='give "mean", "add", a number or an array') from None
+    return fill_value
+
+
+def check_slope_range(slope: float, dtype: np.dtype[Any]) -> None:
+    """Refuse a slope that becomes infinity where the kernels compute with it."""
+    largest = np.finfo(dtype).max
+    if abs(slope) > float(largest):
+        hint = f"{dtype} ends at {largest:.2g}: give a smaller one, or arrays of float64"
+        raise InvalidInputError(f"negative_slope is {slope}", hint=hint)
 
 
 def listed(x: Any) -> Any:
@@ -82,6 +107,7 @@ def size(name: str, n: object) -> int:
         found = 0
     if isinstance(n, bool) or found <= 0:
         raise InvalidConfigError(f"{name} is {n!r}", hint="give a whole number above 0")
+    checks.check_memory((found,), np.dtype(np.float32), name, hint="there is a parameter for each, at least")
     return found
 
 
@@ -122,6 +148,20 @@ def initial(dice: np.random.Generator, name: str, shape: tuple[int, ...]) -> Arr
     return dice.uniform(-bound, bound, shape)
 
 
+def starting_parameters(
+    dice: np.random.Generator, shapes: dict[str, tuple[int, ...]], dtype: DTypeLike, ones: tuple[str, ...] = ()
+) -> ParameterSet:
+    """A layer's initial parameters: Glorot-uniform, biases 0, and 1 where a name begins with one of `ones`."""
+    try:
+        np.dtype(dtype)
+    except (TypeError, ValueError) as error:
+        raise InvalidInputError(f"dtype is {dtype!r}: {error}", hint="give float32 or float64") from None
+    numbers = sum(map(math.prod, shapes.values()))
+    checks.check_memory((numbers,), np.dtype(float), "parameters", hint="give fewer channels or heads")
+    arrays = {n: np.ones(s) if ones and n.startswith(ones) else initial(dice, n, s) for n, s in shapes.items()}
+    return ParameterSet(arrays).as_type(dtype)
+
+
 def is_pair(x: Any) -> bool:
     """Is it (x_source, x_target)? A list of two rows is one array."""
     return isinstance(x, tuple) or (isinstance(x, list) and len(x) == 2 and np.ndim(x[0]) == 2)
@@ -134,14 +174,36 @@ def features(name: str, x: ArrayLike) -> Array:
     return array if array.flags.aligned else array.copy()
 
 
-def graph_of(graph: Any, sources: int, targets: int | None, is_pair: bool) -> CSRGraph:
+def graph_in_call(edge_index: Any, name: str, sources: tuple[str, Array], targets: tuple[str, Array]) -> CSRGraph:
+    """The graph of the argument `name`, whose ends are rows of these two arrays, which the errors name."""
+    try:
+        return graph_of_edges(edge_index, (len(sources[1]), len(targets[1])))
+    except GraphStructureError as error:
+        at: Any = error.shapes or {}
+        if "edge" not in at:
+            raise
+        if min(at["source"], at["target"]) < 0:  # which is no row of any array
+            raise
+        is_source = at["source"] >= len(sources[1])
+        n, (rows, x) = at["source" if is_source else "target"], sources if is_source else targets
+        node, hint = "node", f"give {rows} a row for each node, or leave out the edges of nodes that have none"
+        if sources[0] != targets[0]:
+            node = "source" if is_source else "target"
+            hint = f"{name}[0] counts rows of {sources[0]}, {name}[1] of {targets[0]}; {name}[::-1] swaps them"
+        reason = f"{rows} has {len(x)} rows, and {name} names {node} {n}, at edge {at['edge']}"
+        raise GraphStructureError(reason, shapes={f"{rows}.shape": x.shape}, hint=hint) from None
+
+
+def graph_of(graph: Any, source: Array, target: Array | None, is_pair: bool) -> CSRGraph:
     if not isinstance(graph, CSRGraph):
         if hasattr(graph, "tocsr"):
             raise GraphStructureError("graph is a matrix", hint="CSRGraph.from_scipy(matrix), or sparse_forward")
-        if targets is None:
+        if target is None:
             hint = "give a CSRGraph: nothing else says how many targets there are when x_target is None"
             raise GraphStructureError("graph is an edge_index", hint=hint)
-        return graph_of_edges(graph, (sources, targets))
+        names = ("x_source", "x_target") if is_pair else ("x", "x")
+        return graph_in_call(graph, "edge_index", (names[0], source), (names[1], target))
+    sources, targets = len(source), None if target is None else len(target)
     wanted = graph.num_sources, graph.num_targets
     if wanted != (sources, wanted[1] if targets is None else targets):
         shapes = {"nodes (sources, targets)": (sources, targets), "graph": graph}

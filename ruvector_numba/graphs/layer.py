@@ -21,6 +21,7 @@ from ..projection import linear, linear_backward
 from ..protocols import GraphAttention
 from ..values import switch
 from . import edges
+from .edge_values import checked_edges
 from .graph import CSRGraph
 from .inputs import (
     Inputs,
@@ -29,12 +30,12 @@ from .inputs import (
     edge_gradients,
     features,
     graph_of,
-    initial,
     is_pair,
     listed,
     size,
+    starting_parameters,
 )
-from .neighbors import Past, checked_aggregation, checked_edges, packed
+from .neighbors import Past, checked_aggregation, packed
 from .results import GraphCache, GraphGradients, Record
 
 if TYPE_CHECKING:
@@ -81,9 +82,7 @@ class GraphLayer(Trainable, GraphAttention):
         self._dice, self._identity = layers.dice(seed), layers.identity()
 
     def _start(self, shapes: dict[str, tuple[int, ...]], dtype: DTypeLike) -> None:
-        """Initial parameters: Glorot-uniform, biases 0, in the order of their names."""
-        arrays = {name: initial(self._dice, name, shape) for name, shape in shapes.items()}
-        self._parameters = ParameterSet(arrays).as_type(dtype)
+        self._parameters = starting_parameters(self._dice, shapes, dtype)
 
     @property
     def width(self) -> int:
@@ -168,7 +167,8 @@ class GraphLayer(Trainable, GraphAttention):
         ------
         InvalidInputError
             If features, attributes or weights are missing, hold other than float32 or float64 numbers, or differ in
-            dtype, or the layer has no `edge_dim` and `edge_attr` is given.
+            dtype, the layer has no `edge_dim` and `edge_attr` is given, or the dtype cannot hold its `negative_slope`
+            or `scale`.
         DimensionMismatchError
             If an array does not have a row for each node or each edge, or another number of channels.
         GraphStructureError
@@ -423,13 +423,16 @@ class GraphLayer(Trainable, GraphAttention):
     def _checked(self, x: Nodes, graph: Any, edge_attr: Any, edge_weight: Any, dropout: float, seed: int) -> Inputs:
         """Edge arrays still belong to the caller's edges; self-loops are added later."""
         source, target, pair = self._nodes(x)
-        targets = None if target is None else len(target)
-        given = graph_of(graph, len(source), targets, pair)
+        self._check_range(source.dtype)
+        given = graph_of(graph, source, target, pair)
         attr = self._attr(edge_attr, given, source.dtype)
         weight = checked_edges("edge_weight", edge_weight, (given.num_edges,), source.dtype)
         attr_shape = None if edge_attr is None else np.shape(edge_attr)
         whole = given.with_self_loops(self.add_self_loops)
         return Inputs(source, target, pair, given, whole, attr, weight, attr_shape, dropout, seed)
+
+    def _check_range(self, dtype: np.dtype[Any]) -> None:
+        """Refuse numbers among the layer's settings that arithmetic of this type cannot hold."""
 
     def _nodes(self, x: Any) -> tuple[Array, Array | None, bool]:
         pair = is_pair(x)

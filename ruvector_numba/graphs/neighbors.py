@@ -26,9 +26,10 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from .. import checks, gpu
-from ..checks import Array, from_sequence
+from ..checks import Array
 from ..errors import DimensionMismatchError, GraphStructureError, InvalidConfigError, InvalidInputError
 from .derived import Derived
+from .edge_values import checked_edges
 from .graph import CSRGraph
 
 if TYPE_CHECKING:
@@ -191,7 +192,8 @@ def neighbor_attention(
     key, value : array (Ns, H, D) and (Ns, H, C)
         One row for each source.
     graph : CSRGraph
-        With Ns sources and Nt targets.
+        With Ns sources and Nt targets. Nothing else will do: of an edge_index make one, once, by
+        ``CSRGraph.from_edge_index(edge_index, (Ns, Nt))``.
     edge_bias : array (E, H), optional
         Added to the scores; -inf hides an edge from a head.
     edge_key, edge_value : array (E, H, D) and (E, H, C), optional
@@ -208,7 +210,7 @@ def neighbor_attention(
         an edge out of the softmax and of "max"; "mean" still divides by all edges, as PyTorch Geometric's does. A
         dropped edge brings 0 to "max".
     seed : int, optional
-        Decides what is dropped; a fresh one if None.
+        Decides what is dropped, by an edge's number in the caller's order; a fresh one if None.
     device : {"cuda", "cpu"}, optional
         "cuda" moves arrays of NumPy to the GPU and the results back. Without it, arrays that lie on a GPU (of CuPy,
         torch or Numba: float32, float16 or bfloat16) stay there, and so do the results.
@@ -217,13 +219,14 @@ def neighbor_attention(
     -------
     array (Nt, H, C)
         0 for a target without edges. The same to the bit for any number of threads; edges of different targets may be
-        given in any order, those of one target are added in the caller's.
+        given in any order, those of one target are added in the caller's. Not so with dropout, where an edge that gets
+        another number may be dropped in place of another.
 
     Raises
     ------
     InvalidInputError
         If an array is missing, has the wrong number of axes, or holds other than float32 or float64 numbers, if they
-        differ in dtype, or `scale`, `dropout_p` or `seed` is no such number.
+        differ in dtype, `scale`, `dropout_p` or `seed` is no such number, or the dtype cannot hold `scale`.
     DimensionMismatchError
         If two sizes differ that must agree.
     InvalidConfigError
@@ -272,7 +275,8 @@ def neighbor_attention_forward(
     key, value : array (Ns, H, D) and (Ns, H, C)
         One row for each source.
     graph : CSRGraph
-        With Ns sources and Nt targets.
+        With Ns sources and Nt targets. Nothing else will do: of an edge_index make one, once, by
+        ``CSRGraph.from_edge_index(edge_index, (Ns, Nt))``.
     edge_bias : array (E, H), optional
         Added to the scores; -inf hides an edge from a head.
     edge_key, edge_value : array (E, H, D) and (E, H, C), optional
@@ -289,7 +293,7 @@ def neighbor_attention_forward(
         an edge out of the softmax and of "max"; "mean" still divides by all edges, as PyTorch Geometric's does. A
         dropped edge brings 0 to "max".
     seed : int, optional
-        Decides what is dropped; a fresh one if None.
+        Decides what is dropped, by an edge's number in the caller's order; a fresh one if None.
     device : {"cuda", "cpu"}, optional
         "cuda" moves arrays of NumPy to the GPU and the results back. Without it, arrays that lie on a GPU (of CuPy,
         torch or Numba: float32, float16 or bfloat16) stay there, and so do the results.
@@ -303,7 +307,7 @@ def neighbor_attention_forward(
     ------
     InvalidInputError
         If an array is missing, has the wrong number of axes, or holds other than float32 or float64 numbers, if they
-        differ in dtype, or `scale`, `dropout_p` or `seed` is no such number.
+        differ in dtype, `scale`, `dropout_p` or `seed` is no such number, or the dtype cannot hold `scale`.
     DimensionMismatchError
         If two sizes differ that must agree.
     InvalidConfigError
@@ -373,38 +377,19 @@ def checked_graph(graph: object) -> CSRGraph:
 
 
 def checked_aggregation(aggregation: object) -> str:
-    if aggregation not in AGGREGATIONS:
-        hint = 'give "sum"' if aggregation == "add" else 'give "sum", "mean" or "max"'
+    is_word = isinstance(aggregation, str)  # an array is asked nothing: it has no one answer
+    if not is_word or aggregation not in AGGREGATIONS:
+        hint = 'give "sum"' if is_word and aggregation == "add" else 'give "sum", "mean" or "max"'
         raise InvalidConfigError(f"aggregation is {aggregation!r}", hint=hint)
     return str(aggregation)
-
-
-def checked_edges(name: str, x: ArrayLike | None, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array | None:
-    return None if x is None else edge_values(name, x, shape, dtype)
-
-
-def edge_values(name: str, x: ArrayLike, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
-    """An array that belongs to edges, of this shape and dtype; a list takes the dtype."""
-    array = from_sequence(name, x)
-    if array.dtype == np.float64 and not hasattr(x, "dtype"):
-        array = array.astype(dtype)
-    if array.shape != shape:
-        shapes = {f"{name}.shape": array.shape, "expected": shape}
-        hint = "one entry for each edge, in the order of the edges as they were given"
-        raise DimensionMismatchError(shape, array.shape, shapes=shapes, hint=hint)
-    if array.dtype != dtype:
-        hint = f"cast it: {name}.astype(numpy.{dtype})"
-        if array.dtype.kind == "b":
-            hint = f"if True is an edge that counts: numpy.where({name}, 0, -numpy.inf).astype(numpy.{dtype})"
-        raise InvalidInputError(f"{name} has dtype {array.dtype}, the nodes {dtype}", hint=hint)
-    return array
 
 
 def edge_numbers(name: str, x: ArrayLike, graph: CSRGraph) -> Array:
     array = checks.floats(name, x)
     if array.ndim not in (1, 2) or len(array) != graph.num_edges:
         shapes = {f"{name}.shape": array.shape, "expected": f"({graph.num_edges},) or ({graph.num_edges}, H)"}
-        raise DimensionMismatchError(graph.num_edges, array.shape, shapes=shapes, hint="one entry for each edge")
+        expected = (graph.num_edges, *array.shape[1:2])
+        raise DimensionMismatchError(expected, array.shape, shapes=shapes, hint="one entry for each edge")
     return array
 
 
@@ -466,6 +451,8 @@ def call(
     )
     number, dice = checks.dropout(dropout_p, seed)
     factor, joining = checks.scale_of(scale, D), checked_aggregation(aggregation)
+    if scale is not None:
+        checks._check_range(q.dtype, factor, None)
     return Call(q, k, v, bias, edge, edge_value, weight, factor, number, dice, joining)
 
 

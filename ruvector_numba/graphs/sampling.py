@@ -43,7 +43,8 @@ from numpy.typing import ArrayLike, NDArray
 from .. import checks
 from ..checks import Array
 from ..errors import DimensionMismatchError, GraphStructureError, InvalidConfigError, InvalidInputError
-from .edges import refuse_masked
+from ..values import switch
+from .edges import as_given, refuse_masked
 from .graph import CSRGraph
 
 __all__ = ["NeighborSample", "neighbor_batches", "sample_neighbors"]
@@ -95,7 +96,7 @@ class NeighborSample:
         DimensionMismatchError
             If `x` does not have one row for each node of the whole graph.
         InvalidInputError
-            If it is no array and cannot become one.
+            If it is no array and cannot become one, or is one of `numpy.ma`, whose mask would be lost.
 
         Examples
         --------
@@ -103,7 +104,7 @@ class NeighborSample:
         >>> sample.features([10.0, 11.0, 12.0, 13.0]).tolist()
         [10.0, 12.0]
         """
-        rows = _array("x", x)
+        rows = as_given("x", x)
         if rows.ndim == 0 or len(rows) != self.num_all_nodes:
             shapes = {"x.shape": rows.shape, "expected": f"({self.num_all_nodes}, ...)"}
             hint = "give the rows of all nodes of the whole graph; those of the sample are picked here"
@@ -196,7 +197,8 @@ def neighbor_batches(
     Raises
     ------
     GraphStructureError, InvalidInputError
-        As `sample_neighbors`; at the call, before the first sample is drawn.
+        As `sample_neighbors`, InvalidInputError also for a `shuffle` that is neither True nor False; at the call,
+        before the first sample is drawn.
     InvalidConfigError
         Also if `batch_size` is no positive whole number.
 
@@ -209,7 +211,7 @@ def neighbor_batches(
     seeds, fan_outs, seed = _nodes(graph, nodes), _fan_outs(fan_out), checks.random_seed(seed)
     if not _is_whole(batch_size) or batch_size < 1:
         raise InvalidConfigError(f"batch_size is {batch_size!r}", hint="give a positive whole number")
-    if shuffle:
+    if switch("shuffle", shuffle):
         seeds = seeds[np.argsort(_dice(seed, _ORDER, seeds))]
     starts = range(0, len(seeds), int(batch_size))
     return (_sample(graph, seeds[start : start + int(batch_size)], fan_outs, seed) for start in starts)

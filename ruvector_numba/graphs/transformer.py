@@ -66,6 +66,8 @@ class GraphTransformer(GraphLayer):
         If an option has a wrong type or value.
     InvalidInputError
         If `dtype` is neither float32 nor float64.
+    OutOfMemoryError
+        If this machine has no memory for so many parameters.
 
     Examples
     --------
@@ -115,6 +117,10 @@ class GraphTransformer(GraphLayer):
         if self.beta:
             shapes["lin_beta.weight"] = (1, 3 * self.width)
         return shapes
+
+    def _check_range(self, dtype: np.dtype[Any]) -> None:
+        if self.scale is not None:
+            checks._check_range(dtype, self._scale, None)
 
     def _settings(self) -> dict[str, Any]:
         return super()._settings() | {
