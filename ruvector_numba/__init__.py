@@ -109,6 +109,7 @@ __all__ = [
     "functional",
     "get_num_threads",
     "info",
+    "interop",
     "masks",
     "merge",
     "neighbor_attention",
@@ -137,4 +138,4 @@ else:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), "interop"})
+    return sorted([*__all__, "__version__"])  # without the modules that importing has brought

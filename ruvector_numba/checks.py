@@ -11,12 +11,14 @@ from numpy.typing import ArrayLike, NDArray
 
 from . import halves, masks, visibility
 from .errors import DimensionMismatchError, InvalidInputError
-from .values import check_memory, check_not_masked, random_seed, real_number, switch
+from .values import as_array, check_memory, check_not_masked, random_seed, real_number, switch
 
 Array = NDArray[Any]
 Shape = tuple[int, ...]
 
 FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
+KNOWN = ("float32 or float64", "float16, bfloat16, float32 or float64")  # and where half precision is taken
+AXES = "axes are (..., heads, L, D): from (B, L, H, D) x.swapaxes(1, 2)"
 
 
 class Call(NamedTuple):
@@ -120,7 +122,7 @@ def rounds_products(precision: object, c: Call) -> bool:
     """Check `precision`: are the products to be those of bfloat16, though the arrays are float32?"""
     if precision is None:
         return False
-    if precision != "bfloat16":
+    if not isinstance(precision, str) or precision != "bfloat16":  # of an array, != would be one of bools
         hint = 'give precision="bfloat16", or None for the precision of the arrays'
         raise InvalidInputError(f"precision is {precision!r}", hint=hint)
     if c.query.dtype != np.float32:
@@ -129,12 +131,15 @@ def rounds_products(precision: object, c: Call) -> bool:
     return True
 
 
-def floats(name: str, x: ArrayLike, said: str | None = None) -> Array:
-    """The argument as a float32 or float64 array; `said` is what a hint calls it, if not by its name."""
+def floats(name: str, x: ArrayLike, said: str | None = None, may_be_half: bool = False) -> Array:
+    """The argument as a float32 or float64 array; `said` is what a hint calls it, if not by its name.
+
+    `may_be_half` where the caller takes half precision too, and has widened it already.
+    """
     array = x if type(x) is np.ndarray else from_sequence(name, x, f"pass {said}.filled(0)" if said else None)
     if array.dtype not in FLOATS or not array.dtype.isnative:
         hint = f"cast it: {_to_float32(said or name, array.dtype)}"
-        raise InvalidInputError(f"{name} has dtype {array.dtype}, not float32 or float64", hint=hint)
+        raise InvalidInputError(f"{name} has dtype {array.dtype}, not {KNOWN[may_be_half]}", hint=hint)
     return array
 
 
@@ -178,8 +183,7 @@ def readable(name: str, x: ArrayLike, may_be_half: bool = False, dtype: str | No
             hint = f"give numbers; of objects or text make an array of floats first: numpy.array({name}, float)"
         elif x.dtype == halves.BITS and may_be_half:
             hint = f'cast it, or pass dtype="bfloat16" if {name} holds the bits of bfloat16 numbers'
-        known = "float16, bfloat16, float32 or float64" if may_be_half else "float32 or float64"
-        raise InvalidInputError(f"{name} has dtype {x.dtype}, not {known}", hint=hint)
+        raise InvalidInputError(f"{name} has dtype {x.dtype}, not {KNOWN[may_be_half]}", hint=hint)
     if x.ndim < 2:
         raise InvalidInputError(
             f"{name} has {x.ndim} axes", shapes={f"{name}.shape": x.shape}, hint="give (..., H, L, D), or (L, D)"
@@ -187,9 +191,9 @@ def readable(name: str, x: ArrayLike, may_be_half: bool = False, dtype: str | No
     return x if x.flags.aligned else x.copy()
 
 
-def check_bits(name: str, x: Array, dtype: str) -> None:
+def check_bits(name: str, x: Array, dtype: object) -> None:
     """`dtype` says what the bits of a uint16 array mean."""
-    if dtype != "bfloat16":
+    if not isinstance(dtype, str) or dtype != "bfloat16":
         hint = 'dtype is for what NumPy has no type for: give "bfloat16" with uint16 arrays, or leave it out'
         raise InvalidInputError(f"dtype is {dtype!r}", hint=hint)
     if (x.dtype != halves.BITS and not halves.is_bfloat16(x.dtype)) or not x.dtype.isnative:
@@ -207,18 +211,7 @@ def from_sequence(name: str, x: ArrayLike, unmasked: str | None = None) -> Array
     if hasattr(x, "tocsr"):
         raise InvalidInputError(f"{name} is a sparse matrix", hint=f"{name}.toarray() is an array")
     check_not_masked(name, x, unmasked)
-    try:
-        array = np.asarray(x)
-    except ValueError as error:
-        raise InvalidInputError(f"{name} cannot become an array: {error}", hint="give rows of equal length") from None
-    except (TypeError, RuntimeError) as error:
-        from .gpu.arrays import is_on_gpu  # which needs this module
-
-        if not is_on_gpu(x):  # a tensor that NumPy cannot read
-            hint = f"of a tensor give {name}.detach().float(), and .to_dense() first if it is sparse"
-            raise InvalidInputError(f"{name} cannot become an array: {error}", hint=hint) from None
-        hint = "not everything runs there: copy it to the CPU"
-        raise InvalidInputError(f"{name} is on the GPU", hint=hint) from None
+    array = as_array(name, x)
     return array.astype(np.float64) if array.dtype.kind in "iu" and not isinstance(x, np.ndarray) else array
 
 
@@ -244,8 +237,10 @@ def _check_heads_and_dtypes(query: Array, key: Array, value: Array, enable_gqa: 
     heads, key_heads = query.shape[-3], key.shape[-3]
     divides = key_heads > 0 and heads % key_heads == 0
     if heads != key_heads and not (enable_gqa and divides):
-        hint = "heads of query must be a multiple of heads of key"
-        if divides:
+        hint = f"heads of query must be a multiple of heads of key; {AXES}"
+        if divides and (heads, query.shape[-2]) == (key.shape[-2], key_heads):
+            hint = AXES
+        elif divides:
             hint = f"to share each key head among {heads // key_heads} query heads, pass enable_gqa=True"
         raise DimensionMismatchError(heads, key_heads, shapes=shapes, hint=hint)
 
@@ -261,17 +256,18 @@ def _refuse_sizes(query: Array, key: Array, value: Array) -> None:
 
 def _slopes(slopes: ArrayLike, batch: Shape, heads: int, dtype: np.dtype[Any]) -> Array:
     check_not_masked("alibi_slopes", slopes)
-    try:
-        array = np.ascontiguousarray(slopes, dtype=dtype)
-    except (TypeError, ValueError) as error:
-        raise InvalidInputError(f"alibi_slopes: {error}", hint="give one number for each head") from None
+    given = as_array("alibi_slopes", slopes)
+    if given.dtype.kind not in "iuf" and not halves.is_bfloat16(given.dtype):
+        raise InvalidInputError(f"alibi_slopes has dtype {given.dtype}", hint="give one number for each head")
+    with np.errstate(over="ignore"):  # infinite ones are refused below
+        array = np.ascontiguousarray(given, dtype=dtype)
     fits = array.ndim >= 1 and array.shape[-1] == heads
     try:
         array = np.ascontiguousarray(np.broadcast_to(array, (*batch, heads))) if fits else array
     except ValueError:
         fits = False
     if not fits:
-        shapes = {"alibi_slopes.shape": np.shape(slopes), "expected": (heads,)}
+        shapes = {"alibi_slopes.shape": given.shape, "expected": (heads,)}
         raise InvalidInputError("alibi_slopes has the wrong shape", shapes=shapes, hint="one slope for each query head")
     if not np.isfinite(array).all():
         raise InvalidInputError("alibi_slopes is not finite", hint="give finite slopes; 0 for none")
@@ -297,6 +293,7 @@ def check_output(out: object, c: Call) -> Array | None:
         raise InvalidInputError("out overlaps itself", hint="it is a broadcast view: give a fresh array")
     inputs = [("query", c.query), ("key", c.key), ("value", c.value)]
     inputs += [("attn_mask", x) for x in (c.seen.allowed, c.seen.bias) if x is not None]
+    inputs += [] if c.slopes is None else [("alibi_slopes", c.slopes)]
     for name, x in inputs:
         if _overlap(out, x):
             raise InvalidInputError(
@@ -340,17 +337,18 @@ def row_indices(rows: Any, Lq: int) -> NDArray[np.int64]:
     try:
         if isinstance(rows, slice):
             return np.arange(Lq)[rows]
-        found = np.asarray(rows)
-    except (TypeError, ValueError):
+    except TypeError:
         raise InvalidInputError(f"rows is {rows!r}", hint=hint) from None
+    found = as_array("rows", rows)
     if found.size == 0:
         return np.zeros(0, np.int64)
     if found.dtype.kind not in "iu" or found.ndim > 1:
+        hint += "; where bools say which, numpy.flatnonzero(rows)" * (found.dtype.kind == "b")
         raise InvalidInputError(f"rows is {rows!r}", hint=hint)
-    found = np.atleast_1d(found).astype(np.int64)
-    if (found < -Lq).any() or (found >= Lq).any():
-        raise InvalidInputError(f"rows go from {found.min()} to {found.max()}", hint=f"there are {Lq} queries")
-    return found % Lq
+    lowest, highest = int(found.min()), int(found.max())  # before the cast, in which large ones would wrap around
+    if lowest < -Lq or highest >= Lq:
+        raise InvalidInputError(f"rows go from {lowest} to {highest}", hint=f"there are {Lq} queries")
+    return np.atleast_1d(found).astype(np.int64) % Lq
 
 
 __all__ = [

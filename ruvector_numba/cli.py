@@ -30,6 +30,7 @@ FLAGS = {
     "or None for 1 / sqrt(D)": "or leave --scale out",
     "None means no limit": "none means no limit",
     ', or pass dtype="bfloat16" if': ": the command does not know whether",
+    ", or one of rv.masks, such as rv.masks.Causal()": "",
     "attn_mask": "mask",
 }
 
@@ -146,19 +147,33 @@ def _mask(options: argparse.Namespace) -> "masks.Mask":
     return window if options.mask is None else window & _load(options.mask, "mask")
 
 
-def _save(path: pathlib.Path, array: "np.ndarray") -> None:
+def _save(path: str, array: "np.ndarray") -> None:
     """Under exactly this name, and only once it is complete."""
     import numpy as np
 
-    unfinished = path.with_name(path.name + ".part")
+    from . import errors, files
+
     try:
-        with open(unfinished, "wb") as file:
-            np.save(file, array)
-        unfinished.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            unfinished.unlink()
-        raise Refusal(f"{path} cannot be written: {error.strerror or error}") from None
+        files.replace(path, lambda file: np.save(file, array))
+    except errors.InvalidInputError as error:
+        raise Refusal(f"{error.details}\n{error.hint}") from None
+
+
+def _target(path: str) -> pathlib.Path:
+    """Where the output goes, links followed: a file, or nothing yet, in a folder that is there."""
+    from . import errors, files
+
+    given = pathlib.Path(path)
+    if given.is_dir():
+        raise Refusal(f"{path} is a folder; give the name of a file in it")
+    try:
+        target = pathlib.Path(files.place(path, "out.npy"))
+    except errors.InvalidInputError as error:
+        raise Refusal(f"{error.details}\n{error.hint}") from None
+    for end in (given, target):
+        if not end.parent.is_dir():
+            raise Refusal(f"there is no folder {end.parent} to write {end.name} to")
+    return target
 
 
 def _attend(options: argparse.Namespace) -> None:
@@ -166,11 +181,7 @@ def _attend(options: argparse.Namespace) -> None:
 
     names = ("query", "key", "value")
     query, key, value = (_load(getattr(options, name), name) for name in names)
-    target = pathlib.Path(options.output)
-    if not target.parent.is_dir():
-        raise Refusal(f"there is no folder {target.parent} to write {target.name} to")
-    if target.is_dir():
-        raise Refusal(f"{target} is a folder; give the name of a file in it")
+    target = _target(options.output)
     for name in (*names, "mask"):
         path = getattr(options, name)
         if path is not None and target.exists() and target.samefile(path):
@@ -193,11 +204,11 @@ def _attend(options: argparse.Namespace) -> None:
             text = text.replace(of_function, of_command)
         raise Refusal(text) from None
     seconds = time.perf_counter() - start
-    _save(target, output)
+    _save(str(target), output)
     shapes = [(name, f"{x.shape} {x.dtype}") for name, x in zip(names, (query, key, value), strict=True)]
     if options.mask is not None:
         shapes.append(("mask", options.mask))
-    written = f"{output.shape} {output.dtype}, written to {target}"
+    written = f"{output.shape} {output.dtype}, written to {options.output}"
     taken = f"{seconds:.3f} s on {rv.get_num_threads()} threads, reading and any compiling included"
     _print_pairs([*shapes, ("output", written), ("time", taken)])
 
@@ -262,7 +273,10 @@ def _warmup(options: argparse.Namespace) -> None:
 
 # --- the parser -------------------------------------------------------------------------------------------------------
 def _reach(text: str) -> int | None:
-    return None if text.lower() == "none" else int(text)
+    try:
+        return None if text.lower() == "none" else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a whole number nor none") from None
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -279,7 +279,7 @@ def merge(outputs: Sequence[ArrayLike], lses: Sequence[ArrayLike], *, dtype: str
     >>> np.allclose(output, rv.scaled_dot_product_attention(q, k, k))
     True
     """
-    if not (isinstance(outputs, Iterable) and isinstance(lses, Iterable)):
+    if not all(isinstance(x, Iterable) and getattr(x, "ndim", 1) for x in (outputs, lses)):
         raise InvalidInputError("outputs and lses are sequences of arrays", hint="rv.merge([a, b], [lse_a, lse_b])")
     parts = [checks.from_sequence(f"outputs[{i}]", x) for i, x in enumerate(outputs)]
     logs = [checks.from_sequence(f"lses[{i}]", x) for i, x in enumerate(lses)]

@@ -29,27 +29,35 @@ OURS = "load takes what save wrote"
 
 
 def write(path: str | os.PathLike[str], arrays: Mapping[str, Array], metadata: Mapping[str, str]) -> None:
-    """Write contiguous arrays and texts, whole or not at all.
+    """Write contiguous arrays and texts, whole or not at all; follows links, and keeps what is no file.
 
     Raises
     ------
     InvalidInputError
-        If `path` is none, or cannot be written.
+        If `path` is none, cannot be written, or has the name of an archive of NumPy.
     InvalidConfigError
         If safetensors is not installed.
     """
-    library, place = _library(), _place(path)
+    library, end = _library(), place(path)
+    if end.lower().endswith(".npz"):
+        hint = "name it .safetensors; an .npz is written by numpy.savez(path, **layer.parameters)"
+        raise InvalidInputError(f"{path} would be a safetensors file under the name of an archive of NumPy", hint=hint)
     data = library.save(dict(arrays), metadata=dict(metadata))
-    draft = os.path.join(os.path.dirname(place), f".{secrets.token_hex(8)}.tmp")
+    replace(end, lambda file: file.write(data))
+
+
+def replace(path: str, fill: Callable[[BinaryIO], object]) -> None:
+    """Write the file at this `place` in one step, once `fill` has written all of it; else leave it as it was."""
+    draft = os.path.join(os.path.dirname(path), f".{secrets.token_hex(8)}.tmp")
     try:
         with open(draft, "xb") as file:
-            file.write(data)
+            fill(file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(draft, place)
+        os.replace(draft, path)
     except OSError as error:
         hint = "is the folder there, and may you write to it?"
-        raise InvalidInputError(f"cannot write {path}: {error.strerror}", hint=hint) from error
+        raise InvalidInputError(f"cannot write {path}: {error.strerror or error}", hint=hint) from error
     finally:
         with contextlib.suppress(OSError):
             os.unlink(draft)  # gone already unless something failed
@@ -126,7 +134,7 @@ def described(path: str | os.PathLike[str], kind: str, make: Callable[[dict[str,
 @contextlib.contextmanager
 def _opened(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     try:
-        with open(_place(path), "rb") as file:
+        with open(place(path), "rb") as file:
             yield file
     except OSError as error:
         raise InvalidInputError(f"cannot read {path}: {error.strerror}", hint="is the path right?") from error
@@ -141,17 +149,17 @@ def _library() -> Any:
     return safetensors.numpy
 
 
-def _place(path: object) -> str:
-    """Where a path leads, links followed; a number would be taken for an open file."""
+def place(path: object, example: str = "layer.safetensors") -> str:
+    """Where a path leads, links followed: a file, or nothing yet. A number would be taken for an open file."""
     if not isinstance(path, str | os.PathLike):
         raise InvalidInputError(f"path is a {type(path).__name__}", hint="give a str or a pathlib.Path")
     try:
-        place = os.path.realpath(os.fsdecode(path))
+        end = os.path.realpath(os.fsdecode(path))
     except ValueError as error:
         raise InvalidInputError(f"path is {os.fsdecode(path)!r}: {error}", hint="give the path of a file") from None
-    if os.path.exists(place) and not os.path.isfile(place):
-        raise InvalidInputError(f"{place} is not a file", hint="give the path of a file, such as layer.safetensors")
-    return place
+    if os.path.exists(end) and not os.path.isfile(end):
+        raise InvalidInputError(f"{end} is not a file", hint=f"give the path of a file, such as {example}")
+    return end
 
 
 def _damaged(path: object, what: str) -> InvalidInputError:
@@ -162,6 +170,9 @@ def _header(path: object, file: BinaryIO) -> tuple[bytes, dict[str, Any], dict[s
     """The bytes up to the arrays, and in them what is said of each array and the texts."""
     length = file.read(8)
     size = int.from_bytes(length, "little")
+    if length.startswith(b"PK\x03\x04"):
+        hint = "of an .npz that numpy.savez wrote: layer.set_parameters(numpy.load(path))"
+        raise InvalidInputError(f"{path} is a zip archive, no safetensors file", hint=hint)
     if len(length) < 8 or size > HEADER_LIMIT:
         raise _damaged(path, "it has no header" if len(length) < 8 else f"its header would have {size} bytes")
     text = file.read(size)

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from . import halves
 from .config import AttentionConfig
 from .errors import InvalidInputError
+from .values import is_whole
 
 __all__ = ["KeyValueCache"]
 
@@ -57,7 +58,15 @@ class KeyValueCache:
             hint = "the cache was made for another batch, or by another layer"
             raise InvalidInputError("x does not fit the cache", shapes=shapes, hint=hint)
         longest = most if config.max_seq_len is None else min(most, config.max_seq_len)
+        if not is_whole(self.length) or not 0 <= self.length <= most:
+            hint = f"give the number of positions that are filled, 0 to {most}"
+            raise InvalidInputError(f"cache.length is {self.length!r}", hint=hint)
         if self.length + x.shape[1] > longest:
-            hint = "ask new_cache for more, or configure a larger max_seq_len"
+            more = f"new_cache(batch, max_len={self.length + x.shape[1]})"
+            hint = (
+                f"ask for {more}"
+                if longest == most
+                else f"the layer's max_seq_len is {longest}: configure a larger one"
+            )
             reason = f"{self.length} positions and {x.shape[1]} more: the most is {longest}"
             raise InvalidInputError(reason, shapes=shapes, hint=hint)

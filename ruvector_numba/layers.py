@@ -12,11 +12,12 @@ from typing import Any, NoReturn, Protocol
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from . import gpu, halves, masks
-from .checks import Shape, floats, from_sequence, switch
+from . import gpu, halves, mask_arrays, masks
+from .checks import KNOWN, Shape, floats, from_sequence, switch
 from .config import AttentionConfig
 from .errors import DimensionMismatchError, InvalidConfigError, InvalidInputError, InvalidMaskError
 from .results import AttentionCache
+from .values import is_whole
 
 __all__ = [
     "batch",
@@ -45,10 +46,9 @@ def checked_config(config: object) -> AttentionConfig:
 
 def dice(seed: object) -> np.random.Generator:
     """What a layer draws from: its initial parameters, if it has some, and the seeds of its dropout."""
-    try:
-        return np.random.default_rng(seed)  # type: ignore[arg-type]
-    except (TypeError, ValueError) as error:
-        raise InvalidConfigError(f"seed is {seed!r}: {error}", hint="give a whole number, or None") from None
+    if seed is not None and not (is_whole(seed) and seed >= 0):  # type: ignore[operator]
+        raise InvalidConfigError(f"seed is {seed!r}", hint="give a whole number that is not negative, or None")
+    return np.random.default_rng(seed)  # type: ignore[arg-type]
 
 
 class _Drops(Protocol):
@@ -89,15 +89,16 @@ def batch(
     given = {"query": query, "key": key, "value": value}
     hint = "pass {}.filled(0) and hide keys by mask or key_padding_mask"
     arrays = {name: from_sequence(name, x, hint.format(name)) for name, x in given.items()}
+    if arrays["query"].dtype != bool:
+        _check_no_masks(given, arrays)
     is_mixed = len({x.dtype for x in arrays.values()}) > 1
     if is_mixed and any(halves.is_half(halves.stored(x).dtype) for x in arrays.values()):
         _refuse_types(arrays)  # and not the half one, which would be as good as the others
-    arrays = {name: floats(name, x) for name, x in arrays.items()}
+    arrays = {name: floats(name, x, may_be_half=True) for name, x in arrays.items()}
     shapes = {f"{name}.shape": x.shape for name, x in arrays.items()}
     for name, x in arrays.items():
         if x.ndim != 3:
-            hint = "give (batch, length, channels); for one sequence, x[None]"
-            raise InvalidInputError(f"{name} has {x.ndim} axes", shapes=shapes, hint=hint)
+            raise InvalidInputError(f"{name} has {x.ndim} axes", shapes=shapes, hint=_axes_hint("x", x.ndim))
     if len({x.dtype for x in arrays.values()}) > 1:
         _refuse_types(arrays)
     if len({x.shape[0] for x in arrays.values()}) > 1:
@@ -120,14 +121,29 @@ def batch(
 
 def sequences(name: str, x: ArrayLike, width: int) -> Array:
     """One array (B, L, width)."""
-    array = floats(name, x)
+    array = floats(name, x, may_be_half=True)
     if array.ndim != 3:
-        hint = f"give (batch, length, channels); for one sequence, {name}[None]"
-        raise InvalidInputError(f"{name} has {array.ndim} axes", shapes={f"{name}.shape": array.shape}, hint=hint)
+        hint, shapes = _axes_hint(name, array.ndim), {f"{name}.shape": array.shape}
+        raise InvalidInputError(f"{name} has {array.ndim} axes", shapes=shapes, hint=hint)
     if array.shape[2] != width:
         hint = f"the layer was built for {width} channels"
         raise DimensionMismatchError(width, array.shape[2], shapes={f"{name}.shape": array.shape}, hint=hint)
     return array if array.flags.aligned else array.copy()
+
+
+def _check_no_masks(given: dict[str, ArrayLike], arrays: dict[str, Array]) -> None:
+    """Refuse a mask that stands where an input is expected: layer(x, mask)."""
+    for name, x in arrays.items():
+        if isinstance(given[name], masks.Mask):
+            raise InvalidInputError(f"{name} is a mask, {given[name]!r}", hint="did you mean mask=...?")
+        if x.dtype == bool:
+            what = f"{name} has dtype bool, not {KNOWN[True]}"
+            raise InvalidInputError(what, shapes={f"{name}.shape": x.shape}, hint="did you mean mask=...?")
+
+
+def _axes_hint(name: str, axes: int) -> str:
+    hint = "give (batch, length, channels); "
+    return hint + (f"for one sequence, {name}[None]" if axes < 3 else "heads are joined, (batch, length, heads * D)")
 
 
 def _refuse_types(arrays: dict[str, Array]) -> NoReturn:
@@ -139,6 +155,7 @@ def hidden(mask: Any, scores: tuple[int, int, int, int], per_head: bool) -> mask
     """What the engine is told of a layer's `mask`, for scores (B, H, Lq, Lk)."""
     if mask is None or isinstance(mask, masks.Mask):
         return mask
+    mask_arrays.check_not_bool("mask", mask, "causal=True in the configuration")
     array = from_sequence("mask", mask, "pass mask.filled(True) to hide what is masked in it, or filled(False)")
     check_hidden(array.shape, array.dtype, scores, per_head)
     return _attending("mask", array if array.ndim != 3 else array[:, None])
@@ -165,7 +182,11 @@ def check_hidden(shape: Shape, dtype: np.dtype[Any], scores: tuple[int, int, int
     full = {2: (Lq, Lk), 3: (B, Lq, Lk), **({4: scores} if per_head else {})}.get(len(shape))
     if full is None or any(n not in (1, size) for n, size in zip(shape, full, strict=True)):
         reason = f"Mask shape {shape} doesn't match scores shape {full or (B, Lq, Lk)}"
-        raise InvalidMaskError(reason, shapes=shapes, hint="axes may be 1 where all share one mask")
+        hint = "axes may be 1 where all share one mask"
+        if shape == (B, Lk):
+            rows = "key_padding_mask=" if per_head else "mask[:, None]"
+            hint += f"; one row of keys for each sequence is {rows}"
+        raise InvalidMaskError(reason, shapes=shapes, hint=hint)
 
 
 def padded(key_padding_mask: ArrayLike | None, B: int, Lk: int) -> masks.Mask | Array | None:

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from .errors import InvalidMaskError
-from .values import check_not_masked
+from .values import as_array, check_not_masked
 from .visibility import Call, Shape, broadcasts
 
 
@@ -25,7 +25,8 @@ def check_rows(name: str, **shapes: Shape) -> None:
 
 def check_align(name: str, align: object) -> None:
     if not isinstance(align, str) or align not in ("top_left", "bottom_right"):
-        raise InvalidMaskError(f"{name}.align must be 'top_left' or 'bottom_right', got {align!r}")
+        hint = 'query 0 sits at key 0 ("top_left"), or the last query at the last key ("bottom_right")'
+        raise InvalidMaskError(f"{name}.align must be 'top_left' or 'bottom_right', got {align!r}", hint=hint)
 
 
 def _integer(name: str, value: object) -> int:
@@ -52,12 +53,10 @@ def size(name: str, value: object) -> int:
 def _integers(name: str, values: object) -> NDArray[np.int64]:
     """A read-only int64 copy: small next to the work, and safe from later changes."""
     check_not_masked(name, values, "pass a plain array", InvalidMaskError)
-    try:
-        array = np.asarray(values)
-    except (TypeError, ValueError) as error:
-        raise InvalidMaskError(f"{name} is not an array of integers: {error}") from None
+    array = as_array(name, values, InvalidMaskError)
     if array.size and array.dtype.kind not in "iu":
-        raise InvalidMaskError(f"{name} must be integers, got dtype {array.dtype}")
+        hint = "cast them: numpy.asarray(x).astype(int)" if array.dtype.kind == "f" else "give whole numbers"
+        raise InvalidMaskError(f"{name} must be integers, got dtype {array.dtype}", hint=hint)
     if array.dtype.kind == "u" and array.size and int(array.max()) > np.iinfo(np.int64).max:
         raise InvalidMaskError(f"{name} has {array.max()}, which does not fit an int64")
     copy = array.astype(np.int64)

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from . import halves
 from .errors import InvalidMaskError
+from .values import as_array
 from .visibility import Array, Call, Shape, Visibility, broadcasts
 
 
@@ -19,10 +20,7 @@ def as_mask(value: object, may_be_bits: bool = False) -> Array:
     if isinstance(value, np.ma.MaskedArray):
         hint = "pass mask.filled(...), a plain array"
         raise InvalidMaskError("a numpy.ma array, whose own mask would be lost", hint=hint)
-    try:
-        array = np.asarray(value)
-    except (TypeError, ValueError) as error:
-        raise InvalidMaskError(f"not an array: {error}") from None
+    array = as_array("attn_mask", value, InvalidMaskError)
     is_bits = may_be_bits and array.dtype == halves.BITS
     if array.dtype.kind not in "bf" and not halves.is_bfloat16(array.dtype) and not is_bits:
         raise InvalidMaskError(
@@ -33,6 +31,13 @@ def as_mask(value: object, may_be_bits: bool = False) -> Array:
     if not (array.dtype.isnative and array.flags.aligned):  # kernels read neither
         array = array.astype(array.dtype.newbyteorder("="))
     return array
+
+
+def check_not_bool(name: str, value: object, meant: str) -> None:
+    """Refuse a single bool, which would hide all or nothing; `meant` is what hides the future."""
+    if isinstance(value, bool | np.bool_):
+        hint = f"{meant} hides the future; a mask is an array, or one of rv.masks"
+        raise InvalidMaskError(f"{name} is {value}, a single bool", hint=hint)
 
 
 def resolved(array: Array, call: Call) -> Visibility:
@@ -63,10 +68,12 @@ def resolved(array: Array, call: Call) -> Visibility:
     return Visibility(bias=array)
 
 
-def _cast_hint(dtype: np.dtype[Any]) -> str | None:
+def _cast_hint(dtype: np.dtype[Any]) -> str:
     if dtype == halves.BITS:
         return bits_hint()
-    return "attn_mask.astype(bool), if non-zero means attend" if dtype.kind in "iu" else None
+    if dtype.kind in "iu":
+        return "attn_mask.astype(bool), if non-zero means attend"
+    return "give an array of bools or floats, or one of rv.masks, such as rv.masks.Causal()"
 
 
 def bits_hint() -> str:

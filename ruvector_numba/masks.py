@@ -61,6 +61,10 @@ from .visibility import (
 __all__ = ["All", "Causal", "Full", "Lengths", "Mask", "Segments", "Window"]
 
 
+def __dir__() -> list[str]:
+    return __all__
+
+
 def resolve(
     attn_mask: Mask | ArrayLike | None,
     is_causal: bool,
@@ -90,6 +94,7 @@ def resolve(
     """
     if attn_mask is None:
         return CAUSAL if is_causal else NONE
+    mask_arrays.check_not_bool("attn_mask", attn_mask, "is_causal=True")
     call = Call(batch, heads, Lq, Lk, dtype)
     if isinstance(attn_mask, Mask):
         seen = attn_mask._resolve(call)
@@ -409,6 +414,9 @@ class All(Mask):
     parts: tuple[Mask | Array, ...]
 
     def __init__(self, parts: Iterable[Mask | ArrayLike | None] = ()) -> None:
+        if isinstance(parts, Mask | str) or hasattr(parts, "__array__") or not isinstance(parts, Iterable):
+            hint = "give a list, of one mask too: All([mask])"
+            raise InvalidMaskError(f"All takes several masks, got a {type(parts).__name__}", hint=hint)
         flat: list[Mask | Array] = []
         for part in parts:
             if isinstance(part, All):

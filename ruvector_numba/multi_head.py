@@ -18,6 +18,7 @@ from .plan import memory
 from .projection import product
 from .protocols import TrainableAttention
 from .results import AttentionCache, AttentionGradients, read_only
+from .values import is_whole
 
 __all__ = ["KeyValueCache", "MultiHeadAttention"]
 
@@ -121,7 +122,9 @@ class MultiHeadAttention(Trainable, TrainableAttention):
         key_padding_mask: ArrayLike | None = None,
         device: str | None = None,
     ) -> tuple[Array, Array]:
-        """The output and the weights, averaged over the heads, without dropout.
+        """The output and the weights, without dropout: their mean over the heads, not those of each head.
+
+        Each head's own, (B, heads, Lq, Lk), are what `head_weights` gives.
 
         Parameters
         ----------
@@ -148,7 +151,7 @@ class MultiHeadAttention(Trainable, TrainableAttention):
         output : array (B, Lq, d_model)
             b_o where a query sees nothing.
         weights : array (B, Lq, Lk)
-            `head_weights` gives them per head; a call of the layer, and `forward_cached`, form none.
+            The mean over the heads. A call of the layer, and `forward_cached`, form none.
 
         Raises
         ------
@@ -170,7 +173,8 @@ class MultiHeadAttention(Trainable, TrainableAttention):
     ) -> Array:
         """The weights of each head, (B, heads, Lq or the number of `rows`, Lk), without dropout.
 
-        `rows` selects queries, as in `AttentionCache.weights`. The rest is as in `forward`.
+        Nothing is averaged: their mean over axis 1 is what `forward` gives, and `weights` of a cache. `rows` selects
+        queries, as in `AttentionCache.weights`. The rest is as in `forward`.
         """
         return self._attend(query, key, value, mask, key_padding_mask, 0.0, None, device).head_weights(rows)
 
@@ -270,7 +274,7 @@ class MultiHeadAttention(Trainable, TrainableAttention):
         batch : int
             Number of sequences.
         max_len : int
-            The most positions that each can have.
+            The most positions that each can have; no more than the configuration's `max_seq_len`.
         dtype : float32, float64, float16 or bfloat16 of the package ml_dtypes, optional
             Of the inputs to come; that of the parameters if None.
 
@@ -279,8 +283,12 @@ class MultiHeadAttention(Trainable, TrainableAttention):
         InvalidInputError
         """
         for name, n in (("batch", batch), ("max_len", max_len)):
-            if isinstance(n, bool) or not isinstance(n, int | np.integer) or n < 0:
+            if not is_whole(n) or n < 0:
                 raise InvalidInputError(f"{name} is {n!r}", hint="give a whole number")
+        limit = self.config.max_seq_len
+        if limit is not None and max_len > limit:
+            hint = f"AttentionConfig(max_seq_len={int(max_len)}), or max_seq_len=None for no limit"
+            raise InvalidInputError(f"max_len is {max_len}, and max_seq_len {limit}", hint=hint)
         if self.kdim != self.d_model() or self.vdim != self.d_model():
             hint = "keys and values come from the same input as queries: kdim and vdim must be d_model"
             raise InvalidInputError(f"kdim is {self.kdim} and vdim {self.vdim}: no step-by-step decoding", hint=hint)
@@ -460,6 +468,6 @@ def _glorot_uniform(rng: np.random.Generator, fan_in: int, fan_out: int) -> Arra
 def _width(name: str, n: object, d_model: int) -> int:
     if n is None:
         return d_model
-    if isinstance(n, bool) or not isinstance(n, int | np.integer) or n <= 0:
+    if not is_whole(n) or n <= 0:  # type: ignore[operator]
         raise InvalidConfigError(f"{name} must be a whole number greater than 0, got {n!r}", hint="None means d_model")
-    return int(n)
+    return int(n)  # type: ignore[call-overload]

@@ -21,7 +21,6 @@ Ba, Adam, 2015; Loshchilov and Hutter, Decoupled weight decay regularization, 20
 from __future__ import annotations
 
 import math
-import numbers
 import sys
 import weakref
 from collections.abc import Iterable, Mapping
@@ -31,11 +30,16 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from .checks import floats
+from .checks import floats, real_number
 from .errors import InvalidConfigError, InvalidInputError, TrainingError
 from .parameters import ParameterSet, Trainable, check_finite, fitting_gradients, named_gradients
 
 __all__ = ["SGD", "Adam", "AdamW", "clip_by_norm"]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
 
 Array = NDArray[Any]
 LARGEST = sys.float_info.max
@@ -349,7 +353,7 @@ def _setting(
     hint: str = "give a finite number that is not negative",
 ) -> float:
     """A setting as a float, if it is a number in its range."""
-    number = float(x) if isinstance(x, numbers.Real) and not isinstance(x, bool | np.bool_) else math.nan
+    number = real_number(name, x, InvalidConfigError, hint)
     if not least <= number <= most:
         raise InvalidConfigError(f"{name} is {x!r}", hint=hint)
     return number

@@ -37,18 +37,17 @@ float64, and the layer computes in float64 from then on.
 from __future__ import annotations
 
 import math
-import numbers
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from . import files, gpu
-from .checks import FLOATS, floats
+from .checks import FLOATS, floats, real_number
 from .errors import DimensionMismatchError, InvalidConfigError, InvalidInputError, TrainingError
 
 if TYPE_CHECKING:
@@ -58,6 +57,8 @@ __all__ = ["ParameterSet", "Trainable"]
 
 Array = NDArray[Any]
 Shape = tuple[int, ...]
+
+TO_CHANGE = "to change one, layer.set_parameters({{**layer.parameters, {!r}: x}})"
 
 _writer = threading.RLock()  # one for all layers: a lock of its own would keep a layer from being pickled
 
@@ -108,14 +109,12 @@ class ParameterSet(Mapping[str, Array]):
     copies: dict[Any, Any]  # those on a GPU, which live as long as this does
 
     def __init__(self, arrays: Mapping[str, ArrayLike]) -> None:
+        hint = 'give names and arrays: {"w": w, "b": b}'
         if not isinstance(arrays, Mapping):
-            hint = 'give names and arrays: {"w": w, "b": b}'
             raise InvalidInputError(f"parameters are a {type(arrays).__name__}, not a mapping", hint=hint)
         for name in arrays:
             if not isinstance(name, str):
-                raise InvalidInputError(
-                    f"parameter names must be str, got {name!r}", hint='give names and arrays: {"w": w, "b": b}'
-                )
+                raise InvalidInputError(f"parameter names must be str, got {name!r}", hint=hint)
         given = {name: floats(name, x, "x") for name, x in arrays.items()}
         dtypes = {f"{name}.dtype": x.dtype for name, x in given.items()}
         if len(set(dtypes.values())) > 1:
@@ -149,6 +148,9 @@ class ParameterSet(Mapping[str, Array]):
     # Views are handed out afresh: an array's own shape could be assigned to.
     def __getitem__(self, name: str) -> Array:
         return self._views[name].view()
+
+    def __setitem__(self, name: str, x: object) -> NoReturn:
+        raise InvalidInputError(f"{name!r} is in a set of parameters, which never changes", hint=TO_CHANGE.format(name))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._shapes)
@@ -256,6 +258,10 @@ class Trainable:
         """The parameters as they are now. The set stays what it is when the layer learns."""
         return self._parameters
 
+    @parameters.setter
+    def parameters(self, _: object) -> NoReturn:
+        raise InvalidInputError("parameters cannot be assigned to", hint="layer.set_parameters(x) replaces them")
+
     def parameter_count(self) -> int:
         """How many numbers the parameters are."""
         return self._parameters.flat.size
@@ -290,7 +296,10 @@ class Trainable:
             shapes = self._parameters.shapes
             if set(parameters) != set(shapes):
                 names = {"given": ", ".join(map(str, parameters)), "expected": ", ".join(shapes)}
-                raise InvalidInputError("the parameters have other names", shapes=names, hint="give each by its name")
+                hint = "give each by its name; " + TO_CHANGE.format(
+                    next((n for n in shapes if n in parameters), "name")
+                )
+                raise InvalidInputError("the parameters have other names", shapes=names, hint=hint)
             new = ParameterSet({name: parameters[name] for name in shapes})
             for name, shape in shapes.items():
                 if new[name].shape != shape:
@@ -342,13 +351,11 @@ class Trainable:
 
         Examples
         --------
-        >>> layer = rv.Trainable()
-        >>> layer._parameters = rv.ParameterSet({"w": [1.0, 2.0]})
-        >>> layer.accumulate({"w": [1.0, 0.0]})
-        >>> layer.accumulate({"w": [3.0, 1.0]})
+        >>> layer = rv.MultiHeadAttention(rv.AttentionConfig(d_model=2, num_heads=1))
+        >>> layer.accumulate({"b_q": [1.0, 0.0]})
+        >>> layer.accumulate({"b_q": [3.0, 1.0]})
         >>> layer.mean_gradients()
-        {'w': array([2. , 0.5])}
-        >>> layer.zero_grad()
+        {'b_q': array([2. , 0.5], dtype=float32)}
         """
         count, sums = self._accumulated
         if not count:
@@ -384,8 +391,7 @@ class Trainable:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the parameters to a safetensors file, with what the layer is in its header.
 
-        A file at `path` is replaced in one step once the new one is whole. Needs safetensors, which the extra `files`
-        brings.
+        A file at `path` is replaced in one step once the new one is whole. Needs safetensors, of the extra `files`.
 
         Raises
         ------
@@ -489,7 +495,7 @@ def check_finite(name: str, g: Array) -> None:
 
 
 def _finite_number(name: str, x: object) -> float:
-    number = float(x) if isinstance(x, numbers.Real) and not isinstance(x, bool | np.bool_) else math.nan
+    number = real_number(name, x, TrainingError, "give a finite number")
     if not math.isfinite(number):
         raise TrainingError(f"{name} is {x!r}", hint="give a finite number")
     return number

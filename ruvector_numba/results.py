@@ -182,7 +182,8 @@ class AttentionGradients:
     query_bias, key_bias, value_bias, output_bias : array or None
         Of b_q, b_k, b_v and b_o; None in a layer without biases.
     query, key, value : array
-        Of the inputs, of their shapes.
+        Of the inputs, of their shapes. Where one array was several of them, its gradient is the sum: that of x in
+        ``layer(x)`` is ``g.query + g.key + g.value``.
     bias : array or None
         Of a float mask, if the layer was given one.
 

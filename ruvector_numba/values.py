@@ -10,23 +10,31 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .errors import AttentionError, InvalidInputError, OutOfMemoryError
 
-__all__ = ["check_memory", "check_not_masked", "random_seed", "real_number", "switch"]
+__all__ = ["as_array", "check_memory", "check_not_masked", "is_whole", "random_seed", "real_number", "switch"]
 
 SMALL = 1 << 30  # bytes; what is smaller is not compared with the memory there is
 
 
-def real_number(name: str, x: object) -> float:
+def real_number(
+    name: str, x: object, error: Callable[..., AttentionError] = InvalidInputError, hint: str = "give one number"
+) -> float:
     if isinstance(x, np.ndarray) and x.ndim == 0:
         x = x[()]
     if isinstance(x, bool | np.bool_) or not isinstance(x, numbers.Real):
-        raise InvalidInputError(f"{name} is {x!r}, of type {type(x).__name__}", hint="give one number")
+        raise error(f"{name} is {x!r}, of type {type(x).__name__}", hint=hint)
     try:
         return float(x)
     except OverflowError:
-        raise InvalidInputError(f"{name} is beyond what float64 holds", hint="give a smaller number") from None
+        raise error(f"{name} is beyond what float64 holds", hint="give a smaller number") from None
+
+
+def is_whole(x: object) -> bool:
+    """Is it one whole number, of Python or of NumPy? True and False are none."""
+    return isinstance(x, int | np.integer) and not isinstance(x, bool)
 
 
 def switch(name: str, x: object, error: Callable[..., AttentionError] = InvalidInputError) -> bool:
@@ -42,10 +50,24 @@ def random_seed(seed: object) -> int:
     """The seed of the random generator, 63 bits; a fresh one if None is given."""
     if seed is None:
         return secrets.randbits(63)
-    is_whole = isinstance(seed, int | np.integer) and not isinstance(seed, bool)
-    if not is_whole or not 0 <= int(seed) < 1 << 63:  # type: ignore[call-overload]
+    if not is_whole(seed) or not 0 <= int(seed) < 1 << 63:  # type: ignore[call-overload]
         raise InvalidInputError(f"seed is {seed!r}", hint="give a whole number, 0 <= seed < 2**63, or None")
     return int(seed)  # type: ignore[call-overload]
+
+
+def as_array(name: str, x: object, error: Callable[..., AttentionError] = InvalidInputError) -> NDArray[Any]:
+    """What NumPy makes of an array-like, which may raise anything that its library does."""
+    try:
+        return np.asarray(x)
+    except ValueError as why:
+        raise error(f"{name} cannot become an array: {why}", hint="give rows of equal length") from None
+    except (TypeError, RuntimeError) as why:
+        from .gpu.arrays import is_on_gpu  # which needs this module
+
+        if not is_on_gpu(x):  # a tensor that NumPy cannot read
+            hint = f"of a tensor give {name}.detach().float(), and .to_dense() first if it is sparse"
+            raise error(f"{name} cannot become an array: {why}", hint=hint) from None
+        raise error(f"{name} is on the GPU", hint="not everything runs there: copy it to the CPU") from None
 
 
 def check_not_masked(

@@ -163,3 +163,53 @@ def test_numbers_beyond_the_range_of_the_type(term, words):
     x = X.astype(np.float32)
     with pytest.raises(InvalidInputError, match=words):
         rv.attention_forward(x, x, x, **term)
+
+
+# --- arguments that stand where others belong -----------------------------------------------------------------------
+SEEDS = [True, np.True_, -1, 1.0, "1", [1, 2], np.ones((2, 2), int), np.random.default_rng(0)]
+
+
+@pytest.mark.parametrize("seed", SEEDS, ids=str)
+def test_seeds_of_layers_are_whole_numbers(seed):
+    for kind in (rv.MultiHeadAttention, rv.ScaledDotProductAttention):
+        with pytest.raises(rv.InvalidConfigError, match=r"seed is [\s\S]*\nHINT: give a whole number"):
+            kind(CONFIG, seed)
+    rv.MultiHeadAttention(CONFIG, np.int64(3)), rv.MultiHeadAttention(CONFIG, 1 << 100)
+
+
+HIDES = np.zeros((3, 3), bool)
+MISTAKES = {  # a call of a layer: what its error says, and what its hint
+    "bools second": (
+        lambda layer: layer(X, HIDES),
+        "key has dtype bool, not float16, bfloat16",
+        "did you mean mask=...?",
+    ),
+    "a mask second": (lambda layer: layer(X, masks.Causal()), r"key is a mask, Causal\(", "did you mean mask=...?"),
+    "bools beside half": (lambda layer: layer(X.astype(np.float16), HIDES), "key has dtype bool", "did you mean mask"),
+    "bools first": (lambda layer: layer(X > 0), "query has dtype bool", "cast it"),
+    "integers": (lambda layer: layer(X.astype(int)), "dtype int64, not float16, bfloat16, float32", "cast it"),
+    "four axes": (lambda layer: layer(X[None]), "query has 4 axes", r"heads are joined, \(batch, length, heads \* D\)"),
+    "two axes": (lambda layer: layer(X[0]), "query has 2 axes", r"for one sequence, x\[None\]"),
+    "one bool": (lambda layer: layer(X, mask=True), "mask is True, a single bool", "causal=True in the configuration"),
+}
+
+
+@pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: layer.name())
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_in_calls_of_layers(layer, mistake):
+    call, words, hint = MISTAKES[mistake]
+    with pytest.raises((InvalidInputError, InvalidMaskError), match=rf"{words}[\s\S]*\nHINT: .*{hint}"):
+        call(layer)
+
+
+@pytest.mark.parametrize(("layer", "hint"), [(LAYERS[0], "key_padding_mask="), (LAYERS[1], r"mask\[:, None\]")])
+def test_rows_of_padding_as_a_mask(layer, hint):
+    with pytest.raises(InvalidMaskError, match=f"HINT: .*one row of keys for each sequence is {hint}"):
+        layer(np.ones((2, 3, 4)), mask=np.zeros((2, 3), bool))
+
+
+@pytest.mark.parametrize("module", [rv, masks, optim, functional])
+def test_completion_shows_public_names_only(module):
+    names = dir(module)
+    assert set(names) - {"__version__"} == set(module.__all__) and all(hasattr(module, name) for name in names)
+    assert module is not rv or {"masks", "optim", "functional", "interop"} < set(names)

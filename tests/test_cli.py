@@ -2,6 +2,7 @@
 
 import json
 import os
+import stat
 import subprocess
 import sys
 
@@ -86,6 +87,35 @@ def test_attend_writes_over_no_input(files, capsys, name):
     assert cli.main(["attend", "q.npy", "k.npy", "v.npy", "-o", "bool.npy"]) == 0  # no input of this call
 
 
+def test_attend_follows_links_and_keeps_what_is_no_file(files, capsys):
+    command = ["attend", "q.npy", "k.npy", "v.npy", "-o"]
+    for name in ("target.npy", "out.npy.part"):
+        with open(name, "w") as file:
+            file.write("mine")
+    os.symlink("target.npy", "out.npy")
+    os.mkfifo("pipe")
+    os.symlink("nowhere/out.npy", "astray.npy")
+    assert cli.main([*command, "out.npy"]) == 0
+    assert os.path.islink("out.npy") and np.load("target.npy").shape == (H, LQ, DV)
+    with open("out.npy.part") as file:
+        assert file.read() == "mine"
+    assert "pipe is not a file" in refused([*command, "pipe"], capsys)
+    assert stat.S_ISFIFO(os.stat("pipe").st_mode)
+    assert "nowhere to write out.npy to" in refused([*command, "astray.npy"], capsys)
+    assert not [name for name in os.listdir() if name.endswith(".tmp")]
+
+
+def test_a_save_that_fails_leaves_the_old_output(files, capsys, monkeypatch):
+    def fail(*_):
+        raise OSError("12 requested and 4 written")  # as NumPy's tofile, on a full disk
+
+    np.save("out.npy", files["q"])
+    monkeypatch.setattr(np, "save", fail)
+    assert "12 requested and 4 written" in refused(["attend", "q.npy", "k.npy", "v.npy", "-o", "out.npy"], capsys)
+    np.testing.assert_array_equal(np.load("out.npy"), files["q"])
+    assert not [name for name in os.listdir() if name.endswith(".tmp")]
+
+
 def test_attend_speaks_of_its_flags(files, capsys):
     for name in "kv":
         np.save(name, files[name][:HK])
@@ -147,6 +177,13 @@ def test_usage_is_told_with_status_2(arguments, capsys):
         cli.main(arguments)
     assert ended.value.code == 2
     assert "usage: ruvector-numba" in capsys.readouterr().err
+
+
+def test_a_window_that_is_no_number_is_told_without_private_names(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["attend", "q.npy", "k.npy", "v.npy", "-o", "out.npy", "--window", "2.5", "0"])
+    error = capsys.readouterr().err
+    assert "'2.5' is neither a whole number nor none" in error and "_reach" not in error
 
 
 # --- info, warmup -----------------------------------------------------------------------------------------------------

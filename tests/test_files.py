@@ -127,7 +127,7 @@ HOSTILE = {
     "one byte more": (GOOD + b"\0", DAMAGED + "more follows its arrays"),
     # not such a file at all
     "pickle": (pickle.dumps({"w": np.ones((2, 2)), "b": np.ones(1)}), DAMAGED + r"its header would have \d+ bytes"),
-    "zip": (b"PK\x03\x04" + bytes(200), DAMAGED),
+    "zip": (b"PK\x03\x04" + bytes(200), r"is a zip archive.*\nHINT: .*set_parameters\(numpy.load"),
     "text": (b"these are no parameters, are they?\n", DAMAGED + "its header would have"),
     "zeros": (bytes(1000), DAMAGED + "its header cannot be read"),
     "ones": (b"\xff" * 1000, DAMAGED + f"its header would have {2**64 - 1} bytes"),
@@ -253,6 +253,19 @@ def test_paths_that_are_refused(tmp_path):
         layer.save(tmp_path / "missing" / "file")
     assert isinstance(caught.value.__cause__, FileNotFoundError)
     assert layer.parameters is before and os.listdir(tmp_path) == [] and not os.path.isfile(os.devnull)
+
+
+def test_archives_of_numpy_are_numpys_own(tmp_path):
+    layer, other = Line(), Line()
+    with pytest.raises(
+        InvalidInputError, match=r"HINT: name it .safetensors; .*numpy.savez\(path, \*\*layer.parameters"
+    ):
+        layer.save(tmp_path / "layer.NPZ")
+    layer.set_parameters(layer.get_parameters() + 1)
+    np.savez(tmp_path / "layer.npz", **layer.parameters)
+    refused(other, tmp_path / "layer.npz", InvalidInputError, "is a zip archive")
+    other.set_parameters(np.load(tmp_path / "layer.npz"))  # as the hint says
+    assert other.parameters == layer.parameters
 
 
 # --- whole or not at all -------------------------------------------------------------------------------------------

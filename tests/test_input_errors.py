@@ -12,6 +12,13 @@ from ruvector_numba import DimensionMismatchError, InvalidInputError, InvalidMas
 B, H, Hk, Lq, Lk, D, Dv = 2, 4, 2, 5, 6, 3, 7
 
 
+class Tensor:
+    """Refuses to become an array, as a tensor of torch does that requires grad."""
+
+    def __array__(self, *_, **__):
+        raise RuntimeError("it requires grad")
+
+
 def arguments(**changes):
     """The arguments of a call that is right: a batch of 2, 4 heads, Lq = 5, Lk = 6, D = 3, Dv = 7."""
     rng = np.random.default_rng(0)
@@ -147,7 +154,18 @@ INPUTS = [
     ({"alibi_slopes": np.ones((3, 4))}, InvalidInputError, "wrong shape", "each query head"),
     ({"alibi_slopes": np.ones((4, 1))}, InvalidInputError, "wrong shape", "each query head"),
     ({"alibi_slopes": [1, 2, np.nan, 4]}, InvalidInputError, "alibi_slopes is not finite", "0 for none"),
-    ({"alibi_slopes": ["a"] * 4}, InvalidInputError, "alibi_slopes: ", "one number for each head"),
+    ({"alibi_slopes": ["a"] * 4}, InvalidInputError, "alibi_slopes has dtype <U1", "one number for each head"),
+    ({"alibi_slopes": ["1"] * 4}, InvalidInputError, "alibi_slopes has dtype <U1", "one number for each head"),
+    ({"alibi_slopes": np.ones(4, complex)}, InvalidInputError, "has dtype complex128", "one number for each head"),
+    ({"alibi_slopes": np.ones(4, "m8[s]")}, InvalidInputError, "has dtype timedelta64", "one number for each head"),
+    ({"alibi_slopes": [10**400] * 4}, InvalidInputError, "has dtype object", "one number for each head"),
+    ({"alibi_slopes": Tensor()}, InvalidInputError, "alibi_slopes cannot become an array", "detach"),
+    # words that are arrays
+    ({"dtype": np.ones(2)}, InvalidInputError, r"dtype is array\(\[1., 1.\]\)", "bfloat16"),
+    ({"precision": np.ones(2)}, InvalidInputError, r"precision is array\(\[1., 1.\]\)", "bfloat16"),
+    # axes of (B, L, H, D)
+    ({"key": lambda x: x.swapaxes(1, 2), "value": lambda x: x.swapaxes(1, 2)}, DimensionMismatchError,
+     "expected 4, got 6", r"from \(B, L, H, D\) x.swapaxes\(1, 2\)"),
 ]  # fmt: skip
 
 
@@ -222,6 +240,15 @@ def test_out_that_is_an_input_or_a_mask():
     refused(rv.attention_forward, given, InvalidInputError, "out overlaps attn_mask", "another array")
 
 
+@pytest.mark.parametrize("batch", [(), (B,)])
+def test_out_that_overlaps_slopes(batch):
+    given = {name: x if batch else x[0] for name, x in arguments().items()}
+    out = np.ones((*batch, H, Lq, Dv))
+    slopes = out.reshape(-1)[: int(np.prod(batch)) * H].reshape(*batch, H)
+    given |= {"alibi_slopes": slopes, "out": out}
+    refused(rv.attention_forward, given, InvalidInputError, "out overlaps alibi_slopes", "another array")
+
+
 @pytest.mark.parametrize("broadcast", [(1, H, Lq, Dv), (B, H, 1, Dv), (B, H, Lq, 1)])
 def test_out_that_overlaps_itself(broadcast):
     out = np.broadcast_to(np.zeros(broadcast), (B, H, Lq, Dv))
@@ -287,10 +314,12 @@ ROWS = [
     ("0", "rows is '0'", "a slice, a whole number, or a list"),
     ([[0, 1]], r"rows is \[\[0, 1\]\]", "a slice, a whole number, or a list"),
     ([0.0], r"rows is \[0.0\]", "a slice, a whole number, or a list"),
-    ([True, False, True, False, True], "rows is", "a slice, a whole number, or a list"),
+    ([True, False, True, False, True], "rows is", r"a slice, a whole number, or a list.*numpy.flatnonzero\(rows\)"),
+    (2**64 - 1, f"rows go from {2**64 - 1} to {2**64 - 1}", "there are 5 queries"),
+    (Tensor(), "rows cannot become an array: it requires grad", "detach"),
     ((slice(0, 1), 2), "rows is", "a slice, a whole number, or a list"),
     (slice(0, 2.5), "rows is", "a slice, a whole number, or a list"),
-    ([[0], [1, 2]], "rows is", "a slice, a whole number, or a list"),
+    ([[0], [1, 2]], "rows cannot become an array", "rows of equal length"),
 ]
 
 
@@ -347,4 +376,5 @@ def test_merge(outputs, lses, kind, words, hint):
 
 def test_merge_of_what_is_no_sequence_of_arrays():
     refused(rv.merge, {"outputs": [[[1.0], [1.0, 2.0]]], "lses": [LSE]}, InvalidInputError, "outputs", None)
-    refused(rv.merge, {"outputs": 1.0, "lses": [LSE]}, InvalidInputError, "outputs", None)
+    for outputs in (1.0, np.array(1.0), None):
+        refused(rv.merge, {"outputs": outputs, "lses": [LSE]}, InvalidInputError, "sequences of arrays", None)

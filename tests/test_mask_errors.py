@@ -5,15 +5,29 @@ import pytest
 
 from ruvector_numba import errors
 from ruvector_numba.errors import InvalidMaskError
-from ruvector_numba.masks import Causal, Lengths, Segments, Window, resolve
+from ruvector_numba.masks import All, Causal, Lengths, Segments, Window, resolve
 
 F32, F64 = np.dtype(np.float32), np.dtype(np.float64)
 NEG_INF = -np.inf
+ALIGN = 'query 0 sits at key 0 ("top_left"), or the last query at the last key ("bottom_right")'
+WHOLE, TO_INT = "give whole numbers", "cast them: numpy.asarray(x).astype(int)"
+ONE, DETACH = (
+    "give a list, of one mask too: All([mask])",
+    ("of a tensor give {}.detach().float(), and .to_dense() first if it is sparse"),
+)
+
+
+class Tensor:
+    """Refuses to become an array, as a tensor of torch does that requires grad."""
+
+    def __array__(self, *_, **__):
+        raise RuntimeError("it requires grad")
+
 
 CONSTRUCTIONS = [
-    (lambda: Causal("bottom-right"), "Causal.align must be 'top_left' or 'bottom_right', got 'bottom-right'", None),
-    (lambda: Causal(None), "Causal.align must be 'top_left' or 'bottom_right', got None", None),
-    (lambda: Window(1, 1, "left"), "Window.align must be 'top_left' or 'bottom_right', got 'left'", None),
+    (lambda: Causal("bottom-right"), "Causal.align must be 'top_left' or 'bottom_right', got 'bottom-right'", ALIGN),
+    (lambda: Causal(None), "Causal.align must be 'top_left' or 'bottom_right', got None", ALIGN),
+    (lambda: Window(1, 1, "left"), "Window.align must be 'top_left' or 'bottom_right', got 'left'", ALIGN),
     (lambda: Window(left=-1), "Window.left must not be negative, got -1", "None means no limit"),
     (lambda: Window(right=-1), "Window.right must not be negative, got -1", "None means no limit"),
     (lambda: Window(left=2.0), "Window.left must be an integer, got 2.0", None),
@@ -21,9 +35,9 @@ CONSTRUCTIONS = [
     (lambda: Window(left="3"), "Window.left must be an integer, got '3'", None),
     (lambda: Lengths(keys=-3), "Lengths.keys must not be negative, got -3", "None means no limit"),
     (lambda: Lengths(queries=[4, -1]), "Lengths.queries must not be negative, got -1", "None means no limit"),
-    (lambda: Lengths(keys=[1.0, 2.0]), "Lengths.keys must be integers, got dtype float64", None),
-    (lambda: Lengths(keys=True), "Lengths.keys must be integers, got dtype bool", None),
-    (lambda: Lengths(keys="3"), "Lengths.keys must be integers, got dtype <U1", None),
+    (lambda: Lengths(keys=[1.0, 2.0]), "Lengths.keys must be integers, got dtype float64", TO_INT),
+    (lambda: Lengths(keys=True), "Lengths.keys must be integers, got dtype bool", WHOLE),
+    (lambda: Lengths(keys="3"), "Lengths.keys must be integers, got dtype <U1", WHOLE),
     (
         lambda: Lengths([1, 2], [1, 2, 3]),
         "Lengths.queries and Lengths.keys do not agree on the rows of the batch",
@@ -31,8 +45,8 @@ CONSTRUCTIONS = [
     ),
     (lambda: Segments(3), "Segments.query_ids must have one id per position, got the single number 3", None),
     (lambda: Segments([0, 1], 3), "Segments.key_ids must have one id per position, got the single number 3", None),
-    (lambda: Segments([0.5, 1]), "Segments.query_ids must be integers, got dtype float64", None),
-    (lambda: Segments([0], [True]), "Segments.key_ids must be integers, got dtype bool", None),
+    (lambda: Segments([0.5, 1]), "Segments.query_ids must be integers, got dtype float64", TO_INT),
+    (lambda: Segments([0], [True]), "Segments.key_ids must be integers, got dtype bool", WHOLE),
     (
         lambda: Segments([[0]] * 2, [[0]] * 3),
         "Segments.query_ids and Segments.key_ids do not agree on the rows of the batch",
@@ -77,7 +91,12 @@ CONSTRUCTIONS = [
         "a numpy.ma array, whose own mask would be lost",
         "pass mask.filled(...), a plain array",
     ),
-]
+    *((lambda x=x: All(x), f"All takes several masks, got a {type(x).__name__}", ONE) for x in (
+        np.ones((2, 3), bool), 5, None, Causal(), "ab", np.True_)),
+    *((make, f"{name} cannot become an array: it requires grad", DETACH.format(name)) for name, make in (
+        ("attn_mask", lambda: Causal() & Tensor()), ("Lengths.keys", lambda: Lengths(keys=Tensor())),
+        ("Segments.query_ids", lambda: Segments(Tensor())))),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("construct", "reason", "hint"), CONSTRUCTIONS)
@@ -89,16 +108,18 @@ def test_errors_of_construction(construct, reason, hint):
 
 
 KIND = "a mask is bool (True = attend) or float (added to the scores)"
+ARRAY = "give an array of bools or floats, or one of rv.masks, such as rv.masks.Causal()"
 SHAPE = "its shape does not broadcast to that of the scores, (*batch, heads, Lq, Lk)"
 RULE = "axes are matched from the right and may be 1 or missing, as NumPy broadcasts"
 BATCH = "its leading axes must broadcast to the batch axes of the inputs"
+BOOL = "is_causal=True hides the future; a mask is an array, or one of rv.masks"
 CALLS = [  # for a batch of 2, 4 heads, Lq = 3, Lk = 5 in float32
     (np.ones((3, 5), int), f"dtype int64; {KIND}", "attn_mask.astype(bool), if non-zero means attend"),
     (np.ones((3, 5), np.uint8), f"dtype uint8; {KIND}", "attn_mask.astype(bool), if non-zero means attend"),
     ([[1, 0, 1, 1, 0]], f"dtype int64; {KIND}", "attn_mask.astype(bool), if non-zero means attend"),
-    (np.ones((3, 5), complex), f"dtype complex128; {KIND}", None),
-    (np.ones((3, 5), object), f"dtype object; {KIND}", None),
-    ("causal", f"dtype <U6; {KIND}", None),
+    (np.ones((3, 5), complex), f"dtype complex128; {KIND}", ARRAY),
+    (np.ones((3, 5), object), f"dtype object; {KIND}", ARRAY),
+    ("causal", f"dtype <U6; {KIND}", ARRAY),
     (Causal, "Causal is a class, not a mask", "write Causal(...)"),
     (np.ones((3, 4), bool), SHAPE, RULE),
     (np.ones((7, 3, 5), bool), SHAPE, RULE),
@@ -120,6 +141,9 @@ CALLS = [  # for a batch of 2, 4 heads, Lq = 3, Lk = 5 in float32
         "a float mask has the dtype of the inputs, but it is float16 and they are float32",
         "cast the mask: attn_mask.astype(np.float32)",
     ),
+    (True, "attn_mask is True, a single bool", BOOL),
+    (np.False_, "attn_mask is False, a single bool", BOOL),
+    (Tensor(), "attn_mask cannot become an array: it requires grad", DETACH.format("attn_mask")),
     (Lengths(queries=4), "Lengths.queries has 4, more than Lq = 3", None),
     (Lengths(keys=[5, 6]), "Lengths.keys has 6, more than Lk = 5", None),
     (Lengths(keys=[1, 2, 3]), "Lengths.keys does not have one entry per row of the batch", BATCH),

@@ -138,7 +138,7 @@ def test_steps_past_the_first_thousand_keys():
 
 def test_bad_steps_leave_the_cache_as_it_was():
     attention, x = layer(max_seq_len=8), draw(6)[0]
-    cache = attention.new_cache(batch=2, max_len=10)
+    cache = attention.new_cache(batch=2, max_len=8)
     attention.step(x, cache)
     for bad, words in (
         (draw(3)[0], "6 positions and 3 more: the most is 8"),
@@ -157,8 +157,14 @@ def test_bad_steps_leave_the_cache_as_it_was():
     for batch, most in ((-1, 5), (2, 1.5), (True, 3)):
         with pytest.raises(rv.InvalidInputError, match="whole number"):
             attention.new_cache(batch, most)
+    with pytest.raises(rv.InvalidInputError, match=r"max_len is 9, and max_seq_len 8\nHINT: .*max_seq_len=9"):
+        attention.new_cache(2, 9)
+    for length in (-2, 9, 1.0, None):
+        cache.length = length
+        with pytest.raises(rv.InvalidInputError, match=r"cache.length is .*\nHINT: .*0 to 8"):
+            attention.step(x[:, :1], cache)
     with pytest.raises(rv.OutOfMemoryError):
-        attention.new_cache(1 << 20, 1 << 20)
+        layer(max_seq_len=None).new_cache(1 << 20, 1 << 20)
     with pytest.raises(rv.InvalidInputError, match="kdim is 5"):
         layer(kdim=5).new_cache(1, 1)
 

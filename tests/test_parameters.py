@@ -60,8 +60,10 @@ def test_a_set_cannot_be_written_to():
             x[...] = 1
         with pytest.raises(ValueError, match="WRITEABLE"):
             x.flags.writeable = True
-    with pytest.raises(TypeError):
+    with pytest.raises(InvalidInputError, match=r"never changes\nHINT: .*\{\*\*layer.parameters, 'w': x\}"):
         parameters["w"] = np.ones((2, 3))
+    with pytest.raises(InvalidInputError, match=r"HINT: layer.set_parameters\(x\)"):
+        Line().parameters = parameters
     with pytest.raises(AttributeError):
         parameters.dtype = F32
     parameters.shapes["w"] = (6,)
@@ -172,7 +174,11 @@ FLATS = [
     ([np.inf, 2, 3, 4, 5], TrainingError, "parameter 'w' is not finite"),
 ]
 MAPPINGS = [
-    ({"w": np.ones((2, 2))}, InvalidInputError, "other names\n  given   : w\n  expected: w, b\nHINT"),
+    (
+        {"w": np.ones((2, 2))},
+        InvalidInputError,
+        "other names\n  given   : w\n  expected: w, b\nHINT.*layer.parameters, 'w': x",
+    ),
     ({"w": np.ones((2, 2)), "b": np.ones(1), "v": 1.0}, InvalidInputError, "other names"),
     ({}, InvalidInputError, "other names"),
     ({"w": np.ones((2, 2)), "b": np.ones(2)}, DimensionMismatchError, r"expected \(1,\), got \(2,\)\n  b.shape "),
@@ -285,11 +291,13 @@ def test_bad_gradients_change_nothing(gradients, words, how):
     np.testing.assert_array_equal(layer.mean_gradients()["w"], mean["w"])
 
 
-@pytest.mark.parametrize("rate", [np.nan, np.inf, -np.inf, "0.1", None, True, 1j, np.ones(1)])
+@pytest.mark.parametrize(
+    "rate", [np.nan, np.inf, -np.inf, "0.1", None, True, 1j, np.ones(1), 10**400], ids=lambda x: repr(x)[:20]
+)
 def test_bad_learning_rates_change_nothing(rate):
     layer = Line()
     before = layer.parameters
-    with pytest.raises(TrainingError, match=r"learning_rate is .*\nHINT: give a finite number"):
+    with pytest.raises(TrainingError, match=r"learning_rate is .*\nHINT: give a (finite|smaller) number"):
         layer.update_parameters(wrong(1), rate)
     assert layer.parameters is before
 
