@@ -491,7 +491,7 @@ def test_masks_that_do_not_fit(function, mask, words):
 def test_masks_of_no_axes():
     scores = given_to("apply_mask")["scores"]
     assert np.array_equal(steps.apply_mask(scores, np.array(True)), scores)
-    assert np.isneginf(steps.apply_mask(scores, False)).all()
+    assert np.isneginf(steps.apply_mask(scores, np.array(False))).all()
     assert np.array_equal(steps.apply_mask(scores, np.array(2.0)), scores + 2)
     assert np.isneginf(steps.apply_mask(scores, np.array(True) & masks.Full() & np.array(-np.inf))).all()
     assert steps.apply_mask_backward(scores, np.array(2.0))[1] == pytest.approx(scores.sum())

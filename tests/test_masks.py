@@ -326,7 +326,7 @@ def test_lists_are_arrays():
     seen = resolve([[True, False], [False, True]], False, (), 1, 2, 2, F32)
     np.testing.assert_array_equal(seen.allowed, np.eye(2, dtype=bool))
     np.testing.assert_array_equal(resolve([0.0, NEG_INF], False, (), 1, 2, 2, F64).bias, [0, NEG_INF])
-    assert resolve(True, False, (), 1, 2, 2, F64).allowed.shape == ()
+    assert resolve(np.array(True), False, (), 1, 2, 2, F64).allowed.shape == ()
     assert resolve([], False, (), 1, 2, 0, F64).bias.shape == (0,)
 
 
