@@ -296,9 +296,8 @@ class Trainable:
             shapes = self._parameters.shapes
             if set(parameters) != set(shapes):
                 names = {"given": ", ".join(map(str, parameters)), "expected": ", ".join(shapes)}
-                hint = "give each by its name; " + TO_CHANGE.format(
-                    next((n for n in shapes if n in parameters), "name")
-                )
+                known = next((name for name in shapes if name in parameters), "name")
+                hint = "give each by its name; " + TO_CHANGE.format(known)
                 raise InvalidInputError("the parameters have other names", shapes=names, hint=hint)
             new = ParameterSet({name: parameters[name] for name in shapes})
             for name, shape in shapes.items():
@@ -378,13 +377,7 @@ class Trainable:
         return _finite_number("l2_weight", l2_weight) * float(np.sum(np.square(self._parameters.flat, dtype=float)))
 
     def regularization_gradients(self, l2_weight: float) -> dict[str, Array]:
-        """The gradient of `regularization_loss`, 2 * l2_weight * p, by name.
-
-        Raises
-        ------
-        TrainingError
-            If `l2_weight` is no finite number.
-        """
+        """The gradient of `regularization_loss`, 2 * l2_weight * p, by name. It raises what that raises."""
         weight = 2 * _finite_number("l2_weight", l2_weight)
         return {name: np.asarray(weight * p) for name, p in self._parameters.items()}
 
