@@ -102,13 +102,13 @@ def call(
         seen = seen if seen.bias is None else replace(seen, bias=halves.widened(seen.bias))
     arithmetic = halves.arithmetic(query.dtype)
     if is_scaled or softcap is not None:
-        _check_range(arithmetic, scale, softcap)
+        check_range(arithmetic, scale, softcap)
     slopes = None if alibi_slopes is None else _slopes(alibi_slopes, batch, heads, arithmetic)
     terms = (seen, scale, softcap, slopes, *dropout(dropout_p, seed))
     return Call(query, key, value, *terms, given=of_results, bias_given=bias_given)
 
 
-def _check_range(dtype: np.dtype[Any], scale: float, softcap: float | None) -> None:
+def check_range(dtype: np.dtype[Any], scale: float, softcap: float | None) -> None:
     """Refuse numbers that become 0 or infinity where the kernels compute with them, and then NaN."""
     limits = np.finfo(dtype)
     if abs(scale) > float(limits.max) / 2:  # scores in base 2 have log2(e) in it
@@ -358,6 +358,7 @@ __all__ = [
     "check_memory",
     "check_not_masked",
     "check_output",
+    "check_range",
     "dropout",
     "floats",
     "from_sequence",

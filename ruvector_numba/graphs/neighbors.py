@@ -452,7 +452,7 @@ def call(
     number, dice = checks.dropout(dropout_p, seed)
     factor, joining = checks.scale_of(scale, D), checked_aggregation(aggregation)
     if scale is not None:
-        checks._check_range(q.dtype, factor, None)
+        checks.check_range(q.dtype, factor, None)
     return Call(q, k, v, bias, edge, edge_value, weight, factor, number, dice, joining)
 
 

@@ -120,7 +120,7 @@ class GraphTransformer(GraphLayer):
 
     def _check_range(self, dtype: np.dtype[Any]) -> None:
         if self.scale is not None:
-            checks._check_range(dtype, self._scale, None)
+            checks.check_range(dtype, self._scale, None)
 
     def _settings(self) -> dict[str, Any]:
         return super()._settings() | {
