@@ -8,6 +8,7 @@ import threading
 import numpy as np
 import pytest
 
+from ruvector_numba.errors import AttentionError
 from ruvector_numba.plan import memory
 
 F32 = np.dtype(np.float32)
@@ -94,14 +95,12 @@ def test_the_limit_is_set_by_the_environment(kept):
     assert run.stdout.split() == [str(int(kept) << 20), "0"]  # 6.4 MB are more than either
 
 
-def test_a_limit_that_is_no_number_is_named():
-    code = (
-        "import numpy as np; from ruvector_numba.plan import memory as m; m.empty((1000, 1000), np.dtype(np.float32))"
-    )
-    run = subprocess.run(
-        [sys.executable, "-c", code], env={"RUVECTOR_NUMBA_KEEP": "lots"}, capture_output=True, text=True
-    )
-    assert "RUVECTOR_NUMBA_KEEP is 'lots', and must be a whole number of MB" in run.stderr
+def test_a_limit_that_is_no_number_is_named(monkeypatch):
+    monkeypatch.setenv("RUVECTOR_NUMBA_KEEP", "lots")
+    monkeypatch.setattr(memory, "limit", memory.limit.__wrapped__)  # not the one it had before
+    with pytest.raises(AttentionError, match="RUVECTOR_NUMBA_KEEP is 'lots', and must be a whole number of MB") as e:
+        memory.empty(MANY, F32)
+    assert "before starting Python" in e.value.hint
 
 
 def test_arrays_that_live_at_the_end_of_the_process_are_no_error():

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from ..checks import Array, Shape
+from ..errors import InvalidInputError
 
 __all__ = ["empty", "idle", "result", "scratch"]
 
@@ -74,7 +75,8 @@ def limit() -> int:
     """The most bytes that are kept: RUVECTOR_NUMBA_KEEP says how many MB."""
     text = os.environ.get("RUVECTOR_NUMBA_KEEP", "").strip() or "512"
     if not text.isdecimal():
-        raise ValueError(f"RUVECTOR_NUMBA_KEEP is {text!r}, and must be a whole number of MB")
+        reason = f"RUVECTOR_NUMBA_KEEP is {text!r}, and must be a whole number of MB"
+        raise InvalidInputError(reason, hint="unset or correct it before starting Python")
     return int(text) << 20
 
 
