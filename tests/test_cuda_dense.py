@@ -243,6 +243,17 @@ def test_bad_inputs_are_named():
         rv.attention_backward(wide, past)
     with pytest.raises(InvalidInputError, match="grad_output has dtype float16"):
         rv.attention_backward(f2, past)
+    bits, here = cuda.to_device(np.zeros((2, 5, 8), np.uint16)), np.zeros((2, 5, 8), np.float32)
+    with pytest.raises(InvalidInputError, match="grad_output has dtype uint16"):
+        rv.attention_backward(bits, past)
+    with pytest.raises(InvalidInputError, match="dtype is 'float16'"):
+        rv.scaled_dot_product_attention(bits, bits, bits, dtype="float16")
+    with pytest.raises(InvalidInputError, match="query has dtype float32, and dtype is 'bfloat16'"):
+        rv.scaled_dot_product_attention(here, here, here, dtype="bfloat16", device="cuda")
+    with pytest.raises(InvalidMaskError, match="give bools"):
+        rv.scaled_dot_product_attention(f4, f4, f4, cuda.to_device(np.ones((5, 5), np.uint8)))
+    with pytest.raises(InvalidInputError, match="key is None"):
+        rv.scaled_dot_product_attention(here, None, here, device="cuda")
 
 
 @pytest.mark.parametrize(

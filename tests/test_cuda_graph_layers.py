@@ -7,7 +7,13 @@ from graph_layer_cases import KINDS, make, random_case
 from numba import cuda
 
 import ruvector_numba as rv
-from ruvector_numba.errors import AttentionError, GraphStructureError, InvalidConfigError, InvalidInputError
+from ruvector_numba.errors import (
+    AttentionError,
+    DimensionMismatchError,
+    GraphStructureError,
+    InvalidConfigError,
+    InvalidInputError,
+)
 from ruvector_numba.gpu.graph_kinds import kind_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -165,6 +171,12 @@ def test_bad_inputs_are_named():
         case.layer(x, case.graph, there(case.edge_attr, "float16"))
     with pytest.raises(InvalidInputError, match="graph_forward"):
         case.layer.graph_forward(x, case.graph, attr)
+    filled = rv.GATv2(4, 4, heads=2, edge_dim=2, fill_value=[1.0, 2.0, 3.0])
+    with pytest.raises(DimensionMismatchError, match=r"fill_value\.shape"):
+        filled(x, case.graph, attr)
+    filled.fill_value = ["one", "two"]
+    with pytest.raises(InvalidInputError, match="fill_value has dtype"):
+        filled(x, case.graph, attr)
     _, cache = case.layer.forward_cached(x, case.graph, attr)
     with pytest.raises(AttentionError, match=r"grad_output\.shape"):
         case.layer.backward(x, cache)

@@ -68,8 +68,8 @@ def test_masks_hide():
     there = [cuda.to_device(x) for x in arrays[:3]]
     lengths = np.arange(LK) >= np.array([3, 11])[:, None]
     scattered = rng.random((B, LK)) > 0.7
-    for shape in ((LQ, LK), (B, 1, LK), (B, H, LQ, LK)):
-        mask = rng.random(shape) > 0.6
+    for shape, kind in (((LQ, LK), bool), ((B, 1, LK), np.uint8), ((B, H, LQ, LK), bool)):
+        mask = (rng.random(shape) > 0.6).astype(kind)
         np.testing.assert_allclose(host(layer(*there, cuda.to_device(mask))), layer(*arrays[:3], mask), atol=1e-5)
     for mask, padding in ((rv.masks.Window(2, 2), None), (rv.masks.Window(9, 2), lengths), (None, scattered)):
         wanted = layer(*arrays[:3], mask, key_padding_mask=padding)
@@ -117,7 +117,7 @@ def test_a_step_of_training_is_seen_by_the_next_pass():
 def test_arrays_of_numpy_are_moved_only_when_asked(kind):
     *arrays, grad = inputs()
     layer = kind(rv.AttentionConfig(D, H if kind is rv.MultiHeadAttention else 1, dropout=0.0), seed=0)
-    mask = np.random.default_rng(2).random((LQ, LK)) > 0.7
+    mask = np.random.default_rng(2).random((B, LQ, LK))  # numbers above 0.5 hide
     output, past = layer.forward_cached(*arrays, mask, device="cuda")
     got, (wanted, cache) = layer.backward(grad, past), layer.forward_cached(*arrays, mask)
     made = layer.backward(grad, cache)
@@ -144,6 +144,12 @@ def test_bad_inputs_are_named():
     both = dict(key_padding_mask=np.zeros((B, LQ), bool))
     with pytest.raises(InvalidMaskError, match="both given"):
         layer(x, x, x, cuda.to_device(np.zeros((LQ, LQ), bool)), **both)
+    here = np.zeros((B, LQ, D), np.float32)
+    for value in (-1.0, np.nan):
+        with pytest.raises(InvalidMaskError, match="mask has negative numbers or NaN"):
+            layer(here, mask=np.full((LQ, LQ), value), device="cuda")
+    with pytest.raises(InvalidInputError, match=r"mask is a numpy\.ma array"):
+        layer(here, mask=np.ma.zeros((LQ, LQ)), device="cuda")
     output, past = layer.forward_cached(x, x, x)
     with pytest.raises(DimensionMismatchError, match=r"grad_output\.shape"):
         layer.backward(y, past)

@@ -8,8 +8,9 @@ import pytest
 
 import ruvector_numba as rv
 from ruvector_numba import gpu
-from ruvector_numba.errors import InvalidConfigError, InvalidInputError
+from ruvector_numba.errors import InvalidConfigError, InvalidInputError, InvalidMaskError
 from ruvector_numba.gpu import arrays as module
+from ruvector_numba.gpu.dense import gradient
 
 
 class FakeCupy:
@@ -94,6 +95,48 @@ def test_arrays_of_numpy_stay_on_the_cpu_unless_asked(no_gpu):
     assert "install one" in str(caught.value)
     with pytest.raises(InvalidInputError, match="device is 'gpu'"):
         rv.attention_forward(x, x, x, device="gpu")
+    with pytest.raises(InvalidInputError, match="device is array"):
+        rv.attention_forward(x, x, x, device=np.zeros(2))
+
+
+def test_arrays_of_a_gpu_are_not_taken_to_the_cpu():
+    x, graph = FakeCupy((1, 5, 8)), rv.CSRGraph.from_edge_index([[0], [1]], num_nodes=5)
+    config = rv.AttentionConfig(8, 1)
+    calls = [rv.scaled_dot_product_attention, rv.attention_forward, rv.MultiHeadAttention(config, seed=0)]
+    calls += [lambda *a, **more: rv.neighbor_attention(*a, graph, **more)]
+    calls += [lambda x, *_, **more: rv.GAT(8, 2)(x, graph, **more)]
+    for call in calls:
+        with pytest.raises(InvalidInputError, match="device is 'cpu', and an array lies on a GPU") as caught:
+            call(x, x, x, device="cpu")
+        assert "copy it" in caught.value.hint
+
+
+def test_what_the_cpu_refuses_is_not_moved(no_gpu):
+    x = np.ones((1, 5, 8), np.float32)
+    odd = {
+        "numpy.ma": np.ma.masked_greater(x, 0), "cannot become an array": [[1.0], [1.0, 2.0]],
+        "dtype object": x.astype(object), "dtype >f4": x.astype(">f4"), "dtype \\|V2": np.zeros((1, 5, 8), "V2"),
+    }  # fmt: skip
+    graph = rv.CSRGraph.from_edge_index([[0], [1]], num_nodes=5)
+    layer = rv.MultiHeadAttention(rv.AttentionConfig(8, 1), seed=0)
+    for message, given in odd.items():
+        for call in (rv.scaled_dot_product_attention, layer):
+            with pytest.raises(InvalidInputError, match=f"query .*{message}"):
+                call(given, x, x, device="cuda")
+        with pytest.raises(InvalidInputError, match=f"query .*{message}"):
+            rv.neighbor_attention(given, x, x, graph, device="cuda")
+        with pytest.raises(InvalidInputError, match=f"x_source .*{message}"):
+            rv.GAT((8, 8), 2)((given, x), graph, device="cuda")
+    for mask in (np.ones((5, 5), np.uint8), np.ma.ones((5, 5)), [[True], [True, False]]):
+        with pytest.raises(InvalidMaskError):
+            rv.scaled_dot_product_attention(x, x, x, mask, device="cuda")
+    with pytest.raises(InvalidInputError, match="out is given"):
+        rv.scaled_dot_product_attention(x, x, x, out=np.empty_like(x), device="cuda")
+    with pytest.raises(InvalidInputError, match="x is a tuple of 3"):
+        rv.GAT(8, 2)((x, x, x), graph, device="cuda")
+    with pytest.raises(InvalidInputError, match="key is None") as caught:
+        gpu.floats("key", None)
+    assert "device" not in caught.value.hint
 
 
 def test_what_is_missing_is_named(monkeypatch):
@@ -103,7 +146,7 @@ def test_what_is_missing_is_named(monkeypatch):
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "numba_cuda" else found(name, *a))
     reason, hint = gpu.problem()
-    assert "numba-cuda is not installed" in reason and "ruvector-numba[cuda]" in hint
+    assert "numba-cuda is not installed" in reason and hint == 'pip install ".[cuda]", in a clone of ruvector-numba'
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: object() if name == "numba_cuda" else None)
     cuda = types.SimpleNamespace(is_available=lambda: False)
     monkeypatch.setitem(sys.modules, "numba.cuda", cuda)
@@ -154,6 +197,24 @@ def test_types_that_the_gpu_does_not_take_are_refused():
     assert gpu.floats("query", words, "bfloat16").element == "bfloat16"
     with pytest.raises(InvalidInputError, match="dtype uint16"):
         gpu.floats("query", words)
+    assert gpu.floats("query", FakeCupy((2, 8), "<V2"), "bfloat16").element == "bfloat16"
+    for dtype in ("float16", "float32", "uint16", np.float16):
+        with pytest.raises(InvalidInputError, match="dtype is") as caught:
+            gpu.floats("query", words, dtype)
+        assert "bfloat16" in caught.value.hint
+    for kind, name in (("<i2", "int16"), ("<f4", "float32"), ("<f2", "float16")):
+        with pytest.raises(InvalidInputError, match=f"query has dtype {name}, and dtype is 'bfloat16'"):
+            gpu.floats("query", FakeCupy((2, 8), kind), "bfloat16")
+
+
+def test_bits_are_gradients_of_bfloat16_alone():
+    words = FakeCupy((2, 8), "<u2")
+    assert gradient("grad_output", words, (2, 8), "bfloat16").element == "bfloat16"
+    for x, element in ((words, "float16"), (FakeCupy((2, 8), "<i2"), "bfloat16"), (FakeCupy((2, 8), "<i2"), "float16")):
+        with pytest.raises(InvalidInputError, match=f"grad_output has dtype u?int16, the call had {element}"):
+            gradient("grad_output", x, (2, 8), element)
+    with pytest.raises(InvalidInputError, match="grad_lse has dtype uint16, the call had float32"):
+        gradient("grad_lse", words, (2, 8), "float32")
 
 
 @pytest.mark.parametrize("package, kind", [("torch", "torch"), ("cupy", "cupy"), ("other", "numba")])

@@ -17,8 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from .. import halves
-from ..checks import Array, Shape
+from ..checks import Array, Shape, check_bits
 from ..errors import InvalidConfigError, InvalidInputError
 
 __all__ = ["GpuArray", "is_on_gpu", "problem"]
@@ -53,7 +52,7 @@ def _looked_for() -> tuple[str, str] | None:
 
     import numba
 
-    install = 'pip install "ruvector-numba[cuda]"'
+    install = 'pip install ".[cuda]", in a clone of ruvector-numba'
     if importlib.util.find_spec("numba_cuda") is None:
         return "the package numba-cuda is not installed", install
     try:
@@ -284,9 +283,7 @@ class _Simulated(Library):
         start = (array.ctypes.data - root.ctypes.data) // array.itemsize
         steps = tuple(s // array.itemsize for s in array.strides)
         element = _name(array.dtype)
-        if element == "bfloat16":
-            flat = flat.view(np.uint16)
-        elif element == "float16":
+        if element in ("bfloat16", "float16"):
             flat = flat.view(np.uint16)
         return GpuArray(flat, start, array.shape, steps, element, x)
 
@@ -335,9 +332,11 @@ def default() -> Library:
 
 
 def view(name: str, x: Any, dtype: str | None = None) -> GpuArray:
-    """The array where it lies; `dtype` says what 16 bits of an integer type stand for."""
+    """The array where it lies; `dtype` says what the bits of uint16 stand for."""
     if isinstance(x, GpuArray):
         return x
+    if x is None:
+        raise InvalidInputError(f"{name} is None", hint="give an array")
     if not is_on_gpu(x):
         hint = f"move it there, or take the others to the CPU; or give device='cuda' to have all of them moved: {name}"
         raise InvalidInputError(f"{name} is on the CPU, other arrays are on the GPU", hint=hint)
@@ -345,8 +344,9 @@ def view(name: str, x: Any, dtype: str | None = None) -> GpuArray:
         found = _from_dlpack(x)
     else:
         found = library(x).view(x)
-    if dtype is not None and found.element in ("uint16", "int16"):
-        found = found._replace(element=dtype)
+    if dtype is not None:
+        check_bits(name, shadow((), np.uint16), dtype)  # is it that word?
+        found = found._replace(element="bfloat16") if found.element == "uint16" else found
     return found
 
 
@@ -363,6 +363,9 @@ def _from_dlpack(x: Any) -> GpuArray:
 def floats(name: str, x: Any, dtype: str | None = None) -> GpuArray:
     """The same, of a type that the kernels know."""
     found = view(name, x, dtype)
+    if dtype is not None and found.element != "bfloat16":
+        hint = "give the bits as uint16, or leave dtype out"
+        raise InvalidInputError(f"{name} has dtype {found.element}, and dtype is {dtype!r}", hint=hint)
     if found.element not in ELEMENTS:
         hint = f"cast it to one of {', '.join(ELEMENTS)}; double precision is for the CPU"
         raise InvalidInputError(f"{name} has dtype {found.element} on the GPU", hint=hint)
@@ -443,44 +446,6 @@ def enter() -> None:
 
             cuda.current_context()
         _local.entered = True
-
-
-def concerns(device: object, *arrays: object) -> bool:
-    """Is a call one for the GPU: because an array lies there, or because `device` asks for it?"""
-    if device is not None and device not in ("cpu", "cuda"):
-        raise InvalidInputError(f"device is {device!r}", hint="give 'cuda', 'cpu', or None for where the arrays are")
-    return device == "cuda" or any_on_gpu(*arrays)
-
-
-def moved(x: Any) -> Any:
-    """An array of NumPy on the GPU, as one of Numba's."""
-    enter()
-    if x is None or is_on_gpu(x):
-        return x
-    return default().upload(np.asarray(x))
-
-
-def kept(copies: dict[Any, Any], space: Space, name: Any, element: str, make: Callable[[], Array]) -> GpuArray:
-    """What `make` gives, on the GPU: uploaded once for as long as `copies` lives, those of a set of parameters."""
-    known = space.library.key, element, name
-    found = copies.get(known)
-    if found is None:
-        found = copies.setdefault(known, uploaded(space, make(), element))
-    return space.keep(found)
-
-
-def to_numpy(x: Any) -> Any:
-    """A copy of an array on a GPU as one of NumPy, its 16 bits widened to float32; anything else as it is."""
-    if not is_on_gpu(x):
-        return x
-    return halves.widened(library(x).download(x))
-
-
-def uploaded(space: Space, x: Array, element: str) -> GpuArray:
-    """An array of floats of NumPy, rounded to the element, on the GPU."""
-    kind = halves.BITS if element == "bfloat16" else np.dtype(element)
-    bits = halves.rounded(np.asarray(x, np.float32), kind)
-    return space.library.view(space.library.upload(bits))._replace(element=element)
 
 
 @functools.lru_cache(1024)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .. import checks, gpu, masks
+from .. import checks, gpu, mask_arrays, masks
 from ..checks import Shape
 from ..errors import DimensionMismatchError, InvalidInputError, InvalidMaskError
 from ..plan.dropout import threshold_and_gain
@@ -46,7 +46,7 @@ def call(query: Any, key: Any, value: Any, attn_mask: Any, *terms: Any, dtype: s
     given, bias, mask = attn_mask, None, None
     if attn_mask is not None and not isinstance(attn_mask, masks.Mask):
         seen = gpu.view("attn_mask", attn_mask, dtype)
-        is_bool = seen.element in ("bool", "uint8")
+        is_bool = seen.element == "bool"
         if not is_bool and seen.element != q.element:
             dtypes = {"attn_mask.dtype": seen.element, "query.dtype": q.element}
             raise InvalidMaskError("a float mask has the dtype of query", shapes=dtypes, hint="cast it, or give bools")
@@ -100,7 +100,7 @@ class Past(NamedTuple):
     def backward(self, grad_output: Any, grad_lse: Any = None, wants_bias: bool = True) -> InputGradients:
         c, shape = self.call, self.call.checked.output_shape
         if c.is_moved:
-            grad_output, grad_lse = gpu.moved(grad_output), gpu.moved(grad_lse)
+            grad_output, grad_lse = gpu.moved("grad_output", grad_output), gpu.moved("grad_lse", grad_lse)
         from .dense_backward import backward
 
         given = gradient("grad_output", grad_output, shape, c.query.element)
@@ -111,7 +111,7 @@ class Past(NamedTuple):
 def gradient(name: str, x: Any, shape: Shape, element: str) -> GpuArray:
     """Check the gradient of a result."""
     found = gpu.view(name, x)
-    if found.element in ("uint16", "int16"):
+    if element == "bfloat16" and found.element == "uint16":  # its bits, as results are where there is no ml_dtypes
         found = found._replace(element=element)
     if found.shape != shape:
         shapes = {f"{name}.shape": found.shape, "expected": shape}
@@ -171,10 +171,12 @@ def run(
 ) -> Past:
     """`scaled_dot_product_attention` and `attention_forward` on a GPU; arrays of NumPy are moved there if wanted."""
     if device == "cuda":
-        mask = attn_mask if isinstance(attn_mask, masks.Mask) else gpu.moved(attn_mask)
-        c = call(gpu.moved(query), gpu.moved(key), gpu.moved(value), mask, *terms, dtype=dtype)
         if out is not None:
             raise InvalidInputError("out is given, and device='cuda'", hint="results come back as new arrays")
+        if not (attn_mask is None or isinstance(attn_mask, masks.Mask) or gpu.is_on_gpu(attn_mask)):
+            attn_mask = gpu.moved("attn_mask", mask_arrays.as_mask(attn_mask, may_be_bits=dtype is not None))
+        arrays = (gpu.moved(name, x) for name, x in (("query", query), ("key", key), ("value", value)))
+        c = call(*arrays, attn_mask, *terms, dtype=dtype)
         return forward(c._replace(is_moved=not gpu.is_on_gpu(query)))
     drops, slopes = type(terms[0]) is not float or terms[0] != 0, terms[5] is not None
     if attn_mask is not None or out is not None or drops or slopes:

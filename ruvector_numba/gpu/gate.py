@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .arrays import GpuArray
+from .layouts import viewed
 from .projection import matrix, product, turned
-from .work import Found, Work, viewed
+from .work import Found, Work
 
 __all__ = ["Gated", "gated", "gated_back"]
 

@@ -1,4 +1,4 @@
-"""How each kind of graph layer attends on a GPU, and the way back: the `_attend` of gat.py and graph_transformer.py."""
+"""How each kind of graph layer attends on a GPU, and the way back: the `_attend` of gat.py and transformer.py."""
 
 from __future__ import annotations
 

@@ -10,17 +10,18 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from .. import checks, gpu
-from ..errors import GraphStructureError, InvalidConfigError
+from ..errors import GraphStructureError, InvalidConfigError, InvalidInputError
+from ..graphs.inputs import is_pair as given_as_pair
 from ..parameters import ParameterSet
 from .arrays import GpuArray, Space
 from .dense import gradient
 from .gate import Gated, gated, gated_back
 from .graph_kinds import Kind, kind_of
-from .layouts import compact, zero
+from .layouts import compact, viewed, zero
 from .loops import loops_taken_out
 from .neighbors import Past, one_element
 from .projection import linear, matrix, product, turned
-from .work import Found, Inputs, Work, inputs_of, viewed
+from .work import Found, Inputs, Work, inputs_of
 
 if TYPE_CHECKING:
     from ..graphs.layer import GraphGradients
@@ -61,16 +62,19 @@ def run(
     if gpu.is_on_gpu(graph):
         hint = "make one of it, once: CSRGraph.from_edge_index(edge_index.cpu(), num_nodes=N)"
         raise GraphStructureError("graph is an edge_index on the GPU, not a CSRGraph", hint=hint)
-    is_pair = isinstance(x, tuple | list)
+    is_pair = given_as_pair(x)
+    if is_pair and len(x) != 2:
+        raise InvalidInputError(f"x is a tuple of {len(x)}", hint="give (x_source, x_target)")
     sources = list(x) if is_pair else [x]
     is_moved = device == "cuda" and not gpu.any_on_gpu(*sources)
-    if device == "cuda":
-        sources, edge_attr, edge_weight = [gpu.moved(a) for a in sources], gpu.moved(edge_attr), gpu.moved(edge_weight)
     names = ("x_source", "x_target") if is_pair else ("x",)
-    nodes = [None if a is None else gpu.floats(name, a) for name, a in zip(names, sources, strict=False)]
     more = {"edge_attr": edge_attr, "edge_weight": edge_weight}
+    if device == "cuda":
+        sources = [gpu.moved(name, a) for name, a in zip(names, sources, strict=True)]
+        more = {name: gpu.moved(name, a) for name, a in more.items()}
+    nodes = [None if a is None else gpu.floats(name, a) for name, a in zip(names, sources, strict=True)]
     of_edges = {name: gpu.floats(name, a) for name, a in more.items() if a is not None}
-    one_element({**{n: a for n, a in zip(names, nodes, strict=False) if a is not None}, **of_edges})
+    one_element({**{n: a for n, a in zip(names, nodes, strict=True) if a is not None}, **of_edges})
     shadows = [None if a is None else gpu.shadow(a.shape) for a in nodes]
     attr, weight = (gpu.shadow(of_edges[name].shape) if name in of_edges else None for name in more)
     checked = layer._checked(
@@ -118,7 +122,7 @@ def backward(grad_output: Any, record: Record) -> GraphGradients:
 
     layer, inputs, past = record.layer, record.inputs, record.past.past
     if record.is_moved:
-        grad_output = gpu.moved(grad_output)
+        grad_output = gpu.moved("grad_output", grad_output)
     N, H, C = past.output.shape
     given = gradient("grad_output", grad_output, (N, layer.width), inputs.source.element)
     work = Work(layer, record.parameters, Space(past.output.native), inputs)

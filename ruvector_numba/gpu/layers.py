@@ -38,21 +38,26 @@ def batch(query: Any, key: Any, value: Any, widths: tuple[int, int, int | None],
 
 
 def hidden(
-    space: Space, mask: Any, key_padding_mask: Any, scores: tuple[int, int, int, int], per_head: bool
-) -> masks.Mask | GpuArray | None:
-    """What the engine is told of a layer's `mask`, whose bools hide, and of its `key_padding_mask`."""
+    space: Space, mask: Any, key_padding_mask: Any, scores: tuple[int, int, int, int], per_head: bool,
+    device: str | None,
+) -> masks.Mask | GpuArray | None:  # fmt: skip
+    """What the engine is told of a layer's `mask`, which hides, and of its `key_padding_mask`."""
     padded: Any = None
     if key_padding_mask is not None:
         if gpu.is_on_gpu(key_padding_mask):  # its lengths must be known here
             key_padding_mask = gpu.library(key_padding_mask).download(key_padding_mask)
         padded = layers.padded(key_padding_mask, scores[0], scores[3])
-    if mask is not None and not isinstance(mask, masks.Mask):
+    if device == "cuda" and not gpu.is_on_gpu(mask):  # numbers hide as they do on the CPU
+        mask = layers.hidden(mask, scores, per_head)
+        if isinstance(mask, np.ndarray):
+            mask = space.keep(space.library.view(space.library.upload(mask)))
+    elif mask is not None and not isinstance(mask, masks.Mask):
         seen = gpu.view("mask", mask)
         if seen.element not in ("bool", "uint8"):
             hint = "give bools there, True where a key is hidden"
             raise InvalidMaskError(f"mask has dtype {seen.element} on the GPU", hint=hint)
         layers.check_hidden(seen.shape, np.dtype(bool), scores, per_head)
-        mask = layouts.inverted(space, seen)
+        mask = layouts.inverted(space, seen)._replace(element="bool")
         mask = _expanded(mask, 1) if len(seen.shape) == 3 else mask
     if padded is None or mask is None:
         if not isinstance(padded, np.ndarray):
@@ -72,14 +77,12 @@ def uploaded(space: Space, parameters: ParameterSet, element: str) -> dict[str, 
     }
 
 
-def _moved(device: str | None, arrays: tuple[Any, Any, Any], mask: Any) -> tuple[tuple[Any, Any, Any], Any, bool]:
-    """Arrays of NumPy and a mask on the GPU, if the caller wants that; and do results go back?"""
+def _moved(device: str | None, arrays: tuple[Any, Any, Any]) -> tuple[tuple[Any, Any, Any], bool]:
+    """Arrays of NumPy on the GPU, if the caller wants that; and do results go back?"""
     if device != "cuda":
-        return arrays, mask, False
-    is_moved = not gpu.any_on_gpu(*arrays)
-    mask = mask if isinstance(mask, masks.Mask) else gpu.moved(None if mask is None else np.asarray(mask, bool))
-    query, key, value = (gpu.moved(x) for x in arrays)
-    return (query, key, value), mask, is_moved
+        return arrays, False
+    query, key, value = (gpu.moved(name, x) for name, x in zip(("query", "key", "value"), arrays, strict=True))
+    return (query, key, value), not gpu.any_on_gpu(*arrays)
 
 
 def _home(is_moved: bool, x: Any) -> Any:
@@ -133,7 +136,7 @@ class OneHead(NamedTuple):
 
     def backward(self, grad_output: Any) -> AttentionGradients:
         B, _, Lq, Dv = self.past.call.checked.output_shape
-        given = gpu.moved(grad_output) if self.is_moved else grad_output
+        given = gpu.moved("grad_output", grad_output) if self.is_moved else grad_output
         grad = dense.gradient("grad_output", given, (B, Lq, Dv), self.past.call.query.element)
         g = self.past.backward(_expanded(grad, 1))
         made = AttentionGradients(query=g.query[:, 0], key=g.key[:, 0], value=g.value[:, 0], bias=g.bias)
@@ -145,10 +148,10 @@ def one_head(
     device: str | None,
 ) -> OneHead:  # fmt: skip
     """The pass of ScaledDotProductAttention."""
-    there, mask, is_moved = _moved(device, arrays, mask)
+    there, is_moved = _moved(device, arrays)
     q, k, v = batch(*there, (config.d_model, config.d_model, None), config.max_seq_len)
     space = Space(q.native)
-    seen = hidden(space, mask, None, (q.shape[0], 1, q.shape[1], k.shape[1]), per_head=False)
+    seen = hidden(space, mask, None, (q.shape[0], 1, q.shape[1], k.shape[1]), per_head=False, device=device)
     terms = (dropout, config.causal, config.get_scale(), False, None, None, seed)
     c = dense.call(*(_expanded(x, 1) for x in (q, k, v)), seen, *terms)
     past = dense.forward(c._replace(checked=c.checked._replace(eps=config.eps)))
@@ -179,7 +182,8 @@ class Record(NamedTuple):
         return _home(self.is_moved, self.past.weights(rows))
 
     def backward(self, grad_output: Any) -> AttentionGradients:
-        return _all_home(self.is_moved, self._backward(gpu.moved(grad_output) if self.is_moved else grad_output))
+        given = gpu.moved("grad_output", grad_output) if self.is_moved else grad_output
+        return _all_home(self.is_moved, self._backward(given))
 
     def _backward(self, grad_output: Any) -> AttentionGradients:
         x, element = self.joined, self.joined.element
@@ -227,11 +231,11 @@ def multi_head(
 ) -> Record:  # fmt: skip
     """The pass of MultiHeadAttention."""
     H, d, d_k = config.num_heads, config.d_model, config.d_k
-    moved, mask, is_moved = _moved(device, arrays, mask)
+    moved, is_moved = _moved(device, arrays)
     inputs = batch(*moved, widths, config.max_seq_len)
     (B, Lq, _), Lk, element = inputs[0].shape, inputs[1].shape[1], inputs[0].element
     space = Space(inputs[0].native)
-    seen = hidden(space, mask, key_padding_mask, (B, H, Lq, Lk), per_head=True)
+    seen = hidden(space, mask, key_padding_mask, (B, H, Lq, Lk), per_head=True, device=device)
     there = uploaded(space, parameters, element)
     heads = []
     for x, name in zip(inputs, "qkv", strict=True):

@@ -12,8 +12,8 @@ from ..checks import Shape
 from .arrays import GpuArray, Space
 
 __all__ = [
-    "aligned", "broadcast", "compact", "cut", "inverted", "matrices", "named", "padded", "room", "starts", "whole",
-    "zero",
+    "aligned", "broadcast", "compact", "cut", "inverted", "matrices", "named", "padded", "room", "starts", "viewed",
+    "whole", "zero",
 ]  # fmt: skip
 
 
@@ -121,6 +121,11 @@ def compact(space: Space, x: GpuArray, inverted: bool = False) -> GpuArray:
     if gpu.size(x.shape):
         copying.pack(v, job, (blocks * math.prod(rows.shape[:-2]), 1, 1), space.stream)
     return made
+
+
+def viewed(x: GpuArray, shape: Shape) -> GpuArray:
+    """A contiguous array in another shape."""
+    return x._replace(shape=shape, strides=gpu.contiguous_strides(shape))
 
 
 def inverted(space: Space, x: GpuArray) -> GpuArray:

@@ -13,6 +13,7 @@ import numpy as np
 
 from .. import gpu
 from ..checks import Array
+from ..graphs import edges
 from ..graphs.derived import Derived
 from ..graphs.graph import CSRGraph
 from .arrays import GpuArray, Space
@@ -46,7 +47,7 @@ def _past(space: Space, graph: CSRGraph, values: GpuArray, policy: Any, fill_val
     offset = None
     if not isinstance(fill_value, str):
         filled = np.zeros((whole.num_targets, *values.shape[1:]), np.float32)
-        filled[whole.num_targets - loops :] = fill_value
+        filled[whole.num_targets - loops :] = edges.filled(fill_value, (loops, *values.shape[1:]), filled.dtype)
         offset = _rows(space.keep(gpu.uploaded(space, filled, values.element)))
     bias = space.keep(gpu.uploaded(space, weights[:, None], values.element))
     terms = Terms(plan.GIVEN, rows, None, rows, bias=bias, normalizes=False, offset=offset)

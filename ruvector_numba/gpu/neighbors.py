@@ -19,7 +19,7 @@ from ..graphs.neighbors import NeighborGradients
 from ..plan.dropout import threshold_and_gain
 from .arrays import GpuArray, Space
 from .dense import gradient
-from .layouts import compact, zero
+from .layouts import compact, viewed, zero
 
 __all__ = ["Made", "Past", "Terms", "rows"]
 
@@ -93,7 +93,7 @@ class Call:
 
     def gradients(self, grad_output: Any) -> NeighborGradients:
         space, output = self._space(), self.past.output
-        given = gpu.moved(grad_output) if self.is_moved else grad_output
+        given = gpu.moved("grad_output", grad_output) if self.is_moved else grad_output
         grad = gradient("grad_output", given, output.shape, output.element)
         m = self.past.backward(space, rows(space, grad))
         made = (m.query, m.key, m.value, m.bias, m.edge, m.edge_value, m.edge_weight)
@@ -105,9 +105,9 @@ def attend(arrays: tuple[Any, ...], graph: CSRGraph, device: str | None, *settin
     from ..plan import cuda_csr as plan
 
     is_moved = device == "cuda" and not gpu.is_on_gpu(arrays[0])
-    if device == "cuda":
-        arrays = tuple(gpu.moved(x) for x in arrays)
     names = ("query", "key", "value", "edge_bias", "edge_key", "edge_value", "edge_weight")
+    if device == "cuda":
+        arrays = tuple(gpu.moved(name, x) for name, x in zip(names, arrays, strict=True))
     found = {name: gpu.floats(name, x) for name, x in zip(names, arrays, strict=True) if x is not None}
     one_element(found)
     shadows = tuple(None if name not in found else gpu.shadow(found[name].shape) for name in names)
@@ -135,7 +135,7 @@ def edge_softmax(scores: Any, graph: CSRGraph) -> Any:
     s = gpu.floats("scores", scores)
     neighbors.edge_numbers("scores", gpu.shadow(s.shape), neighbors.checked_graph(graph))
     space, H = Space(scores), s.shape[1] if len(s.shape) == 2 else 1
-    bias = _flat(compact(space, s), (graph.num_edges, H))
+    bias = viewed(compact(space, s), (graph.num_edges, H))
     none = space.keep(space.empty((graph.num_sources, H, 0), s.element))
     made = Past(graph, Terms(plan.GIVEN, none, None, none, bias=bias), space).coefficients(space)
     return made.native if len(s.shape) == 2 else made.native.reshape(-1)
@@ -158,11 +158,6 @@ def edge_softmax_backward(grad_weights: Any, weights: Any, graph: CSRGraph) -> A
         v = plan.flat(p.element)
         backwards.softmax_backward(v, job, plan.by_warps(v, w.nodes), space.stream)
     return made.native
-
-
-def _flat(x: GpuArray, shape: tuple[int, ...]) -> GpuArray:
-    """A contiguous array in another shape."""
-    return x._replace(shape=shape, strides=gpu.contiguous_strides(shape))
 
 
 # --- graphs ----------------------------------------------------------------------------------------------------------

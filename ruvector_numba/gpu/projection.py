@@ -82,7 +82,7 @@ def linear_backward(
     """The gradients of x, weight and bias, given that of `linear`'s result (N, d_out).
 
     They are added to `dx` and to those of weight and bias that were `made` before, where these are given.
-    """  # fmt: skip
+    """
     adds = dx is not None
     dx = space.keep(space.empty(x.shape, x.element)) if dx is None else dx
     product(space, matrix(grad), matrix(weight), matrix(dx), adds=adds)

@@ -15,11 +15,11 @@ from ..checks import Array, Shape
 from ..graphs.graph import CSRGraph
 from ..parameters import ParameterSet
 from .arrays import GpuArray, Space
-from .layouts import compact, zero
+from .layouts import compact, viewed, zero
 from .loops import loops_put_in
 from .projection import linear, linear_backward
 
-__all__ = ["Found", "Inputs", "Work", "columns", "flattened", "inputs_of", "viewed"]
+__all__ = ["Found", "Inputs", "Work", "columns", "flattened", "inputs_of"]
 
 
 class Inputs(NamedTuple):
@@ -106,11 +106,6 @@ class Work:
             slope=slope, normalizes=layer.normalize, dropout=inputs.dropout, seed=inputs.seed,
             edge_weight=inputs.edge_weight, aggregation=layer.aggregation,
         )  # fmt: skip
-
-
-def viewed(x: GpuArray, shape: Shape) -> GpuArray:
-    """A contiguous array in another shape."""
-    return x._replace(shape=shape, strides=gpu.contiguous_strides(shape))
 
 
 def columns(x: GpuArray, first: int, shape: Shape) -> GpuArray:
