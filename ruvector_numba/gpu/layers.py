@@ -57,7 +57,7 @@ def hidden(
             hint = "give bools there, True where a key is hidden"
             raise InvalidMaskError(f"mask has dtype {seen.element} on the GPU", hint=hint)
         layers.check_hidden(seen.shape, np.dtype(bool), scores, per_head)
-        mask = layouts.inverted(space, seen)._replace(element="bool")
+        mask = layouts.inverted(space, seen._replace(element="bool"))
         mask = _expanded(mask, 1) if len(seen.shape) == 3 else mask
     if padded is None or mask is None:
         if not isinstance(padded, np.ndarray):
