@@ -12,7 +12,11 @@ One alphabet, in names and in shapes:
     s score      p probability      m row maximum     l row sum        lse = log(sum over keys of exp(s))
     a gradient is d and a name: dq is that of the query
 
-Arrays are (..., H, L, D).
+    N nodes      Ns, Nt sources and targets      E edges      H heads      C channels of a head
+    e j -> i     edge e goes from source j to target i, which attends to j
+    indptr       where the edges of each target begin      indices      the source of each edge
+
+Arrays are (..., H, L, D), on graphs (N, H, C).
 """
 
 import pathlib

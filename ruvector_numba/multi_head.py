@@ -30,7 +30,9 @@ KEYS_AT_ONCE = 1024
 class MultiHeadAttention(Trainable, TrainableAttention):
     """Attention of several heads between linear projections (Vaswani et al., 2017), as torch.nn.MultiheadAttention.
 
-    head h of softmax((query w_q + b_q) (key w_k + b_k)^T * scale) (value w_v + b_v), the heads joined, w_o + b_o
+    output = (softmax(q_h k_h^T * scale) v_h, for all heads h, side by side) w_o + b_o
+
+    where q = query w_q + b_q, and k and v likewise; q_h is what head h has of it.
 
     Parameters
     ----------
@@ -248,8 +250,8 @@ class MultiHeadAttention(Trainable, TrainableAttention):
         ----------
         grad_output : array (B, Lq, d_model)
         cache : AttentionCache
-            Of `forward_cached`, of this layer or another: the gradients are those of what was computed then, with the
-            parameters of then and the same weights dropped. Or built by hand, see there.
+            Of this layer's `forward_cached`, or of a copy's: the gradients are those of what was computed then, with
+            the parameters of then and the same weights dropped. Or built by hand, see there.
 
         Returns
         -------
@@ -284,7 +286,7 @@ class MultiHeadAttention(Trainable, TrainableAttention):
         """
         for name, n in (("batch", batch), ("max_len", max_len)):
             if not is_whole(n) or n < 0:
-                raise InvalidInputError(f"{name} is {n!r}", hint="give a whole number")
+                raise InvalidInputError(f"{name} is {n!r}", hint="give a whole number, 0 or more")
         limit = self.config.max_seq_len
         if limit is not None and max_len > limit:
             hint = f"AttentionConfig(max_seq_len={int(max_len)}), or max_seq_len=None for no limit"

@@ -109,7 +109,7 @@ class ScaledDotProductAttention(Trainable, TrainableAttention):
 
         Parameters
         ----------
-        query : array (B, Lq, d_model), float32 or float64
+        query : array (B, Lq, d_model), float16, bfloat16, float32 or float64
         key : array (B, Lk, d_model), optional
             The query if None.
         value : array (B, Lk, Dv), of any Dv, optional
@@ -147,7 +147,8 @@ class ScaledDotProductAttention(Trainable, TrainableAttention):
         seed: int | None = None,
         device: str | None = None,
     ) -> tuple[Array, AttentionCache]:
-        """The output, read-only, and what `backward` needs, the output too; with dropout if `training`.
+        """The output, and what `backward` needs; with dropout if `training`. `backward` reads the output too, which is
+        read-only therefore.
 
         `seed` decides what is dropped; without it, the layer's own generator does. The rest is as in `forward`.
         """

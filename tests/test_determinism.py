@@ -47,6 +47,7 @@ def same_bits(got, wanted):
 
 @every_size
 @every_name
+@pytest.mark.skipif(MOST == 1, reason="there is one thread to run on")
 def test_threads(name, size):
     case = of(name, size)
     found = []

@@ -19,7 +19,7 @@ def edge_softmax(scores: ArrayLike, graph: CSRGraph) -> Array:
 
     Parameters
     ----------
-    scores : array (E,) or (E, H), float32 or float64
+    scores : array (E,) or (E, H), float32 or float64; on a GPU float32, float16 or bfloat16
         In the caller's order of edges. -inf hides an edge: it gets 0, also where all edges of a target are hidden.
     graph : CSRGraph
 

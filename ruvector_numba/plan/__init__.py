@@ -2,6 +2,6 @@
 
 A plan never looks at an element. It cuts work into tasks by the sizes of one head or one row, so that a result has the
 same bits on any number of threads and in any company of other heads and batches. It is loaded at the first call, since
-it loads the kernels. (`grouping` is the exception: each of its jobs depends on what the last one found, and it runs
-them.)
+it loads the kernels. Jobs that depend on what others found, or are made of several, are run here too: those of
+`grouping`, `loops`, `csr` and `halves`.
 """

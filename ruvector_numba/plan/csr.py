@@ -82,8 +82,9 @@ class Kept(NamedTuple):
     """What a forward pass leaves."""
 
     output: Array  # (Nt, H, C)
-    bounds: Array  # (Nt, H): the largest score, and the sum of exp(score - it); meaningless without a softmax
-    totals: Array  # both, and the scores, have more columns than heads
+    # Columns beyond the heads are padding.
+    bounds: Array  # (Nt, H): the largest score; meaningless without a softmax, as the totals are
+    totals: Array  # (Nt, H): the sum of exp(score - the largest)
     scores: Array  # (E, H) by position
     chosen: Array  # (E, bytes) by position, for "max": bits of the channels that the edge was the largest in
 
@@ -324,7 +325,8 @@ def _job(by: Walk, terms: Terms, kept: Kept, **more: Any) -> walk.NeighborJob:
 def _run(kernel: Callable[..., None], by: Walk, job: walk.NeighborJob, dtype: np.dtype[Any], pad: int = 0) -> Array:
     """All nodes, then the parts of hubs, then hubs; returns what tasks have summed, added up in their order."""
     starts, parts, hubs = by.schedule
-    tasks, rounds = len(starts) - 1, [(walk.NODES, len(starts) - 1, 0)]
+    tasks = len(starts) - 1
+    rounds = [(walk.NODES, tasks, 0)]
     if len(hubs):
         rounds.append((walk.PART, len(parts), tasks))
         if kernel is backwards.backward_targets:
