@@ -1,7 +1,7 @@
 """The peers: who is here, in which version, and whether each gives the right answer.
 
-Their adapters are in `ruvector_numba/bench/peers.py`, where the command `ruvector-numba bench` needs them too; speed is the
-business of `run.py`.
+Their adapters are in `ruvector_numba/bench/peers.py`, where the command `ruvector-numba bench` needs them too; speed is
+the business of `run.py`.
 
     python perf/peers.py
 """

@@ -4,8 +4,8 @@
     python perf/run.py --groups causal decode   some of them; the others keep what an earlier run found
     python perf/run.py --smoke --output build   everything once at tiny sizes: shows that it works, nothing of speed
 
-How it measures is told in `ruvector_numba/bench/comparison.py`. Results go to perf/results-<cpu>.json, after every cell;
-`report.py` makes the README's tables of them.
+How it measures is told in `ruvector_numba/bench/comparison.py`. Results go to perf/results-<cpu>.json, after every
+cell; `report.py` makes the README's tables of them.
 """
 
 import argparse
