@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
@@ -20,6 +20,7 @@ from numpy.typing import ArrayLike, NDArray
 from .. import dense, functional, masks, visibility
 from ..checks import Array
 from . import onnx_checks as given
+from .onnx_masks import joined
 
 if TYPE_CHECKING:
     from .onnx_backend import Backend
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 
 __all__ = ["AttentionModel", "AttentionOutputs", "Backend", "attention", "flex_attention", "replace_attention"]
 
-ABSORBING = -1e30  # so low that adding it to a score gives the same number as putting it in the score's place
 ATTRIBUTES = (
     "is_causal", "kv_num_heads", "q_num_heads", "qk_matmul_output_mode", "scale", "softcap", "softmax_precision",
     "left_window_size", "right_window_size",
@@ -182,18 +182,18 @@ def attention(
     scale, cap = given.scale(scale, query.shape[3]), given.softcap(softcap)
     dtype = _engine_type(arrays.values(), mask, given.precision(softmax_precision))
     mode = given.mode(qk_matmul_output_mode, scores_shape, dtype)
-    lies = _stored_type((query, key, value), dtype) if mode is None else dtype
+    lies = _stored_type((query, key, value), dtype)
 
     if past:
         key, value = np.concatenate((past[0], key), axis=2), np.concatenate((past[1], value), axis=2)
-    seen = _band(P if lengths is None else lengths - Lq, left, right)
+    parts: list[Array | masks.Mask] = [_band(P if lengths is None else lengths - Lq, left, right)]
     if lengths is not None:
-        seen = seen & masks.Lengths(keys=lengths)
+        parts.append(masks.Lengths(keys=lengths))
     if mask is not None:
-        mask = mask if mask.dtype == bool else mask.astype(dtype, copy=False)
-        seen = seen & (mask if mode == 2 else tightened(mask, key.shape[2]))  # mode 2 shows the numbers of a mask
+        parts.append(mask if mask.dtype == bool else mask.astype(dtype, copy=False))
+    seen = joined(parts, scores_shape)
     query, key_there, value_there = (x.astype(lies, copy=False) for x in (query, key, value))
-    output, stage = _Run(query, key_there, value_there, seen, scale, cap)(rank == 3, mode)
+    output, stage = _Run(query, key_there, value_there, dtype, seen, parts, scale, cap)(rank == 3, mode)
     to = arrays["Q"].dtype
     with np.errstate(over="ignore"):  # beyond a type lies infinity
         output, stage = output.astype(to, copy=False), None if stage is None else stage.astype(to, copy=False)
@@ -201,12 +201,14 @@ def attention(
 
 
 class _Run(NamedTuple):
-    """A checked call in the engine's type: (B, Hq, Lq, D), (B, Hk, Lk, D), (B, Hk, Lk, Dv)."""
+    """A checked call: (B, Hq, Lq, D), (B, Hk, Lk, D), (B, Hk, Lk, Dv), as the engine reads them; computed in dtype."""
 
     query: Array
     key: Array
     value: Array
+    dtype: type[np.float32 | np.float64]
     seen: masks.Mask
+    parts: Sequence[Array | masks.Mask]  # of `seen`, with the numbers of a mask
     scale: float
     softcap: float | None
 
@@ -225,36 +227,15 @@ class _Run(NamedTuple):
         In mode 0 the softcap is not there: text and function body of the operator say so, its Python reference differs.
         """
         (B, H, Lq, D), (_, Hk, Lk, _) = self.query.shape, self.key.shape
-        query = self.query.reshape(B, Hk, H // max(1, Hk), Lq, D)
-        key = np.broadcast_to(self.key[:, :, None], (*query.shape[:3], Lk, D))
+        query, key = (x.astype(self.dtype, copy=False) for x in (self.query, self.key))
+        query = query.reshape(B, Hk, H // max(1, Hk), Lq, D)
+        key = np.broadcast_to(key[:, :, None], (*query.shape[:3], Lk, D))
         scores = functional.attention_scores(query, key, self.scale).reshape(B, H, Lq, Lk)
         if mode and self.softcap is not None:
             scores = self.softcap * np.tanh(scores / self.softcap)
         if mode >= 2:
-            scores = functional.apply_mask(scores, self.seen)
+            scores = functional.apply_mask(scores, masks.All(self.parts) if mode == 2 else self.seen)
         return functional.softmax(scores) if mode == 3 else scores
-
-
-def tightened(mask: Array, Lk: int) -> Array | masks.Mask:
-    """A mask that hides the same last keys from all queries, as padding does, as a length: hidden keys cost nothing.
-
-    A float mask does so with 0 and very low numbers. They leave a hidden key a weight of 0 as long as one key is seen;
-    where none is, they are all there is, and the mask stays what it was.
-    """
-    shape = (1,) * (4 - mask.ndim) + mask.shape
-    if len(shape) > 4 or shape[1] != 1 or shape[2] == 0 or shape[3] != Lk:
-        return mask
-    whole = mask.reshape(shape)[:, 0]  # (B or 1, Lq or 1, Lk), the same for all heads
-    rows = whole[:, 0]
-    if not ((whole[:, -1] == rows).all() and (whole == rows[:, None]).all()):  # the last row tells of most that differ
-        return mask
-    seen = rows if mask.dtype == bool else rows == 0
-    lengths = seen.sum(axis=1)
-    if not np.array_equal(seen, np.arange(Lk) < lengths[:, None]):
-        return mask
-    if mask.dtype != bool and not (lengths.all() and (seen | (rows <= ABSORBING)).all()):
-        return mask
-    return masks.Lengths(keys=lengths if len(lengths) > 1 else int(lengths[0]))
 
 
 def _engine_type(arrays: Iterable[Array], mask: Array | None, precision: str | None) -> type[np.float32 | np.float64]:

@@ -7,8 +7,6 @@ kernels know. Whatever else is refused by its name.
 
 from __future__ import annotations
 
-import operator
-from functools import reduce
 from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
@@ -18,7 +16,8 @@ from .. import dense, masks
 from ..checks import Array, Shape
 from ..errors import InvalidConfigError, InvalidInputError
 from . import onnx_checks as given
-from .onnx import ABSORBING, _engine_type, tightened
+from .onnx import _engine_type
+from .onnx_masks import ABSORBING, joined
 
 try:
     import onnx
@@ -107,7 +106,7 @@ def flex_attention(
     query, key, value = (x.astype(dtype, copy=False) for x in (query, key, value))
     total = given.scale(scale, query.shape[3]) * scores.factor
     output = dense.scaled_dot_product_attention(
-        query, key, value, scores.mask(dtype, key.shape[2]), scale=total, enable_gqa=True, softcap=scores.cap
+        query, key, value, scores.mask(dtype, shape), scale=total, enable_gqa=True, softcap=scores.cap
     )
     if weights.factor is not None:
         output = output * weights.factor.astype(dtype)
@@ -126,10 +125,10 @@ class Scores(NamedTuple):
     bias: Array | None = None
     seen: Array | None = None
 
-    def mask(self, dtype: type, Lk: int) -> masks.Mask:
+    def mask(self, dtype: type, shape: Shape) -> masks.Mask:
         """Bias and visibility, as the engine takes them."""
         parts = [x for x in (None if self.bias is None else self.bias.astype(dtype), self.seen) if x is not None]
-        return reduce(operator.and_, (tightened(x, Lk) for x in parts), masks.Full())
+        return joined(parts, shape)
 
     def times(self, x: Array) -> Scores:
         """A capped score is capped at so much more; tanh is odd."""

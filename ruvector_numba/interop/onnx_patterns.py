@@ -9,23 +9,22 @@ of floats to another are passed over: all is computed in float32, or in float64 
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import reduce
 from typing import Any
 
 import numpy as np
 import onnx
 
 from .. import dense, dense_past, masks
-from ..checks import Array
+from ..checks import Array, Shape
 from ..errors import InvalidInputError
 from ..results import AttentionCache
 from . import onnx_checks as given
-from .onnx import _engine_type, tightened
+from .onnx import _engine_type
 from .onnx_backend import run_node
 from .onnx_graph import Graph, attributes
+from .onnx_masks import joined
 
 __all__ = ["Site", "sites"]
 
@@ -188,7 +187,7 @@ class WrittenOut(Site):
         turn = range(len(shape)) if self.turn is None else self.turn
         made = np.empty([shape[axis] for axis in turn], dtype)
         out = made.transpose(np.argsort(turn))
-        seen, scale = _joined(read, key.shape[-1]), self.scores.scale_of(known)
+        seen, scale = _joined(read, (*query.shape[:-1], key.shape[-1])), self.scores.scale_of(known)
         arguments: dict[str, Any] = dict(scale=scale, softcap=self.scores.cap, out=out)
         numbers = list(self.scores.replaced(read, dtype))
         if numbers and out.size:
@@ -220,11 +219,11 @@ def _spread(inputs: Sequence[Array], read: Sequence[Array]) -> list[Array]:
     return [np.broadcast_to(x, (*leading, *end)) for x, end in zip(inputs, ends, strict=True)]
 
 
-def _joined(read: Sequence[Array], Lk: int) -> masks.Mask:
+def _joined(read: Sequence[Array], scores: Shape) -> masks.Mask:
     """Biases are added, conditions must all hold."""
     biases, conditions = ([x for x in read if (x.dtype == bool) is is_bool] for is_bool in (False, True))
     parts = [*conditions, *([sum(biases[1:], biases[0])] if biases else [])]
-    return reduce(operator.and_, (tightened(x, Lk) for x in parts), masks.Full())
+    return joined(parts, scores)
 
 
 def _put_in(first: AttentionCache, numbers: Sequence[tuple[float, list[Array]]], value: Array, out: Array) -> None:
@@ -239,7 +238,7 @@ def _put_in(first: AttentionCache, numbers: Sequence[tuple[float, list[Array]]],
         if number + sum(added) + math.log(max(1, Lk)) < least - UNDERFLOW[dtype]:
             continue
         query, key = (np.broadcast_to(dtype(0), (*value.shape[:-2], n, 1)) for n in (out.shape[-2], Lk))
-        caches.append(dense.attention_forward(query, key, value, _joined(read, Lk)))
+        caches.append(dense.attention_forward(query, key, value, _joined(read, (*query.shape[:-1], Lk))))
     if len(caches) > 1:
         pasts: list[Any] = [cache.record for cache in caches]
         shifts, logs = (
