@@ -354,7 +354,7 @@ def test_attention_loads_no_onnx():
 def test_what_needs_onnx_says_so_where_it_is_missing(name):
     code = f"import sys; sys.modules['onnx'] = None; import ruvector_numba as rv; rv.interop.onnx.{name}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert "ModuleNotFoundError" in done.stderr and "pip install onnx" in done.stderr
+    assert "ModuleNotFoundError" in done.stderr and 'pip install ".[onnx]"' in done.stderr
 
 
 def test_other_names():

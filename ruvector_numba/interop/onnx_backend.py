@@ -18,10 +18,11 @@ try:
     from onnx import helper, numpy_helper
     from onnx.backend import base
 except ModuleNotFoundError as error:
-    words = "a backend for ONNX's models needs ONNX: pip install onnx"
+    words = f"a backend for ONNX's models needs ONNX: {given.INSTALL}"
     raise ModuleNotFoundError(words, name=error.name) from error
 
 from .onnx_flex import flex_attention
+from .onnx_weights import refuse_outside
 
 __all__ = ["Backend", "Representation", "run_node"]
 
@@ -68,9 +69,10 @@ class Backend(base.Backend):  # type: ignore[misc]  # onnx comes without types h
         onnx.backend.test.runner.BackendIsNotSupposedToImplementIt
             If it has an operator that is not implemented, or one of another opset.
         InvalidInputError
-            If the device is not the CPU.
+            If the device is not the CPU, or data of the model lie in files that were not loaded.
         """
         _check_device(device)
+        refuse_outside(model)
         super().prepare(model, device, **kwargs)
         unknown = _unknown(model)
         if unknown:
@@ -83,9 +85,8 @@ class Backend(base.Backend):  # type: ignore[misc]  # onnx comes without types h
     ) -> tuple[Any, ...]:
         """Run one node; `opset_version`, the newest by default, is of the standard's own domain."""
         _check_device(device)
-        opset = kwargs.get("opset_version", onnx.defs.onnx_opset_version())
-        imports = [helper.make_opsetid("", opset), helper.make_opsetid(PREVIEW, 1)]
-        if not _is_known(node, _versions(imports)):
+        opset = given.whole("opset_version", kwargs.get("opset_version", onnx.defs.onnx_opset_version()))
+        if not _is_known(node, {"": opset, PREVIEW: 1}):
             raise _not_implemented([f"{node.op_type} of {node.domain or 'ai.onnx'}, opset {opset}"])
         named = [name for name in node.input if name]
         return _outputs(node, run_node(node, dict(zip(named, _listed(inputs, named), strict=True)), opset))

@@ -15,6 +15,7 @@ from ..errors import DimensionMismatchError, InvalidConfigError, InvalidInputErr
 
 OPSETS = range(23, 29)  # those whose text was read: 26 to 28 leave the operator of 25 as it is
 FLOATS = ("float16", "bfloat16", "float32", "float64")
+INSTALL = 'pip install ".[onnx]", in a clone of ruvector-numba'
 PRECISIONS = {1: "float32", 10: "float16", 11: "float64", 16: "bfloat16"}  # numbers of onnx.TensorProto
 
 # Types
@@ -228,9 +229,13 @@ def scale(scale: object, D: int) -> float:
 def softcap(softcap: object) -> float | None:
     if isinstance(softcap, bool) or not isinstance(softcap, int | float | np.floating | np.integer):
         raise InvalidConfigError(f"softcap is {softcap!r}", hint="give one number; 0 for none")
-    if not 0 <= softcap < math.inf:
-        raise InvalidConfigError(f"softcap is {softcap}", hint="give a positive number, or 0 for none")
-    return float(softcap) or None
+    try:
+        number = float(softcap)
+    except OverflowError:  # a whole number beyond all floats
+        number = math.inf if softcap > 0 else -math.inf
+    if not 0 <= number < math.inf:
+        raise InvalidConfigError(f"softcap is {number}", hint="give a positive number, or 0 for none")
+    return number or None
 
 
 def precision(softmax_precision: object) -> str | None:

@@ -24,7 +24,7 @@ try:
     from onnx import helper, numpy_helper
     from onnx.reference import ReferenceEvaluator
 except ModuleNotFoundError as error:
-    words = "reading subgraphs needs ONNX: pip install onnx"
+    words = f"reading subgraphs needs ONNX: {given.INSTALL}"
     raise ModuleNotFoundError(words, name=error.name) from error
 
 __all__ = ["flex_attention"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -20,14 +20,17 @@ BROADCASTING = ("Add", "Div", "MatMul", "Mul", "Sub", "Where")
 
 
 class Graph:
-    """A graph with who makes and who takes each value. Nodes are known by their position."""
+    """A graph with who makes and who takes each value. Nodes are known by their position.
 
-    def __init__(self, model: onnx.ModelProto) -> None:
+    Its initializers are given: the model may have been made light.
+    """
+
+    def __init__(self, model: onnx.ModelProto, initializers: Mapping[str, onnx.TensorProto]) -> None:
         self.nodes = list(model.graph.node)
         self.opset = next((x.version for x in model.opset_import if x.domain in ("", "ai.onnx")), 0)
         self.outputs = [x.name for x in model.graph.output]
         self.types = {x.name: x for x in (*model.graph.value_info, *model.graph.input, *model.graph.output)}
-        self.initializers = {x.name: x for x in model.graph.initializer}
+        self.initializers = dict(initializers)
         self.maker = {name: at for at, node in enumerate(self.nodes) for name in node.output if name}
         self.takers: dict[str, list[int]] = defaultdict(list)
         self._ranks: dict[str, int] | None = None
@@ -108,6 +111,19 @@ class Graph:
         array = self._constant(name)
         return float(array.reshape(())) if array is not None and array.size == 1 and array.ndim <= 4 else None
 
+    def axes(self, name: str) -> int:
+        """How many axes one constant number has."""
+        array = self._constant(name)
+        return 0 if array is None else array.ndim
+
+    def stranger(self, name: str, kinds: Collection[int]) -> str | None:
+        """The type of a value, if it is known and none of these."""
+        there = self.types.get(name)
+        kind = there.type.tensor_type.elem_type if there is not None else 0
+        if name in self.initializers:
+            kind = self.initializers[name].data_type
+        return str(onnx.TensorProto.DataType.Name(kind)) if kind and kind not in kinds else None
+
     def _constant(self, name: str) -> Array | None:
         if name in self.initializers:
             return numpy_helper.to_array(self.initializers[name])
@@ -128,6 +144,7 @@ def captured(node: onnx.NodeProto) -> Iterator[str]:
     for attribute in node.attribute:
         for graph in (*attribute.graphs, *((attribute.g,) if attribute.type == onnx.AttributeProto.GRAPH else ())):
             inner = {x.name for x in (*graph.input, *graph.initializer)}
+            inner |= {x.values.name for x in graph.sparse_initializer}
             for child in graph.node:
                 yield from (name for name in captured(child) if name not in inner)
                 inner.update(child.output)

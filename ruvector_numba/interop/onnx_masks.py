@@ -59,7 +59,7 @@ def _padding(mask: Array, Lk: int) -> tuple[NDArray[np.int64], bool] | None:
 
 
 def _length(lengths: NDArray[np.int64]) -> masks.Lengths:
-    return masks.Lengths(keys=lengths if len(lengths) > 1 else int(lengths[0]))
+    return masks.Lengths(keys=lengths if len(lengths) != 1 else int(lengths[0]))
 
 
 def _all_see_one_of(lengths: NDArray[np.int64], seen: masks.Mask, scores: Shape) -> bool:

@@ -7,6 +7,7 @@ which optimises it as usual.
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,19 +17,23 @@ from numpy.typing import ArrayLike
 
 from ..checks import Array
 from ..errors import InvalidInputError
+from . import onnx_checks as given
 
 try:
     import onnx
     import onnx.inliner
     from onnx import helper, numpy_helper
 except ModuleNotFoundError as error:
-    words = "reading a model of ONNX needs ONNX: pip install onnx onnxruntime"
+    words = f"reading a model of ONNX needs ONNX: {given.INSTALL}"
     raise ModuleNotFoundError(words, name=error.name) from error
 
 from .onnx_graph import Graph, captured
 from .onnx_patterns import Site, sites
+from .onnx_weights import bytes_of, light, weights_of
 
 __all__ = ["AttentionModel", "replace_attention"]
+
+LARGEST = 2_000_000_000  # bytes of weights; a message of protobuf ends at 2 GiB, what is larger goes through a file
 
 
 def replace_attention(
@@ -44,7 +49,7 @@ def replace_attention(
     constant in the place of scores (-inf, -1e9, the lowest number or any other), in any order and number; then Softmax
     over the keys, and MatMul or Einsum; and Casts between types of floats anywhere. Functions of the model are inlined.
     Attention inside of subgraphs (If, Loop), of other operators or of other types than float16, float32 and float64
-    stays where it is; `AttentionModel.left` says why.
+    stays where it is, as does the operator with a mask of whole numbers; `AttentionModel.left` says why.
 
     Parameters
     ----------
@@ -62,8 +67,8 @@ def replace_attention(
     Raises
     ------
     InvalidInputError
-        If it is no model, has no attention that can be replaced, in which case the message has the reasons, or lacks
-        the type of a value at which it must be cut.
+        If it is no model, has no attention that can be replaced, in which case the message has the reasons, lacks the
+        type of a value at which it must be cut, or has data in files that were not loaded.
 
     Notes
     -----
@@ -87,8 +92,12 @@ def replace_attention(
     >>> fast.attentions, fast.run({"x": np.ones((2, 3, 8), np.float32)})["y"].shape
     (('p',), (2, 3, 8))
     """
-    proto = _loaded(model)
-    graph = Graph(onnx.shape_inference.infer_shapes(proto, data_prop=True))
+    loaded = _loaded(model)
+    weights = weights_of(loaded)
+    proto = light(loaded, weights)  # what onnx does with models, it does not with those of over 2 GB
+    if proto.functions:  # attention may lie in them
+        proto = onnx.inliner.inline_local_functions(proto)
+    graph = Graph(onnx.shape_inference.infer_shapes(proto, data_prop=True), weights)
     found, left = sites(graph)
     if not found:
         hint = "replaced are Attention of opsets 23 to 28, and MatMul, Softmax, MatMul; export without fusing them"
@@ -250,7 +259,12 @@ class _Parts:
         if options is None:
             options = runtime.SessionOptions()
             options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        return runtime.InferenceSession(part.SerializeToString(), options, providers=list(providers))
+        if bytes_of(weights) <= LARGEST:
+            return runtime.InferenceSession(part.SerializeToString(), options, providers=list(providers))
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+            path = os.path.join(folder, "part.onnx")
+            onnx.save(part, path, save_as_external_data=True)
+            return runtime.InferenceSession(path, options, providers=list(providers))
 
     def _typed(self, name: str) -> onnx.ValueInfoProto:
         typed = self.graph.types.get(name) or self.graph.types.get(self.like.get(name, ""))
@@ -271,7 +285,7 @@ def _is_function(node: onnx.NodeProto) -> bool:
 
 
 def _loaded(model: Any) -> onnx.ModelProto:
-    """The model, with its own functions inlined: attention may lie in them."""
+    """The model, of whatever kind it was given."""
     try:
         if isinstance(model, bytes):
             model = onnx.load_from_string(model)
@@ -283,13 +297,13 @@ def _loaded(model: Any) -> onnx.ModelProto:
         raise InvalidInputError(f"not a model of ONNX: {error}", hint="give what onnx.save wrote") from error
     if not isinstance(model, onnx.ModelProto):
         raise InvalidInputError(f"model is a {type(model).__name__}", hint="give an onnx.ModelProto, bytes or a path")
-    return onnx.inliner.inline_local_functions(model) if model.functions else model
+    return model
 
 
 def _onnxruntime() -> Any:
     try:
         import onnxruntime
     except ModuleNotFoundError as error:
-        words = "replace_attention needs ONNX Runtime: pip install onnxruntime"
+        words = f"replace_attention needs ONNX Runtime: {given.INSTALL}"
         raise ModuleNotFoundError(words, name=error.name) from error
     return onnxruntime

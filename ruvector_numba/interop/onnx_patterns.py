@@ -82,6 +82,9 @@ def _operator(graph: Graph, at: int) -> Operator:
     node = graph.nodes[at]
     if graph.opset not in given.OPSETS:
         raise Left(f"the operator Attention of opset {graph.opset}")
+    kind = graph.stranger(node.input[3], {*FLOATS, onnx.TensorProto.BOOL}) if len(node.input) > 3 else None
+    if kind:
+        raise Left(f"its attn_mask is of {kind}, to which the standard gives no meaning")
     outputs = [name for name in node.output if name]
     return Operator(node.name or node.output[0], [at], [x for x in node.input if x], outputs, node, graph.opset)
 
@@ -147,6 +150,7 @@ class Scores:
     nodes: list[int] = field(default_factory=list)
     product: int = -1
     precision: str | None = None  # "float64" if they were cast to it
+    axes: int = 2  # those that numbers have: a product of fewer axes gets theirs
 
     def scale_of(self, known: Mapping[str, Array]) -> float:
         scale = self.scale
@@ -182,7 +186,7 @@ class WrittenOut(Site):
         dtype, given_type = _engine_type(inputs, None, self.scores.precision), inputs[2].dtype
         read = [term.read(known, dtype) for term in self.scores.terms]
         self._check_axes(inputs, read)
-        query, key, value = _spread([x.astype(dtype, copy=False) for x in inputs], read)
+        query, key, value = _spread([x.astype(dtype, copy=False) for x in inputs], read, self.scores.axes)
         shape = (*query.shape[:-1], value.shape[-1])
         turn = range(len(shape)) if self.turn is None else self.turn
         made = np.empty([shape[axis] for axis in turn], dtype)
@@ -199,20 +203,20 @@ class WrittenOut(Site):
 
     def _check_axes(self, inputs: Sequence[Array], read: Sequence[Array]) -> None:
         shapes: dict[str, object] = {f"{n}.shape": x.shape for n, x in zip(self.inputs, (*inputs, *read), strict=False)}
-        rank = max(x.ndim for x in (*inputs[:2], *read))
+        rank = max(self.scores.axes, *(x.ndim for x in (*inputs[:2], *read)))
         if min(x.ndim for x in inputs) < 2 or (self.axis is not None and rank != self.axis + 1):
             hint = "its shapes could not be inferred: give the model's inputs static ranks"
             reason = f"{self.name} is no attention over the last of two or more axes"
             raise InvalidInputError(reason, shapes=shapes, hint=hint)
 
 
-def _spread(inputs: Sequence[Array], read: Sequence[Array]) -> list[Array]:
+def _spread(inputs: Sequence[Array], read: Sequence[Array], axes: int) -> list[Array]:
     """Query, key (..., D, Lk) and value of common leading axes, as MatMul and Add have them; nothing is copied.
 
     What is added may have more rows than there are queries, and more columns than keys.
     """
     query, key, value = inputs
-    leading = np.broadcast_shapes(*(x.shape[:-2] for x in (*inputs, *read)))
+    leading = np.broadcast_shapes((1,) * (axes - 2), *(x.shape[:-2] for x in (*inputs, *read)))
     rows = np.broadcast_shapes(query.shape[-2:-1], *(x.shape[-2:-1] for x in read))
     columns = np.broadcast_shapes(key.shape[-1:], *(x.shape[-1:] for x in read))
     ends = (*rows, query.shape[-1]), (key.shape[-2], *columns), value.shape[-2:]
@@ -256,12 +260,14 @@ def _written_out(graph: Graph, softmax: int) -> WrittenOut:
     if second is None:
         raise Left(f"the weights are not what MatMul multiplies values by: {graph.told(weights)}")
     product, output = graph.nodes[scores.product], graph.nodes[second].output[0]
-    axis = _axis(graph, node, [*product.input, *(term.name for term in scores.terms)])
+    axis = _axis(graph, node, [*product.input, *(term.name for term in scores.terms)], scores.axes)
     query, key = _factors(graph, product)
     value, turn = _weighted(graph, graph.nodes[second], weights)
     for name in (*product.input, *graph.nodes[second].input):
         if (graph.rank(name) or 2) < 2:
             raise Left(f"{name} has fewer than two axes")
+        if kind := graph.stranger(name, FLOATS):
+            raise Left(f"{name} is of {kind}")
     nodes = [*scores.nodes, scores.product, softmax, *between, second]
     nodes += [x.node for x in (query, key, value) if x.node is not None]
     turned = graph.taken_by(output, "Transpose")
@@ -274,7 +280,7 @@ def _written_out(graph: Graph, softmax: int) -> WrittenOut:
     return WrittenOut(node.name or node.output[0], nodes, inputs, [output], query, key, value, scores, axis, turn)
 
 
-def _axis(graph: Graph, node: onnx.NodeProto, parts: Sequence[str]) -> int | None:
+def _axis(graph: Graph, node: onnx.NodeProto, parts: Sequence[str], axes: int) -> int | None:
     """The axis of a softmax if it is counted from the left; it must be the last of the scores, made of these parts.
 
     What is added has no more axes than the products, unless it is known; a run looks at the arrays again.
@@ -284,7 +290,7 @@ def _axis(graph: Graph, node: onnx.NodeProto, parts: Sequence[str]) -> int | Non
         return None
     rank = graph.rank(node.input[0]) or graph.rank(node.output[0])
     if rank is None and None not in (ranks := [graph.rank(name) for name in parts[:2]]):
-        rank = max(rank for rank in (*ranks, *map(graph.rank, parts[2:])) if rank is not None)
+        rank = max(rank for rank in (axes, *ranks, *map(graph.rank, parts[2:])) if rank is not None)
     if rank is None:
         raise Left(f"its axis is {axis}, and how many axes {node.input[0]} has is not known")
     if axis != rank - 1:
@@ -385,7 +391,8 @@ def _guard(graph: Graph, name: str) -> list[int]:
     if choice is None or choice != takers[1]:
         return []
     condition, instead, otherwise = graph.nodes[choice].input
-    return takers if condition == test and otherwise == name and graph.number(instead) == 0 else []
+    is_zero = graph.number(instead) == 0 and graph.axes(instead) <= 2  # more might be more than the weights have
+    return takers if condition == test and otherwise == name and is_zero else []
 
 
 def _back(graph: Graph, name: str, factor: float = 1.0, steps: int = 0) -> Scores:
@@ -434,7 +441,9 @@ def _back_from_number(graph: Graph, node: onnx.NodeProto, factor: float, steps: 
     for score, other in orders:
         number = graph.number(other)
         if number is not None and number > 0 and math.isfinite(number):
-            return _back(graph, score, factor / number if divides else factor * number, steps)
+            found = _back(graph, score, factor / number if divides else factor * number, steps)
+            found.axes = max(found.axes, graph.axes(other))
+            return found
     for score, other in orders:
         if graph.number(other) is None and graph.is_single(other):
             found = _back(graph, score, factor, steps)
@@ -462,5 +471,6 @@ def _back_from_where(graph: Graph, node: onnx.NodeProto, factor: float, steps: i
         if number is not None and number < math.inf:
             found = _back(graph, score, factor, steps)
             found.terms.append(Term(condition, factor, number, inverted))
+            found.axes = max(found.axes, graph.axes(other))
             return found
     raise Left(f"Where without a constant number: {', '.join(choices)}", steps)
