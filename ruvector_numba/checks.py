@@ -256,7 +256,7 @@ def _refuse_sizes(query: Array, key: Array, value: Array) -> None:
 
 def _slopes(slopes: ArrayLike, batch: Shape, heads: int, dtype: np.dtype[Any]) -> Array:
     check_not_masked("alibi_slopes", slopes)
-    given = as_array("alibi_slopes", slopes)
+    given = as_array("alibi_slopes", slopes, hint="give one number for each head")
     if given.dtype.kind not in "iuf" and not halves.is_bfloat16(given.dtype):
         raise InvalidInputError(f"alibi_slopes has dtype {given.dtype}", hint="give one number for each head")
     with np.errstate(over="ignore"):  # infinite ones are refused below

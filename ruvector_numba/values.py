@@ -55,18 +55,24 @@ def random_seed(seed: object) -> int:
     return int(seed)  # type: ignore[call-overload]
 
 
-def as_array(name: str, x: object, error: Callable[..., AttentionError] = InvalidInputError) -> NDArray[Any]:
-    """What NumPy makes of an array-like, which may raise anything that its library does."""
+def as_array(
+    name: str,
+    x: object,
+    error: Callable[..., AttentionError] = InvalidInputError,
+    hint: str = "give rows of equal length",
+) -> NDArray[Any]:
+    """What NumPy makes of an array-like, which may raise anything that its library does; `hint` is for lists of lists.
+    """
     try:
         return np.asarray(x)
     except ValueError as why:
-        raise error(f"{name} cannot become an array: {why}", hint="give rows of equal length") from None
+        raise error(f"{name} cannot become an array: {why}", hint=hint) from None
     except (TypeError, RuntimeError) as why:
         from .gpu.arrays import is_on_gpu  # which needs this module
 
         if not is_on_gpu(x):  # a tensor that NumPy cannot read
-            hint = f"of a tensor give {name}.detach().float(), and .to_dense() first if it is sparse"
-            raise error(f"{name} cannot become an array: {why}", hint=hint) from None
+            of_tensor = f"of a tensor give {name}.detach().float(), and .to_dense() first if it is sparse"
+            raise error(f"{name} cannot become an array: {why}", hint=of_tensor) from None
         raise error(f"{name} is on the GPU", hint="not everything runs there: copy it to the CPU") from None
 
 
