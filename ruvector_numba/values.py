@@ -61,8 +61,7 @@ def as_array(
     error: Callable[..., AttentionError] = InvalidInputError,
     hint: str = "give rows of equal length",
 ) -> NDArray[Any]:
-    """What NumPy makes of an array-like, which may raise anything that its library does; `hint` is for lists of lists.
-    """
+    """What NumPy makes of an array-like, which may raise anything that its library does; `hint` is for uneven lists."""
     try:
         return np.asarray(x)
     except ValueError as why:
