@@ -83,8 +83,8 @@ def scaled(x, factor):
 
 @inline
 def headroom_of(packed):
-    """None, where probabilities are rounded to bfloat16: that of the largest score is then 1, and stays so. As 2**14.2
-    it was off by 2**-9, and queries that attend to one key got gradients of 0.19 where the largest is 0.01."""
+    """0 where probabilities are rounded to bfloat16: that of the largest score is 1 then, and stays so. With
+    headroom it was off by 2**-9, and queries that attend to one key got gradients of 0.19 where 0.01 is the largest."""
     return HEADROOM if packed is None else 0.0
 
 

@@ -259,8 +259,9 @@ def test_large_scores_are_rounded_alike_every_time(size, hub):
 
 @aggregations
 @pytest.mark.parametrize("poison", [np.nan, np.inf])
-def test_a_hidden_edge_may_have_any_weight(poison, aggregation):
-    case, other = (draw(30, 25, 60, terms=ALL, hidden=0.5, aggregation=aggregation) for _ in range(2))
+@pytest.mark.parametrize("hub", [0, 300, 9000], ids=["batches", "batches of one target", "parts"])
+def test_a_hidden_edge_may_have_any_weight(hub, poison, aggregation):
+    case, other = (draw(30, 25, 60, terms=ALL, hub=hub, hidden=0.5, aggregation=aggregation) for _ in range(2))
     hidden = np.isneginf(case.terms["edge_bias"]).all(axis=1)
     assert 0 < hidden.sum() < len(hidden)
     other.terms["edge_weight"] = np.where(hidden, poison, case.terms["edge_weight"])
