@@ -16,7 +16,7 @@ import numpy as np
 from .gather import AHEAD, EDGES, Heads, Rows
 from .jit import Bytes, Elements, Indices, Ints, apart, inline, within
 from .scoring import Dropout, mixed
-from .simd import as_indices, lanes_of, line_of, prefetch
+from .simd import as_indices, lanes_of, line_of, load, prefetch, splat, store, where
 
 INF = math.inf
 SUM, JOINT, DOT, GIVEN = 0, 1, 2, 3  # rules for scores, see csr.py
@@ -308,7 +308,9 @@ def weigh_shares(job, desk, n):
     """shares = w / p; 0 for an edge that its score hides, whose own weight may be NaN"""
     if job.has_weight:
         for e in range(n):
+            weight = job.edge_weight[desk.edges[e]]
             for h in range(job.H):
-                at = e * job.W + h
-                hidden = job.normalizes and desk.scores[at] == -INF
-                desk.shares[at] = 0.0 if hidden else desk.shares[at] * job.edge_weight[desk.edges[e]]
+                desk.shares[e * job.W + h] *= weight
+        for f in range(0, n * job.W if job.normalizes else 0, lanes_of(desk.scores)):
+            s, share = load(desk.scores, f), load(desk.shares, f)
+            store(where(s <= splat(s, -INF), splat(s, 0.0), share), desk.shares, f)
