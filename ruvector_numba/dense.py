@@ -13,6 +13,7 @@ from .checks import Array, Call, Shape
 from .dense_past import Past, forward, merged
 from .errors import DimensionMismatchError, InvalidInputError
 from .results import AttentionCache, InputGradients, read_only
+from .values import switch
 
 __all__ = [
     "attention_backward",
@@ -200,7 +201,7 @@ def attention_forward(
 
 
 def attention_backward(
-    grad_output: ArrayLike, cache: AttentionCache, grad_lse: ArrayLike | None = None
+    grad_output: ArrayLike, cache: AttentionCache, grad_lse: ArrayLike | None = None, *, wants_bias: bool = True
 ) -> InputGradients:
     """The gradients of a loss by query, key, value and float mask, given its gradient by the output.
 
@@ -212,6 +213,9 @@ def attention_backward(
         Of `attention_forward`.
     grad_lse : array (..., H, Lq), optional
         The gradient with respect to ``cache.lse``, if the loss depends on it.
+    wants_bias : bool
+        False if nobody asks for the gradient of a float mask, which is a pass of its own: `bias` is None then, and the
+        rest is done in some two thirds of the time.
 
     Returns
     -------
@@ -239,7 +243,7 @@ def attention_backward(
     """
     past = cache.record if isinstance(cache, AttentionCache) else cache
     if getattr(past, "on_gpu", False):
-        return past.backward(grad_output, grad_lse)  # type: ignore[union-attr]
+        return past.backward(grad_output, grad_lse, switch("wants_bias", wants_bias))  # type: ignore[union-attr]
     if not isinstance(past, Past):
         made_by = "built by hand" if isinstance(cache, AttentionCache) else f"a {type(cache).__name__}"
         hint = "give what attention_forward returned; a layer's cache goes to the layer's own backward"
@@ -247,7 +251,7 @@ def attention_backward(
     shape, c = past.output.shape, past.call
     grad = checks.gradient("grad_output", grad_output, shape, c.given)
     lse = None if grad_lse is None else checks.gradient("grad_lse", grad_lse, shape[:-1], c.arithmetic)
-    return past.backward(grad, lse)
+    return past.backward(grad, lse, switch("wants_bias", wants_bias))
 
 
 def merge(outputs: Sequence[ArrayLike], lses: Sequence[ArrayLike], *, dtype: str | None = None) -> tuple[Array, Array]:

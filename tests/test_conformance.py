@@ -171,6 +171,18 @@ def test_gradient_of_a_bias_with_everything(shape, dtype):
     gradients_conform(case, case.forward())
 
 
+def test_the_gradient_of_a_bias_may_be_left_out():
+    case = make(["float", "causal"], MANY)
+    cache = case.forward()
+    everything = rv.attention_backward(case.grad_output, cache)
+    some = rv.attention_backward(case.grad_output, cache, wants_bias=False)
+    assert everything.bias is not None and some.bias is None
+    for name in ("query", "key", "value"):
+        np.testing.assert_array_equal(getattr(some, name), getattr(everything, name))
+    with pytest.raises(rv.InvalidInputError, match="wants_bias is None, of type NoneType"):
+        rv.attention_backward(case.grad_output, cache, wants_bias=None)
+
+
 # Gradients of parts of the results
 
 
