@@ -12,7 +12,8 @@ so that work is proportional to what is attended, and causal pays 16 x 16 triang
 import math
 from typing import NamedTuple
 
-from .jit import Doubles, Elements, Indices, Words, apart, inline
+from .jit import apart, inline
+from .jobs import Doubles, Elements, Indices, Words
 from .scoring import ByteMatrices, Dropout, stage_bias, stage_mask
 from .simd import as_indices, as_words, given_words, lanes_of, per_lane, target, transpose_square, width_of
 from .tiles import Matrices, StoredMatrices, whole_vectors

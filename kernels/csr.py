@@ -1,10 +1,9 @@
 """Attention over neighbours: of each target i to the sources j of its edges, which lie together (CSR).
 
-    s[e, h]      score of an edge, by one of four rules; a is of the edge, and optional everywhere
+    s[e, h]      score of an edge, by one of three rules; a is of the edge, and optional everywhere
                  SUM     leaky(key[j, h] + query[i, h] + a[e, h])                                           GAT
                  JOINT   sum over c of att[h, c] * leaky(key[j, h, c] + query[i, h, c] + a[e, h, c])        GATv2
                  DOT     scale * sum over d of query[i, h, d] * (key[j, h, d] + a[e, h, d]) + bias[e, h]  transformers
-                 GIVEN   bias[e, h]
     p[e, h]      softmax of s over the edges of a target: exp(s - bound) / total
     w[e, h]      p * (kept by dropout) * (edge's weight) / (number of edges, for the mean)
     o[i, h, c]   sum over e of w[e, h] * (value[j, h, c] + value_a[e, h, c])
@@ -35,7 +34,8 @@ from .gather import (
     scale_heads,
     take_row,
 )
-from .jit import Elements, apart, inline, kernel, within
+from .jit import apart, inline, kernel, within
+from .jobs import Elements
 from .joint import joint_scores, leaky
 from .largest import NONE, choose, clear_chosen, find_hidden, join_largest, keep_largest
 from .simd import (
@@ -107,10 +107,8 @@ def find_products(job, desk, n):
         dot_gathered(s, desk.y, job.key, nodes, edge, lines, job.has_edge, n, terms)
     elif job.rule == JOINT:
         joint_scores(s, desk.y, job.att, job.slope, job.key, nodes, edge, lines, job.has_edge, n, terms)
-    elif job.rule == SUM:
-        find_sums(job, desk, n)
     else:
-        fill(s, n * job.W, 0.0)
+        find_sums(job, desk, n)
 
 
 @within
@@ -348,11 +346,11 @@ def fold(job: FoldJob, slot, task):
 
 # --- coefficients ----------------------------------------------------------------------------------------------------
 @within
-def find_weights(job, desk, i, n):
-    """weights[e, h] = p, from the scores that forward kept; 0 where one is -inf, whatever else is NaN"""
+def find_weights(job, desk, bounds, totals, n):
+    """weights[e, h] = p, of scores on the desk, whose target has these; 0 where one is -inf, whatever else is NaN"""
     W, lanes, count = job.W, lanes_of(desk.weights), n * job.W
     for g in range(0, W, lanes):
-        bound, l = load(job.bounds, i * job.span + g), load(job.totals, i * job.span + g)
+        bound, l = load(bounds, g), load(totals, g)
         zero, one = splat(l, 0.0), splat(l, 1.0)
         shift, factor = where(l <= zero, zero, bound), where(l <= zero, zero, one / l)
         for k in range(rounds(n, W, lanes)):
@@ -371,7 +369,7 @@ def coefficients(job: NeighborJob, slot, task):
         for p in range(begin_of(job, i), last, EDGES):
             n = min(EDGES, last - p)
             copy(desk.scores, job.scores + p * job.W, n * job.W)
-            find_weights(job, desk, i, n)
+            find_weights(job, desk, job.bounds + i * job.span, job.totals + i * job.span, n)
             for e in range(n):
                 at = number(job.edge_ids, job.wide_edge_ids, p + e) if job.has_ids else p + e
                 for h in range(job.H):

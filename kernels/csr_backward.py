@@ -112,7 +112,7 @@ def take_scores(job, desk, first, n):
 @within
 def take_weights(job, desk, i, n):
     """weights = p, and what becomes of them behind the softmax"""
-    find_weights(job, desk, i, n)
+    find_weights(job, desk, job.bounds + i * job.span, job.totals + i * job.span, n)
     if job.has_shares:
         find_shares(job, desk, i, n)
 

@@ -13,7 +13,8 @@ from typing import NamedTuple
 import numpy as np
 
 from .blocks import COLS, INF, ROWS, AttentionJob, padded
-from .jit import Elements, apart, inline, kernel
+from .jit import apart, inline, kernel
+from .jobs import Elements
 from .scoring import biased, capped, slope_of, sloped
 from .simd import (
     fma,

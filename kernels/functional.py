@@ -19,7 +19,8 @@ matrices. A transposed matrix is the same memory with its two steps swapped, so 
 from typing import NamedTuple
 
 from .blocks import COLS, INF, ROWS
-from .jit import Elements, Indices, apart, inline, kernel
+from .jit import apart, inline, kernel
+from .jobs import Elements, Indices
 from .scoring import ByteMatrices
 from .simd import lane_sum, lanes_of, load, splat, store, tile_multiply_add, tile_zeros, where, width_of, zeros_of
 from .softmax import LOG2E, probability

@@ -15,7 +15,8 @@ edges are one vector then, and a loop over vectors does them at once.
 
 from typing import NamedTuple
 
-from .jit import Elements, Indices, apart, inline
+from .jit import apart, inline
+from .jobs import Elements, Indices
 from .simd import (
     fma,
     lanes_from,

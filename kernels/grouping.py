@@ -9,7 +9,8 @@ A stable sort has one result, so neither the chunks nor the threads show in it.
 
 from typing import NamedTuple
 
-from .jit import Elements, Indices, apart, kernel
+from .jit import apart, kernel
+from .jobs import Elements, Indices
 
 
 class DealJob(NamedTuple):

@@ -7,11 +7,10 @@ until none is left. Which thread does a task changes nothing in it, so results n
 and the serial twin, `_drain`, runs the very same machine code. (One loop for all also halves compiling: Numba compiles
 the body of a `prange` twice, 2.2 of the first prototype's 3.7 s.)
 
-Arguments of a kernel are a NamedTuple of arrays, numbers and smaller such tuples, annotated with the kinds below.
+Arguments of a kernel are a NamedTuple of arrays, numbers and smaller such tuples, annotated with the kinds of jobs.py.
 """
 
 import contextlib
-import ctypes
 import functools
 import gc
 import logging
@@ -31,105 +30,12 @@ from numba.core.registry import cpu_target
 
 from . import simd
 from .cache import PackageCache, cache_folder
-
-Elements = typing.NewType("Elements", int)  # an array of elements of the kernel's type, which it computes with
-Stored = typing.NewType("Stored", int)  # the same, or float16 or bfloat16 where the caller's arrays are that
-Indices = typing.NewType("Indices", int)  # of int64
-Ints = typing.NewType("Ints", int)  # of int32
-Doubles = typing.NewType("Doubles", int)  # of float64
-Words = typing.NewType("Words", int)  # of uint32
-Bytes = typing.NewType("Bytes", int)  # of uint8
-_POINTEES = {
-    Indices: types.int64,
-    Ints: types.int32,
-    Doubles: types.float64,
-    Words: types.uint32,
-    Bytes: types.uint8,
-}
+from .jobs import COUNTER, HEADER, REPORT, address, bounds, fields, flatten, layout
 
 # never nnan or ninf: infinity and NaN are data. No reassociation either: a sum has one order, on every machine.
 _FLAGS = {"nogil": True, "error_model": "numpy", "boundscheck": False}
 SILENCE = 8.0  # seconds that compiling may go on unspoken of
 NOT_WORTH_A_THREAD = 150_000  # multiply-adds: done before a second thread has woken (2 us)
-
-
-# --- jobs ----------------------------------------------------------------------------------------------------------
-COUNTER, REPORT, HEADER = 0, 1, 2  # a job begins with the next task's number and, when checked, "left its bounds"
-
-
-_DATA = object.__basicsize__  # an ndarray's data pointer is the first field after the object's header
-
-
-def _read_address(array: np.ndarray) -> int:
-    return ctypes.c_void_p.from_address(id(array) + _DATA).value or 0
-
-
-def _ask_address(array: np.ndarray) -> int:
-    return array.ctypes.data
-
-
-# Asking makes objects, 1.0 us for each array of a call; reading takes 0.2. The probe is for interpreters that differ.
-_probe = np.zeros(3)[1:]
-address = _read_address if _read_address(_probe) == _probe.ctypes.data else _ask_address
-
-
-def bounds(array: np.ndarray) -> tuple[int, int, int]:
-    """Where the array's first element lies, and the first and one-past-last byte that its strides reach."""
-    at = array.ctypes.data
-    spans = [(n - 1) * stride for n, stride in zip(array.shape, array.strides, strict=True)]
-    low = at + sum(min(s, 0) for s in spans)
-    high = at + sum(max(s, 0) for s in spans) + array.itemsize if array.size else low
-    return at, low, high
-
-
-@functools.cache
-def _fields(job_class) -> tuple:
-    """(name, kind, optional) of each field of a NamedTuple of arguments."""
-    found = []
-    for name, kind in typing.get_type_hints(job_class).items():
-        choices = [c for c in typing.get_args(kind) if c is not type(None)]
-        found.append((name, choices[0] if choices else kind, bool(choices)))
-    return tuple(found)
-
-
-@functools.cache
-def _layout(job_class, stored, absent: tuple):
-    """The Numba type of such a job and the `struct` format of each field; `absent` tells which optionals are None."""
-    missing, fields, forms, slot = iter(absent), [], [], 0
-    for name, kind, optional in _fields(job_class):
-        if hasattr(kind, "_fields"):
-            inner, form = _layout(kind, stored, ())
-            form = "".join(form)
-        elif kind in (int, float):
-            inner, form = (types.int64, "q") if kind is int else (types.float64, "d")
-        else:
-            pointee = stored if kind is Stored else _POINTEES.get(kind, simd.ARITHMETIC.get(stored, stored))
-            inner, form = simd.PointerType(pointee), "q" * simd.POINTER_SLOTS
-        fields.append((name, slot, types.none if optional and next(missing) else inner))
-        forms.append(form)
-        slot += len(form)
-    return simd.JobType(job_class.__name__, tuple(fields)), tuple(forms)
-
-
-def _flatten(job) -> tuple[list, tuple]:
-    """The job's 8-byte values in order; the slots to fill in at each launch, with what fills them: names and, when
-    accesses are checked, arrays."""
-    flat: list = []
-    open_slots: list = []
-
-    def add(value, kind):
-        if hasattr(kind, "_fields"):
-            for (_, inner, _), part in zip(_fields(kind), value or (None,) * len(kind._fields), strict=True):
-                add(part, inner)
-            return
-        if type(value) is str or (simd.CHECKED and isinstance(value, np.ndarray)):
-            open_slots.append((value, len(flat)))
-            value = None
-        flat.append(value.ctypes.data if isinstance(value, np.ndarray) else 0 if value is None else value)
-        flat.extend([0] * (0 if kind in (int, float) else simd.POINTER_SLOTS - 1))
-
-    add(job, type(job))
-    return flat, tuple(open_slots)
 
 
 # --- kernels -------------------------------------------------------------------------------------------------------
@@ -152,7 +58,7 @@ class Kernel:
         functools.update_wrapper(self, function)
         self._function = function
         self._job_class = next(iter(typing.get_type_hints(function).values()))
-        self._optional = [i for i, field in enumerate(_fields(self._job_class)) if field[2]]
+        self._optional = [i for i, field in enumerate(fields(self._job_class)) if field[2]]
         self._compiled: dict = {}
         self.name = _name_of(function)
         _KERNELS[self.name] = self
@@ -162,14 +68,14 @@ class Kernel:
         key = (stored, absent)
         with _COMPILING:
             if key not in self._compiled:
-                job, forms = _layout(self._job_class, stored, absent)
+                job, forms = layout(self._job_class, stored, absent)
                 function = _c_function(self._function, types.void(job, types.int64, types.int64))
                 self._compiled[key] = function, struct.Struct("=" + "".join(forms))
         return self._compiled[key]
 
     def variants(self) -> list[str]:
         """What was compiled so far: the element type and the optional arguments that are there."""
-        names = [_fields(self._job_class)[i][0] for i in self._optional]
+        names = [fields(self._job_class)[i][0] for i in self._optional]
         made = []
         for stored, absent in list(self._compiled):
             present = [name for name, missing in zip(names, absent, strict=True) if not missing]
@@ -181,7 +87,7 @@ class Kernel:
         kept. `work`, in multiply-adds, tells whether it pays to wake more threads."""
         key = _ELEMENT[dtype], tuple([job[i] is None for i in self._optional])
         function, form = self._compiled.get(key) or self.variant(*key)
-        values, open_slots = _flatten(job)
+        values, open_slots = flatten(job)
         template = np.zeros(HEADER + form.size // 8, np.int64)
         form.pack_into(template, 8 * HEADER, *values)
         return Launch(self.name, function.address, job, template, open_slots, tasks, work)

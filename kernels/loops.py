@@ -9,7 +9,8 @@ back    rows[e] = more[new id of e] + more[loop of i] (divided by their number);
 from typing import NamedTuple
 
 from .gather import AHEAD
-from .jit import Bytes, Elements, Indices, Ints, apart, kernel
+from .jit import apart, kernel
+from .jobs import Bytes, Elements, Indices, Ints
 from .simd import prefetch
 from .walk import number
 

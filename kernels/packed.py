@@ -14,7 +14,8 @@ The loops that multiply are those of tiles.py; their operands are pointers to wo
 
 from typing import NamedTuple
 
-from .jit import Words, apart, inline
+from .jit import apart, inline
+from .jobs import Words
 from .simd import (
     as_bfloat16,
     given_words,

@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .jit import Elements, Launch, kernel
+from .jit import Launch, kernel
+from .jobs import Elements
 from .simd import target, tile_load, tile_multiply_add, tile_store, tile_zeros, width_of
 
 ROWS, COLS = target().rows, target().cols

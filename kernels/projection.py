@@ -13,7 +13,8 @@ there are. That is why this is not BLAS, whose bits depend on both.
 from typing import NamedTuple
 
 from .blocks import COLS, ROWS
-from .jit import Elements, apart, inline, kernel
+from .jit import apart, inline, kernel
+from .jobs import Elements
 from .simd import (
     lanes_of,
     load,

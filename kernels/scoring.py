@@ -11,7 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .jit import Bytes, Indices, apart, inline
+from .jit import apart, inline
+from .jobs import Bytes, Indices
 from .simd import (
     absolute,
     at_least,

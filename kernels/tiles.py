@@ -7,7 +7,8 @@ lies: keys and values are not packed, whatever their strides. Remainders repeat 
 
 from typing import NamedTuple
 
-from .jit import Elements, Indices, Stored, apart, inline
+from .jit import apart, inline
+from .jobs import Elements, Indices, Stored
 from .simd import (
     fma,
     lane_sum,

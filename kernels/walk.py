@@ -14,12 +14,13 @@ from typing import NamedTuple
 import numpy as np
 
 from .gather import AHEAD, EDGES, Heads, Rows
-from .jit import Bytes, Elements, Indices, Ints, apart, inline, within
+from .jit import apart, inline, within
+from .jobs import Bytes, Elements, Indices, Ints
 from .scoring import Dropout, mixed
 from .simd import as_indices, lanes_of, line_of, load, prefetch, splat, store, where
 
 INF = math.inf
-SUM, JOINT, DOT, GIVEN = 0, 1, 2, 3  # rules for scores, see csr.py
+SUM, JOINT, DOT, GIVEN = 0, 1, 2, 3  # rules for scores, see csr.py; those that are given, edge_softmax.py
 ADD, MEAN, MAX = 0, 1, 2  # aggregations
 NODES, PART, SECOND_PART, HUB = 0, 1, 2, 3  # what a task is
 

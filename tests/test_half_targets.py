@@ -15,7 +15,7 @@ from ruvector_numba.kernels import simd
 INSTRUCTIONS = """
 import json, re
 from numba import types
-from ruvector_numba.kernels import dense, halves, jit, simd
+from ruvector_numba.kernels import dense, halves, jit, jobs, simd
 
 found = {}
 for stored in (simd.bfloat16, types.float16):
@@ -23,7 +23,7 @@ for stored in (simd.bfloat16, types.float16):
     text = ""
     kernels = [(halves.widen, ()), (halves.round_off, ())] + THOROUGH * [(dense.forward, ("exact", way))]
     for kernel, present in kernels:
-        optional = [jit._fields(kernel._job_class)[i][0] for i in kernel._optional]
+        optional = [jobs.fields(kernel._job_class)[i][0] for i in kernel._optional]
         function, _ = kernel.variant(stored, tuple(name not in present for name in optional))
         text += function._library.get_asm_str()
     spills = 0

@@ -19,7 +19,7 @@ if cross:  # only what depends on the target asks for it, when it is imported
     chosen = sys.modules["ruvector_numba.kernels.simd.target"].Target("neoverse-n1", 16, True, 4, 4)
     for name in ("", ".target", ".kinds", ".emit", ".values"):
         sys.modules["ruvector_numba.kernels.simd" + name].target = lambda: chosen
-from ruvector_numba.kernels import decode, dense, dense_backward, jit
+from ruvector_numba.kernels import decode, dense, dense_backward, jit, jobs
 
 def assembly(library):
     if not cross:
@@ -33,7 +33,7 @@ def assembly(library):
 
 loops = []
 for kernel, present in ((dense.forward, ()), (dense_backward.backward, ("gradients",)), (decode.forward, ())):
-    optional = [jit._fields(kernel._job_class)[i][0] for i in kernel._optional]
+    optional = [jobs.fields(kernel._job_class)[i][0] for i in kernel._optional]
     function, _ = kernel.variant(types.float32, tuple(name not in present for name in optional))
     for block in re.split(r"\\n(?=\\.LBB)", assembly(function._library)):
         label = block.split(":")[0]

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import numpy as np
 from numpy.typing import ArrayLike
 
 from .. import checks, gpu
 from ..checks import Array
 from ..projection import flattened
 from .graph import CSRGraph
-from .neighbors import Past, checked_graph, edge_numbers, packed
+from .neighbors import by_target, checked_graph, edge_numbers, packed
 
 __all__ = ["edge_softmax", "edge_softmax_backward"]
 
@@ -52,8 +51,9 @@ def edge_softmax(scores: ArrayLike, graph: CSRGraph) -> Array:
 
         return gpu_neighbors.edge_softmax(scores, graph)
     s = edge_numbers("scores", scores, checked_graph(graph))
-    bias = flattened(s)
-    return _edge_terms(bias, graph).coefficients().reshape(s.shape)
+    from ..plan import csr as plan
+
+    return plan.softmax(by_target(graph), packed(flattened(s))).reshape(s.shape)
 
 
 def edge_softmax_backward(grad_weights: ArrayLike, weights: ArrayLike, graph: CSRGraph) -> Array:
@@ -93,28 +93,7 @@ def edge_softmax_backward(grad_weights: ArrayLike, weights: ArrayLike, graph: CS
         return gpu_neighbors.edge_softmax_backward(grad_weights, weights, graph)
     p = edge_numbers("weights", weights, checked_graph(graph))
     grad = checks.gradient("grad_weights", grad_weights, p.shape, p.dtype)
-    w, g = flattened(p), flattened(grad)
-    delta = _sums(w, g, graph)[graph.to_edge_index()[1]]
-    with np.errstate(invalid="ignore"):
-        return np.where(w == 0, w, w * (g - delta)).reshape(p.shape)
-
-
-def _edge_terms(bias: Array, graph: CSRGraph) -> Past:
     from ..plan import csr as plan
 
-    H = bias.shape[1]
-    targets, sources = (np.zeros((n, H, 0), bias.dtype) for n in (graph.num_targets, graph.num_sources))
-    return Past(graph, plan.Terms(plan.GIVEN, sources, targets, sources, bias=packed(bias)))
-
-
-def _sums(weights: Array, x: Array, graph: CSRGraph) -> Array:
-    """Over the edges of each target, weights * x: attention whose weights are given, and whose values are edges'."""
-    from ..plan import csr as plan
-
-    E, H = x.shape
-    targets, sources = (np.zeros((n, H, 1), x.dtype) for n in (graph.num_targets, graph.num_sources))
-    terms = plan.Terms(
-        plan.GIVEN, sources, targets, sources, bias=packed(weights), normalizes=False,
-        edge_value=packed(x.reshape(E, H, 1)),
-    )  # fmt: skip
-    return Past(graph, terms, keeps=False).output[..., 0]
+    w, g = (packed(flattened(x)) for x in (p, grad))
+    return plan.softmax_backward(by_target(graph), w, g).reshape(p.shape)

@@ -15,7 +15,7 @@ import numpy as np
 from ..checks import Array
 from ..kernels import csr as kernels
 from ..kernels import csr_backward as backwards
-from ..kernels import walk
+from ..kernels import edge_softmax, walk
 from ..kernels.edge_features import WIDE
 from ..kernels.gather import EDGES, HALF, VECTORS, Heads, Rows
 from ..kernels.scoring import Dropout
@@ -25,7 +25,20 @@ from .dropout import threshold_and_gain
 from .layouts import NOTHING
 from .schedule import Schedule, schedule
 
-__all__ = ["Kept", "Made", "Schedule", "Terms", "Walk", "backward", "coefficients", "fold", "forward", "walk_of"]
+__all__ = [
+    "Kept",
+    "Made",
+    "Schedule",
+    "Terms",
+    "Walk",
+    "backward",
+    "coefficients",
+    "fold",
+    "forward",
+    "softmax",
+    "softmax_backward",
+    "walk_of",
+]
 
 # Edges of a task, where a node counts as one more. Of a hub, parts are as large.
 TASK = 2048
@@ -172,7 +185,8 @@ def backward(
     rows = _rows_of_sums(by_target)
     of_matrix = np.zeros((rows, job.features.K, job.features.pitch), dtype)
     job = job._replace(features=job.features._replace(sums=of_matrix))
-    sums = _run(backwards.backward_targets, by_target, job, dtype, pad)
+    in_parts = walk.PART, walk.SECOND_PART, walk.HUB
+    sums = _run(backwards.backward_targets, by_target, job, dtype, pad, in_parts)
     job = _job(by_source, terms, kept, **fields, fold=_padded(terms.fold, pad), folds=folds)
     more = _run(backwards.backward_sources, by_source, job, dtype, pad)
     if terms.rule == SUM and terms.edge is not None:
@@ -184,6 +198,25 @@ def backward(
         offset=sums[0, :, :C],
         att=more[1 : 1 + folds, :, :C] if folds else sums[1, :, : terms.key.shape[2]] if terms.rule == JOINT else None,
     )
+
+
+def softmax(by_target: Walk, scores: Array) -> Array:
+    """(E, H): the softmax of such numbers over the edges of each target, both in the caller's order."""
+    return _of_edges(edge_softmax.forward, by_target, scores)
+
+
+def softmax_backward(by_target: Walk, weights: Array, grad: Array) -> Array:
+    """(E, H): the gradient of the scores, given the weights and theirs."""
+    return _of_edges(edge_softmax.backward, by_target, weights, grad_weights=grad, has_grad_weights=1)
+
+
+def _of_edges(kernel: Callable[..., None], by_target: Walk, numbers: Array, **more: Any) -> Array:
+    H, dtype, out = numbers.shape[1], numbers.dtype, memory.empty(numbers.shape, numbers.dtype)
+    none = np.zeros((0, H, 0), dtype)
+    kept = Kept(none, none, none, none, np.zeros((0, 0), np.uint8))
+    job = _job(by_target, Terms(GIVEN, none, none, none, bias=numbers), kept, dbias=out, **more)
+    _run(kernel, by_target, job, dtype, in_parts=(walk.PART, walk.SECOND_PART))
+    return out
 
 
 def fold(value: Array, weights: Array) -> Array:
@@ -322,16 +355,16 @@ def _job(by: Walk, terms: Terms, kept: Kept, **more: Any) -> walk.NeighborJob:
     return walk.NeighborJob(**{**fields, **more})
 
 
-def _run(kernel: Callable[..., None], by: Walk, job: walk.NeighborJob, dtype: np.dtype[Any], pad: int = 0) -> Array:
+def _run(
+    kernel: Callable[..., None], by: Walk, job: walk.NeighborJob, dtype: np.dtype[Any], pad: int = 0,
+    in_parts: tuple[int, ...] = (walk.PART, walk.HUB),
+) -> Array:  # fmt: skip
     """All nodes, then the parts of hubs, then hubs; returns what tasks have summed, added up in their order."""
     starts, parts, hubs = by.schedule
     tasks = len(starts) - 1
     rounds = [(walk.NODES, tasks, 0)]
-    if len(hubs):
-        rounds.append((walk.PART, len(parts), tasks))
-        if kernel is backwards.backward_targets:
-            rounds.append((walk.SECOND_PART, len(parts), tasks))
-        rounds.append((walk.HUB, len(hubs), tasks + len(parts)))
+    for mode in in_parts if len(hubs) else ():
+        rounds.append((mode, len(hubs), tasks + len(parts)) if mode == walk.HUB else (mode, len(parts), tasks))
     sums = np.zeros((_rows_of_sums(by), 3, job.H, pad), dtype)
     for mode, n, start in rounds:
         _launch(kernel, job._replace(mode=mode, sums=sums, sums_from=start), n, dtype)
