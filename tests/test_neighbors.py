@@ -273,7 +273,9 @@ def test_a_hidden_edge_may_have_any_weight(hub, poison, aggregation):
 @dtypes
 @pytest.mark.parametrize("heads", [(), (1,), (2,), (3,), (5,), (17,)], ids=str)
 @pytest.mark.parametrize(
-    "size", [(0, 0, 0, 0), (4, 3, 0, 0), (1, 1, 1, 0), (30, 25, 200, 0), (9, 25, 50, 1000), (9, 25, 50, 20_000)], ids=str
+    "size",
+    [(0, 0, 0, 0), (4, 3, 0, 0), (1, 1, 1, 0), (30, 25, 200, 0), (9, 25, 50, 1000), (9, 25, 50, 20_000)],
+    ids=str,
 )
 def test_edge_softmax(size, heads, dtype):
     Nt, Ns, E, hub = size
