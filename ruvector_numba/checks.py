@@ -4,82 +4,40 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from . import halves, masks, visibility
+from . import halves, masks
+from .arrays import Array, Shape
+from .dense_call import DenseCall
 from .errors import DimensionMismatchError, InvalidInputError
 from .values import as_array, check_memory, check_not_masked, random_seed, real_number, switch
-
-Array = NDArray[Any]
-Shape = tuple[int, ...]
 
 FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
 KNOWN = ("float32 or float64", "float16, bfloat16, float32 or float64")  # and where half precision is taken
 AXES = "axes are (..., heads, L, D): from (B, L, H, D) x.swapaxes(1, 2)"
 
 
-class Call(NamedTuple):
-    """One checked call of attention. Key and value heads are as given: G = H // Hk query heads share one."""
-
-    query: Array  # (*batch, H, Lq, D)
-    key: Array  # (*batch, Hk, Lk, D)
-    value: Array  # (*batch, Hk, Lk, Dv)
-    seen: visibility.Visibility
-    scale: float
-    softcap: float | None
-    slopes: Array | None  # (*batch or ones, H)
-    dropout: float
-    seed: int
-    eps: float = 0.0  # the layers': added to the sum of exp(score - largest score)
-    given: np.dtype[Any] = np.dtype(np.float32)  # of the caller's arrays and the results; `query` may be its bits
-    bias_given: np.dtype[Any] | None = None  # of the caller's float mask; `seen.bias` has that of the arithmetic
-
-    @property
-    def output_shape(self) -> Shape:
-        return (*self.query.shape[:-1], self.value.shape[-1])
-
-    @property
-    def arithmetic(self) -> np.dtype[Any]:
-        return halves.arithmetic(self.query.dtype)
-
-    @property
-    def rounds(self) -> bool:
-        """Are results of half precision?"""
-        return self.given.itemsize == 2
-
-    @property
-    def batch(self) -> Shape:
-        return self.query.shape[:-3]
-
-    @property
-    def heads(self) -> int:
-        return self.query.shape[-3] if self.query.ndim > 2 else 1
-
-    @property
-    def group(self) -> int:
-        return self.heads // self.key.shape[-3] if self.key.ndim > 2 and self.key.shape[-3] else 1
-
-
 def call(
     query: ArrayLike,
     key: ArrayLike,
     value: ArrayLike,
-    attn_mask: Any,
-    dropout_p: float,
-    is_causal: bool,
-    scale: float | None,
-    enable_gqa: bool,
-    softcap: float | None,
-    alibi_slopes: ArrayLike | None,
-    seed: int | None,
+    attn_mask: Any = None,
+    *,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    softcap: float | None = None,
+    alibi_slopes: ArrayLike | None = None,
+    seed: int | None = None,
     dtype: str | None = None,
-) -> Call:
+) -> DenseCall:
     """Check the arguments of attention."""
-    given = (("query", query), ("key", key), ("value", value))
-    query, key, value = (readable(name, x, may_be_half=True, dtype=dtype) for name, x in given)
+    arrays = (("query", query), ("key", key), ("value", value))
+    query, key, value = (readable(name, x, may_be_half=True, dtype=dtype) for name, x in arrays)
     if dtype is not None:  # ml_dtypes.bfloat16 and its bits are one type then
         key, value = key.view(query.dtype), value.view(query.dtype)
     enable_gqa = switch("enable_gqa", enable_gqa)
@@ -96,7 +54,7 @@ def call(
         softcap = real_number("softcap", softcap)
         if not 0 < softcap < math.inf:
             raise InvalidInputError(f"softcap is {softcap}", hint="give a positive number, or None for no cap")
-    of_results, bias_given = query.dtype, None if seen.bias is None else seen.bias.dtype
+    of_results, of_bias = query.dtype, None if seen.bias is None else seen.bias.dtype
     if of_results.itemsize == 2:
         query, key, value = (halves.stored(x) for x in (query, key, value))
         seen = seen if seen.bias is None else replace(seen, bias=halves.widened(seen.bias))
@@ -104,8 +62,11 @@ def call(
     if is_scaled or softcap is not None:
         check_range(arithmetic, scale, softcap)
     slopes = None if alibi_slopes is None else _slopes(alibi_slopes, batch, heads, arithmetic)
-    terms = (seen, scale, softcap, slopes, *dropout(dropout_p, seed))
-    return Call(query, key, value, *terms, given=of_results, bias_given=bias_given)
+    probability, number = dropout(dropout_p, seed)
+    return DenseCall(
+        query, key, value, seen, scale=scale, softcap=softcap, slopes=slopes, dropout=probability, seed=number,
+        dtype=of_results, bias_dtype=of_bias,
+    )  # fmt: skip
 
 
 def check_range(dtype: np.dtype[Any], scale: float, softcap: float | None) -> None:
@@ -118,7 +79,7 @@ def check_range(dtype: np.dtype[Any], scale: float, softcap: float | None) -> No
         raise InvalidInputError(f"softcap is {softcap}", hint=hint)
 
 
-def rounds_products(precision: object, c: Call) -> bool:
+def rounds_products(precision: object, c: DenseCall) -> bool:
     """Check `precision`: are the products to be those of bfloat16, though the arrays are float32?"""
     if precision is None:
         return False
@@ -127,7 +88,7 @@ def rounds_products(precision: object, c: Call) -> bool:
         raise InvalidInputError(f"precision is {precision!r}", hint=hint)
     if c.query.dtype != np.float32:
         hint = "it makes products of float32 arrays coarser and faster: leave it out"
-        raise InvalidInputError(f"precision is {precision!r} and the arrays are {c.given}", hint=hint)
+        raise InvalidInputError(f"precision is {precision!r} and the arrays are {c.dtype}", hint=hint)
     return True
 
 
@@ -256,25 +217,25 @@ def _refuse_sizes(query: Array, key: Array, value: Array) -> None:
 
 def _slopes(slopes: ArrayLike, batch: Shape, heads: int, dtype: np.dtype[Any]) -> Array:
     check_not_masked("alibi_slopes", slopes)
-    given = as_array("alibi_slopes", slopes, hint="give one number for each head")
-    if given.dtype.kind not in "iuf" and not halves.is_bfloat16(given.dtype):
-        raise InvalidInputError(f"alibi_slopes has dtype {given.dtype}", hint="give one number for each head")
+    found = as_array("alibi_slopes", slopes, hint="give one number for each head")
+    if found.dtype.kind not in "iuf" and not halves.is_bfloat16(found.dtype):
+        raise InvalidInputError(f"alibi_slopes has dtype {found.dtype}", hint="give one number for each head")
     with np.errstate(over="ignore"):  # infinite ones are refused below
-        array = np.ascontiguousarray(given, dtype=dtype)
+        array = np.ascontiguousarray(found, dtype=dtype)
     fits = array.ndim >= 1 and array.shape[-1] == heads
     try:
         array = np.ascontiguousarray(np.broadcast_to(array, (*batch, heads))) if fits else array
     except ValueError:
         fits = False
     if not fits:
-        shapes = {"alibi_slopes.shape": given.shape, "expected": (heads,)}
+        shapes = {"alibi_slopes.shape": found.shape, "expected": (heads,)}
         raise InvalidInputError("alibi_slopes has the wrong shape", shapes=shapes, hint="one slope for each query head")
     if not np.isfinite(array).all():
         raise InvalidInputError("alibi_slopes is not finite", hint="give finite slopes; 0 for none")
     return array
 
 
-def check_output(out: object, c: Call) -> Array | None:
+def check_output(out: object, c: DenseCall) -> Array | None:
     """Check the array that a result is written to, if there is one."""
     if out is None:
         return None
@@ -283,8 +244,8 @@ def check_output(out: object, c: Call) -> Array | None:
     if out.shape != c.output_shape:
         shapes = {"out.shape": out.shape, "expected": c.output_shape}
         raise DimensionMismatchError(c.output_shape, out.shape, shapes=shapes, hint="out is (..., H, Lq, Dv)")
-    if out.dtype != c.given or not out.dtype.isnative:
-        dtypes = {"out.dtype": out.dtype, "query.dtype": c.given}
+    if out.dtype != c.dtype or not out.dtype.isnative:
+        dtypes = {"out.dtype": out.dtype, "query.dtype": c.dtype}
         hint = f"give numpy.empty({c.output_shape}, query.dtype), of shape (..., Lq, Dv)"
         raise InvalidInputError("out has another dtype than query", shapes=dtypes, hint=hint)
     if not out.flags.writeable or not out.flags.aligned:
@@ -352,7 +313,7 @@ def row_indices(rows: Any, Lq: int) -> NDArray[np.int64]:
 
 
 __all__ = [
-    "Call",
+    "Array",
     "call",
     "check_bits",
     "check_memory",

@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from . import checks, gpu, halves, masks
-from .checks import Array, Call, Shape
+from .arrays import Array, Shape
+from .dense_call import DenseCall
 from .dense_past import Past, forward, merged
 from .errors import DimensionMismatchError, InvalidInputError
 from .results import AttentionCache, InputGradients, read_only
@@ -21,6 +22,8 @@ __all__ = [
     "merge",
     "scaled_dot_product_attention",
 ]
+
+_Arrays = tuple[Any, Any, Any, Any]  # query, key, value and mask, as the caller gave them
 
 
 def scaled_dot_product_attention(
@@ -101,10 +104,13 @@ def scaled_dot_product_attention(
     array([[1., 1., 1.],
            [1., 1., 1.]], dtype=float32)
     """
-    terms = (dropout_p, is_causal, scale, enable_gqa, softcap, alibi_slopes, seed)
+    options: dict[str, Any] = dict(
+        dropout_p=dropout_p, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa, softcap=softcap,
+        alibi_slopes=alibi_slopes, seed=seed,
+    )  # fmt: skip
     if gpu.concerns(device, query, key, value):
-        return _on_gpu(precision, dtype, query, key, value, attn_mask, out, device, *terms).result
-    c = _checked(precision, query, key, value, attn_mask, *terms, dtype)
+        return _on_gpu((query, key, value, attn_mask), out, device, dtype, precision, options).result
+    c = _checked((query, key, value, attn_mask), dtype, precision, options)
     return forward(c, checks.check_output(out, c), wants_sums=False).output
 
 
@@ -189,12 +195,15 @@ def attention_forward(
     >>> float(rv.attention_backward(np.ones((3, 3)), cache).value.sum())
     9.0
     """
-    terms = (dropout_p, is_causal, scale, enable_gqa, softcap, alibi_slopes, seed)
+    options: dict[str, Any] = dict(
+        dropout_p=dropout_p, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa, softcap=softcap,
+        alibi_slopes=alibi_slopes, seed=seed,
+    )  # fmt: skip
     if gpu.concerns(device, query, key, value):
-        there = _on_gpu(precision, dtype, query, key, value, attn_mask, out, device, *terms)
-        lse = there.given(there.lse)
+        there = _on_gpu((query, key, value, attn_mask), out, device, dtype, precision, options)
+        lse = there.home(there.lse)
         return AttentionCache(query, key, value, mask=attn_mask, output=there.result, lse=lse, record=there)
-    c = _checked(precision, query, key, value, attn_mask, *terms, dtype)
+    c = _checked((query, key, value, attn_mask), dtype, precision, options)
     result = forward(c, checks.check_output(out, c))
     output = read_only(result.output) if out is None else result.output
     return AttentionCache(query, key, value, mask=attn_mask, output=output, lse=result.lse, record=result)
@@ -249,7 +258,7 @@ def attention_backward(
         hint = "give what attention_forward returned; a layer's cache goes to the layer's own backward"
         raise InvalidInputError(f"cache is {made_by if past is None or past is cache else 'of a layer'}", hint=hint)
     shape, c = past.output.shape, past.call
-    grad = checks.gradient("grad_output", grad_output, shape, c.given)
+    grad = checks.gradient("grad_output", grad_output, shape, c.dtype)
     lse = None if grad_lse is None else checks.gradient("grad_lse", grad_lse, shape[:-1], c.arithmetic)
     return past.backward(grad, lse, switch("wants_bias", wants_bias))
 
@@ -320,19 +329,21 @@ def _check_part(i: int, output: Shape, lse: Shape, first: Shape) -> None:
         raise DimensionMismatchError(output[:-1], lse, shapes=shapes, hint=hint)
 
 
-def _on_gpu(precision: str | None, dtype: str | None, *arguments: Any) -> Any:
+def _on_gpu(
+    arrays: _Arrays, out: Any, device: str | None, dtype: str | None, precision: str | None, options: dict[str, Any]
+) -> Any:
     """The same on a GPU, loaded when first wanted."""
     from .gpu import dense as gpu_dense
 
     if precision is not None:
         hint = "it is for float32 arrays on the CPU: cast them"
         raise InvalidInputError(f"precision is {precision!r}, and arrays are on a GPU", hint=hint)
-    return gpu_dense.run(*arguments, dtype=dtype)
+    return gpu_dense.run(*arrays, out, device, dtype, options)
 
 
-def _checked(precision: str | None, *arguments: Any) -> Call:
+def _checked(arrays: _Arrays, dtype: str | None, precision: str | None, options: dict[str, Any]) -> DenseCall:
     """A checked call; for precision="bfloat16" the arrays are rounded first."""
-    c = checks.call(*arguments)
+    c = checks.call(*arrays, **options, dtype=dtype)
     if not checks.rounds_products(precision, c):
         return c
     from .plan import dense as plan

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import checks, halves
-from .checks import Array, Call
+from .arrays import Array
+from .dense_call import DenseCall
 from .plan import memory
 from .results import InputGradients
 
@@ -21,7 +22,7 @@ SOME_WEIGHTS = "ask for some of the weights: weights(rows=slice(0, 1000))"
 class Past(NamedTuple):
     """A checked call and what came of it: what later questions about it need. It copies none of the call's arrays."""
 
-    call: Call
+    call: DenseCall
     output: Array
     sums: Array | None  # (..., H, Lq, 2) float64: a shift in the kernel's unit, log(eps + sum of exp(score - shift))
     top: Array | None  # (..., H, Lq): the largest scores, in the kernel's unit, if it had
@@ -39,8 +40,8 @@ class Past(NamedTuple):
         c = self.call
         chosen = checks.row_indices(rows, c.query.shape[-2])
         shape = (*c.query.shape[:-2], len(chosen), c.key.shape[-2])
-        checks.check_memory(shape, c.given, "weights", SOME_WEIGHTS)
-        result = np.zeros(shape, c.given)
+        checks.check_memory(shape, c.dtype, "weights", SOME_WEIGHTS)
+        result = np.zeros(shape, c.dtype)
         if result.size:
             sums, done = _by_tiles(self).sums, 0
             assert sums is not None
@@ -56,7 +57,7 @@ class Past(NamedTuple):
         for name, x in (("query", c.query), ("key", c.key), ("value", c.value), ("bias", c.seen.bias)):
             if x is not None and (wants_bias or name != "bias"):
                 hint = "it was broadcast: a gradient has as many numbers as the array seems to have"
-                checks.check_memory(x.shape, c.given, f"gradient of {name}", hint)
+                checks.check_memory(x.shape, c.dtype, f"gradient of {name}", hint)
         lse = np.zeros(shape) if grad_lse is None else grad_lse.astype(np.float64, order="C")
         stored = self.call.query.dtype
         grad_output = (
@@ -90,14 +91,14 @@ def merged(
     return output.astype(outputs.dtype), np.where(nothing, 0, shift), np.where(nothing, -np.inf, np.log(total))
 
 
-def forward(c: Call, out: Array | None = None, wants_sums: bool = True, by_tiles: bool = False) -> Past:
+def forward(c: DenseCall, out: Array | None = None, wants_sums: bool = True, by_tiles: bool = False) -> Past:
     """A checked call's output and, if wanted, the sums that its weights and gradients need."""
     from .plan import dense as plan  # at the first call, as it loads the kernels: 60 ms
 
     shape = c.output_shape
     if out is None:
-        checks.check_memory(shape, c.given, "output", "attend with some of the queries or heads at a time")
-        out = memory.result(shape, c.given)
+        checks.check_memory(shape, c.dtype, "output", "attend with some of the queries or heads at a time")
+        out = memory.result(shape, c.dtype)
     sums = np.empty((*shape[:-1], 2)) if wants_sums else None
     top = np.empty(shape[:-1], c.arithmetic) if c.eps else None
     if 0 in c.query.shape[:-1] or 0 in c.key.shape[:-1]:
@@ -143,7 +144,7 @@ def _by_tiles(past: Past) -> Past:
     return again._replace(output=past.output, exact=past.exact)
 
 
-def _with_channels(c: Call) -> Call:
+def _with_channels(c: DenseCall) -> DenseCall:
     """The same attention where D or Dv is 0: scores of 0, values that nobody looks at."""
 
     def one(x: Array) -> Array:
@@ -157,10 +158,10 @@ def _backward(past: Past, grad_output: Array, grad_lse: Array, wants_bias: bool)
 
     c, output = past.call, past.output if past.exact is None else past.exact
     shape_of_bias = () if c.seen.bias is None else c.seen.bias.shape
-    bias = np.zeros(shape_of_bias, c.bias_given) if wants_bias else None
+    bias = np.zeros(shape_of_bias, c.bias_dtype) if wants_bias else None
     D, Dv = c.query.shape[-1], c.value.shape[-1]
     if 0 in c.query.shape[:-1] or 0 in c.key.shape[:-1]:
-        query, key, value = (np.zeros(x.shape, c.given) for x in (c.query, c.key, c.value))
+        query, key, value = (np.zeros(x.shape, c.dtype) for x in (c.query, c.key, c.value))
         return InputGradients(query, key, value, bias)
     if not (D and Dv):
         none = np.zeros((*output.shape[:-1], 1), output.dtype)
@@ -186,13 +187,13 @@ def _backward(past: Past, grad_output: Array, grad_lse: Array, wants_bias: bool)
         ready(c, grad_bias=made_bias, **given)
         bias = halves.rounded(_summed(made_bias, shape_of_bias), bias.dtype)
     if c.rounds:
-        query, key, value = (made[f"rounded_{name}"].view(c.given) for name in ("query", "key", "value"))
+        query, key, value = (made[f"rounded_{name}"].view(c.dtype) for name in ("query", "key", "value"))
         return InputGradients(query, key, value, bias)
     key, value = made["grad_key"][..., :D], made["grad_value"][..., :Dv]
     return InputGradients(made["grad_query"], np.ascontiguousarray(key), np.ascontiguousarray(value), bias)
 
 
-def _room_for_gradients(c: Call) -> dict[str, Array]:
+def _room_for_gradients(c: DenseCall) -> dict[str, Array]:
     """Where gradients are summed, those of keys and values in rows of whole vectors, and where they are rounded."""
     from .plan import dense as plan
 
@@ -215,7 +216,7 @@ def _summed(made: Array, shape: tuple[int, ...]) -> Array:
     return made.reshape(shape)
 
 
-def _queries(c: Call, rows: slice) -> Call:
+def _queries(c: DenseCall, rows: slice) -> DenseCall:
     """The same call for some successive queries only."""
     seen, start = c.seen, rows.start
 
@@ -229,7 +230,7 @@ def _queries(c: Call, rows: slice) -> Call:
     return c._replace(query=c.query[..., rows, :], seen=there)
 
 
-def _weights(c: Call, sums: Array, result: Array) -> None:
+def _weights(c: DenseCall, sums: Array, result: Array) -> None:
     from .plan import dense as plan
 
     c = _with_channels(c)

@@ -15,12 +15,10 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
+from .arrays import Array, Shape
 from .errors import DimensionMismatchError, InvalidConfigError, InvalidInputError
 
-Array = NDArray[Any]
-Shape = tuple[int, ...]
 T = TypeVar("T")
 
 HEADER_LIMIT = 1 << 20  # bytes; those of a layer are some hundreds

@@ -44,7 +44,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from . import checks, masks, visibility
-from .checks import Array, Shape
+from .arrays import Array, Shape
 from .errors import DimensionMismatchError, InvalidInputError
 from .plan import memory
 

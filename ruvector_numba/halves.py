@@ -10,11 +10,11 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+
+from .arrays import Array
 
 __all__ = ["BITS", "arithmetic", "cast", "is_bfloat16", "is_half", "rounded", "spelled", "stored", "widened"]
 
-Array = NDArray[Any]
 BITS = np.dtype(np.uint16)
 _HALF = (np.dtype(np.float16), BITS)
 

@@ -6,16 +6,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from . import halves
+from .arrays import Array
 from .config import AttentionConfig
 from .errors import InvalidInputError
 from .values import is_whole
 
 __all__ = ["KeyValueCache"]
-
-Array = NDArray[Any]
 
 
 @dataclass(eq=False)

@@ -10,10 +10,11 @@ import secrets
 from typing import Any, NoReturn, Protocol
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from . import gpu, halves, mask_arrays, masks
-from .checks import KNOWN, Shape, floats, from_sequence, switch
+from .arrays import Array, Shape
+from .checks import KNOWN, floats, from_sequence, switch
 from .config import AttentionConfig
 from .errors import DimensionMismatchError, InvalidConfigError, InvalidInputError, InvalidMaskError
 from .results import AttentionCache
@@ -32,8 +33,6 @@ __all__ = [
     "record_of",
     "sequences",
 ]
-
-Array = NDArray[Any]
 
 
 def checked_config(config: object) -> AttentionConfig:

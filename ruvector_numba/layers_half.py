@@ -10,14 +10,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, DTypeLike, NDArray
+from numpy.typing import ArrayLike, DTypeLike
 
 from . import checks, halves, masks
+from .arrays import Array
 from .results import AttentionGradients
 
 __all__ = ["Rounded", "half_type", "widened", "widened_mask"]
-
-Array = NDArray[Any]
 
 
 def half_type(dtype: DTypeLike | None) -> np.dtype[Any] | None:

@@ -7,9 +7,10 @@ import operator
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from .arrays import Shape
 from .errors import InvalidMaskError
 from .values import as_array, check_not_masked
-from .visibility import Call, Shape, broadcasts
+from .visibility import Sizes, broadcasts
 
 
 def check_rows(name: str, **shapes: Shape) -> None:
@@ -88,11 +89,11 @@ def within(name: str, lengths: ArrayLike | None, L: str, size: int) -> NDArray[n
     return array
 
 
-def check_batch(name: str, rows: Shape, call: Call) -> None:
-    if not broadcasts(rows, call.batch):
-        single = "the inputs have no batch axis, so give one for all" if not call.batch else None
+def check_batch(name: str, rows: Shape, sizes: Sizes) -> None:
+    if not broadcasts(rows, sizes.batch):
+        single = "the inputs have no batch axis, so give one for all" if not sizes.batch else None
         raise InvalidMaskError(
             f"{name} does not have one entry per row of the batch",
-            shapes={f"rows of {name}": rows, "batch": call.batch},
+            shapes={f"rows of {name}": rows, "batch": sizes.batch},
             hint=single or "its leading axes must broadcast to the batch axes of the inputs",
         )

@@ -8,9 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import halves
+from .arrays import Array, Shape
 from .errors import InvalidMaskError
 from .values import as_array
-from .visibility import Array, Call, Shape, Visibility, broadcasts
+from .visibility import Sizes, Visibility, broadcasts
 
 
 def as_mask(value: object, may_be_bits: bool = False) -> Array:
@@ -40,29 +41,29 @@ def check_not_bool(name: str, value: object, meant: str) -> None:
         raise InvalidMaskError(f"{name} is {value}, a single bool", hint=hint)
 
 
-def resolved(array: Array, call: Call) -> Visibility:
-    if not broadcasts(array.shape, call.scores):
+def resolved(array: Array, sizes: Sizes) -> Visibility:
+    if not broadcasts(array.shape, sizes.scores):
         raise InvalidMaskError(
             "its shape does not broadcast to that of the scores, (*batch, heads, Lq, Lk)",
-            shapes={"attn_mask.shape": array.shape, "scores.shape": call.scores},
-            hint=_axes_hint(array.shape, call),
+            shapes={"attn_mask.shape": array.shape, "scores.shape": sizes.scores},
+            hint=_axes_hint(array.shape, sizes),
         )
     if array.dtype.kind == "b":
         return Visibility(allowed=array)
     is_bits = array.dtype == halves.BITS
-    if is_bits and call.dtype != halves.BITS:
+    if is_bits and sizes.dtype != halves.BITS:
         raise InvalidMaskError(
             "dtype uint16; a mask is bool (True = attend) or float (added to the scores)",
             shapes={"attn_mask.shape": array.shape},
             hint=bits_hint(),
         )
-    is_half = call.dtype.itemsize == 2
+    is_half = sizes.dtype.itemsize == 2
     is_wide = is_half and (array.dtype == np.float32 or halves.is_bfloat16(array.dtype))
-    if array.dtype != call.dtype and not is_wide:
-        cast = halves.cast("attn_mask", array.dtype, call.dtype).replace("numpy.", "np.")
+    if array.dtype != sizes.dtype and not is_wide:
+        cast = halves.cast("attn_mask", array.dtype, sizes.dtype).replace("numpy.", "np.")
         raise InvalidMaskError(
-            f"a float mask has the dtype of the inputs, but it is {array.dtype} and they are {call.dtype}",
-            shapes={"attn_mask.dtype": array.dtype, "query.dtype": call.dtype},
+            f"a float mask has the dtype of the inputs, but it is {array.dtype} and they are {sizes.dtype}",
+            shapes={"attn_mask.dtype": array.dtype, "query.dtype": sizes.dtype},
             hint=f"cast the mask: {cast}" + ", or attn_mask.astype(np.float32)" * is_half,
         )
     return Visibility(bias=array)
@@ -94,9 +95,9 @@ def dense(array: Array, Lq: int, Lk: int) -> NDArray[np.bool_]:
     return array if array.dtype.kind == "b" else ~np.isneginf(array)
 
 
-def _axes_hint(shape: Shape, call: Call) -> str:
+def _axes_hint(shape: Shape, sizes: Sizes) -> str:
     """The two mistakes that are made most, and the rule for the rest."""
-    batch, heads, Lq, Lk, _ = call
+    batch, heads, Lq, Lk, _ = sizes
     colons = ":, " * len(batch)
     if batch and shape == (*batch, Lk):
         return f"one row of keys per batch row is attn_mask[{colons}None, None, :], or masks.Lengths(keys=...)"

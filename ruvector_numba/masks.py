@@ -40,6 +40,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from . import halves, mask_arrays
 from . import mask_arguments as arguments
+from .arrays import Array, Shape
 from .errors import InvalidMaskError
 from .values import check_memory
 from .visibility import (
@@ -47,9 +48,7 @@ from .visibility import (
     NONE,
     UNBOUNDED,
     Align,
-    Array,
-    Call,
-    Shape,
+    Sizes,
     Visibility,
     batch_or_ones,
     meet,
@@ -95,11 +94,11 @@ def resolve(
     if attn_mask is None:
         return CAUSAL if is_causal else NONE
     mask_arrays.check_not_bool("attn_mask", attn_mask, "is_causal=True")
-    call = Call(batch, heads, Lq, Lk, dtype)
+    sizes = Sizes(batch, heads, Lq, Lk, dtype)
     if isinstance(attn_mask, Mask):
-        seen = attn_mask._resolve(call)
+        seen = attn_mask._resolve(sizes)
     else:
-        seen = mask_arrays.resolved(mask_arrays.as_mask(attn_mask, may_be_bits=dtype == halves.BITS), call)
+        seen = mask_arrays.resolved(mask_arrays.as_mask(attn_mask, may_be_bits=dtype == halves.BITS), sizes)
     return meet(seen, CAUSAL) if is_causal else seen
 
 
@@ -142,7 +141,7 @@ class Mask:
         """A bool array that broadcasts to (*batch, heads, Lq, Lk)."""
         raise NotImplementedError
 
-    def _resolve(self, call: Call) -> Visibility:
+    def _resolve(self, sizes: Sizes) -> Visibility:
         raise NotImplementedError
 
     def __and__(self, other: Mask | ArrayLike | None) -> Mask:
@@ -175,7 +174,7 @@ class Full(Mask):
     def _dense(self, Lq: int, Lk: int) -> NDArray[np.bool_]:
         return np.ones((Lq, Lk), dtype=bool)
 
-    def _resolve(self, call: Call) -> Visibility:
+    def _resolve(self, sizes: Sizes) -> Visibility:
         return NONE
 
 
@@ -214,8 +213,8 @@ class Causal(Mask):
     def _dense(self, Lq: int, Lk: int) -> NDArray[np.bool_]:
         return np.arange(Lk) <= positions(self.align, Lq, Lk)
 
-    def _resolve(self, call: Call) -> Visibility:
-        offset = offset_of(self.align, call.Lq, call.Lk)
+    def _resolve(self, sizes: Sizes) -> Visibility:
+        offset = offset_of(self.align, sizes.Lq, sizes.Lk)
         return Visibility(last=offset + 1, offset=offset) if offset else CAUSAL
 
 
@@ -261,8 +260,8 @@ class Window(Mask):
         right = UNBOUNDED if self.right is None else min(self.right, UNBOUNDED)
         return (-left <= distance) & (distance <= right)
 
-    def _resolve(self, call: Call) -> Visibility:
-        offset = offset_of(self.align, call.Lq, call.Lk)
+    def _resolve(self, sizes: Sizes) -> Visibility:
+        offset = offset_of(self.align, sizes.Lq, sizes.Lk)
         first = -UNBOUNDED if self.left is None else max(-UNBOUNDED, offset - self.left)
         last = UNBOUNDED if self.right is None else min(UNBOUNDED, offset + self.right + 1)
         return Visibility(first, last, offset)
@@ -308,16 +307,16 @@ class Lengths(Mask):
         with_heads = (..., None, None, None) if queries.ndim or keys.ndim else (None, None)
         return (np.arange(Lq)[:, None] < queries[with_heads]) & (np.arange(Lk) < keys[with_heads])
 
-    def _resolve(self, call: Call) -> Visibility:
+    def _resolve(self, sizes: Sizes) -> Visibility:
         if self.queries is None and self.keys is None:
             return NONE
-        queries = arguments.within("Lengths.queries", self.queries, "Lq", call.Lq)
-        keys = arguments.within("Lengths.keys", self.keys, "Lk", call.Lk)
+        queries = arguments.within("Lengths.queries", self.queries, "Lq", sizes.Lq)
+        keys = arguments.within("Lengths.keys", self.keys, "Lk", sizes.Lk)
         for name, lengths in (("queries", queries), ("keys", keys)):
-            arguments.check_batch(f"Lengths.{name}", lengths.shape, call)
-        rows = batch_or_ones(np.broadcast_shapes(queries.shape, keys.shape), call)
-        limits = np.zeros((*rows, call.Lq, 2), dtype=np.int64)
-        limits[..., 1] = np.where(np.arange(call.Lq) < queries[..., None], keys[..., None], 0)
+            arguments.check_batch(f"Lengths.{name}", lengths.shape, sizes)
+        rows = batch_or_ones(np.broadcast_shapes(queries.shape, keys.shape), sizes)
+        limits = np.zeros((*rows, sizes.Lq, 2), dtype=np.int64)
+        limits[..., 1] = np.where(np.arange(sizes.Lq) < queries[..., None], keys[..., None], 0)
         return Visibility(limits=limits)
 
 
@@ -366,14 +365,14 @@ class Segments(Mask):
         same: NDArray[np.bool_] = query_ids[..., :, None] == key_ids[..., None, :]
         return same[..., None, :, :] if same.ndim > 2 else same
 
-    def _resolve(self, call: Call) -> Visibility:
-        query_ids, key_ids = self._checked(call.Lq, call.Lk)
+    def _resolve(self, sizes: Sizes) -> Visibility:
+        query_ids, key_ids = self._checked(sizes.Lq, sizes.Lk)
         for name, ids in (("query_ids", query_ids), ("key_ids", key_ids)):
-            arguments.check_batch(f"Segments.{name}", ids.shape[:-1], call)
-        rows = batch_or_ones(np.broadcast_shapes(query_ids.shape[:-1], key_ids.shape[:-1]), call)
-        query_ids = np.broadcast_to(query_ids, (*rows, call.Lq))
-        key_ids = np.broadcast_to(key_ids, (*rows, call.Lk))
-        limits = np.empty((*rows, call.Lq, 2), dtype=np.int64)
+            arguments.check_batch(f"Segments.{name}", ids.shape[:-1], sizes)
+        rows = batch_or_ones(np.broadcast_shapes(query_ids.shape[:-1], key_ids.shape[:-1]), sizes)
+        query_ids = np.broadcast_to(query_ids, (*rows, sizes.Lq))
+        key_ids = np.broadcast_to(key_ids, (*rows, sizes.Lk))
+        limits = np.empty((*rows, sizes.Lq, 2), dtype=np.int64)
         for row in np.ndindex(rows):
             found = runs(query_ids[row], key_ids[row])
             if found is None:
@@ -448,9 +447,9 @@ class All(Mask):
                 raise InvalidMaskError("the parts of a composition do not broadcast", shapes=shapes) from None
         return dense
 
-    def _resolve(self, call: Call) -> Visibility:
+    def _resolve(self, sizes: Sizes) -> Visibility:
         seen = (
-            part._resolve(call) if isinstance(part, Mask) else mask_arrays.resolved(part, call) for part in self.parts
+            part._resolve(sizes) if isinstance(part, Mask) else mask_arrays.resolved(part, sizes) for part in self.parts
         )
         return reduce(meet, seen, NONE)
 

@@ -6,10 +6,12 @@ import json
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike, DTypeLike, NDArray
+from numpy.typing import ArrayLike, DTypeLike
 
 from . import checks, dense_past, gpu, halves, layers, layers_half, visibility
+from .arrays import Array
 from .config import AttentionConfig
+from .dense_call import DenseCall
 from .errors import InvalidConfigError, InvalidInputError
 from .gpu import layers as gpu_layers
 from .kv_cache import KeyValueCache
@@ -22,7 +24,6 @@ from .values import is_whole
 
 __all__ = ["KeyValueCache", "MultiHeadAttention"]
 
-Array = NDArray[Any]
 
 KEYS_AT_ONCE = 1024
 
@@ -239,7 +240,8 @@ class MultiHeadAttention(Trainable, TrainableAttention):
         seen = layers.hidden(mask, (B, H, Lq, Lk), per_head=True)
         parameters = self._parameters.as_type(inputs[0].dtype)
         q, k, v = (_heads(x, parameters, name, H) for x, name in zip(inputs, "qkv", strict=True))
-        c = checks.call(q, k, v, seen, dropout, config.causal, config.get_scale(), False, None, None, seed)
+        scale = config.get_scale()
+        c = checks.call(q, k, v, seen, dropout_p=dropout, is_causal=config.causal, scale=scale, seed=seed)
         return _output(c._replace(eps=config.eps), inputs, parameters, mask)
 
     # --- backward ---------------------------------------------------------------------------------------------------
@@ -349,8 +351,8 @@ class MultiHeadAttention(Trainable, TrainableAttention):
         ends = np.arange(start + 1, stop + 1)
         seen = visibility.Visibility(limits=np.stack([np.zeros_like(ends), ends], axis=-1)[None])
         keys, values = cache.keys[:, :, :room], cache.values[:, :, :room]
-        c = checks.call(query, keys, values, None, 0.0, False, config.get_scale(), False, None, None, None)
-        c = c._replace(eps=config.eps, seen=seen, given=new.dtype)
+        c = checks.call(query, keys, values, scale=config.get_scale())
+        c = c._replace(eps=config.eps, seen=seen, dtype=new.dtype)
         output = _output(c, (new, new, new), parameters).output
         cache.length = stop
         return halves.rounded(output, cache.keys.dtype)
@@ -431,11 +433,11 @@ def _heads(x: Array, parameters: ParameterSet, name: str, H: int, out: Array | N
     return out
 
 
-def _output(c: checks.Call, inputs: tuple[Array, Array, Array], parameters: ParameterSet, mask: Any = None) -> _Record:
+def _output(c: DenseCall, inputs: tuple[Array, Array, Array], parameters: ParameterSet, mask: Any = None) -> _Record:
     """Attention of the heads, written joined, and the last projection."""
     B, H, Lq, d_k = c.query.shape
     d = H * d_k
-    joined = memory.result((B, Lq, H, d_k), c.given)
+    joined = memory.result((B, Lq, H, d_k), c.dtype)
     past = dense_past.forward(c, joined.transpose(0, 2, 1, 3))
     output = memory.result((B, Lq, d), joined.dtype)
     product(

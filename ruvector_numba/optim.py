@@ -28,8 +28,8 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
+from .arrays import Array
 from .checks import floats, real_number
 from .errors import InvalidConfigError, InvalidInputError, TrainingError
 from .parameters import ParameterSet, Trainable, check_finite, fitting_gradients, named_gradients
@@ -41,7 +41,6 @@ def __dir__() -> list[str]:
     return __all__
 
 
-Array = NDArray[Any]
 LARGEST = sys.float_info.max
 
 

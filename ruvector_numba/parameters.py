@@ -44,9 +44,10 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
-from numpy.typing import ArrayLike, DTypeLike, NDArray
+from numpy.typing import ArrayLike, DTypeLike
 
 from . import files, gpu
+from .arrays import Array, Shape
 from .checks import FLOATS, floats, real_number
 from .errors import DimensionMismatchError, InvalidConfigError, InvalidInputError, TrainingError
 
@@ -55,8 +56,6 @@ if TYPE_CHECKING:
 
 __all__ = ["ParameterSet", "Trainable"]
 
-Array = NDArray[Any]
-Shape = tuple[int, ...]
 
 TO_CHANGE = "to change one, layer.set_parameters({{**layer.parameters, {!r}: x}})"
 

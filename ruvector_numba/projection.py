@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from .checks import Array
+from .arrays import Array
 from .plan import memory
 
 __all__ = ["flattened", "linear", "linear_backward", "linears", "linears_backward", "product"]

@@ -57,12 +57,12 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
+from .arrays import Array
+
 if TYPE_CHECKING:
     from scipy.sparse import csr_array
 
 __all__ = ["Attention", "GeometricAttention", "GraphAttention", "SparseAttention", "TrainableAttention"]
-
-Array = NDArray[Any]
 
 
 @runtime_checkable

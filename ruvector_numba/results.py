@@ -6,14 +6,13 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from . import checks, gpu
+from .arrays import Array
 from .errors import InvalidInputError
 
 __all__ = ["AttentionCache", "AttentionGradients", "InputGradients"]
-
-Array = NDArray[Any]
 
 
 class Record(Protocol):

@@ -10,9 +10,10 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import DTypeLike, NDArray
+from numpy.typing import DTypeLike
 
 from . import halves
+from .arrays import Array
 from .errors import InvalidInputError
 from .values import switch
 
@@ -229,7 +230,6 @@ def info(measure: bool = False) -> dict[str, Any]:
 _HEADS, _LENGTH, _D = 2, 128, 16  # enough work for two threads, so that their loop is compiled too
 _KEYS = 1024  # of a decode, whose work is little enough for the serial loop
 
-Array = NDArray[Any]
 Options = dict[str, Any]
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from . import checks, dense_past, gpu, layers, layers_half
+from .arrays import Array
 from .config import AttentionConfig
 from .gpu import layers as gpu_layers
 from .parameters import ParameterSet, Trainable
@@ -14,8 +15,6 @@ from .protocols import TrainableAttention
 from .results import AttentionCache, AttentionGradients, read_only
 
 __all__ = ["ScaledDotProductAttention"]
-
-Array = NDArray[Any]
 
 
 class _Record(NamedTuple):
@@ -194,7 +193,7 @@ class ScaledDotProductAttention(Trainable, TrainableAttention):
         seen = layers.hidden(mask, (B, 1, Lq, Lk), per_head=False)
         q, k, v = (x[:, None] for x in (query, key, value))
         scale = config.get_scale()
-        c = checks.call(q, k, v, seen, dropout, config.causal, scale, False, None, None, seed)
+        c = checks.call(q, k, v, seen, dropout_p=dropout, is_causal=config.causal, scale=scale, seed=seed)
         return _Record((query, key, value), dense_past.forward(c._replace(eps=config.eps)))
 
     def _file_header(self) -> dict[str, str]:

@@ -8,11 +8,11 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from .arrays import Array, Shape
+
 UNBOUNDED = 1 << 40  # beyond any index, and far from overflow when an index is added to it
 
 Align = Literal["top_left", "bottom_right"]
-Array = NDArray[Any]
-Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -47,7 +47,7 @@ NONE = Visibility()
 CAUSAL = Visibility(last=1)
 
 
-class Call(NamedTuple):
+class Sizes(NamedTuple):
     """The sizes a mask is resolved for."""
 
     batch: Shape
@@ -92,8 +92,8 @@ def broadcasts(shape: Shape, target: Shape) -> bool:
     return len(shape) <= len(target) and all(n in (1, m) for n, m in zip(shape[::-1], target[::-1], strict=False))
 
 
-def batch_or_ones(rows: Shape, call: Call) -> Shape:
-    return (1,) * (len(call.batch) - len(rows)) + rows
+def batch_or_ones(rows: Shape, sizes: Sizes) -> Shape:
+    return (1,) * (len(sizes.batch) - len(rows)) + rows
 
 
 def offset_of(align: Align, Lq: int, Lk: int) -> int:

@@ -213,7 +213,7 @@ def test_out_is_written_where_it_is():
 def test_sixteen_bits_as_whole_numbers():
     x = draw(np.random.default_rng(8), "bfloat16", 2, 19, 16)
     there = cuda.to_device(x.view(np.uint16))
-    got = gpu_dense.call(there, there, there, None, 0.0, False, None, False, None, None, None, dtype="bfloat16")
+    got = gpu_dense.call(there, there, there, dtype="bfloat16")
     assert got.query.element == "bfloat16"
 
 

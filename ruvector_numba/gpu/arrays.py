@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ..checks import Array, Shape, check_bits
+from ..arrays import Array, Shape
+from ..checks import check_bits
 from ..errors import InvalidConfigError, InvalidInputError
 
 __all__ = ["GpuArray", "is_on_gpu", "problem"]

@@ -8,24 +8,25 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .. import checks, gpu, mask_arrays, masks
-from ..checks import Shape
+from ..arrays import Shape
+from ..dense_call import DenseCall
 from ..errors import DimensionMismatchError, InvalidInputError, InvalidMaskError
 from ..plan.dropout import threshold_and_gain
 from ..results import InputGradients
 from .arrays import GpuArray, Space
 from .layouts import aligned, broadcast, cut, named, padded, room, starts, whole, zero
 
-__all__ = ["Call", "Past", "call", "forward", "run"]
+__all__ = ["GpuCall", "Past", "call", "forward", "run"]
 
 WIDEST = 256
 _LOG2E = math.log2(math.e)
 _FAR = 1 << 30
 
 
-class Call(NamedTuple):
-    """A checked call; arrays are as `checks.Call` has them, on the GPU."""
+class GpuCall(NamedTuple):
+    """A checked call; arrays are as `DenseCall` has them, on the GPU."""
 
-    checked: checks.Call  # of arrays that have shapes and nothing else
+    checked: DenseCall  # of arrays that have shapes and nothing else
     query: GpuArray
     key: GpuArray
     value: GpuArray
@@ -37,13 +38,15 @@ class Call(NamedTuple):
         return Space(self.query.native)
 
 
-def call(query: Any, key: Any, value: Any, attn_mask: Any, *terms: Any, dtype: str | None = None) -> Call:
-    """Check a call whose arrays lie on a GPU; `terms` are those of `checks.call`."""
+def call(
+    query: Any, key: Any, value: Any, attn_mask: Any = None, *, dtype: str | None = None, **options: Any
+) -> GpuCall:
+    """Check a call whose arrays lie on a GPU; `options` are those of `checks.call`."""
     q, k, v = (gpu.floats(name, x, dtype) for name, x in (("query", query), ("key", key), ("value", value)))
     if not q.element == k.element == v.element:
         dtypes = {"query.dtype": q.element, "key.dtype": k.element, "value.dtype": v.element}
         raise InvalidInputError("query, key and value differ in dtype", shapes=dtypes, hint="cast them to one")
-    given, bias, mask = attn_mask, None, None
+    shadow, bias, mask = attn_mask, None, None
     if attn_mask is not None and not isinstance(attn_mask, masks.Mask):
         seen = gpu.view("attn_mask", attn_mask, dtype)
         is_bool = seen.element == "bool"
@@ -51,8 +54,8 @@ def call(query: Any, key: Any, value: Any, attn_mask: Any, *terms: Any, dtype: s
             dtypes = {"attn_mask.dtype": seen.element, "query.dtype": q.element}
             raise InvalidMaskError("a float mask has the dtype of query", shapes=dtypes, hint="cast it, or give bools")
         bias, mask = (None, seen) if is_bool else (seen, None)
-        given = gpu.shadow(seen.shape, bool if is_bool else np.float32)
-    c = checks.call(gpu.shadow(q.shape), gpu.shadow(k.shape), gpu.shadow(v.shape), given, *terms)
+        shadow = gpu.shadow(seen.shape, bool if is_bool else np.float32)
+    c = checks.call(gpu.shadow(q.shape), gpu.shadow(k.shape), gpu.shadow(v.shape), shadow, **options)
     if isinstance(attn_mask, masks.Mask) and (c.seen.allowed is not None or c.seen.bias is not None):
         hint = "give it as attn_mask by itself, on the GPU, or write the rule with masks that hold no matrix"
         raise InvalidMaskError("a matrix joined to a mask lies on the CPU", hint=hint)
@@ -60,14 +63,14 @@ def call(query: Any, key: Any, value: Any, attn_mask: Any, *terms: Any, dtype: s
         if n > WIDEST:
             shapes = {"query.shape": q.shape, "value.shape": v.shape}
             raise InvalidInputError(f"{name} is {n}: the GPU takes at most {WIDEST}", shapes=shapes, hint="use the CPU")
-    return Call(c, q, k, v, bias, mask)
+    return GpuCall(c, q, k, v, bias, mask)
 
 
 # --- forward -----------------------------------------------------------------------------------------------------
 class Past(NamedTuple):
     """A call and what came of it; see `dense_past.Past`."""
 
-    call: Call
+    call: GpuCall
     output: GpuArray  # as the kernels wrote it: rows of whole pieces
     lse: Any
     kept: GpuArray | None  # (2, B * H * Lq): the largest scores and the sums
@@ -79,9 +82,9 @@ class Past(NamedTuple):
     @property
     def result(self) -> Any:
         """The output as the caller gets it."""
-        return self.given(cut(self.output, self.call.value.shape[-1]))
+        return self.home(cut(self.output, self.call.value.shape[-1]))
 
-    def given(self, x: Any) -> Any:
+    def home(self, x: Any) -> Any:
         """An array as the caller gets it: where the call's arrays were."""
         return gpu.default().download(x) if self.call.is_moved and x is not None else x
 
@@ -95,7 +98,7 @@ class Past(NamedTuple):
             from .dense_backward import weights
 
             weights(self, space, chosen, out, c.heads if averaged else 1)
-        return self.given(out.native)
+        return self.home(out.native)
 
     def backward(self, grad_output: Any, grad_lse: Any = None, wants_bias: bool = True) -> InputGradients:
         c, shape = self.call, self.call.checked.output_shape
@@ -103,9 +106,9 @@ class Past(NamedTuple):
             grad_output, grad_lse = gpu.moved("grad_output", grad_output), gpu.moved("grad_lse", grad_lse)
         from .dense_backward import backward
 
-        given = gradient("grad_output", grad_output, shape, c.query.element)
+        grad = gradient("grad_output", grad_output, shape, c.query.element)
         lse = None if grad_lse is None else gradient("grad_lse", grad_lse, shape[:-1], "float32")
-        return backward(self, given, lse, wants_bias and c.bias is not None)
+        return backward(self, grad, lse, wants_bias and c.bias is not None)
 
 
 def gradient(name: str, x: Any, shape: Shape, element: str) -> GpuArray:
@@ -121,7 +124,7 @@ def gradient(name: str, x: Any, shape: Shape, element: str) -> GpuArray:
     return found
 
 
-def terms_of(c: Call) -> Any:
+def terms_of(c: GpuCall) -> Any:
     from ..plan.cuda_dense import Terms
 
     return Terms(
@@ -130,7 +133,7 @@ def terms_of(c: Call) -> Any:
     )  # fmt: skip
 
 
-def score_terms(c: Call, space: Space) -> tuple[Any, Any]:
+def score_terms(c: GpuCall, space: Space) -> tuple[Any, Any]:
     """The terms of the scores and who sees whom, as the kernels have them."""
     from ..kernels.cuda.scoring import Sight, Terms
 
@@ -166,35 +169,40 @@ def run(
     attn_mask: Any,
     out: Any,
     device: str | None,
-    *terms: Any,
-    dtype: str | None = None,
+    dtype: str | None,
+    options: dict[str, Any],
 ) -> Past:
-    """`scaled_dot_product_attention` and `attention_forward` on a GPU; arrays of NumPy are moved there if wanted."""
+    """`scaled_dot_product_attention` and `attention_forward` on a GPU; arrays of NumPy are moved there if wanted.
+
+    `options` are all those of `checks.call`, always in the same order.
+    """
     if device == "cuda":
         if out is not None:
             raise InvalidInputError("out is given, and device='cuda'", hint="results come back as new arrays")
         if not (attn_mask is None or isinstance(attn_mask, masks.Mask) or gpu.is_on_gpu(attn_mask)):
             attn_mask = gpu.moved("attn_mask", mask_arrays.as_mask(attn_mask, may_be_bits=dtype is not None))
-        arrays = (gpu.moved(name, x) for name, x in (("query", query), ("key", key), ("value", value)))
-        c = call(*arrays, attn_mask, *terms, dtype=dtype)
+        q, k, v = (gpu.moved(name, x) for name, x in (("query", query), ("key", key), ("value", value)))
+        c = call(q, k, v, attn_mask, dtype=dtype, **options)
         return forward(c._replace(is_moved=not gpu.is_on_gpu(query)))
-    drops, slopes = type(terms[0]) is not float or terms[0] != 0, terms[5] is not None
-    if attn_mask is not None or out is not None or drops or slopes:
-        return forward(call(query, key, value, attn_mask, *terms, dtype=dtype), out)
-    return _again(query, key, value, terms, dtype)
+    dropout_p = options["dropout_p"]
+    drops = type(dropout_p) is not float or dropout_p != 0
+    if attn_mask is not None or out is not None or drops or options["alibi_slopes"] is not None:
+        return forward(call(query, key, value, attn_mask, dtype=dtype, **options), out)
+    return _again(query, key, value, dtype, options)
 
 
-def _again(query: Any, key: Any, value: Any, terms: tuple[Any, ...], dtype: str | None) -> Past:
+def _again(query: Any, key: Any, value: Any, dtype: str | None, options: dict[str, Any]) -> Past:
     """A call without further arrays: what was checked and made ready for such layouts before is not again."""
     arrays = [gpu.floats(name, x, dtype) for name, x in (("query", query), ("key", key), ("value", value))]
     layouts = tuple((x.shape, x.strides, x.element, x.aligned) for x in arrays)
-    known = gpu.library(query).key, layouts, terms, tuple(map(type, terms))
+    values = tuple(options.values())
+    known = gpu.library(query).key, layouts, values, tuple(map(type, values))
     try:
         found = _ready.get(known)
-    except TypeError:  # a term without a hash
-        return forward(call(query, key, value, None, *terms, dtype=dtype))
+    except TypeError:  # an option without a hash
+        return forward(call(query, key, value, None, dtype=dtype, **options))
     if found is None:
-        c = call(query, key, value, None, *terms, dtype=dtype)
+        c = call(query, key, value, None, dtype=dtype, **options)
         ready = prepared(c, padded(c.checked.output_shape, c.query.element))
         none = GpuArray(None, 0, (), (), c.query.element, None)  # so that no array outlives its call
         if len(_ready) >= 1024:
@@ -204,10 +212,10 @@ def _again(query: Any, key: Any, value: Any, terms: tuple[Any, ...], dtype: str 
     return forward(c._replace(query=arrays[0], key=arrays[1], value=arrays[2]), ready=ready)
 
 
-_ready: dict[Any, tuple[Call, Any]] = {}
+_ready: dict[Any, tuple[GpuCall, Any]] = {}
 
 
-def _out(out: Any, c: Call) -> GpuArray:
+def _out(out: Any, c: GpuCall) -> GpuArray:
     """Check the array that the output shall go to."""
     found = gpu.floats("out", out)
     shapes = {"out.shape": found.shape, "expected": c.checked.output_shape}
@@ -229,7 +237,7 @@ class Ready(NamedTuple):
     all_aligned: bool  # no array has to be copied first
 
 
-def prepared(c: Call, output: GpuArray) -> Ready | None:
+def prepared(c: GpuCall, output: GpuArray) -> Ready | None:
     """Make a checked call ready, but for where its arrays lie; None if there is nothing to do."""
     from ..kernels.cuda import blocks, dense
     from ..plan import cuda_dense as plan
@@ -262,7 +270,7 @@ def prepared(c: Call, output: GpuArray) -> Ready | None:
     return Ready(attend, merge, heads * cutting.splits * Lq, space.kept, all_aligned)
 
 
-def forward(c: Call, out: Any = None, ready: Ready | None = None) -> Past:
+def forward(c: GpuCall, out: Any = None, ready: Ready | None = None) -> Past:
     """The output of a checked call, and what its gradients need."""
     a, space, n = c.checked, c.space(), gpu.size(c.checked.query.shape[:-1])
     if not isinstance(out, GpuArray):

@@ -9,7 +9,7 @@ import numpy as np
 
 from ..results import InputGradients
 from .arrays import GpuArray, Space
-from .dense import Call, Past, score_terms, terms_of
+from .dense import GpuCall, Past, score_terms, terms_of
 from .layouts import compact, cut, matrices, room, whole, zero
 
 __all__ = ["backward", "weights"]
@@ -76,11 +76,11 @@ def backward(past: Past, grad_output: GpuArray, grad_lse: GpuArray | None, wants
             dense_backward.to_key(v, job, plan.grid(job.Lk, v.rows, job.key_matrices), space.stream)
         if bias is not None:
             _bias_gradient(c, space, job, bias)
-    query, key, value = (past.given(cut(x, y.shape[-1])) for x, y in ((dq, c.query), (dk, c.key), (dv, c.value)))
-    return InputGradients(query, key, value, None if bias is None else past.given(bias.native))
+    query, key, value = (past.home(cut(x, y.shape[-1])) for x, y in ((dq, c.query), (dk, c.key), (dv, c.value)))
+    return InputGradients(query, key, value, None if bias is None else past.home(bias.native))
 
 
-def _bias_gradient(c: Call, space: Space, job: Any, bias: GpuArray) -> None:
+def _bias_gradient(c: GpuCall, space: Space, job: Any, bias: GpuArray) -> None:
     """The gradient of the float mask, in float32, each distinct matrix of it in one place."""
     from ..kernels.cuda import pairs
     from ..plan import cuda_dense as plan

@@ -83,11 +83,11 @@ def edge_attention_back(work: Work, grad: GpuArray, found: Found) -> None:
 
     p, space, layer = work.parameters, work.space, work.layer
     names = ("att_edge", "lin_edge.weight")
-    given = [work.constant(name, lambda name=name: p[name]) for name in names]  # type: ignore[misc]
+    parts = [work.constant(name, lambda name=name: p[name]) for name in names]  # type: ignore[misc]
     made = [space.keep(space.empty(p[name].shape, work.element)) for name in names]
     rows = layer.heads * layer.out_channels
     job = folding.FoldJob(
-        grad=space.pointer(grad), att=space.pointer(given[0]), weight=space.pointer(given[1]),
+        grad=space.pointer(grad), att=space.pointer(parts[0]), weight=space.pointer(parts[1]),
         datt=space.pointer(made[0]), dweight=space.pointer(made[1]), C=layer.out_channels, D=layer.edge_dim, rows=rows,
     )  # fmt: skip
     v = plan.fold(work.element)

@@ -136,8 +136,8 @@ class OneHead(NamedTuple):
 
     def backward(self, grad_output: Any) -> AttentionGradients:
         B, _, Lq, Dv = self.past.call.checked.output_shape
-        given = gpu.moved("grad_output", grad_output) if self.is_moved else grad_output
-        grad = dense.gradient("grad_output", given, (B, Lq, Dv), self.past.call.query.element)
+        grad_output = gpu.moved("grad_output", grad_output) if self.is_moved else grad_output
+        grad = dense.gradient("grad_output", grad_output, (B, Lq, Dv), self.past.call.query.element)
         g = self.past.backward(_expanded(grad, 1))
         made = AttentionGradients(query=g.query[:, 0], key=g.key[:, 0], value=g.value[:, 0], bias=g.bias)
         return _all_home(self.is_moved, made)
@@ -152,8 +152,8 @@ def one_head(
     q, k, v = batch(*there, (config.d_model, config.d_model, None), config.max_seq_len)
     space = Space(q.native)
     seen = hidden(space, mask, None, (q.shape[0], 1, q.shape[1], k.shape[1]), per_head=False, device=device)
-    terms = (dropout, config.causal, config.get_scale(), False, None, None, seed)
-    c = dense.call(*(_expanded(x, 1) for x in (q, k, v)), seen, *terms)
+    q, k, v = (_expanded(x, 1) for x in (q, k, v))
+    c = dense.call(q, k, v, seen, dropout_p=dropout, is_causal=config.causal, scale=config.get_scale(), seed=seed)
     past = dense.forward(c._replace(checked=c.checked._replace(eps=config.eps)))
     return OneHead(arrays, past, is_moved)
 
@@ -182,8 +182,8 @@ class Record(NamedTuple):
         return _home(self.is_moved, self.past.weights(rows))
 
     def backward(self, grad_output: Any) -> AttentionGradients:
-        given = gpu.moved("grad_output", grad_output) if self.is_moved else grad_output
-        return _all_home(self.is_moved, self._backward(given))
+        grad_output = gpu.moved("grad_output", grad_output) if self.is_moved else grad_output
+        return _all_home(self.is_moved, self._backward(grad_output))
 
     def _backward(self, grad_output: Any) -> AttentionGradients:
         x, element = self.joined, self.joined.element
@@ -242,7 +242,8 @@ def multi_head(
         heads.append(space.keep(space.empty((B, H, x.shape[1], d_k), element)))
         w, b = _heads(there[f"w_{name}"], H), there.get(f"b_{name}")
         product(space, _expanded(x, 2), w, _swapped(heads[-1]), b)
-    c = dense.call(*heads, seen, dropout, config.causal, config.get_scale(), False, None, None, seed)
+    q, k, v = heads
+    c = dense.call(q, k, v, seen, dropout_p=dropout, is_causal=config.causal, scale=config.get_scale(), seed=seed)
     joined = layouts.room(space, (B, Lq, H, d_k), element)
     past = dense.forward(c._replace(checked=c.checked._replace(eps=config.eps)), _swapped(joined))
     joined = joined._replace(shape=(B, Lq, H, d_k))

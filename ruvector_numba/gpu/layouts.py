@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from .. import gpu
-from ..checks import Shape
+from ..arrays import Shape
 from .arrays import GpuArray, Space
 
 __all__ = [

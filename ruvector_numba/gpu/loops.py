@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from .. import gpu
-from ..checks import Array
+from ..arrays import Array
 from ..graphs import edges
 from ..graphs.derived import Derived
 from ..graphs.graph import CSRGraph

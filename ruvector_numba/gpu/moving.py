@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from .. import halves
-from ..checks import Array, from_sequence
+from ..arrays import Array
+from ..checks import from_sequence
 from ..errors import InvalidInputError
 from .arrays import ELEMENTS, GpuArray, Space, any_on_gpu, default, enter, is_on_gpu, library
 

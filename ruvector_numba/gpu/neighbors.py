@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .. import gpu
-from ..checks import Array
+from ..arrays import Array
 from ..errors import GraphStructureError, InvalidInputError
 from ..graphs import neighbors
 from ..graphs.derived import Derived
@@ -63,13 +63,13 @@ class Made(NamedTuple):
 
 
 # --- the functions ---------------------------------------------------------------------------------------------------
-class Call:
+class NeighborRecord:
     """A call of `neighbor_attention` and what came of it, on a GPU: what a `NeighborCache` has."""
 
     def __init__(self, past: Past, is_moved: bool) -> None:
         self.past, self.is_moved = past, is_moved
 
-    def _given(self, x: GpuArray) -> Any:
+    def _home(self, x: GpuArray) -> Any:
         """An array as the caller gets it: where the call's arrays were."""
         return gpu.default().download(x.native) if self.is_moved else x.native
 
@@ -82,25 +82,25 @@ class Call:
 
     @property
     def output(self) -> Any:
-        return self._given(self.past.output)
+        return self._home(self.past.output)
 
     @property
     def lse(self) -> Any:
-        return self._given(self.past.lse(self._space()))
+        return self._home(self.past.lse(self._space()))
 
     def coefficients(self) -> Any:
-        return self._given(self.past.coefficients(self._space()))
+        return self._home(self.past.coefficients(self._space()))
 
     def gradients(self, grad_output: Any) -> NeighborGradients:
         space, output = self._space(), self.past.output
-        given = gpu.moved("grad_output", grad_output) if self.is_moved else grad_output
-        grad = gradient("grad_output", given, output.shape, output.element)
+        grad_output = gpu.moved("grad_output", grad_output) if self.is_moved else grad_output
+        grad = gradient("grad_output", grad_output, output.shape, output.element)
         m = self.past.backward(space, rows(space, grad))
         made = (m.query, m.key, m.value, m.bias, m.edge, m.edge_value, m.edge_weight)
-        return NeighborGradients(*(None if x is None else self._given(x) for x in made))  # type: ignore[arg-type]
+        return NeighborGradients(*(None if x is None else self._home(x) for x in made))  # type: ignore[arg-type]
 
 
-def attend(arrays: tuple[Any, ...], graph: CSRGraph, device: str | None, *settings: Any) -> Call:
+def attend(arrays: tuple[Any, ...], graph: CSRGraph, device: str | None, *settings: Any) -> NeighborRecord:
     """`neighbor_attention` of its seven arrays on a GPU; those of NumPy are moved there if `device` says so."""
     from ..plan import cuda_csr as plan
 
@@ -119,7 +119,7 @@ def attend(arrays: tuple[Any, ...], graph: CSRGraph, device: str | None, *settin
         plan.DOT, k, q, v, edge=edge, bias=bias, scale=c.scale, dropout=c.dropout, seed=c.seed, edge_weight=weight,
         aggregation=c.aggregation, edge_value=edge_value,
     )  # fmt: skip
-    return Call(Past(graph, terms, space), is_moved)
+    return NeighborRecord(Past(graph, terms, space), is_moved)
 
 
 def one_element(arrays: dict[str, GpuArray]) -> None:
@@ -275,7 +275,7 @@ class Past:
         t = self.terms
         _, H, C = t.value.shape
         edge = None if t.rule == plan.SUM else t.edge
-        given = (t.key, t.query, t.value, edge, t.edge_value, t.offset, self.output, self.attended, *more)
+        arrays = (t.key, t.query, t.value, edge, t.edge_value, t.offset, self.output, self.attended, *more)
         shares = t.dropout > 0 or t.edge_weight is not None or t.aggregation == "mean"
         options = plan.Options(
             edge=t.edge is not None, bias=t.bias is not None, edge_value=t.edge_value is not None, shares=shares,
@@ -286,7 +286,7 @@ class Past:
             raise InvalidInputError(
                 f"a head has {width} channels: the GPU takes at most {plan.WIDEST}", hint="use the CPU, or more heads"
             )
-        return plan.variant(t.value.element, t.rule, H, width, all(_by_fours(x) for x in given), options)
+        return plan.variant(t.value.element, t.rule, H, width, all(_by_fours(x) for x in arrays), options)
 
     def _job(self, space: Space) -> Any:
         from ..kernels.cuda.walk import NeighborJob

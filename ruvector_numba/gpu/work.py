@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .. import gpu
-from ..checks import Array, Shape
+from ..arrays import Array, Shape
 from ..graphs.graph import CSRGraph
 from ..parameters import ParameterSet
 from .arrays import GpuArray, Space

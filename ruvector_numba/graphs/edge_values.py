@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ..checks import Array, from_sequence
+from ..arrays import Array
+from ..checks import from_sequence
 from ..errors import DimensionMismatchError, InvalidInputError
 
 __all__ = ["checked_edges", "edge_values"]

@@ -7,7 +7,8 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ..checks import Array, check_memory, check_not_masked, from_sequence
+from ..arrays import Array
+from ..checks import check_memory, check_not_masked, from_sequence
 from ..errors import (
     DimensionMismatchError,
     GraphStructureError,

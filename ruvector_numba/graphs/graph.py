@@ -12,7 +12,8 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ..checks import Array, check_memory, floats
+from ..arrays import Array
+from ..checks import check_memory, floats
 from ..errors import DimensionMismatchError, GraphStructureError, InvalidInputError
 from . import edges, others, self_loops
 from .derived import Derived

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .. import gpu
-from ..checks import Array, from_sequence
+from ..arrays import Array
+from ..checks import from_sequence
 from ..errors import DimensionMismatchError, GraphStructureError, InvalidConfigError, InvalidInputError
 from .derived import Derived
 from .edge_values import edge_values

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
 from .. import checks, layers
-from ..checks import Array
+from ..arrays import Array
 from ..errors import InvalidConfigError, InvalidInputError
 from ..parameters import ParameterSet, Trainable
 from ..projection import linear_backward

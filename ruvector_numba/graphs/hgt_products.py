@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from ..checks import Array
+from ..arrays import Array
 from ..parameters import ParameterSet
 from ..projection import linear_backward, product
 from .hetero import EdgeType, parameter_key

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..checks import Array
+from ..arrays import Array
 from . import edges
 from .graph import CSRGraph
 

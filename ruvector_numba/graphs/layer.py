@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
 from .. import checks, gpu, layers
-from ..checks import Array, from_sequence
+from ..arrays import Array
+from ..checks import from_sequence
 from ..errors import DimensionMismatchError, InvalidConfigError, InvalidInputError
 from ..parameters import ParameterSet, Trainable
 from ..projection import linear, linear_backward

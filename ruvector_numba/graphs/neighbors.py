@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from .. import checks, gpu
-from ..checks import Array
+from ..arrays import Array
 from ..errors import DimensionMismatchError, GraphStructureError, InvalidConfigError, InvalidInputError
 from .derived import Derived
 from .edge_values import checked_edges
@@ -139,7 +139,7 @@ class NeighborCache:
 
     __slots__ = ("_past", "output")
 
-    def __init__(self, past: Past | gpu_neighbors.Call) -> None:
+    def __init__(self, past: Past | gpu_neighbors.NeighborRecord) -> None:
         self._past, self.output = past, past.output
 
     def __repr__(self) -> str:
@@ -393,9 +393,9 @@ def edge_numbers(name: str, x: ArrayLike, graph: CSRGraph) -> Array:
     return array
 
 
-def _nodes(given: dict[str, Any]) -> list[Array]:
+def _nodes(arguments: dict[str, Any]) -> list[Array]:
     """Arrays of nodes, (N, heads, channels), of one dtype."""
-    arrays = {name: checks.floats(name, x) for name, x in given.items()}
+    arrays = {name: checks.floats(name, x) for name, x in arguments.items()}
     shapes = {f"{name}.shape": x.shape for name, x in arrays.items()}
     for name, x in arrays.items():
         if x.ndim != 3:
@@ -407,7 +407,7 @@ def _nodes(given: dict[str, Any]) -> list[Array]:
     return list(arrays.values())
 
 
-class Call(NamedTuple):
+class NeighborCall(NamedTuple):
     """A checked call."""
 
     query: Array
@@ -430,7 +430,7 @@ def call(
     dropout_p: float,
     aggregation: str,
     seed: int | None,
-) -> Call:
+) -> NeighborCall:
     """Check the arguments of `neighbor_attention`: its seven arrays and the rest."""
     query, key, value, *of_edges = arrays
     checked_graph(graph)
@@ -449,11 +449,11 @@ def call(
     bias, edge, edge_value, weight = (
         checked_edges(name, x, shape, q.dtype) for (name, shape), x in zip(wanted_shapes.items(), of_edges, strict=True)
     )
-    number, dice = checks.dropout(dropout_p, seed)
-    factor, joining = checks.scale_of(scale, D), checked_aggregation(aggregation)
+    probability, number = checks.dropout(dropout_p, seed)
+    factor, aggregation = checks.scale_of(scale, D), checked_aggregation(aggregation)
     if scale is not None:
         checks.check_range(q.dtype, factor, None)
-    return Call(q, k, v, bias, edge, edge_value, weight, factor, number, dice, joining)
+    return NeighborCall(q, k, v, bias, edge, edge_value, weight, factor, probability, number, aggregation)
 
 
 def _attend(
@@ -465,7 +465,7 @@ def _attend(
     seed: int | None,
     device: str | None,
     keeps: bool = True,
-) -> Past | gpu_neighbors.Call:
+) -> Past | gpu_neighbors.NeighborRecord:
     if gpu.concerns(device, *arrays):
         from ..gpu import neighbors as gpu_neighbors
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from ..checks import Array
+from ..arrays import Array
 from ..errors import GraphStructureError
 from . import edges
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..checks import Array
+from ..arrays import Array
 from ..parameters import ParameterSet
 from .hetero import EdgeType, Joined
 from .inputs import Inputs

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ..checks import Array
+from ..arrays import Array
 from ..errors import InvalidConfigError
 from . import edges
 

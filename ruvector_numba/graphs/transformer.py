@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from .. import checks
-from ..checks import Array
+from ..arrays import Array
 from ..errors import InvalidConfigError, InvalidInputError
 from ..parameters import ParameterSet
 from ..projection import linears, linears_backward

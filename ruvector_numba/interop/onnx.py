@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from .. import dense, functional, masks, visibility
-from ..checks import Array
+from ..arrays import Array
 from . import onnx_checks as given
 from .onnx_masks import joined
 
@@ -272,9 +272,9 @@ class _Band(masks.Mask):
         lo, hi = (x[..., None, :, None] for x in self._limits(Lq, Lk))
         return (lo <= np.arange(Lk)) & (np.arange(Lk) < hi)
 
-    def _resolve(self, call: visibility.Call) -> visibility.Visibility:
+    def _resolve(self, sizes: visibility.Sizes) -> visibility.Visibility:
         if self.offset.ndim:
-            return visibility.Visibility(limits=np.stack(self._limits(call.Lq, call.Lk), axis=-1))
+            return visibility.Visibility(limits=np.stack(self._limits(sizes.Lq, sizes.Lk), axis=-1))
         offset = int(self.offset)
         first = -visibility.UNBOUNDED if self.left is None else offset - self.left
         return visibility.Visibility(first, visibility.UNBOUNDED if self.right is None else offset + self.right + 1)

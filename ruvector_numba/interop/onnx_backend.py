@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ..checks import Array
+from ..arrays import Array
 from ..errors import InvalidConfigError, InvalidInputError
 from . import onnx_checks as given
 from .onnx import attention

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from .. import checks, halves, mask_arrays, masks
-from ..checks import Array, Shape
+from ..arrays import Array, Shape
 from ..errors import DimensionMismatchError, InvalidConfigError, InvalidInputError, InvalidMaskError
 
 OPSETS = range(23, 29)  # those whose text was read: 26 to 28 leave the operator of 25 as it is

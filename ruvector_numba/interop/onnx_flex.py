@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from .. import dense, masks
-from ..checks import Array, Shape
+from ..arrays import Array, Shape
 from ..errors import InvalidConfigError, InvalidInputError
 from . import onnx_checks as given
 from .onnx import _engine_type

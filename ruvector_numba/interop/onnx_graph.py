@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from ..checks import Array
+from ..arrays import Array
 
 __all__ = ["Graph", "attributes", "captured"]
 

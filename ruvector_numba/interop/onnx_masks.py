@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import masks, visibility
-from ..checks import Array, Shape
+from ..arrays import Array, Shape
 
 __all__ = ["ABSORBING", "joined"]
 
@@ -71,7 +71,7 @@ def _all_see_one_of(lengths: NDArray[np.int64], seen: masks.Mask, scores: Shape)
     arrays = [part for part in parts if isinstance(part, np.ndarray)]
     *batch, heads, Lq, Lk = (1,) * (3 - len(scores)) + tuple(scores)
     rules = masks.All(part for part in parts if isinstance(part, masks.Mask))
-    found = rules._resolve(visibility.Call(tuple(batch), heads, Lq, Lk, np.dtype(np.float32)))
+    found = rules._resolve(visibility.Sizes(tuple(batch), heads, Lq, Lk, np.dtype(np.float32)))
     at, limits = np.arange(Lq), (0, Lk) if found.limits is None else np.moveaxis(found.limits, -1, 0)
     lo, hi = np.maximum(at + found.first, limits[0]), np.minimum(at + found.last, limits[1])
     if not arrays:

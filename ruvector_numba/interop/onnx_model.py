@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ..checks import Array
+from ..arrays import Array
 from ..errors import InvalidInputError
 from . import onnx_checks as given
 

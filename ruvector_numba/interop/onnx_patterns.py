@@ -17,7 +17,7 @@ import numpy as np
 import onnx
 
 from .. import dense, dense_past, masks
-from ..checks import Array, Shape
+from ..arrays import Array, Shape
 from ..errors import InvalidInputError
 from ..results import AttentionCache
 from . import onnx_checks as given

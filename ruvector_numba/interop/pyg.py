@@ -10,8 +10,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from ..arrays import Array
 from ..errors import AttentionError, DimensionMismatchError, InvalidConfigError, InvalidInputError
 from ..graphs.gat import GATv2
 from ..parameters import Trainable
@@ -19,7 +19,6 @@ from .states import _array
 
 __all__ = ["load_pyg_state", "to_pyg_state"]
 
-Array = NDArray[Any]
 
 # Which argument of a layer decides whether it has parameters that begin so.
 SETTINGS = {

@@ -10,16 +10,14 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from ..arrays import Array, Shape
 from ..checks import FLOATS, from_sequence
 from ..errors import DimensionMismatchError, InvalidConfigError, InvalidInputError
 from ..multi_head import MultiHeadAttention
 
 __all__ = ["load_torch_state", "to_torch_state"]
 
-Array = NDArray[Any]
-Shape = tuple[int, ...]
 
 SEPARATE = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
 

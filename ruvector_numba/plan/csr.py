@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..checks import Array
+from ..arrays import Array
 from ..kernels import csr as kernels
 from ..kernels import csr_backward as backwards
 from ..kernels import edge_softmax, walk

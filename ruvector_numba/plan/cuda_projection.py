@@ -6,7 +6,7 @@ import functools
 import math
 from typing import NamedTuple
 
-from ..checks import Shape
+from ..arrays import Shape
 from ..kernels.cuda.jit import SIMULATED
 from ..kernels.cuda.projection import COLS, Variant
 from ..kernels.cuda.projection_halves import STEP

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ..checks import Array, Call, Shape
+from ..arrays import Array, Shape
+from ..dense_call import DenseCall
 from ..halves import BITS
 from ..kernels import blocks, decode, dense, dense_backward, jit, pairs
 from ..kernels.scoring import ByteMatrices, Dropout
@@ -60,7 +61,7 @@ def threads() -> int:
     return team.threads()
 
 
-def _as_read(x: Array, c: Call) -> Layout:
+def _as_read(x: Array, c: DenseCall) -> Layout:
     """How keys or values lie that kernels read: as they are given, or copied first.
 
     A product goes down 128 rows of a few columns. If rows are a multiple of 1024 bytes apart, as heads of (B, L, H, D)
@@ -74,7 +75,7 @@ def _as_read(x: Array, c: Call) -> Layout:
     return contiguous(x.shape, itemsize) if crowds and pays and fits else layout(x)
 
 
-def problem(c: Call, output: Array) -> Problem:
+def problem(c: DenseCall, output: Array) -> Problem:
     seen, key, value = c.seen, _as_read(c.key, c), _as_read(c.value, c)
     return Problem(
         c.query.dtype, c.arithmetic, c.rounds, layout(c.query), key, value, layout(output), c.scale,
@@ -162,7 +163,7 @@ class Plan(NamedTuple):
     unit: float  # what a score in the kernel's unit, such as `top`, is worth
     widens: bool  # it reads keys and values widened, as `staged` makes them
 
-    def __call__(self, c: Call, **arrays: Any) -> None:
+    def __call__(self, c: DenseCall, **arrays: Any) -> None:
         seen = c.seen
         given = dict(
             query=c.query, key=c.key, value=c.value, slopes=c.slopes, seed=c.seed, bias=seen.bias,
@@ -173,7 +174,7 @@ class Plan(NamedTuple):
         self.launch(**{**given, **arrays})
 
 
-def staged(c: Call, p: Problem, plan: Plan) -> dict[str, Array]:
+def staged(c: DenseCall, p: Problem, plan: Plan) -> dict[str, Array]:
     """Keys and values where a plan does not take the call's own: widened beside them or copied, until the next call."""
     arrays = {"key": c.key, "value": c.value}
     if plan.widens:
@@ -184,7 +185,7 @@ def staged(c: Call, p: Problem, plan: Plan) -> dict[str, Array]:
 rounded, room = halves.rounded, halves.room
 
 
-def _every_batch(limits: NDArray[np.int64], c: Call) -> NDArray[np.int64]:
+def _every_batch(limits: NDArray[np.int64], c: DenseCall) -> NDArray[np.int64]:
     return np.ascontiguousarray(np.broadcast_to(limits, (*c.batch, c.query.shape[-2], 2)), np.int64)
 
 

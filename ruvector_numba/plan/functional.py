@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ..checks import Shape
+from ..arrays import Shape
 from ..kernels import functional as kernels
 from ..kernels import jit
 from ..kernels.scoring import ByteMatrices

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..checks import Array
+from ..arrays import Array
 from ..kernels import grouping as kernels
 from . import memory, team
 from .layouts import NOTHING

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..checks import Array, Shape
+from ..arrays import Array, Shape
 from ..halves import arithmetic
 from ..kernels import halves as kernels
 from ..kernels import jit

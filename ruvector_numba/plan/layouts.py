@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ..checks import Array, Shape
+from ..arrays import Array, Shape
 from ..kernels import blocks, jit
 from ..kernels.tiles import Matrices
 from . import memory, team

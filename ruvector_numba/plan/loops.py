@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ..checks import Array
+from ..arrays import Array
 from ..kernels import loops as kernels
 from . import memory
 from .grouping import EDGE_WORK, Grouped

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from ..checks import Array, Shape
+from ..arrays import Array, Shape
 from ..errors import InvalidInputError
 
 __all__ = ["empty", "idle", "result", "scratch"]

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..checks import Array
+from ..arrays import Array
 from ..kernels import projection as kernels
 from ..kernels.projection import Pairs
 from ..kernels.simd import target

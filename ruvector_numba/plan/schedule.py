@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ..checks import Array
+from ..arrays import Array
 
 __all__ = ["Schedule", "hubs_of", "schedule"]
 
