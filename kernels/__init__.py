@@ -8,12 +8,12 @@ To learn attention from it, read in this order; a backward pass comes after its 
     blocks            a block of queries: which keys it sees, and where its scratch lies
     dense, dense_backward, decode, pairs        attention: many queries, gradients, few queries, weights on demand
     gather, walk, csr, joint, csr_backward      the same on graphs: products with rows anywhere, batches of edges
-    largest                                     aggregation "max" on graphs
+    largest, edge_softmax                       aggregation "max" on graphs; the softmax over the edges of each node
     edge_features                               rows of edges that are products, made batch by batch
     projection, grouping, loops                 linear layers; edges in the order of one of their ends; self-loops
     halves, packed                              float16 and bfloat16, and bfloat16 two by two
-    jit, cache, simd/                           compiling and threads, code on disk, the only files that know LLVM
-    cuda/                                       the twins for a GPU, file by file
+    jit, jobs, cache, simd/                     compiling and threads, jobs packed, code on disk, all that knows LLVM
+    cuda/                                       for a GPU: files of the same names are twins, the others are its own
 
 Some words are the house's own. A *job* is what a kernel is told, a NamedTuple; a *task* is the part of it that one call
 does; a *slot* is whose scratch it may use, and *carve* says where in it what lies. `inline`, `apart` and `within` are

@@ -53,7 +53,7 @@ def scoring(v):
     """What makes scores of the edges of one target.
 
     prepare(job, node, head, sub, there, q, a, b): q is what the target brings, a and b are att; returns SUM's term
-    look(job, u, position, id, node, head, sub, here, values, keys): the rows of an edge, to the u-th place
+    look(job, u, node, head, sub, here, values, keys): the rows of a source, to the u-th place
     score(job, u, id, head, sub, here, q, a, term, values, keys, edges): from the rows at the u-th place
     """
     RULE, WIDTH, EDGE, BIAS = v.rule, v.width, v.edge, v.bias

@@ -29,7 +29,7 @@ across, number = gpu.across, gpu.number
 # --- by target, before -----------------------------------------------------------------------------------------------
 @kernel(NeighborJob, registers=64)
 def prepare(v):
-    """slopes = the largest score, 1 / sum, SUM's term and delta, of each target and head; and the sum of all do."""
+    """back_stats = the largest score, 1 / sum, SUM's term and delta, of each target and head; and the sum of all do."""
     WIDTH, GROUPS, NORMALIZES, SHARED = v.width, v.groups, v.normalizes, v.threads * v.width
     place, item, _, joined = walking(v)
     take, give, put_four = gathering(v).take, totals(v), gpu.put_four["float32"]
@@ -58,7 +58,7 @@ def prepare(v):
                 part = float32(0) if total == 0 else float32(1) / total
                 if not NORMALIZES:
                     delta = float32(0)
-                put_four(job.slopes, at, (job.stats[at], part, job.stats[at + 2], delta))
+                put_four(job.back_stats, at, (job.stats[at], part, job.stats[at + 2], delta))
         if job.wants_sums != 0:
             give(shared, sums, job)
 
@@ -103,10 +103,10 @@ def source_passes(v):
         return term
 
     @device
-    def walk(job, first, last, head, sub, there, value, key, a, term, dv, dk, grads, queries, slopes, edges, more):
+    def walk(job, first, last, head, sub, there, value, key, a, term, dv, dk, grads, queries, stats, edges, more):
         dterm = float32(0)
         for begin in range(0, longest(int32(last - first)), UNROLLED):
-            look(job, int32(first + begin), last, head, sub, there, grads, queries, slopes)
+            look(job, int32(first + begin), last, head, sub, there, grads, queries, stats)
             for u in range(UNROLLED):
                 here, base, n = there and first + begin + u < last, u * WIDTH, 4 * u
                 position = number(job.positions, int32(first + begin + u), here)
@@ -117,10 +117,10 @@ def source_passes(v):
                     target = number(job.others, int32(first + begin + u), here)
                 if EDGE and RULE != SUM:
                     take(edges, 0, job.edge, id, head, sub, job.D, here)
-                s, slope = score(job, u, id, head, here, value, key, a, edges, queries, term, slopes[n + 2])
+                s, slope = score(job, u, id, head, here, value, key, a, edges, queries, term, stats[n + 2])
                 p, live = s, here and s != -INF
                 if NORMALIZES:
-                    p = power(s - slopes[n]) * slopes[n + 1] if slopes[n + 1] != 0 else float32(0)
+                    p = power(s - stats[n]) * stats[n + 1] if stats[n + 1] != 0 else float32(0)
                 if not live:
                     p = float32(0)
                 dp = weight_gradient(job, base, position, target, id, head, sub, here, value, more, grads)
@@ -130,7 +130,7 @@ def source_passes(v):
                     w = p * share
                 d = dp if live else float32(0)
                 if NORMALIZES:
-                    d = p * (dp - slopes[n + 3]) if p > 0 else p
+                    d = p * (dp - stats[n + 3]) if p > 0 else p
                 if RULE == SUM:
                     d *= slope
                     dterm += d
@@ -192,7 +192,7 @@ def backward_sources(v):
     ROOM, QUERIES = UNROLLED * WIDTH, UNROLLED * WIDTH if v.rule in (JOINT, DOT) else 1
     KEY, ATT = WIDTH if v.rule == DOT else 1, WIDTH if v.rule in (SUM, JOINT) else 1
     ATT_B = WIDTH if v.rule == SUM else 1
-    DKEY, SLOPES = WIDTH if v.rule in (JOINT, DOT) else 1, 4 * UNROLLED
+    DKEY, STATS = WIDTH if v.rule in (JOINT, DOT) else 1, 4 * UNROLLED
     EDGE_ROOM, MORE = WIDTH if v.edge else 1, WIDTH if v.edge_value else 1
     SHARED = v.threads * v.width if v.rule == SUM else 1
     place, item, _, _ = walking(v)
@@ -204,7 +204,7 @@ def backward_sources(v):
         shared = cuda.shared.array(SHARED, float32)
         grads = cuda.local.array(ROOM, float32)
         queries = cuda.local.array(QUERIES, float32)
-        slopes = cuda.local.array(SLOPES, float32)
+        stats = cuda.local.array(STATS, float32)
         edges = cuda.local.array(EDGE_ROOM, float32)
         more = cuda.local.array(MORE, float32)
         value = cuda.local.array(WIDTH, float32)
@@ -228,7 +228,7 @@ def backward_sources(v):
             # 2. Past the edges, or past the parts of a hub.
             if job.of_hubs == 0:
                 dterm = walk(
-                    job, first, last, head, sub, there, value, key, a, term, dv, dk, grads, queries, slopes, edges, more
+                    job, first, last, head, sub, there, value, key, a, term, dv, dk, grads, queries, stats, edges, more
                 )
             elif there:
                 dterm = add_parts(job, first, last, head, sub, dv, dk, grads)

@@ -34,7 +34,7 @@ def edge_passes(v):
     int32, int64, float32 = types.int32, types.int64, types.float32
 
     @device
-    def look(job, first, last, head, sub, there, grads, queries, slopes):
+    def look(job, first, last, head, sub, there, grads, queries, stats):
         """The rows of the targets of some edges, and what is known of their softmax."""
         for u in range(UNROLLED):
             here = there and first + u < last
@@ -43,7 +43,7 @@ def edge_passes(v):
             if RULE == JOINT or RULE == DOT:
                 take(queries, u * WIDTH, job.query, i, head, sub, job.D, here)
             n, at = 4 * u, (int64(i) * job.H + head) * 4
-            slopes[n], slopes[n + 1], slopes[n + 2], slopes[n + 3] = four(job.slopes, at, here)
+            stats[n], stats[n + 1], stats[n + 2], stats[n + 3] = four(job.back_stats, at, here)
 
     @device
     def score(job, u, id, head, here, value, key, a, edges, queries, term, target_term):

@@ -94,13 +94,13 @@ def query_passes(v):
         begin(values, to, job.value.data, value_at + k0 * job.value.row, job.value.row, live, job.Dv)
 
     @device
-    def slopes_of_cap(job, slopes, s):
+    def slopes_of_cap(job, cap_slopes, s):
         if SOFTCAP:
             for i in range(SCORES):
-                slopes[i] = slope_of_cap(job.terms, s[i])
+                cap_slopes[i] = slope_of_cap(job.terms, s[i])
 
     @device
-    def weigh(s, ds, slopes, shift, delta, edge):
+    def weigh(s, ds, cap_slopes, shift, delta, edge):
         """ds = p * (dp - delta), 0 where hidden"""
         for r in range(SLOTS):
             for b in range(BLOCKS):
@@ -108,7 +108,7 @@ def query_passes(v):
                     n = (r // 2 * BLOCKS + b) * 4 + r % 2 * 2 + e
                     x = exp2(s[n] - shift[r]) * (ds[n] - delta[r])
                     if SOFTCAP:
-                        x *= slopes[n]
+                        x *= cap_slopes[n]
                     ds[n] = x
         if edge:
             for n in range(SCORES):
@@ -141,7 +141,7 @@ def to_query(v):
     TILE, SUMS = KEYS * pitch(v.element, v.width), TALL * v.width // 2
     HELD, HELD_GRADS = (held(v.element, v.width, TALL, v.hold > n) for n in range(2))
     PASSED, SPANS = passed(v.element, TALL, KEYS, v.threads), v.threads // 8
-    TWO, SOME_HIDDEN, DROPOUT, SLOPES = 2 * TILE, v.bias or v.mask, v.dropout, SCORES if v.softcap else 1
+    TWO, SOME_HIDDEN, DROPOUT, CAP_SLOPES = 2 * TILE, v.bias or v.mask, v.dropout, SCORES if v.softcap else 1
     load_rows, times_transposed, times, _ = operations(v.element, v.width, TALL, KEYS, v.hold > 0)
     load_grads, grads_times_transposed, _, _ = operations(v.element, v.width, TALL, KEYS, v.hold > 1)
     _, take_out, forget = loading(v.element, v.width, KEYS, v.threads)
@@ -160,7 +160,7 @@ def to_query(v):
         grads = cuda.local.array(HELD_GRADS, types.int32)
         s = cuda.local.array(SCORES, types.float32)
         ds = cuda.local.array(SCORES, types.float32)
-        slopes = cuda.local.array(SLOPES, types.float32)
+        cap_slopes = cuda.local.array(CAP_SLOPES, types.float32)
         dq = cuda.local.array(SUMS, types.float32)
         at = cuda.local.array(SLOTS, types.int64)
         grad_at = cuda.local.array(SLOTS, types.int64)
@@ -199,7 +199,7 @@ def to_query(v):
                 s[i], ds[i] = 0, 0
             times_transposed(s, queries, keys, now, job.query.data, at, job.D)
             grads_times_transposed(ds, grads, values, now, job.grad_output.data, grad_at, job.Dv)
-            slopes_of_cap(job, slopes, s)
+            slopes_of_cap(job, cap_slopes, s)
             edge = SOME_HIDDEN or k0 < near or k0 + KEYS > far
             finish(job, s, at, lo, hi, head, row0, k0, edge)
             spoiled, hidden = False, types.int64(0)
@@ -212,7 +212,7 @@ def to_query(v):
             # 3. ds = p * (dp - delta), 0 where hidden; dq += ds k.
             if DROPOUT:
                 thin(job, ds, head, row0, k0)
-            weigh(s, ds, slopes, shift, delta, edge)
+            weigh(s, ds, cap_slopes, shift, delta, edge)
             times(dq, ds, keys, now, shared)
             if spoiled:
                 add_seen(job, dq, ds, hidden, odd, key_at, k0)
@@ -275,7 +275,7 @@ def key_passes(v):
         return lo, hi, job.shift[where], job.delta[where]
 
     @device
-    def finish(job, s, slopes, lo, hi, head, i0, half, row0, edge):
+    def finish(job, s, cap_slopes, lo, hi, head, i0, half, row0, edge):
         """From q.k to scores in base 2, hidden ones -inf; bits that say which are hidden."""
         t, slope = cuda.threadIdx.x & 3, float32(0)
         if SLOPES:
@@ -286,7 +286,7 @@ def key_passes(v):
                 for r in range(SLOTS):
                     k, j = (r // 2 * BLOCKS + b) * 4 + r % 2 * 2 + e, int32(row0 + 8 * r)
                     if SOFTCAP:
-                        slopes[k] = slope_of_cap(job.terms, s[k])
+                        cap_slopes[k] = slope_of_cap(job.terms, s[k])
                     s[k] = score(job.terms, s[k], slope, head, i, j, j < job.Lk and i < job.Lq)
         hidden = types.int64(0)
         if edge:
@@ -301,7 +301,7 @@ def key_passes(v):
         return hidden
 
     @device
-    def weigh(job, s, ds, thinned, slopes, shift, delta, head, i0, half, row0):
+    def weigh(job, s, ds, thinned, cap_slopes, shift, delta, head, i0, half, row0):
         """s = p, thinned for the values; ds = p * (dp - delta)"""
         t = cuda.threadIdx.x & 3
         for b in range(BLOCKS):
@@ -319,7 +319,7 @@ def key_passes(v):
                         dp = dp * gain if gain > 0 else float32(0)
                     ds[k], s[k] = p * (dp - delta[n]), p
                     if SOFTCAP:
-                        ds[k] *= slopes[k]
+                        ds[k] *= cap_slopes[k]
 
     @device
     def clear(s, ds, thinned, hidden):
@@ -378,7 +378,7 @@ def to_key(v):
     PASSED, TWO, BOTH = passed(v.element, TALL, QUERIES, v.threads), 2 * TILE, 2 * QUERIES
     TO_KEY, TO_VALUE, DROPOUT, SOME_HIDDEN = v.makes != "value", v.makes != "key", v.dropout, v.bias or v.mask
     DK, DV, THIN = SUMS if TO_KEY else 1, SUMS if TO_VALUE else 1, SCORES if DROPOUT else 1
-    SLOPES = SCORES if v.softcap else 1
+    CAP_SLOPES = SCORES if v.softcap else 1
     load_rows, times_transposed, _, _ = operations(v.element, v.width, TALL, QUERIES, v.hold > 0)
     load_values, values_times_transposed, _, _ = operations(v.element, v.width, TALL, QUERIES, v.hold > 1)
     _, _, forget = loading(v.element, v.width, QUERIES, v.threads)
@@ -400,7 +400,7 @@ def to_key(v):
         s = cuda.local.array(SCORES, types.float32)
         ds = cuda.local.array(SCORES, types.float32)
         thinned = cuda.local.array(THIN, types.float32)
-        slopes = cuda.local.array(SLOPES, types.float32)
+        cap_slopes = cuda.local.array(CAP_SLOPES, types.float32)
         dk = cuda.local.array(DK, types.float32)
         dv = cuda.local.array(DV, types.float32)
         at = cuda.local.array(SLOTS, types.int64)
@@ -459,8 +459,8 @@ def to_key(v):
                 if TO_KEY:
                     values_times_transposed(ds, values, grads, now, job.value.data, value_at, job.Dv)
                 edge = SOME_HIDDEN or missing != 0
-                hidden = finish(job, s, slopes, lo, hi, head, i0, half, row0, edge)
-                weigh(job, s, ds, thinned, slopes, shift, delta, head, i0, half, row0)
+                hidden = finish(job, s, cap_slopes, lo, hi, head, i0, half, row0, edge)
+                weigh(job, s, ds, thinned, cap_slopes, shift, delta, head, i0, half, row0)
                 if edge:
                     clear(s, ds, thinned, hidden)
                 p = thinned if DROPOUT else s

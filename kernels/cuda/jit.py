@@ -23,8 +23,7 @@ from numba import config, cuda, types
 
 SIMULATED = bool(config.ENABLE_CUDASIM)
 
-Halves = typing.NewType("Halves", int)  # a pointer to elements of 16 bits, as uint16
-Floats = typing.NewType("Floats", int)  # to float32
+Floats = typing.NewType("Floats", int)  # a pointer to float32
 Elements = typing.NewType("Elements", int)  # to the variant's elements: float32 or 16 bits
 Indices = typing.NewType("Indices", int)  # to int64
 Ints = typing.NewType("Ints", int)  # to int32
@@ -38,7 +37,6 @@ FAST = {"contract"}
 WARP = 32
 NOWHERE = 0  # for a pointer of a job that a launch does not look at
 _POINTEES = {
-    Halves: types.uint16,
     Floats: types.float32,
     Indices: types.int64,
     Ints: types.int32,

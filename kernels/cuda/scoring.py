@@ -77,7 +77,7 @@ def tanh(x):
 
 
 # --- dropout -------------------------------------------------------------------------------------------------------
-_LOW, _LOW64 = 0xFFFFFFFF, 0xFFFFFFFFFFFFFFFF
+_LOW = 0xFFFFFFFF
 
 
 @device

@@ -82,7 +82,7 @@ class NeighborJob(NamedTuple):
     weights: Elements = NOWHERE  # (E, H), the caller's order: p
     # backward
     grad: Rows = Rows()
-    slopes: Floats = NOWHERE  # (Nt, H, 4): as stats, but 1 / sum, and then delta
+    back_stats: Floats = NOWHERE  # (Nt, H, 4): as stats, but 1 / sum, and then delta
     changes: Floats = NOWHERE  # (E, H): ds, by position by target
     dquery: Rows = Rows()
     dkey: Rows = Rows()

@@ -331,7 +331,7 @@ class Past:
         targets, sources = self._walk(space), self._walk(space, True)
         v = self._variant(grad, *(made.get(name) for name in ("value", "key", "query", "edge", "edge_value")))
         job = self._job(space)._replace(
-            grad=_rows(space, grad), slopes=space.scratch(gpu.size(self.stats.shape)), changes=space.scratch(E * H),
+            grad=_rows(space, grad), back_stats=space.scratch(gpu.size(self.stats.shape)), changes=space.scratch(E * H),
             dquery=_rows(space, made.get("query")), dkey=_rows(space, made.get("key")),
             dvalue=_rows(space, made["value"]), dedge=_rows(space, made.get("edge")),
             dedge_value=_rows(space, made.get("edge_value")), dbias=space.pointer(made.get("bias")),
