@@ -86,7 +86,7 @@ class InvalidConfigError(AttentionError, ValueError):
 
 
 class MatrixOperationError(AttentionError, ArithmeticError):
-    """An operation on matrices could not be carried out."""
+    """An operation on matrices could not be carried out. One of the ten kinds, which nothing here raises."""
 
     sentence = "Matrix operation failed: {}"
 
@@ -106,7 +106,7 @@ class InvalidMaskError(AttentionError, ValueError):
 
 
 class NumericalInstabilityError(AttentionError, ArithmeticError):
-    """A result is not finite where it has to be."""
+    """A result is not finite where it has to be. Nothing here raises it: NaN and infinity are data."""
 
     sentence = "Numerical instability: {}"
 
@@ -126,7 +126,10 @@ class OutOfMemoryError(AttentionError, MemoryError):
 
 
 class InvalidInputError(AttentionError, ValueError):
-    """An array has the wrong rank, dtype or contents."""
+    """An argument is not what it has to be: the rank, dtype or contents of an array, or a number or word.
+
+    Its sentence is that of ruvector-attention, and speaks of dimensions whatever is wrong.
+    """
 
     sentence = "Invalid input dimensions: {}"
 
@@ -146,7 +149,7 @@ class GraphStructureError(AttentionError, ValueError):
 
 
 class SparseMatrixError(AttentionError, ValueError):
-    """A sparse pattern or matrix is malformed."""
+    """A sparse pattern or matrix is malformed. Nothing here raises it: graphs have GraphStructureError."""
 
     sentence = "Sparse matrix error: {}"
 
