@@ -308,8 +308,8 @@ def merge(outputs: Sequence[ArrayLike], lses: Sequence[ArrayLike], *, dtype: str
             dtypes = {f"outputs[{i}].dtype": x.dtype, f"lses[{i}].dtype": log.dtype, "outputs[0].dtype": parts[0].dtype}
             raise InvalidInputError("outputs and lses are floats of one kind", shapes=dtypes, hint="cast them")
     wide = [halves.widened(x) for x in parts]
-    given = np.stack(logs).astype(np.float64, copy=False)
-    output, shift, log = merged(np.stack(wide), given, np.where(np.isneginf(given), given, 0))
+    stacked = np.stack(logs).astype(np.float64, copy=False)
+    output, shift, log = merged(np.stack(wide), stacked, np.where(np.isneginf(stacked), stacked, 0))
     lse = shift + log
     return halves.rounded(output, parts[0].dtype), lse.astype(logs[0].dtype, copy=False)
 

@@ -174,17 +174,17 @@ def _backward(past: Past, grad_output: Array, grad_lse: Array, wants_bias: bool)
         grad_output = np.ascontiguousarray(grad_output)
     problem, layout, again = plan.problem(c, output), plan.layout(grad_output), _by_tiles(past)
     ready, *others = plan.backward(problem, layout, plan.threads())
-    given = dict(
+    arguments = dict(
         output=output, exact=output, sums=again.sums, top=again.top, grad_output=grad_output, grad_lse=grad_lse,
         **plan.staged(c, problem, ready),
     )  # fmt: skip
     made = _room_for_gradients(c)
     for each in (ready, *others):
-        each(c, **made, **given)
+        each(c, **made, **arguments)
     if bias is not None:
         ready, shape = plan.bias_backward(problem, layout)
         made_bias = np.zeros(shape, c.arithmetic)
-        ready(c, grad_bias=made_bias, **given)
+        ready(c, grad_bias=made_bias, **arguments)
         bias = halves.rounded(_summed(made_bias, shape_of_bias), bias.dtype)
     if c.rounds:
         query, key, value = (made[f"rounded_{name}"].view(c.dtype) for name in ("query", "key", "value"))

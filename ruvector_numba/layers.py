@@ -24,14 +24,14 @@ __all__ = [
     "batch",
     "check_hidden",
     "checked_config",
-    "dice",
     "dropout",
+    "generator",
     "hidden",
     "identity",
-    "joined",
     "padded",
     "record_of",
     "sequences",
+    "with_padding",
 ]
 
 
@@ -43,7 +43,7 @@ def checked_config(config: object) -> AttentionConfig:
     return config
 
 
-def dice(seed: object) -> np.random.Generator:
+def generator(seed: object) -> np.random.Generator:
     """What a layer draws from: its initial parameters, if it has some, and the seeds of its dropout."""
     if seed is not None and not (is_whole(seed) and seed >= 0):  # type: ignore[operator]
         raise InvalidConfigError(f"seed is {seed!r}", hint="give a whole number that is not negative, or None")
@@ -57,11 +57,11 @@ class _Drops(Protocol):
     def dropout(self) -> float: ...
 
 
-def dropout(config: _Drops, training: bool, seed: int | None, dice: np.random.Generator) -> tuple[float, int | None]:
+def dropout(config: _Drops, training: bool, seed: int | None, random: np.random.Generator) -> tuple[float, int | None]:
     """The probability to drop a weight, and the seed that decides which."""
     if not switch("training", training):
         return 0.0, seed
-    return config.dropout, int(dice.integers(1 << 63)) if seed is None else seed
+    return config.dropout, int(random.integers(1 << 63)) if seed is None else seed
 
 
 def identity() -> bytes:
@@ -160,7 +160,7 @@ def hidden(mask: Any, scores: tuple[int, int, int, int], per_head: bool) -> mask
     return _attending("mask", array if array.ndim != 3 else array[:, None])
 
 
-def joined(mask: Any, key_padding_mask: Any, scores: tuple[int, int, int, int]) -> Any:
+def with_padding(mask: Any, key_padding_mask: Any, scores: tuple[int, int, int, int]) -> Any:
     """A layer's `mask` and `key_padding_mask` in one, as `mask` takes it: what a cache keeps."""
     if key_padding_mask is None:
         return mask

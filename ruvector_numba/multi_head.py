@@ -81,9 +81,9 @@ class MultiHeadAttention(Trainable, TrainableAttention):
         self.config = layers.checked_config(config)
         d = config.d_model
         self.kdim, self.vdim = _width("kdim", kdim, d), _width("vdim", vdim, d)
-        self._dice, self._identity = layers.dice(seed), layers.identity()
+        self._random, self._identity = layers.generator(seed), layers.identity()
         inputs = {"w_q": d, "w_k": self.kdim, "w_v": self.vdim, "w_o": d}
-        initial = {name: _glorot_uniform(self._dice, n, d) for name, n in inputs.items()}
+        initial = {name: _glorot_uniform(self._random, n, d) for name, n in inputs.items()}
         if config.use_bias:
             initial |= {name: np.zeros(d) for name in ("b_q", "b_k", "b_v", "b_o")}
         self._parameters = ParameterSet(initial).as_type(dtype)
@@ -197,13 +197,13 @@ class MultiHeadAttention(Trainable, TrainableAttention):
 
         `seed` decides what is dropped; without it, the layer's own generator does. The rest is as in `forward`.
         """
-        dropout, seed = layers.dropout(self.config, training, seed, self._dice)
+        dropout, seed = layers.dropout(self.config, training, seed, self._random)
         record = self._attend(query, key, value, mask, key_padding_mask, dropout, seed, device)
         output, lse = record.output, record.lse
         q, k, v = record.inputs
         if isinstance(record, gpu_layers.Record):
             scores = (q.shape[0], self.config.num_heads, q.shape[1], k.shape[1])
-            mask = layers.joined(mask, key_padding_mask, scores)
+            mask = layers.with_padding(mask, key_padding_mask, scores)
         else:
             mask = record.mask
         kept = read_only(output)
@@ -236,7 +236,7 @@ class MultiHeadAttention(Trainable, TrainableAttention):
         (B, Lq, _), Lk = inputs[0].shape, inputs[1].shape[1]
         for x in inputs:
             checks.check_memory((*x.shape[:2], config.d_model), x.dtype, "projection", "use a smaller batch")
-        mask = layers.joined(mask, key_padding_mask, (B, H, Lq, Lk))
+        mask = layers.with_padding(mask, key_padding_mask, (B, H, Lq, Lk))
         seen = layers.hidden(mask, (B, H, Lq, Lk), per_head=True)
         parameters = self._parameters.as_type(inputs[0].dtype)
         q, k, v = (_heads(x, parameters, name, H) for x, name in zip(inputs, "qkv", strict=True))

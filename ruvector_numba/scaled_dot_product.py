@@ -69,7 +69,7 @@ class ScaledDotProductAttention(Trainable, TrainableAttention):
     def __init__(self, config: AttentionConfig, seed: int | None = None) -> None:
         self.config = layers.checked_config(config)
         self._parameters = ParameterSet({})
-        self._dice = layers.dice(seed)
+        self._random = layers.generator(seed)
 
     def __repr__(self) -> str:
         return f"ScaledDotProductAttention({self.config})"
@@ -151,7 +151,7 @@ class ScaledDotProductAttention(Trainable, TrainableAttention):
 
         `seed` decides what is dropped; without it, the layer's own generator does. The rest is as in `forward`.
         """
-        dropout, seed = layers.dropout(self.config, training, seed, self._dice)
+        dropout, seed = layers.dropout(self.config, training, seed, self._random)
         record = self._attend(query, key, value, mask, dropout, seed, device)
         q, k, v = record.inputs
         output, lse = read_only(record.output), record.lse

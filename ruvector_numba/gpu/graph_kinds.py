@@ -46,10 +46,10 @@ def _gat(work: Work) -> Past:
 
 
 def _by_edge(work: Work) -> GpuArray:
-    from ..graphs.gat import joined
+    from ..graphs.gat import att_by_edge
 
     p = work.parameters
-    return work.constant("by edge", lambda: joined(p["att_edge"], p["lin_edge.weight"]))
+    return work.constant("by edge", lambda: att_by_edge(p["att_edge"], p["lin_edge.weight"]))
 
 
 def _gat_back(

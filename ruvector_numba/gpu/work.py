@@ -74,10 +74,10 @@ class Work:
         """The weights of several layers, one below the other, and their biases."""
         p = self.parameters
 
-        def joined(kind: str) -> GpuArray:
+        def stacked(kind: str) -> GpuArray:
             return self.constant((names, kind), lambda: np.concatenate([p[f"{name}.{kind}"] for name in names]))
 
-        return joined("weight"), joined("bias") if f"{names[0]}.bias" in p else None
+        return stacked("weight"), stacked("bias") if f"{names[0]}.bias" in p else None
 
     def linears(self, x: GpuArray, names: tuple[str, ...]) -> list[GpuArray]:
         """x through these layers, all at once: (N, H, C) of each."""

@@ -179,7 +179,7 @@ class GAT(_Convolution):
             query = plan.fold(h_target, p["att_dst"])[0][..., None]
         edge = by_edge = None
         if inputs.edge_attr is not None:  # att . (W a) = (att W) a: no array of edges is as wide as a node
-            by_edge = joined(p["att_edge"], p["lin_edge.weight"])
+            by_edge = att_by_edge(p["att_edge"], p["lin_edge.weight"])
             edge = linear(inputs.edge_attr, by_edge)[..., None]
         terms = plan.Terms(plan.SUM, products[0], query, h, edge=edge, fold=att, **self._common(inputs, p))
         return Past(inputs.graph, terms, keeps), (h_target, by_edge)
@@ -210,17 +210,17 @@ class GAT(_Convolution):
         if by_edge is not None:
             assert inputs.edge_attr is not None  # `by_edge` is what multiplied it
             dattr, dby_edge, _ = linear_backward(back.edge[..., 0], inputs.edge_attr, by_edge)
-            datt, dweight = _joined_back(dby_edge, p["att_edge"], p["lin_edge.weight"])
+            datt, dweight = _att_by_edge_back(dby_edge, p["att_edge"], p["lin_edge.weight"])
             gradients["att_edge"], gradients["lin_edge.weight"] = datt, dweight
         return dsource, dtarget, dattr
 
 
-def joined(att: Array, weight: Array) -> Array:
+def att_by_edge(att: Array, weight: Array) -> Array:
     """(H, edge_dim): att[h] . weight of the head"""
     return np.einsum("hc,hcd->hd", att[0], weight.reshape(*att[0].shape, -1))
 
 
-def _joined_back(grad: Array, att: Array, weight: Array) -> tuple[Array, Array]:
+def _att_by_edge_back(grad: Array, att: Array, weight: Array) -> tuple[Array, Array]:
     heads = weight.reshape(*att[0].shape, -1)
     datt = np.einsum("hd,hcd->hc", grad, heads)[None]
     return datt, np.einsum("hd,hc->hcd", grad, att[0]).reshape(weight.shape)

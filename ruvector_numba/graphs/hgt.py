@@ -118,7 +118,7 @@ class HGT(Trainable, GraphAttention):
             raise InvalidConfigError("heads does not divide out_channels", shapes=sizes, hint="heads share them evenly")
         self.edge_dim = {} if edge_dim is None else by_type("edge_dim", edge_dim, self.edge_types)
         self._identity = layers.identity()
-        self._parameters = starting_parameters(layers.dice(seed), self._shapes(), dtype, ones=("skip.", "p_rel."))
+        self._parameters = starting_parameters(layers.generator(seed), self._shapes(), dtype, ones=("skip.", "p_rel."))
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         F, D = self.out_channels, self.out_channels // self.heads

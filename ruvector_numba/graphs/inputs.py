@@ -141,15 +141,15 @@ def along_matrix(
     return output, graph.to_scipy(coefficients.mean(axis=1))
 
 
-def initial(dice: np.random.Generator, name: str, shape: tuple[int, ...]) -> Array:
+def initial(random: np.random.Generator, name: str, shape: tuple[int, ...]) -> Array:
     if name.endswith("bias"):
         return np.zeros(shape)
     bound = math.sqrt(6 / (shape[-1] + shape[-2]))
-    return dice.uniform(-bound, bound, shape)
+    return random.uniform(-bound, bound, shape)
 
 
 def starting_parameters(
-    dice: np.random.Generator, shapes: dict[str, tuple[int, ...]], dtype: DTypeLike, ones: tuple[str, ...] = ()
+    random: np.random.Generator, shapes: dict[str, tuple[int, ...]], dtype: DTypeLike, ones: tuple[str, ...] = ()
 ) -> ParameterSet:
     """A layer's initial parameters: Glorot-uniform, biases 0, and 1 where a name begins with one of `ones`."""
     try:
@@ -158,7 +158,7 @@ def starting_parameters(
         raise InvalidInputError(f"dtype is {dtype!r}: {error}", hint="give float32 or float64") from None
     numbers = sum(map(math.prod, shapes.values()))
     checks.check_memory((numbers,), np.dtype(float), "parameters", hint="give fewer channels or heads")
-    arrays = {n: np.ones(s) if ones and n.startswith(ones) else initial(dice, n, s) for n, s in shapes.items()}
+    arrays = {n: np.ones(s) if ones and n.startswith(ones) else initial(random, n, s) for n, s in shapes.items()}
     return ParameterSet(arrays).as_type(dtype)
 
 

@@ -80,10 +80,10 @@ class GraphLayer(Trainable, GraphAttention):
             self.dropout, _ = checks.dropout(dropout, 0)
         except InvalidInputError:
             raise InvalidConfigError(f"dropout is {dropout!r}", hint="give a probability, 0 to 1") from None
-        self._dice, self._identity = layers.dice(seed), layers.identity()
+        self._random, self._identity = layers.generator(seed), layers.identity()
 
     def _start(self, shapes: dict[str, tuple[int, ...]], dtype: DTypeLike) -> None:
-        self._parameters = starting_parameters(self._dice, shapes, dtype)
+        self._parameters = starting_parameters(self._random, shapes, dtype)
 
     @property
     def width(self) -> int:
@@ -209,7 +209,7 @@ class GraphLayer(Trainable, GraphAttention):
         InvalidInputError, DimensionMismatchError, GraphStructureError
             As in `forward`; InvalidInputError also for a `seed` that is no whole number from 0 to 2**63 - 1.
         """
-        dropout, seed = layers.dropout(self, training, seed, self._dice)
+        dropout, seed = layers.dropout(self, training, seed, self._random)
         output, record = self._run(x, graph, edge_attr, edge_weight, dropout, seed, device=device)
         return output, GraphCache(record)
 

@@ -106,14 +106,14 @@ class GraphTransformer(GraphLayer):
         self._start(self._shapes(), dtype)
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
-        joined, (n_source, n_target) = self.heads * self.out_channels, self.in_channels
+        channels, (n_source, n_target) = self.heads * self.out_channels, self.in_channels
         shapes: dict[str, tuple[int, ...]] = {}
-        sizes = [("lin_key", joined, n_source), ("lin_query", joined, n_target), ("lin_value", joined, n_source)]
+        sizes = [("lin_key", channels, n_source), ("lin_query", channels, n_target), ("lin_value", channels, n_source)]
         for name, n_out, n_in in [*sizes, ("lin_skip", self.width, n_target)]:
             shapes[f"{name}.weight"] = (n_out, n_in)
             shapes |= {f"{name}.bias": (n_out,)} if self.bias else {}
         if self.edge_dim is not None:
-            shapes["lin_edge.weight"] = (joined, self.edge_dim)
+            shapes["lin_edge.weight"] = (channels, self.edge_dim)
         if self.beta:
             shapes["lin_beta.weight"] = (1, 3 * self.width)
         return shapes

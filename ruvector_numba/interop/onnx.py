@@ -19,7 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from .. import dense, functional, masks, visibility
 from ..arrays import Array
-from . import onnx_checks as given
+from . import onnx_checks as checks
 from .onnx_masks import joined
 
 if TYPE_CHECKING:
@@ -161,27 +161,27 @@ def attention(
     >>> more.Y.shape, more.present_key.shape, more.qk_matmul_output.shape
     ((2, 1, 32), (2, 4, 11, 8), (2, 4, 1, 11))
     """
-    given.no_others("Attention", unknown, ATTRIBUTES)
-    opset = given.one_of("opset", opset, given.OPSETS)
+    checks.no_others("Attention", unknown, ATTRIBUTES)
+    opset = checks.one_of("opset", opset, checks.OPSETS)
     inputs = {"Q": Q, "K": K, "V": V, "past_key": past_key, "past_value": past_value}
-    arrays = {name: given.floats(name, x) for name, x in inputs.items() if x is not None or name in "QKV"}
-    given.check_types(arrays)
-    rank = given.rank(arrays)
-    heads = given.heads(arrays, q_num_heads, kv_num_heads, opset)
-    query, key, value = (given.by_heads(name, arrays[name], heads[name]) for name in "QKV")
-    past = given.past(arrays, key, value)
-    given.check_sizes(query, key, value)
+    arrays = {name: checks.floats(name, x) for name, x in inputs.items() if x is not None or name in "QKV"}
+    checks.check_types(arrays)
+    rank = checks.rank(arrays)
+    heads = checks.heads(arrays, q_num_heads, kv_num_heads, opset)
+    query, key, value = (checks.by_heads(name, arrays[name], heads[name]) for name in "QKV")
+    past = checks.past(arrays, key, value)
+    checks.check_sizes(query, key, value)
     P, Lq = past[0].shape[2] if past else 0, query.shape[2]
     scores_shape = (*query.shape[:3], P + key.shape[2])
-    mask = None if attn_mask is None else given.mask(attn_mask, scores_shape, opset)
-    lengths = None if nonpad_kv_seqlen is None else given.lengths(nonpad_kv_seqlen, key.shape, bool(past), opset)
-    left = given.reach("left_window_size", left_window_size, opset)
-    right = given.reach("right_window_size", right_window_size, opset)
-    if given.one_of("is_causal", is_causal, range(2)):
+    mask = None if attn_mask is None else checks.mask(attn_mask, scores_shape, opset)
+    lengths = None if nonpad_kv_seqlen is None else checks.lengths(nonpad_kv_seqlen, key.shape, bool(past), opset)
+    left = checks.reach("left_window_size", left_window_size, opset)
+    right = checks.reach("right_window_size", right_window_size, opset)
+    if checks.one_of("is_causal", is_causal, range(2)):
         right = 0  # whatever lies to the right of the query itself is the future
-    scale, cap = given.scale(scale, query.shape[3]), given.softcap(softcap)
-    dtype = _engine_type(arrays.values(), mask, given.precision(softmax_precision))
-    mode = given.mode(qk_matmul_output_mode, scores_shape, dtype)
+    scale, cap = checks.scale(scale, query.shape[3]), checks.softcap(softcap)
+    dtype = _engine_type(arrays.values(), mask, checks.precision(softmax_precision))
+    mode = checks.mode(qk_matmul_output_mode, scores_shape, dtype)
     lies = _stored_type((query, key, value), dtype)
 
     if past:

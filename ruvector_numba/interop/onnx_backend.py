@@ -10,7 +10,7 @@ import numpy as np
 
 from ..arrays import Array
 from ..errors import InvalidConfigError, InvalidInputError
-from . import onnx_checks as given
+from . import onnx_checks as checks
 from .onnx import attention
 
 try:
@@ -18,7 +18,7 @@ try:
     from onnx import helper, numpy_helper
     from onnx.backend import base
 except ModuleNotFoundError as error:
-    words = f"a backend for ONNX's models needs ONNX: {given.INSTALL}"
+    words = f"a backend for ONNX's models needs ONNX: {checks.INSTALL}"
     raise ModuleNotFoundError(words, name=error.name) from error
 
 from .onnx_flex import flex_attention
@@ -85,7 +85,7 @@ class Backend(base.Backend):  # type: ignore[misc]  # onnx comes without types h
     ) -> tuple[Any, ...]:
         """Run one node; `opset_version`, the newest by default, is of the standard's own domain."""
         _check_device(device)
-        opset = given.whole("opset_version", kwargs.get("opset_version", onnx.defs.onnx_opset_version()))
+        opset = checks.whole("opset_version", kwargs.get("opset_version", onnx.defs.onnx_opset_version()))
         if not _is_known(node, {"": opset, PREVIEW: 1}):
             raise _not_implemented([f"{node.op_type} of {node.domain or 'ai.onnx'}, opset {opset}"])
         named = [name for name in node.input if name]
@@ -155,7 +155,7 @@ def _versions(imports: Sequence[Any]) -> dict[str, int]:
 def _is_known(node: onnx.NodeProto, versions: Mapping[str, int]) -> bool:
     if (_domain(node), node.op_type) not in OPERATORS:
         return False
-    return versions.get(PREVIEW) == 1 if _domain(node) else versions[""] in given.OPSETS
+    return versions.get(PREVIEW) == 1 if _domain(node) else versions[""] in checks.OPSETS
 
 
 def _unknown(model: onnx.ModelProto) -> list[str]:

@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike
 from .. import dense, masks
 from ..arrays import Array, Shape
 from ..errors import InvalidConfigError, InvalidInputError
-from . import onnx_checks as given
+from . import onnx_checks as checks
 from .onnx import _engine_type
 from .onnx_masks import ABSORBING, joined
 
@@ -24,7 +24,7 @@ try:
     from onnx import helper, numpy_helper
     from onnx.reference import ReferenceEvaluator
 except ModuleNotFoundError as error:
-    words = f"reading subgraphs needs ONNX: {given.INSTALL}"
+    words = f"reading subgraphs needs ONNX: {checks.INSTALL}"
     raise ModuleNotFoundError(words, name=error.name) from error
 
 __all__ = ["flex_attention"]
@@ -88,23 +88,23 @@ def flex_attention(
     >>> rv.interop.onnx.flex_attention(x, x, x, score_mod=softcap).shape
     (1, 2, 3, 8)
     """
-    given.no_others("FlexAttention", unknown, ("scale", "score_mod", "prob_mod", "softmax_precision"))
-    arrays = {name: given.floats(name, x) for name, x in (("Q", Q), ("K", K), ("V", V))}
+    checks.no_others("FlexAttention", unknown, ("scale", "score_mod", "prob_mod", "softmax_precision"))
+    arrays = {name: checks.floats(name, x) for name, x in (("Q", Q), ("K", K), ("V", V))}
     if len({x.dtype for x in arrays.values()}) > 1:
         dtypes = {f"{name}.dtype": x.dtype for name, x in arrays.items()}
         raise InvalidInputError("Q, K and V differ in dtype", shapes=dtypes, hint="cast them to one")
-    if given.rank(arrays) != 4:
+    if checks.rank(arrays) != 4:
         shapes = {f"{name}.shape": x.shape for name, x in arrays.items()}
         raise InvalidInputError("Q, K and V have four axes", shapes=shapes, hint="(B, heads, L, channels)")
-    heads = given.heads(arrays, None, None, 25)
-    query, key, value = (given.by_heads(name, x, heads[name]) for name, x in arrays.items())
-    given.check_sizes(query, key, value)
-    dtype = _engine_type(arrays.values(), None, given.precision(softmax_precision))
+    heads = checks.heads(arrays, None, None, 25)
+    query, key, value = (checks.by_heads(name, x, heads[name]) for name, x in arrays.items())
+    checks.check_sizes(query, key, value)
+    dtype = _engine_type(arrays.values(), None, checks.precision(softmax_precision))
     shape = (*query.shape[:3], key.shape[2])
     scores = _Reader("score_mod", shape, opset, dtype).read(score_mod, Scores())
     weights = _Reader("prob_mod", shape, opset, dtype).read(prob_mod, Weights())
     query, key, value = (x.astype(dtype, copy=False) for x in (query, key, value))
-    total = given.scale(scale, query.shape[3]) * scores.factor
+    total = checks.scale(scale, query.shape[3]) * scores.factor
     output = dense.scaled_dot_product_attention(
         query, key, value, scores.mask(dtype, shape), scale=total, enable_gqa=True, softcap=scores.cap
     )

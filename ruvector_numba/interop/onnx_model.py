@@ -17,14 +17,14 @@ from numpy.typing import ArrayLike
 
 from ..arrays import Array
 from ..errors import InvalidInputError
-from . import onnx_checks as given
+from . import onnx_checks as checks
 
 try:
     import onnx
     import onnx.inliner
     from onnx import helper, numpy_helper
 except ModuleNotFoundError as error:
-    words = f"reading a model of ONNX needs ONNX: {given.INSTALL}"
+    words = f"reading a model of ONNX needs ONNX: {checks.INSTALL}"
     raise ModuleNotFoundError(words, name=error.name) from error
 
 from .onnx_graph import Graph, captured
@@ -304,6 +304,6 @@ def _onnxruntime() -> Any:
     try:
         import onnxruntime
     except ModuleNotFoundError as error:
-        words = f"replace_attention needs ONNX Runtime: {given.INSTALL}"
+        words = f"replace_attention needs ONNX Runtime: {checks.INSTALL}"
         raise ModuleNotFoundError(words, name=error.name) from error
     return onnxruntime

@@ -20,7 +20,7 @@ from .. import dense, dense_past, masks
 from ..arrays import Array, Shape
 from ..errors import InvalidInputError
 from ..results import AttentionCache
-from . import onnx_checks as given
+from . import onnx_checks as checks
 from .onnx import _engine_type
 from .onnx_backend import run_node
 from .onnx_graph import Graph, attributes
@@ -80,7 +80,7 @@ def sites(graph: Graph) -> tuple[list[Site], dict[str, str]]:
 
 def _operator(graph: Graph, at: int) -> Operator:
     node = graph.nodes[at]
-    if graph.opset not in given.OPSETS:
+    if graph.opset not in checks.OPSETS:
         raise Left(f"the operator Attention of opset {graph.opset}")
     kind = graph.stranger(node.input[3], {*FLOATS, onnx.TensorProto.BOOL}) if len(node.input) > 3 else None
     if kind:

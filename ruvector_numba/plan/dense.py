@@ -165,13 +165,13 @@ class Plan(NamedTuple):
 
     def __call__(self, c: DenseCall, **arrays: Any) -> None:
         seen = c.seen
-        given = dict(
+        arguments = dict(
             query=c.query, key=c.key, value=c.value, slopes=c.slopes, seed=c.seed, bias=seen.bias,
             mask=None if seen.allowed is None else seen.allowed.view(np.uint8),
             limits=None if seen.limits is None else _every_batch(seen.limits, c),
             scratch=memory.scratch(self.scratch * team.slots(), c.arithmetic),
         )  # fmt: skip
-        self.launch(**{**given, **arrays})
+        self.launch(**{**arguments, **arrays})
 
 
 def staged(c: DenseCall, p: Problem, plan: Plan) -> dict[str, Array]:

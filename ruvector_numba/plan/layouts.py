@@ -94,5 +94,5 @@ class Ready(NamedTuple):
     dtype: np.dtype[Any]
 
     def __call__(self, **arrays: Array | None) -> None:
-        given = {name: NOTHING if x is None else x for name, x in arrays.items()}
-        self.launch(scratch=memory.scratch(self.scratch * team.slots(), self.dtype), **given)
+        arguments = {name: NOTHING if x is None else x for name, x in arrays.items()}
+        self.launch(scratch=memory.scratch(self.scratch * team.slots(), self.dtype), **arguments)
