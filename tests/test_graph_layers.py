@@ -209,6 +209,30 @@ def test_a_hub(kind):
 
 
 @pytest.mark.core
+@pytest.mark.parametrize("channels", [7, 8])
+def test_a_gate_of_many_nodes(channels):
+    """Of several tasks; rows are whole vectors, or not."""
+    found = []
+    for n in sorted({1, MOST}):
+        with rv.threads(n):
+            case = make("GraphTransformer", 4, channels, 3, N=700, E=1500, beta=True)
+            found.append(results(case))
+    assert all(np.array_equal(found[0][name], x) for name, x in found[-1].items() if x is not None)
+    agrees(case.forward(), case.exact().output)
+    has_the_slope_of_a_loss(case)
+
+
+def test_a_gate_that_is_open_or_shut():
+    """Where exp(-z) is infinity or 0"""
+    case = make("GraphTransformer", 4, 3, 2, N=50, E=200, beta=True, dtype=np.float32)
+    weight = case.layer.parameters["lin_beta.weight"]
+    case.layer.set_parameters({**case.layer.parameters, "lin_beta.weight": 1e6 * weight})
+    with np.errstate(over="ignore"):
+        agrees(case.forward(), case.exact().output, np.float32)
+    assert all(np.isfinite(x).all() for x in results(case).values() if x is not None)
+
+
+@pytest.mark.core
 @pytest.mark.parametrize("edge_dim", [None, 3])
 @pytest.mark.parametrize("vectors", [1, 2, 4])
 @kinds

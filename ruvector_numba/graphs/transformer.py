@@ -161,8 +161,10 @@ class GraphTransformer(GraphLayer):
         if not self.beta:
             root += output
             return root, None
-        gate = _gate(output, root, p["lin_beta.weight"])
-        return gate * root + (1 - gate) * output, (output, root, gate)
+        from ..plan import gate as plan
+
+        out, gate = plan.forward(output, root, p["lin_beta.weight"])
+        return out, (output, root, gate)
 
     def _finish_back(self, grad: Array, record: Record, gradients: dict[str, Array]) -> tuple[Array, Array | None]:
         p, droot, dattended = record.parameters, grad, grad
@@ -170,13 +172,9 @@ class GraphTransformer(GraphLayer):
             gradients |= {name: np.zeros_like(p[name]) for name in ("lin_skip.weight", "lin_skip.bias") if name in p}
             return grad, None
         if self.beta:
-            output, root, gate = record.extra
-            dgate = (grad * (root - output)).sum(axis=1, keepdims=True) * gate * (1 - gate)
-            of_output, of_root, of_difference = np.split(p["lin_beta.weight"], 3, axis=1)
-            droot = grad * gate + dgate * (of_root - of_difference)
-            dattended = grad * (1 - gate) + dgate * (of_output + of_difference)
-            parts = (dgate[:, 0] @ x for x in (output, root, output - root))
-            gradients["lin_beta.weight"] = np.concatenate(list(parts))[None]
+            from ..plan import gate as plan
+
+            dattended, droot, gradients["lin_beta.weight"] = plan.backward(grad, *record.extra, p["lin_beta.weight"])
         assert record.inputs.target is not None  # `needs_target`: the layer refuses a call without
         return dattended, linears_backward(droot, record.inputs.target, p, ("lin_skip",), gradients)
 
@@ -198,12 +196,3 @@ class GraphTransformer(GraphLayer):
         if inputs.edge_attr is not None:
             dattr, gradients["lin_edge.weight"] = edge_terms_back(back)
         return dsource, dtarget, dattr
-
-
-def _gate(output: Array, root: Array, weight: Array) -> Array:
-    """sigmoid(weight [output, root, output - root]), (N, 1)"""
-    import scipy.special
-
-    of_output, of_root, of_difference = np.split(weight[0], 3)
-    z = output @ (of_output + of_difference) + root @ (of_root - of_difference)
-    return np.asarray(scipy.special.expit(z))[:, None]
