@@ -317,6 +317,23 @@ def test_the_gradient_of_edge_softmax_is_as_exact_as_its_formula():
     assert error <= 1.5 * naive
 
 
+def test_edge_softmax_takes_arrays_of_any_layout():
+    graph = rv.CSRGraph.from_edge_index(draw_edges(9, 7, 400), (7, 9))
+    scores, grad = np.random.default_rng(0).standard_normal((2, 400, 3))
+    weights = rv.edge_softmax(scores, graph)
+    gradient = rv.edge_softmax_backward(grad, weights, graph)
+    layouts = [
+        lambda x: np.asfortranarray(x),
+        lambda x: np.repeat(x, 2, axis=1)[:, ::2],
+        lambda x: np.pad(x, ((0, 0), (1, 2)))[:, 1:4],
+        lambda x: np.repeat(x, 2, axis=0)[::2],
+        lambda x: x[::-1].copy()[::-1],
+    ]
+    for change in layouts:
+        assert np.array_equal(rv.edge_softmax(change(scores), graph), weights)
+        assert np.array_equal(rv.edge_softmax_backward(change(grad), change(weights), graph), gradient)
+
+
 def test_edge_softmax_takes_lists():
     graph = rv.CSRGraph.from_edge_index([[0, 1], [0, 0]])
     assert rv.edge_softmax([0, 0], graph).tolist() == [0.5, 0.5]

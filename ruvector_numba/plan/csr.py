@@ -207,7 +207,8 @@ def softmax(by_target: Walk, scores: Array) -> Array:
 
 def softmax_backward(by_target: Walk, weights: Array, grad: Array) -> Array:
     """(E, H): the gradient of the scores, given the weights and theirs."""
-    return _of_edges(edge_softmax.backward, by_target, weights, grad_weights=grad, has_grad_weights=1)
+    given = np.ascontiguousarray(grad)
+    return _of_edges(edge_softmax.backward, by_target, weights, grad_weights=given, has_grad_weights=1)
 
 
 def _of_edges(kernel: Callable[..., None], by_target: Walk, numbers: Array, **more: Any) -> Array:
