@@ -313,7 +313,6 @@ def row_indices(rows: Any, Lq: int) -> NDArray[np.int64]:
 
 
 __all__ = [
-    "Array",
     "call",
     "check_bits",
     "check_memory",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from numpy.typing import ArrayLike
 
 from .. import checks, gpu
-from ..checks import Array
+from ..arrays import Array
 from ..projection import flattened
 from .graph import CSRGraph
 from .neighbors import by_target, checked_graph, edge_numbers, packed

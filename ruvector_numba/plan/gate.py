@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from ..checks import Array
+from ..arrays import Array
 from ..kernels import gate as kernels
 from ..kernels.gather import Rows
 from . import memory
