@@ -1,7 +1,9 @@
 """The gate of a graph transformer: g = sigmoid(w . [o, r, o - r]) weighs the root's r against attention's o.
 
-    o, r (N, C)     out = g r + (1 - g) o, a row at a time; what is of one row stays near the core meanwhile
-    w (3, C)        as two rows, for o and for r: w[0] + w[2] and w[1] - w[2]
+    o, r, out (N, C)    out = g r + (1 - g) o
+    w (3, C)            given as two rows, for o and for r: w[0] + w[2] and w[1] - w[2]
+
+A row at a time, which stays near the core while it is read twice.
 """
 
 import math

@@ -174,7 +174,9 @@ class GraphTransformer(GraphLayer):
         if self.beta:
             from ..plan import gate as plan
 
-            dattended, droot, gradients["lin_beta.weight"] = plan.backward(grad, *record.extra, p["lin_beta.weight"])
+            output, root, gate = record.extra
+            made = plan.backward(grad, output, root, gate, p["lin_beta.weight"])
+            dattended, droot, gradients["lin_beta.weight"] = made
         assert record.inputs.target is not None  # `needs_target`: the layer refuses a call without
         return dattended, linears_backward(droot, record.inputs.target, p, ("lin_skip",), gradients)
 

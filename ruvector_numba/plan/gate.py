@@ -53,4 +53,3 @@ def _run(kernel: Any, output: Array, root: Array, weight: Array, gate: Array, **
     if tasks:
         kernel.prepare(job, tasks, output.dtype, 4 * N * C)()
     return sums.sum(axis=0)[:, :C]
-
