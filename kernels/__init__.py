@@ -9,7 +9,7 @@ To learn attention from it, read in this order; a backward pass comes after its 
     dense, dense_backward, decode, pairs        attention: many queries, gradients, few queries, weights on demand
     gather, walk, csr, joint, csr_backward      the same on graphs: products with rows anywhere, batches of edges
     largest, edge_softmax                       aggregation "max" on graphs; the softmax over the edges of each node
-    edge_features, gate                         rows of edges that are products, batch by batch; a root that is weighed
+    edge_features, gate, gelu                   rows of edges that are products; what layers do behind attention
     projection, grouping, loops                 linear layers; edges in the order of one of their ends; self-loops
     halves, packed                              float16 and bfloat16, and bfloat16 two by two
     jit, jobs, cache, simd/                     compiling and threads, jobs packed, code on disk, all that knows LLVM

@@ -15,6 +15,7 @@ import ruvector_numba as rv
 from ruvector_numba import errors
 from ruvector_numba.graphs.hgt import HGT
 from ruvector_numba.parameters import ParameterSet
+from ruvector_numba.plan import gelu
 
 NODES = {"author": 5, "paper": 7, "venue": 3}
 WRITES, CITES, RATES, AT = (
@@ -162,6 +163,19 @@ def test_all_gradients_by_differences(name):
         differences(lambda v, k=kind: loss(x={k: v}), x[kind], found.node_features[kind], kind)
     for kind in attr or {}:
         differences(lambda v, k=kind: loss(attr={k: v}), attr[kind], found.edge_attr[kind], kind)
+
+
+@pytest.mark.parametrize(("dtype", "rtol"), [(np.float32, 2e-7), (np.float64, 4e-14)])
+def test_gelu_keeps_its_digits_where_it_is_small(dtype, rtol):
+    """1 + erf would have none left; over several tasks."""
+    x = np.linspace(-12, 12, 20_001).astype(dtype)
+    grad = np.cos(3 * x)
+    wide = x.astype(np.float64)
+    below, density = scipy.special.ndtr(wide), np.exp(-wide * wide / 2) / math.sqrt(2 * math.pi)
+    np.testing.assert_allclose(gelu.forward(x), wide * below, rtol)
+    slope = below + wide * density
+    np.testing.assert_allclose(gelu.backward(x, grad), grad * slope, rtol, atol=rtol * 1e-2)
+    assert gelu.forward(x).dtype == gelu.backward(x, grad).dtype == dtype
 
 
 def test_weights_of_edges_and_their_gradients():

@@ -33,7 +33,7 @@ from .hetero import (
     parameter_key,
     weights_of_edges,
 )
-from .hgt_products import along, along_back, flat, gate_of, linear_back, linear_rows, normal
+from .hgt_products import along, along_back, flat, gate_of, linear_back, linear_rows
 from .inputs import along_matrix, check_owner, size, starting_parameters
 from .neighbors import Past
 from .results import HeteroCache, HeteroGradients, HeteroRecord
@@ -240,6 +240,7 @@ class HGT(Trainable, GraphAttention):
         self, x_dict: Any, edge_index_dict: Any, edge_attr_dict: Any, edge_weight: Any, keeps: bool
     ) -> tuple[Any, HeteroCache]:
         from ..plan import csr as plan
+        from ..plan import gelu
 
         nodes = nodes_by_type(x_dict, self.in_channels)
         joined = joined_edges(self.edge_types, edge_index_dict, nodes)
@@ -266,13 +267,14 @@ class HGT(Trainable, GraphAttention):
             edge_value=None if edge_rows is None else edge_rows[:, 1],
         )  # fmt: skip
         past = Past(joined.graph, terms, keeps)
-        output = {node: self._finish(node, past.output[at], nodes[node], p) for node, at in joined.targets.items()}
-        return output, HeteroCache(HeteroRecord(self, nodes, joined, attr, attr_shapes, weighted, p, past))
+        active = {node: gelu.forward(past.output[at]) for node, at in joined.targets.items()}
+        output = {node: self._finish(node, a, nodes[node], p) for node, a in active.items()}
+        return output, HeteroCache(HeteroRecord(self, nodes, joined, attr, attr_shapes, weighted, p, past, active))
 
-    def _finish(self, kind: str, attended: Array, x: Array, p: ParameterSet) -> Array:
-        a, name = attended.reshape(len(x), self.out_channels), f"out_lin.lins.{kind}"
+    def _finish(self, kind: str, active: Array, x: Array, p: ParameterSet) -> Array:
+        a, name = active.reshape(len(x), self.out_channels), f"out_lin.lins.{kind}"
         output = np.empty_like(a)
-        linear_rows(a * normal(a), p[f"{name}.weight"], p[f"{name}.bias"], output)
+        linear_rows(a, p[f"{name}.weight"], p[f"{name}.bias"], output)
         if x.shape[1] == self.out_channels:
             gate = gate_of(kind, p)
             output *= gate
@@ -365,11 +367,11 @@ class HGT(Trainable, GraphAttention):
     def _finish_back(
         self, kind: str, grad: Array, record: HeteroRecord, gradients: dict[str, Array], dx: Array
     ) -> Array:
+        from ..plan import gelu
+
         p, x, name = record.parameters, record.nodes[kind], f"out_lin.lins.{kind}"
-        attended = record.past.output[record.joined.targets[kind]]
-        a, weight, bias = attended.reshape(grad.shape), p[f"{name}.weight"], p[f"{name}.bias"]
-        below = normal(a)
-        da, dweight, dbias = linear_backward(grad, a * below, weight)
+        attended, weight, bias = record.past.output[record.joined.targets[kind]], p[f"{name}.weight"], p[f"{name}.bias"]
+        da, dweight, dbias = linear_backward(grad, record.active[kind].reshape(grad.shape), weight)
         if x.shape[1] == self.out_channels:
             gate = gate_of(kind, p)
             # the product of grad and what out_lin gave is that of its gradients and its parameters
@@ -379,7 +381,7 @@ class HGT(Trainable, GraphAttention):
                 y *= gate
             dx += (1 - gate) * grad
         gradients[f"{name}.weight"], gradients[f"{name}.bias"] = dweight, dbias
-        return (da * (below + a * np.exp(-0.5 * a * a) * (1 / math.sqrt(2 * math.pi)))).reshape(attended.shape)
+        return gelu.backward(attended, da)
 
     def _attr_back(self, kind: EdgeType, back: Any, record: HeteroRecord, gradients: dict[str, Array]) -> Array:
         p, at, x = record.parameters, record.joined.edges[kind], record.attr[kind]

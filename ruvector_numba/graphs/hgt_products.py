@@ -1,4 +1,4 @@
-"""The products that `HGT` is made of, and their ways back: rows times stacked weights, priorities, gates, gelu."""
+"""The products that `HGT` is made of, and their ways back: rows times stacked weights, priorities, gates."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..parameters import ParameterSet
 from ..projection import linear_backward, product
 from .hetero import EdgeType, parameter_key
 
-__all__ = ["along", "along_back", "flat", "gate_of", "linear_back", "linear_rows", "normal"]
+__all__ = ["along", "along_back", "flat", "gate_of", "linear_back", "linear_rows"]
 
 
 def flat(weights: Array) -> Array:
@@ -48,10 +48,3 @@ def priority(kind: EdgeType, p: ParameterSet) -> Array:
 
 def gate_of(kind: str, p: ParameterSet) -> Any:
     return 1 / (1 + np.exp(-p[f"skip.{parameter_key(kind)}"][0]))
-
-
-def normal(x: Array) -> Array:
-    """The share of the normal distribution below x: gelu is x times it."""
-    import scipy.special
-
-    return np.asarray(scipy.special.ndtr(x))

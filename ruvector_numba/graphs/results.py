@@ -101,6 +101,7 @@ class HeteroRecord(NamedTuple):
     weighted: list[EdgeType]  # the types of edges that were given weights
     parameters: ParameterSet
     past: Past
+    active: dict[str, Array]  # gelu of what each type of nodes attended to
 
 
 class HeteroCache:
