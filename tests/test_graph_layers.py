@@ -222,14 +222,24 @@ def test_a_gate_of_many_nodes(channels):
     has_the_slope_of_a_loss(case)
 
 
+def test_a_gate_takes_gradients_of_any_layout():
+    case = make("GraphTransformer", 4, 3, 2, beta=True)
+    grad, (_, cache) = case.grad_output(), case.forward_cached()
+    wanted = case.layer.backward(grad, cache)
+    for other in (np.asfortranarray(grad), np.repeat(grad, 2, axis=1)[:, ::2], grad[::-1].copy()[::-1]):
+        got = case.layer.backward(other, cache)
+        assert np.array_equal(got.node_features, wanted.node_features)
+        assert all(np.array_equal(x, wanted.parameters[name]) for name, x in got.parameters.items())
+
+
 def test_a_gate_that_is_open_or_shut():
     """Where exp(-z) is infinity or 0"""
     case = make("GraphTransformer", 4, 3, 2, N=50, E=200, beta=True, dtype=np.float32)
     weight = case.layer.parameters["lin_beta.weight"]
     case.layer.set_parameters({**case.layer.parameters, "lin_beta.weight": 1e6 * weight})
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore"):  # of the specification's exp
         agrees(case.forward(), case.exact().output, np.float32)
-    assert all(np.isfinite(x).all() for x in results(case).values() if x is not None)
+        assert all(np.isfinite(x).all() for x in results(case).values() if x is not None)
 
 
 @pytest.mark.core

@@ -176,6 +176,8 @@ def test_gelu_keeps_its_digits_where_it_is_small(dtype, rtol):
     slope = below + wide * density
     np.testing.assert_allclose(gelu.backward(x, grad), grad * slope, rtol, atol=rtol * 1e-2)
     assert gelu.forward(x).dtype == gelu.backward(x, grad).dtype == dtype
+    np.testing.assert_array_equal(gelu.forward(x[::2]), gelu.forward(x)[::2])
+    np.testing.assert_array_equal(gelu.backward(x[::2], grad[::2]), gelu.backward(x, grad)[::2])
 
 
 def test_weights_of_edges_and_their_gradients():

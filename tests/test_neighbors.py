@@ -270,6 +270,7 @@ def test_a_hidden_edge_may_have_any_weight(hub, poison, aggregation):
 
 
 # --- edge_softmax ---------------------------------------------------------------------------------------------------
+@pytest.mark.core
 @dtypes
 @pytest.mark.parametrize("heads", [(), (1,), (2,), (3,), (5,), (17,)], ids=str)
 @pytest.mark.parametrize(
