@@ -262,6 +262,18 @@ def finish(job, desk, i):
         choose(job, desk, i)
 
 
+@apart
+def join_totals(desk, bound, total, h):
+    """The bound and total of a head, with those of a part added; what sums under each of both are worth now"""
+    before, mine, other = desk.bound[h], 1.0, 1.0
+    if bound > before:
+        mine, desk.bound[h] = math.exp(np.float64(before - bound)), bound
+    elif bound < before:
+        other = math.exp(np.float64(bound - before))
+    desk.total[h] = desk.total[h] * mine + total * other
+    return mine, other
+
+
 @within
 def add_parts(job, desk, first, last):
     """What the parts of a hub have summed, each under its own bound, as if `attend` had done it at once."""
@@ -274,18 +286,13 @@ def add_parts(job, desk, first, last):
     for part in range(first, last):
         here = job.partial + part * job.partial_step
         for h in range(span):
-            bound, before, factor, mine = here[width + h], desk.bound[h], 1.0, 1.0
-            if bound > before:
-                mine, desk.bound[h] = math.exp(np.float64(before - bound)), bound
-            elif bound < before:
-                factor = math.exp(np.float64(bound - before))
-            desk.total[h] = desk.total[h] * mine + here[width + span + h] * factor
+            mine, other = join_totals(desk, here[width + h], here[width + span + h], h)
             for c in range(h * pad, (h + 1) * pad if h < H else 0):
                 desk.value[c] *= mine
                 if job.aggregation == MAX:
-                    join_largest(job, desk, part, c, here[c] * factor)
+                    join_largest(job, desk, part, c, here[c] * other)
                 else:
-                    desk.value[c] += here[c] * factor
+                    desk.value[c] += here[c] * other
 
 
 @kernel

@@ -23,6 +23,7 @@ from .gather import (
     fill,
     first_lanes,
     multiply,
+    put_numbers_of,
     put_part,
     put_row,
     rounds,
@@ -32,7 +33,7 @@ from .gather import (
 from .jit import apart, inline, kernel, within
 from .joint import joint_gradients, leaky_slope
 from .largest import add_chosen, dot_chosen, keep_chosen
-from .simd import fma, lanes_of, load, period_sum, prefetch, splat, store, store_live, where
+from .simd import fma, lanes_of, load, period_sum, splat, store, store_live, where
 from .walk import (
     DOT,
     HUB,
@@ -157,10 +158,8 @@ def score_gradients(job, desk, first, n, sums):
             sum = sum + first_lanes(d, n * W - f, 0.0)
         if job.rule == SUM:
             store(load(desk.terms, g) + period_sum(sum, W), desk.terms, g)
-    for e in range(n if job.wants_dbias else 0):
-        prefetch(job.dbias, edges[e + AHEAD] * H)
-        for h in range(H):
-            job.dbias[edges[e] * H + h] = ds[e * W + h]
+    if job.wants_dbias:
+        put_numbers_of(job.dbias, ds, edges, n, H, W)
     # 2. w
     if job.has_shares:
         multiply(desk.weights, desk.shares, n * W)

@@ -11,12 +11,10 @@ part knows what all of them have.
 
 import math
 
-import numpy as np
-
-from .csr import find_weights, soften
-from .gather import AHEAD, EDGES, Rows, copy, fill, first_lanes, rounds, row_part
+from .csr import find_weights, join_totals, soften
+from .gather import EDGES, Rows, copy, fill, first_lanes, put_numbers_of, rounds, take_numbers_of
 from .jit import apart, kernel, within
-from .simd import lanes_of, load, period_sum, prefetch, splat, store, where
+from .simd import lanes_of, load, period_sum, splat, store, where
 from .walk import (
     NODES,
     PART,
@@ -34,34 +32,14 @@ from .walk import (
 INF = math.inf
 
 
-# --- edges in the caller's order, and on the desk -------------------------------------------------------------------
-@apart
-def gather_numbers(out, rows, edges, n, H, W):
-    """out[e, h] = rows[edges[e], h]"""
-    lanes = lanes_of(out)
-    for g in range(0, H, lanes):
-        live = min(lanes, H - g)
-        for e in range(n):
-            prefetch(rows.data, edges[e + AHEAD] * rows.step + g)
-            store(row_part(rows, edges[e] * rows.step + g, live, lanes), out, e * W + g)
-
-
+# --- along the edges -------------------------------------------------------------------------------------------------
 @within
 def take(job, desk, first, n):
     """scores = s, or backward w, and changes = dw: of the n edges from `first` on"""
     take_edges(job, desk, first, n)
-    gather_numbers(desk.scores, job.bias, desk.edges, n, job.H, job.W)
+    take_numbers_of(desk.scores, job.bias, desk.edges, n, job.H, job.W)
     if job.has_grad_weights:
-        gather_numbers(desk.changes, Rows(job.grad_weights, job.H), desk.edges, n, job.H, job.W)
-
-
-@within
-def put(job, desk, n):
-    """What was made of the n edges, which lies in weights. (Masked stores would take longer, see gather.py.)"""
-    for e in range(n):
-        at = desk.edges[e] * job.H
-        for h in range(job.H):
-            job.dbias[at + h] = desk.weights[e * job.W + h]
+        take_numbers_of(desk.changes, Rows(job.grad_weights, job.H), desk.edges, n, job.H, job.W)
 
 
 @within
@@ -89,7 +67,7 @@ def do_batch(job, desk, i, j, first, n, measure, finish):
         clear(job, here)
         measure(job, here, end - begin, False)
         finish(job, here, end - begin)
-    put(job, desk, n)
+    put_numbers_of(job.dbias, desk.weights, desk.edges, n, job.H, job.W)
 
 
 @within
@@ -112,11 +90,12 @@ def do_long(job, desk, task, first, last, measure, finish):
         n = min(EDGES, last - p)
         take(job, desk, p, n)
         finish(job, desk, n)
-        put(job, desk, n)
+        put_numbers_of(job.dbias, desk.weights, desk.edges, n, job.H, job.W)
 
 
 @within
 def clear(job, desk):
+    """Nothing measured yet. Backward the bound is 0 throughout: sums of parts are added as they are."""
     fill(desk.bound, job.span, 0.0 if job.has_grad_weights else -INF)
     fill(desk.total, job.span, 0.0)
 
@@ -129,12 +108,7 @@ def join_parts(job, desk, task):
     for part in range(hub[1], hub[2]):
         here = job.partial + part * job.partial_step
         for h in range(span):
-            bound, before, fade, mine = here[h], desk.bound[h], 1.0, 1.0
-            if bound > before:
-                fade, desk.bound[h] = math.exp(np.float64(before - bound)), bound
-            elif bound < before:
-                mine = math.exp(np.float64(bound - before))
-            desk.total[h] = desk.total[h] * fade + here[span + h] * mine
+            join_totals(desk, here[h], here[span + h], h)
 
 
 # --- forward --------------------------------------------------------------------------------------------------------

@@ -159,6 +159,26 @@ def fill(out, n, value):
         store(splat(zeros_of(out), value), out, i)
 
 
+@apart
+def take_numbers_of(out, rows, edges, n, H, W):
+    """out[e, h] = rows[edges[e], h]"""
+    lanes = lanes_of(out)
+    for g in range(0, H, lanes):
+        live = min(lanes, H - g)
+        for e in range(n):
+            prefetch(rows.data, edges[e + AHEAD] * rows.step + g)
+            store(row_part(rows, edges[e] * rows.step + g, live, lanes), out, e * W + g)
+
+
+@apart
+def put_numbers_of(out, x, edges, n, H, W):
+    """out[edges[e], h] = x[e, h], one by one: see `put_part`"""
+    for e in range(n):
+        prefetch(out, edges[e + AHEAD] * H)
+        for h in range(H):
+            out[edges[e] * H + h] = x[e * W + h]
+
+
 @inline
 def rounds(n, W, lanes):
     """How often n edges' numbers repeat as vectors of the same heads; `range` would divide to find out."""

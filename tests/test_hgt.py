@@ -176,6 +176,10 @@ def test_gelu_keeps_its_digits_where_it_is_small(dtype, rtol):
     slope = below + wide * density
     np.testing.assert_allclose(gelu.backward(x, grad), grad * slope, rtol, atol=rtol * 1e-2)
     assert gelu.forward(x).dtype == gelu.backward(x, grad).dtype == dtype
+    assert gelu.backward(x[:0], grad[:0]).shape == (0,)
+    with rv.threads(1):
+        one = gelu.forward(x), gelu.backward(x, grad)
+    np.testing.assert_array_equal(one, (gelu.forward(x), gelu.backward(x, grad)))
     np.testing.assert_array_equal(gelu.forward(x[::2]), gelu.forward(x)[::2])
     np.testing.assert_array_equal(gelu.backward(x[::2], grad[::2]), gelu.backward(x, grad)[::2])
 

@@ -22,7 +22,7 @@ from ..kernels.scoring import Dropout
 from ..kernels.simd import target
 from . import memory, team
 from .dropout import threshold_and_gain
-from .layouts import NOTHING
+from .layouts import NO_ROWS, NOTHING, rows
 from .schedule import Schedule, schedule
 
 __all__ = [
@@ -48,7 +48,6 @@ NODES = 512  # of a task that has no edges to do
 
 SUM, JOINT, DOT, GIVEN = walk.SUM, walk.JOINT, walk.DOT, walk.GIVEN
 AGGREGATIONS = {"sum": walk.ADD, "mean": walk.MEAN, "max": walk.MAX}
-NO_ROWS = Rows(NOTHING, 0)
 
 
 class Walk(NamedTuple):
@@ -175,15 +174,14 @@ def backward(
     scores = terms.bias if terms.bias is not None else terms.edge if is_summed else None
     made["bias"] = like(scores)
     fields = dict(
-        grad=_rows(grad), grad_weights=_or_nothing(grad_weights), has_grad_weights=int(grad_weights is not None),
+        grad=rows(grad), grad_weights=_or_nothing(grad_weights), has_grad_weights=int(grad_weights is not None),
         pairs=memory.empty((2 * kept.scores.size + target().lanes(dtype.itemsize),), dtype),
-        dquery=_rows(made["query"]), dkey=_rows(made["key"]),
-        dvalue=_rows(made["value"]), dedge=_rows(made["edge"]), dweight=_or_nothing(made["edge_weight"]),
-        dedge_value=_rows(made["edge_value"]), dbias=_or_nothing(made["bias"]), wants_dbias=int(scores is not None),
+        dquery=rows(made["query"]), dkey=rows(made["key"]),
+        dvalue=rows(made["value"]), dedge=rows(made["edge"]), dweight=_or_nothing(made["edge_weight"]),
+        dedge_value=rows(made["edge_value"]), dbias=_or_nothing(made["bias"]), wants_dbias=int(scores is not None),
     )  # fmt: skip
     job = _job(by_target, terms, kept, **fields)
-    rows = _rows_of_sums(by_target)
-    of_matrix = np.zeros((rows, job.features.K, job.features.pitch), dtype)
+    of_matrix = np.zeros((_rows_of_sums(by_target), job.features.K, job.features.pitch), dtype)
     job = job._replace(features=job.features._replace(sums=of_matrix))
     in_parts = walk.PART, walk.SECOND_PART, walk.HUB
     sums = _run(backwards.backward_targets, by_target, job, dtype, pad, in_parts)
@@ -228,7 +226,7 @@ def fold(value: Array, weights: Array) -> Array:
         out[...] = 0
         return out
     padded = _padded(weights, -(-C // target().lanes(value.itemsize)) * target().lanes(value.itemsize))
-    job = kernels.FoldJob(_rows(value), padded, out, F, N, H, C, padded.shape[-1], NODES)
+    job = kernels.FoldJob(rows(value), padded, out, F, N, H, C, padded.shape[-1], NODES)
     if N:
         kernels.fold.prepare(job, -(-N // NODES), value.dtype, 4 * N * H * C)()
     return out
@@ -306,10 +304,6 @@ def _features(terms: Terms, lanes: int) -> walk.Features:
     return walk.Features(K, D, pitch, narrow, _padded(matrix, pitch), _padded(matrix.T, narrow), NOTHING)
 
 
-def _rows(x: Array | None) -> Rows:
-    return NO_ROWS if x is None else Rows(x, x.strides[0] // x.itemsize)
-
-
 def _or_nothing(x: Array | None) -> Array:
     return NOTHING if x is None else x
 
@@ -339,15 +333,15 @@ def _job(by: Walk, terms: Terms, kept: Kept, **more: Any) -> walk.NeighborJob:
         wide_others=wide[1], wide_edge_ids=wide[2], wide_positions=wide[3], has_ids=int(by.edge_ids is not None),
         wants_ids=int(wants_ids), E=len(by.others), mode=walk.NODES, starts=starts, parts=parts, hubs=hubs, most=MOST,
         partial=np.empty((len(parts), partial_step), dtype), partial_step=partial_step,
-        rule=terms.rule, slope=terms.slope, scale=terms.scale, key=_rows(terms.key), query=_rows(terms.query),
-        edge=_rows(terms.edge), has_edge=int(terms.edge is not None), features=features, bias=_rows(terms.bias),
+        rule=terms.rule, slope=terms.slope, scale=terms.scale, key=rows(terms.key), query=rows(terms.query),
+        edge=rows(terms.edge), has_edge=int(terms.edge is not None), features=features, bias=rows(terms.bias),
         has_bias=int(terms.bias is not None), att=_padded(terms.att, pad), normalizes=int(terms.normalizes),
         dropout=Dropout(terms.seed, *threshold_and_gain(terms.dropout)), edge_weight=_or_nothing(terms.edge_weight),
         has_dropout=int(terms.dropout > 0), has_weight=int(terms.edge_weight is not None), has_shares=int(has_shares),
-        aggregation=AGGREGATIONS[terms.aggregation], value=_rows(terms.value), edge_value=_rows(terms.edge_value),
+        aggregation=AGGREGATIONS[terms.aggregation], value=rows(terms.value), edge_value=rows(terms.edge_value),
         has_edge_value=int(terms.edge_value is not None), offset=offset, scores=kept.scores, keeps=0,
         bounds=kept.bounds, totals=kept.totals, chosen=kept.chosen, chosen_step=_chosen_step(terms),
-        output=_rows(kept.output), grad=NO_ROWS, grad_weights=NOTHING, has_grad_weights=0,
+        output=rows(kept.output), grad=NO_ROWS, grad_weights=NOTHING, has_grad_weights=0,
         pairs=NOTHING, dquery=NO_ROWS, dkey=NO_ROWS, dvalue=NO_ROWS, dedge=NO_ROWS, dbias=NOTHING, dweight=NOTHING,
         dedge_value=NO_ROWS, wants_dbias=0, fold=NOTHING, folds=0, sums=NOTHING, sums_from=0, H=H, W=W,
         span=span, width=H * pad, channels=_heads(H, C, pad, lanes), terms=_heads(H, terms.key.shape[2], pad, lanes),

@@ -8,20 +8,18 @@ import numpy as np
 
 from ..arrays import Array
 from ..kernels import gate as kernels
-from ..kernels.gather import Rows
 from . import memory
-from .layouts import NOTHING, padded
+from .layouts import NO_ROWS, padded, rows
 
 __all__ = ["backward", "forward"]
 
 ROWS = 256  # of one task
-NO_ROWS = Rows(NOTHING, 0)
 
 
 def forward(output: Array, root: Array, weight: Array) -> tuple[Array, Array]:
     """g root + (1 - g) output, and g (N), of rows (N, C) and weights (1, 3 C)."""
     out, gate = memory.empty(output.shape, output.dtype), memory.empty((len(output),), output.dtype)
-    _run(kernels.forward, output, root, weight, gate, out=_rows(out))
+    _run(kernels.forward, output, root, weight, gate, out=rows(out))
     return out, gate
 
 
@@ -29,13 +27,9 @@ def backward(grad: Array, output: Array, root: Array, gate: Array, weight: Array
     """The gradients of output, root and weight."""
     doutput, droot = (memory.empty(output.shape, output.dtype) for _ in range(2))
     grad = np.ascontiguousarray(grad)
-    more = dict(grad=_rows(grad), out=_rows(doutput), droot=_rows(droot))
+    more = dict(grad=rows(grad), out=rows(doutput), droot=rows(droot))
     of_output, of_root = _run(kernels.backward, output, root, weight, gate, **more)
     return doutput, droot, np.concatenate([of_output, of_root, of_output - of_root])[None]
-
-
-def _rows(x: Array) -> Rows:
-    return Rows(x, x.shape[1])
 
 
 def _run(kernel: Any, output: Array, root: Array, weight: Array, gate: Array, **more: Any) -> Array:
@@ -47,7 +41,7 @@ def _run(kernel: Any, output: Array, root: Array, weight: Array, gate: Array, **
     both[:, :C] = of_output + of_difference, of_root - of_difference
     sums = np.zeros((tasks, 2, width), output.dtype)
     job = kernels.GateJob(
-        output=_rows(np.ascontiguousarray(output)), root=_rows(np.ascontiguousarray(root)), weight=both, gate=gate,
+        output=rows(np.ascontiguousarray(output)), root=rows(np.ascontiguousarray(root)), weight=both, gate=gate,
         sums=sums, N=N, C=C, pad=width, rows=ROWS, **{"grad": NO_ROWS, "droot": NO_ROWS, **more},
     )  # fmt: skip
     if tasks:

@@ -10,12 +10,14 @@ from numpy.typing import NDArray
 
 from ..arrays import Array, Shape
 from ..kernels import blocks, jit
+from ..kernels.gather import Rows
 from ..kernels.tiles import Matrices
 from . import memory, team
 
 __all__ = [
     "NOTHING",
     "NOWHERE",
+    "NO_ROWS",
     "Layout",
     "Ready",
     "as_matrices",
@@ -23,6 +25,7 @@ __all__ = [
     "contiguous",
     "layout",
     "padded",
+    "rows",
     "with_heads",
 ]
 
@@ -84,6 +87,12 @@ def contiguous(shape: Shape, itemsize: int) -> Layout:
 
 NOTHING = np.zeros(1, np.int64)  # what a pointer that is not used points to
 NOWHERE = Matrices(NOTHING, NOTHING, 0, 0)
+NO_ROWS = Rows(NOTHING, 0)
+
+
+def rows(x: Array | None) -> Rows:
+    """An array whose rows are contiguous, each."""
+    return NO_ROWS if x is None else Rows(x, x.strides[0] // x.itemsize)
 
 
 class Ready(NamedTuple):
