@@ -1,7 +1,7 @@
 """The arguments of a kernel as a row of 8-byte values, which is all that crosses from Python to it.
 
 A job is a NamedTuple of arrays, numbers and smaller such tuples, annotated with the kinds below. Packing takes some
-50 us for one of 140 values, so that plans keep what they can; what changes from call to call has a name in its place.
+50 us for one of 120 values, so that plans keep what they can; what changes from call to call has a name in its place.
 """
 
 import ctypes
