@@ -6,8 +6,10 @@ is one head of d channels, and a weight (d_in, d_out) is a batch of one.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -30,14 +32,13 @@ def product(
     `sums`, if given, gets the sum of each column of `right`. If it `adds`, the products, without a bias, are added to
     what is there.
     """
-    if out.size * left.size == 0:
+    if not (out.size and left.size):
         if not adds:
             out[...] = 0 if bias is None else bias.reshape(out.shape[2:])
         if sums is not None:
             sums[...] = 0
         return
-    from .plan import projection as plan  # at the first call, as it loads the kernels
-
+    plan = _plans()
     parts = plan.parts(left, out)
     made = out if parts == 1 else np.empty((parts, *out.shape), out.dtype)
     made_sums = None if sums is None else np.zeros((parts, sums.size), sums.dtype)
@@ -50,6 +51,14 @@ def product(
     if sums is not None:
         assert made_sums is not None  # it is there where `sums` is
         sums[...] = made_sums.sum(axis=0).reshape(sums.shape)
+
+
+@functools.cache
+def _plans() -> Any:
+    """At the first call, as it loads the kernels; asking Python for a module takes 1 us of each call."""
+    from .plan import projection
+
+    return projection
 
 
 def linear(x: Array, weight: Array, bias: Array | None = None) -> Array:

@@ -149,6 +149,27 @@ def test_a_row_has_the_same_bits_alone_in_company_and_on_any_number_of_threads(d
 
 
 @pytest.mark.core
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 16, 17])
+def test_few_rows_are_those_of_many_to_the_bit(rows):
+    """Up to sixteen go another way: past weights where they lie, of one layer or of three side by side."""
+    rng = np.random.default_rng(rows)
+    for K, names, J in ((7, 1, 3), (300, 1, 700), (256, 3, 512), (64, 3, 40), (530, 3, 128)):
+        x, w, b = (rng.standard_normal(n, dtype=np.float32) for n in ((40, K), (names, K, J), (names * J,)))
+        right = w[None].transpose(0, 2, 1, 3)
+
+        def project(x, right=right, b=b, J=J):
+            made = np.full((1, len(x), len(b) // J, J), np.nan, np.float32)
+            product(x[None, :, None], right, made, b)
+            return made[0]
+
+        with rv.threads(1):
+            whole = project(x)
+        agree(whole.reshape(40, -1), x, w.swapaxes(0, 1).reshape(K, -1), b)
+        for some in (x[:rows], np.asfortranarray(x)[:rows]):
+            assert project(some).tobytes() == whole[:rows].tobytes()
+
+
+@pytest.mark.core
 @pytest.mark.parametrize("J", [5, 3 * target().lanes(4), 11 * target().lanes(4)])
 def test_it_adds_to_what_is_there(J):
     rng = np.random.default_rng(J)

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from ..arrays import Array
+from ..arrays import Array, Shape
 from ..kernels import projection as kernels
 from ..kernels.projection import Pairs
 from ..kernels.simd import target
 from . import team
-from .layouts import Layout, Ready, layout
+from .layouts import Layout, Ready
 
 # Of out, what one task makes: each reads its rows of `left` and columns of `right` once, so large tasks read less. With
 # 384 x 384 for 192 x 384, and `left` where it lies, layers of 512 and 768 are multiplied 1.03 to 1.07 times as fast
@@ -25,7 +25,8 @@ LONG, PART, ROOM = 1 << 14, 1 << 12, 1 << 20
 # `left` is read where it lies if its rows are as short as SHORT, or columns to multiply them to as many as WIDE. Else
 # it is copied: few columns wait for memory at each new row (100,000 rows, 64 columns: 5 %).
 SHORT, WIDE = 128, 128
-FEW_ROWS = 16  # up to so many, `right` is read where it lies
+# Up to so many rows, `right` is read where it lies, whole rows of it, which tasks of so many columns at least share.
+FEW_ROWS, FEW_COLS = 16, 256
 
 
 def parts(left: Array, out: Array) -> int:
@@ -34,54 +35,59 @@ def parts(left: Array, out: Array) -> int:
     return 1 if K < LONG else max(1, min(-(-K // PART), ROOM // out.size))
 
 
-class Problem(NamedTuple):
-    dtype: np.dtype[Any]
-    left: Layout
-    right: Layout
-    out: Layout
-    parts: int
-    wants_bias: bool
-    wants_sums: bool
-    adds: bool
-    threads: int  # the sizes of tasks change no bit
-
-
 def product(left: Array, right: Array, out: Array, wants_bias: bool, wants_sums: bool, adds: bool) -> Ready:
     """out = left right, or +=, of pairs for rows and pairs for columns; or each part of the sums a matrix of out."""
-    several = out.ndim == 5
-    layouts, parts = (layout(left), layout(right), layout(out[0] if several else out)), len(out) if several else 1
-    return _plan(Problem(out.dtype, *layouts, parts, wants_bias, wants_sums, adds, team.threads()))
+    parts, one = (len(out), out[0]) if out.ndim == 5 else (1, out)
+    layouts = left.shape, left.strides, right.shape, right.strides, one.shape, one.strides
+    return _plan(out.dtype, *layouts, parts, wants_bias, wants_sums, adds, team.threads())
 
 
 @functools.lru_cache(512)
-def _plan(p: Problem) -> Ready:
-    itemsize = p.dtype.itemsize
-    I, J, K = (a * b for a, b in (p.out.shape[:2], p.out.shape[2:], p.left.shape[2:]))
+def _plan(
+    dtype: np.dtype[Any],
+    left_shape: Shape,
+    left_strides: Shape,
+    right_shape: Shape,
+    right_strides: Shape,
+    out_shape: Shape,
+    out_strides: Shape,
+    parts: int,
+    wants_bias: bool,
+    wants_sums: bool,
+    adds: bool,
+    threads: int,  # the sizes of tasks change no bit
+) -> Ready:
+    itemsize = dtype.itemsize
+    I, J, K = (a * b for a, b in (out_shape[:2], out_shape[2:], left_shape[2:]))
     width, lanes = target().width(itemsize), target().lanes(itemsize)
-    out = _pairs("out", p.out, itemsize)
-    run = _run(out, I, J, -(-K // (kernels.SUMMED * p.parts)), lanes)
+    out = _pairs("out", Layout(out_shape, out_strides), itemsize)
+    run = _run(out, I, J, -(-K // (kernels.SUMMED * parts)), lanes)
     for most in TASKS:
         rows, cols = _evenly(I, most[0], target().rows), _evenly(J, most[1], width if run in (0, J) else run)
-        tasks = -(-I // rows) * -(-J // cols) * p.parts
-        if tasks >= 4 * p.threads:
+        tasks = -(-I // rows) * -(-J // cols) * parts
+        if tasks >= 4 * threads:
             break
-    left, left_transposed = _lines("left", p.left, itemsize)
-    right, right_transposed = _lines("right", p.right, itemsize)
+    left, left_transposed = _lines("left", Layout(left_shape, left_strides), itemsize)
+    right, right_transposed = _lines("right", Layout(right_shape, right_strides), itemsize)
+    few_cols = _evenly(min(right.cols, J), max(FEW_COLS, -(-J // (2 * threads))), kernels.STRIP * lanes)
+    is_plain = not right_transposed and right.col == 1 and right.rows == K
+    few = I <= FEW_ROWS and is_plain and (right.cols == J or right.cols % few_cols == 0)
+    if few:
+        rows, cols, run, tasks = I, few_cols, 0, -(-J // few_cols) * parts
     scratch = kernels.scratch_elements(rows, cols, width, lanes)
     if run and not kernels.fill_tiles(((J - 1) % cols + 1) // lanes):  # what is left for the last task
         run = 0
     plain = not left_transposed and left.col == 1 and (left.rows, left.cols) == (I, K)
     left_in_place = plain and (K <= SHORT or J >= WIDE)
-    right_in_place = I <= FEW_ROWS and not right_transposed and right.col == 1 and (right.rows, right.cols) == (K, J)
     job = kernels.ProjectionJob(
         left=left, right=right, out=out, bias="bias", sums="sums",
         left_transposed=left_transposed, right_transposed=right_transposed, left_in_place=int(left_in_place),
-        right_in_place=int(right_in_place), out_in_place=int(run > 0), run=run or J,
-        wants_bias=int(p.wants_bias), wants_sums=int(p.wants_sums), adds=int(p.adds), I=I, J=J, K=K,
-        part=_evenly(max(K, 1), -(-max(K, 1) // p.parts), kernels.SUMMED), out_step=I * J,
+        few=int(few), out_in_place=int(run > 0), run=run or J,
+        wants_bias=int(wants_bias), wants_sums=int(wants_sums), adds=int(adds), I=I, J=J, K=K,
+        part=_evenly(max(K, 1), -(-max(K, 1) // parts), kernels.SUMMED), out_step=I * J,
         task_rows=rows, task_cols=cols, scratch="scratch", scratch_step=scratch,
     )  # fmt: skip
-    return Ready(kernels.project.prepare(job, tasks, p.dtype, I * J * K), scratch, p.dtype)
+    return Ready(kernels.project.prepare(job, tasks, dtype, I * J * K), team.scratch(scratch, dtype))
 
 
 def _run(out: Pairs, I: int, J: int, chunks: int, lanes: int) -> int:
