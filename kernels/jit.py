@@ -94,7 +94,7 @@ class Kernel:
 
 
 class Launch(typing.NamedTuple):
-    """A packed job: call it with the arrays and whole numbers that its named fields stand for."""
+    """A packed job: call it with the arrays and whole numbers that its named fields stand for, None for no array."""
 
     name: str
     function: int
@@ -105,17 +105,27 @@ class Launch(typing.NamedTuple):
     work: float
 
     def __call__(self, **values) -> None:
+        if simd.CHECKED:
+            return self._checked(values)
+        job = self.template.copy()
+        for name, slot in self.open_slots:
+            value = values[name]
+            if value is not None:
+                job[slot] = value if type(value) is int else address(value)
+        _run(self.function, job, self.tasks, self.work)
+
+    def _checked(self, values: dict) -> None:
+        """Arrays with their bounds, none where there is no array, and an error if one was left."""
         job = self.template.copy()
         for name, slot in self.open_slots:
             value = values[name] if type(name) is str else name
             if type(value) is int:
-                job[HEADER + slot] = value
-            elif simd.CHECKED:
-                job[HEADER + slot : HEADER + slot + 4] = *bounds(value), job.ctypes.data + 8 * REPORT
+                job[slot] = value
             else:
-                job[HEADER + slot] = address(value)
+                of_array = (0, 0, 0) if value is None else bounds(value)
+                job[slot : slot + 4] = *of_array, job.ctypes.data + 8 * REPORT
         _run(self.function, job, self.tasks, self.work)
-        if simd.CHECKED and job[REPORT]:
+        if job[REPORT]:
             raise IndexError(f"kernel {self.name} left the bounds of an array")
 
 

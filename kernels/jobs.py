@@ -31,10 +31,11 @@ _POINTEES = {
 
 COUNTER, REPORT, HEADER = 0, 1, 2  # a job begins with the next task's number and, when checked, "left its bounds"
 _DATA = object.__basicsize__  # an ndarray's data pointer is the first field after the object's header
+_word_at = ctypes.c_ssize_t.from_address
 
 
 def _read_address(array: np.ndarray) -> int:
-    return ctypes.c_void_p.from_address(id(array) + _DATA).value or 0
+    return _word_at(id(array) + _DATA).value
 
 
 def _ask_address(array: np.ndarray) -> int:
@@ -111,15 +112,15 @@ def _values(job) -> list:
 
 
 def flatten(job) -> tuple[list, tuple]:
-    """The job's 8-byte values in order; the slots to fill in at each launch, with what fills them: names and, when
-    accesses are checked, arrays."""
+    """The job's 8-byte values in order; where in the row, its header included, something is filled in at each launch,
+    with what that is: names and, when accesses are checked, arrays."""
     begins, size = _slots(type(job))
     flat: list = [0] * size
     open_slots: list = []
     for value, slot in zip(_values(job), begins, strict=True):
         is_array = isinstance(value, np.ndarray)
         if type(value) is str or (is_array and simd.CHECKED):
-            open_slots.append((value, slot))
+            open_slots.append((value, HEADER + slot))
         elif value is not None:
             flat[slot] = address(value) if is_array else value
     return flat, tuple(open_slots)

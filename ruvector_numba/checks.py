@@ -36,8 +36,8 @@ def call(
     dtype: str | None = None,
 ) -> DenseCall:
     """Check the arguments of attention."""
-    arrays = (("query", query), ("key", key), ("value", value))
-    query, key, value = (readable(name, x, may_be_half=True, dtype=dtype) for name, x in arrays)
+    query, key = readable("query", query, True, dtype), readable("key", key, True, dtype)
+    value = readable("value", value, True, dtype)
     if dtype is not None:  # ml_dtypes.bfloat16 and its bits are one type then
         key, value = key.view(query.dtype), value.view(query.dtype)
     enable_gqa = switch("enable_gqa", enable_gqa)
@@ -133,10 +133,9 @@ def readable(name: str, x: ArrayLike, may_be_half: bool = False, dtype: str | No
     """The argument as an array of at least two axes that the kernels can read."""
     if type(x) is not np.ndarray:
         x = from_sequence(name, x, f"pass {name}.filled(0) and hide keys by attn_mask or masks.Lengths")
-    is_half = may_be_half and (x.dtype == np.float16 or halves.is_bfloat16(x.dtype))
     if dtype is not None:
         check_bits(name, x, dtype)
-    elif not (x.dtype in FLOATS or is_half) or not x.dtype.isnative:
+    elif not (x.dtype in FLOATS or (may_be_half and _is_half(x.dtype))) or not x.dtype.isnative:
         hint = f"cast it: {_to_float32(name, x.dtype)}"
         if x.dtype.kind == "c":
             hint = f"attention is real: take {name}.real, or stack real and imaginary parts"
@@ -150,6 +149,11 @@ def readable(name: str, x: ArrayLike, may_be_half: bool = False, dtype: str | No
             f"{name} has {x.ndim} axes", shapes={f"{name}.shape": x.shape}, hint="give (..., H, L, D), or (L, D)"
         )
     return x if x.flags.aligned else x.copy()
+
+
+def _is_half(dtype: np.dtype[Any]) -> bool:
+    """Of a caller's array, whose uint16 are no bfloat16 numbers unless it says so."""
+    return dtype == np.float16 or halves.is_bfloat16(dtype)
 
 
 def check_bits(name: str, x: Array, dtype: object) -> None:

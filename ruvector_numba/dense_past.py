@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -17,6 +18,14 @@ from .results import InputGradients
 __all__ = ["SOME_WEIGHTS", "Past", "forward", "merged"]
 
 SOME_WEIGHTS = "ask for some of the weights: weights(rows=slice(0, 1000))"
+
+
+@functools.cache
+def _plans() -> Any:
+    """At the first call, as it loads the kernels, 60 ms; asking Python for a module takes 1 us of each call."""
+    from .plan import dense
+
+    return dense
 
 
 class Past(NamedTuple):
@@ -93,8 +102,7 @@ def merged(
 
 def forward(c: DenseCall, out: Array | None = None, wants_sums: bool = True, by_tiles: bool = False) -> Past:
     """A checked call's output and, if wanted, the sums that its weights and gradients need."""
-    from .plan import dense as plan  # at the first call, as it loads the kernels: 60 ms
-
+    plan = _plans()
     shape = c.output_shape
     if out is None:
         checks.check_memory(shape, c.dtype, "output", "attend with some of the queries or heads at a time")
@@ -136,8 +144,7 @@ def _by_tiles(past: Past) -> Past:
     For few queries the forward pass sums a score in another order. The two differ by a rounding of the score, which
     for large scores is too much: weights would no longer sum to 1.
     """
-    from .plan import dense as plan
-
+    plan = _plans()
     if not plan.is_few(plan.problem(past.call, past.output)):
         return past
     again = forward(past.call, by_tiles=True)
@@ -154,8 +161,7 @@ def _with_channels(c: DenseCall) -> DenseCall:
 
 
 def _backward(past: Past, grad_output: Array, grad_lse: Array, wants_bias: bool) -> InputGradients:
-    from .plan import dense as plan
-
+    plan = _plans()
     c, output = past.call, past.output if past.exact is None else past.exact
     shape_of_bias = () if c.seen.bias is None else c.seen.bias.shape
     bias = np.zeros(shape_of_bias, c.bias_dtype) if wants_bias else None
@@ -195,8 +201,7 @@ def _backward(past: Past, grad_output: Array, grad_lse: Array, wants_bias: bool)
 
 def _room_for_gradients(c: DenseCall) -> dict[str, Array]:
     """Where gradients are summed, those of keys and values in rows of whole vectors, and where they are rounded."""
-    from .plan import dense as plan
-
+    plan = _plans()
     kind, named = c.arithmetic, {"key": c.key, "value": c.value}
     shapes = {f"grad_{name}": plan.padded(x.shape, kind.itemsize) for name, x in named.items()}
     if not c.rounds:
@@ -231,8 +236,7 @@ def _queries(c: DenseCall, rows: slice) -> DenseCall:
 
 
 def _weights(c: DenseCall, sums: Array, result: Array) -> None:
-    from .plan import dense as plan
-
+    plan = _plans()
     c = _with_channels(c)
     result = halves.stored(result)
     ready = plan.weights(problem := plan.problem(c, result))

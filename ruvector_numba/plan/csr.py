@@ -375,4 +375,4 @@ def _rows_of_sums(by: Walk) -> int:
 def _launch(kernel: Any, job: walk.NeighborJob, tasks: int, dtype: np.dtype[Any]) -> None:
     if tasks:
         launch = kernel.prepare(job, tasks, dtype, 4 * job.E * job.H * (job.channels.C + job.terms.C + 8))
-        launch(scratch=memory.scratch(job.scratch_step * team.slots(), dtype))
+        launch(scratch=memory.scratch(team.scratch(job.scratch_step, dtype)))

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from ..arrays import Array, Shape
 from ..dense_call import DenseCall
 from ..halves import BITS
+from ..halves import arithmetic as arithmetic_of
 from ..kernels import blocks, decode, dense, dense_backward, jit, pairs
 from ..kernels.scoring import ByteMatrices, Dropout
 from ..kernels.simd import halves as target_halves
@@ -55,34 +56,49 @@ class Problem(NamedTuple):
     limits: Shape | None
     bias: Layout | None
     mask: Layout | None
+    copied: tuple[str, ...]  # which of key and value are copied first
 
 
 def threads() -> int:
     return team.threads()
 
 
-def _as_read(x: Array, c: DenseCall) -> Layout:
-    """How keys or values lie that kernels read: as they are given, or copied first.
+def _crowds(x: Layout, itemsize: int, queries: int) -> bool:
+    """Are these keys or values copied first, so that they crowd no cache?
 
     A product goes down 128 rows of a few columns. If rows are a multiple of 1024 bytes apart, as heads of (B, L, H, D)
     often are, those are too many for their few sets of the first cache. Copied, 512 queries and more are 1.04 to 1.12
     times as fast, with gradients too; 256 as fast as before, and 128 would be slower, 0.87 to 0.96.
     """
-    row, itemsize, queries = x.strides[-2], x.itemsize, c.query.shape[-2]
+    row = x.strides[-2]
     crowds = row % 1024 == 0 and abs(row) >= 2 * itemsize * x.shape[-1]
     pays = queries >= max(MANY_QUERIES, MANY_BLOCKS * target().width(itemsize))
-    fits = x.size <= halves.KEPT and 0 not in x.strides and x.dtype == c.arithmetic
-    return contiguous(x.shape, itemsize) if crowds and pays and fits else layout(x)
+    return crowds and pays and math.prod(x.shape) <= halves.KEPT and 0 not in x.strides
 
 
 def problem(c: DenseCall, output: Array) -> Problem:
-    seen, key, value = c.seen, _as_read(c.key, c), _as_read(c.value, c)
-    return Problem(
-        c.query.dtype, c.arithmetic, c.rounds, layout(c.query), key, value, layout(output), c.scale,
-        c.softcap, c.slopes is not None, c.dropout, c.eps, seen.first, seen.last, seen.offset,
+    seen = c.seen
+    terms = (
+        c.scale, c.softcap, c.slopes is not None, c.dropout, c.eps, seen.first, seen.last, seen.offset,
         None if seen.limits is None else seen.limits.shape, None if seen.bias is None else layout(seen.bias),
         None if seen.allowed is None else layout(seen.allowed),
     )  # fmt: skip
+    layouts = [(x.shape, x.strides) for x in (c.query, c.key, c.value, output)]
+    return _problem(c.query.dtype, c.dtype, tuple(layouts), terms)
+
+
+@functools.lru_cache(1024)
+def _problem(
+    stored: np.dtype[Any], of_results: np.dtype[Any], layouts: tuple[tuple[Shape, Shape], ...], terms: tuple[Any, ...]
+) -> Problem:
+    """What `problem` gathered, spelled out: that is made once, and of each call only what tells it from others."""
+    arithmetic, (query, key, value, output) = arithmetic_of(stored), (Layout(*x) for x in layouts)
+    named = {"key": key, "value": value} if stored == arithmetic else {}
+    copied = tuple(name for name, x in named.items() if _crowds(x, stored.itemsize, query.shape[-2]))
+    key, value = (
+        contiguous(x.shape, stored.itemsize) if name in copied else x for name, x in (("key", key), ("value", value))
+    )
+    return Problem(stored, arithmetic, of_results.itemsize == 2, query, key, value, output, *(*terms, copied))
 
 
 def _outputs(p: Problem, output: Layout | None, exact: Layout | None) -> dict[str, Any]:
@@ -158,35 +174,37 @@ class Plan(NamedTuple):
     """A job ready to be launched, and what it still has to be given."""
 
     launch: jit.Launch
-    scratch: int  # elements that one thread needs
+    scratch: int  # bytes that all threads need
     splits: int
     unit: float  # what a score in the kernel's unit, such as `top`, is worth
     widens: bool  # it reads keys and values widened, as `staged` makes them
 
     def __call__(self, c: DenseCall, **arrays: Any) -> None:
         seen = c.seen
-        arguments = dict(
-            query=c.query, key=c.key, value=c.value, slopes=c.slopes, seed=c.seed, bias=seen.bias,
+        self.launch(
+            query=c.query, slopes=c.slopes, seed=c.seed, bias=seen.bias,
             mask=None if seen.allowed is None else seen.allowed.view(np.uint8),
             limits=None if seen.limits is None else _every_batch(seen.limits, c),
-            scratch=memory.scratch(self.scratch * team.slots(), c.arithmetic),
+            scratch=memory.scratch(self.scratch), **arrays,
         )  # fmt: skip
-        self.launch(**{**arguments, **arrays})
 
 
 def staged(c: DenseCall, p: Problem, plan: Plan) -> dict[str, Array]:
-    """Keys and values where a plan does not take the call's own: widened beside them or copied, until the next call."""
+    """Keys and values: the call's own, widened ones beside them, or copies, both until the next call."""
     arrays = {"key": c.key, "value": c.value}
     if plan.widens:
-        return {f"widened_{name}": halves.copied(x, name) for name, x in arrays.items()}
-    return {name: halves.copied(x, name) for name, x in arrays.items() if layout(x) != getattr(p, name)}
+        return arrays | {f"widened_{name}": halves.copied(x, name) for name, x in arrays.items()}
+    for name in p.copied:
+        arrays[name] = halves.copied(arrays[name], name)
+    return arrays
 
 
 rounded, room = halves.rounded, halves.room
 
 
 def _every_batch(limits: NDArray[np.int64], c: DenseCall) -> NDArray[np.int64]:
-    return np.ascontiguousarray(np.broadcast_to(limits, (*c.batch, c.query.shape[-2], 2)), np.int64)
+    shape = (*c.batch, c.query.shape[-2], 2)
+    return np.ascontiguousarray(limits if limits.shape == shape else np.broadcast_to(limits, shape), np.int64)
 
 
 def _plan(kernel: jit.Kernel, job: blocks.AttentionJob, tasks: int, p: Problem, products: int) -> Plan:
@@ -194,7 +212,7 @@ def _plan(kernel: jit.Kernel, job: blocks.AttentionJob, tasks: int, p: Problem, 
     work = heads * job.Lq * job.Lk * (job.D + job.Dv) * products / 2
     unit = LN2 if job.natural is None else 1.0
     launch = kernel.prepare(job, tasks, p.dtype, work)
-    return Plan(launch, job.scratch_step, job.splits, unit, job.widened is not None)
+    return Plan(launch, team.scratch(job.scratch_step, p.arithmetic), job.splits, unit, job.widened is not None)
 
 
 def is_few(p: Problem) -> bool:

@@ -14,6 +14,7 @@ from ..kernels import jit
 from ..kernels.scoring import ByteMatrices
 from ..kernels.simd import target
 from ..kernels.tiles import Matrices
+from . import team
 from .layouts import NOWHERE, Layout, Ready, as_matrices, broadcast, contiguous, layout, padded
 
 SOFT_WORK = 32  # what an element of a softmax costs, in multiply-adds
@@ -34,7 +35,7 @@ def product(dtype: np.dtype[Any], left: Layout, right: Layout, factor: float, se
     )  # fmt: skip
     matrices = math.prod(left.shape[:-2])
     launch = kernels.product.prepare(job, matrices * row_blocks * column_blocks, dtype, matrices * I * J * K)
-    return Ready(launch, scratch, dtype)
+    return Ready(launch, team.scratch(scratch, dtype))
 
 
 @functools.lru_cache(512)
@@ -49,7 +50,7 @@ def mask(dtype: np.dtype[Any], scores: Layout, bias: Layout, allowed: Layout, hi
         allowed=ByteMatrices(*as_matrices("allowed", broadcast(allowed, with_heads), 1)), limits="limits",
         hidden=hidden, Lq=shape[-2], Lk=shape[-1], blocks=blocks,
     )  # fmt: skip
-    return Ready(kernels.mask.prepare(job, tasks, dtype, MASK_WORK * math.prod(shape)), 0, dtype)
+    return Ready(kernels.mask.prepare(job, tasks, dtype, MASK_WORK * math.prod(shape)), 0)
 
 
 @functools.lru_cache(512)
@@ -76,7 +77,7 @@ def _softmax(
         given=as_matrices("given", given, itemsize), weights=as_matrices("weights", weights, itemsize),
         grad_scores=grad_scores, eps=eps, Lq=Lq, Lk=Lk, blocks=blocks, scratch="scratch", scratch_step=scratch,
     )  # fmt: skip
-    return Ready(kernel.prepare(job, tasks, dtype, SOFT_WORK * math.prod(shape)), scratch, dtype)
+    return Ready(kernel.prepare(job, tasks, dtype, SOFT_WORK * math.prod(shape)), team.scratch(scratch, dtype))
 
 
 def _row_blocks(shape: Shape) -> tuple[int, int]:

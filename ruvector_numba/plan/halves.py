@@ -46,7 +46,8 @@ def room(shape: Shape, purpose: str, dtype: np.dtype[Any] = _SINGLE) -> Array:
     size = math.prod(shape)
     if size > KEPT:
         return np.empty(shape, dtype)
-    return memory.scratch(size, dtype, purpose)[: dtype.itemsize * size].view(dtype).reshape(shape)
+    size *= dtype.itemsize
+    return memory.scratch(size, purpose)[:size].view(dtype).reshape(shape)
 
 
 def copied(x: Array, purpose: str) -> Array:

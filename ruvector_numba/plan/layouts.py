@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,7 +12,7 @@ from ..arrays import Array, Shape
 from ..kernels import blocks, jit
 from ..kernels.gather import Rows
 from ..kernels.tiles import Matrices
-from . import memory, team
+from . import memory
 
 __all__ = [
     "NOTHING",
@@ -99,9 +99,7 @@ class Ready(NamedTuple):
     """A job ready to be launched with its arrays."""
 
     launch: jit.Launch
-    scratch: int  # elements that one thread needs
-    dtype: np.dtype[Any]
+    scratch: int  # bytes that all threads need
 
     def __call__(self, **arrays: Array | None) -> None:
-        arguments = {name: NOTHING if x is None else x for name, x in arrays.items()}
-        self.launch(scratch=memory.scratch(self.scratch * team.slots(), self.dtype), **arguments)
+        self.launch(scratch=memory.scratch(self.scratch), **arrays)

@@ -132,9 +132,8 @@ _slabs = _Slabs()
 _NONE = np.empty(0, np.uint8)
 
 
-def scratch(elements: int, dtype: np.dtype[Any], purpose: str = "kernel") -> Array:
-    """At least `elements` of memory on a cache line, that of the last call if it is large enough."""
-    size = elements * dtype.itemsize
+def scratch(size: int, purpose: str = "kernel") -> Array:
+    """At least so many bytes of memory on a cache line, that of the last call if it is large enough."""
     slab = _slabs.arrays.get(purpose, _NONE)
     if slab.size < size:
         slab = _slabs.arrays[purpose] = empty((max(size, 1 << 16),), np.dtype(np.uint8))

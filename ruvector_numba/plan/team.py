@@ -6,11 +6,14 @@ The kernels ask that variable at their first launch; whoever plans one asks befo
 from __future__ import annotations
 
 import functools
+from typing import Any
+
+import numpy as np
 
 from ..errors import InvalidInputError
 from ..kernels import jit
 
-__all__ = ["size", "slots", "threads"]
+__all__ = ["scratch", "size", "threads"]
 
 
 def size() -> int:
@@ -30,7 +33,7 @@ def threads() -> int:
     return int(jit.threads())
 
 
-def slots() -> int:
-    """How many threads may need scratch."""
+def scratch(elements: int, dtype: np.dtype[Any]) -> int:
+    """Bytes for all threads that there may ever be, of which each needs so many elements."""
     _asked()
-    return int(jit.slots())
+    return int(elements * dtype.itemsize * jit.slots())
