@@ -22,6 +22,7 @@ equal and print alike. `dataclasses.replace` makes a changed copy.
 from __future__ import annotations
 
 import difflib
+import functools
 import json
 import math
 import numbers
@@ -198,7 +199,7 @@ class AttentionConfig(_Config):
     causal: bool = False
     eps: float = 1e-6
 
-    @property
+    @functools.cached_property
     def d_k(self) -> int:
         """Channels per head; `InvalidConfigError` if the configuration is not valid."""
         self.validate()

@@ -239,7 +239,7 @@ class MultiHeadAttention(Trainable, TrainableAttention):
         mask = layers.with_padding(mask, key_padding_mask, (B, H, Lq, Lk))
         seen = layers.hidden(mask, (B, H, Lq, Lk), per_head=True)
         parameters = self._parameters.as_type(inputs[0].dtype)
-        q, k, v = (_heads(x, parameters, name, H) for x, name in zip(inputs, "qkv", strict=True))
+        q, k, v = _heads(inputs, parameters, H)
         scale = config.get_scale()
         c = checks.call(q, k, v, seen, dropout_p=dropout, is_causal=config.causal, scale=scale, seed=seed)
         return _output(c._replace(eps=config.eps), inputs, parameters, mask)
@@ -341,15 +341,13 @@ class MultiHeadAttention(Trainable, TrainableAttention):
         cache.check(new, half or new.dtype, H, config)
         start, stop = cache.length, cache.length + new.shape[1]
         parameters = self._parameters.as_type(new.dtype)
-        query = halves.rounded(_heads(new, parameters, "q", H), cache.keys.dtype)
-        for name, past in (("k", cache.keys), ("v", cache.values)):
-            made = _heads(new, parameters, name, H, out=past[:, :, start:stop] if half is None else None)
-            if half is not None:
-                past[:, :, start:stop] = halves.rounded(made, half)
+        query, key, value = (halves.rounded(x, cache.keys.dtype) for x in _heads((new, new, new), parameters, H))
+        cache.keys[:, :, start:stop], cache.values[:, :, start:stop] = key, value
         # Keys by the thousand, and limits that say how many count: a plan for each length would cost 0.1 ms a step.
         room = -(-stop // KEYS_AT_ONCE) * KEYS_AT_ONCE
-        ends = np.arange(start + 1, stop + 1)
-        seen = visibility.Visibility(limits=np.stack([np.zeros_like(ends), ends], axis=-1)[None])
+        limits = np.zeros((*new.shape[:2], 2), np.int64)
+        limits[..., 1] = np.arange(start + 1, stop + 1)
+        seen = visibility.Visibility(limits=limits)
         keys, values = cache.keys[:, :, :room], cache.values[:, :, :room]
         c = checks.call(query, keys, values, scale=config.get_scale())
         c = c._replace(eps=config.eps, seen=seen, dtype=new.dtype)
@@ -424,12 +422,25 @@ class _Record(NamedTuple):
         return AttentionGradients(**parts, query=dq, key=dk, value=dv, bias=g.bias)
 
 
-def _heads(x: Array, parameters: ParameterSet, name: str, H: int, out: Array | None = None) -> Array:
-    """x w + b of one of q, k, v: (B, heads, L, d_k)."""
-    w, b = parameters[f"w_{name}"], parameters.get(f"b_{name}")
-    (B, L, n), d = x.shape, w.shape[1]
-    out = memory.result((B, H, L, d // H), x.dtype) if out is None else out
-    product(x[:, :, None], w.reshape(1, n, H, d // H), out.transpose(0, 2, 1, 3), b)
+def _heads(inputs: tuple[Array, Array, Array], parameters: ParameterSet, H: int) -> list[Array]:
+    """x w + b of query, key and value, each (B, heads, L, d_k); if all three are one array, by one product."""
+    x, d = inputs[0], parameters["w_q"].shape[1]
+    if inputs[1] is x and inputs[2] is x:
+        n, flat = x.shape[2], parameters.flat  # which begins with w_q, w_k and w_v
+        weights = flat[: 3 * n * d].reshape(3, n, 1, d).transpose(2, 1, 0, 3)
+        bias = flat[-4 * d : -d] if "b_q" in parameters else None  # and ends with b_q, b_k, b_v and b_o
+        made = _projected(x, weights, bias, 3 * H, d // H)
+        return [made[:, i * H : (i + 1) * H] for i in range(3)]
+    return [
+        _projected(x, parameters[f"w_{name}"][None, :, None], parameters.get(f"b_{name}"), H, d // H)
+        for x, name in zip(inputs, "qkv", strict=True)
+    ]
+
+
+def _projected(x: Array, weights: Array, bias: Array | None, heads: int, d_k: int) -> Array:
+    """(B, heads, L, d_k), given weights whose columns are those of all heads."""
+    out = memory.result((x.shape[0], heads, x.shape[1], d_k), x.dtype)
+    product(x[:, :, None], weights, out.transpose(0, 2, 1, 3), bias)
     return out
 
 

@@ -189,6 +189,17 @@ def test_threads_and_company_change_no_bit(dtype):
         assert a.tobytes() == b[3:4].tobytes()
 
 
+@pytest.mark.parametrize("use_bias", [True, False])
+@pytest.mark.parametrize("L", [1, 3, 70])
+def test_one_array_for_three_changes_no_bit(L, use_bias):
+    """Its queries, keys and values are one product; copies of it are three."""
+    attention = layer(64, 4, dtype=np.float32, dropout=0.0, use_bias=use_bias)
+    x = draw(L, d=64, B=2, dtype=np.float32)[0]
+    made = [attention.forward_cached(*inputs) for inputs in ((x,), (x, x.copy(), x.copy()))]
+    one, three = ([output, *attention.backward(output, cache).parameters.values()] for output, cache in made)
+    assert [a.tobytes() for a in one] == [b.tobytes() for b in three]
+
+
 def test_no_array_of_all_pairs_is_formed():
     attention = layer(16, 1, dtype=np.float32, max_seq_len=None)
     x = draw(6000, d=16, B=1, dtype=np.float32)[0]
