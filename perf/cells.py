@@ -63,6 +63,7 @@ GROUPS = (
     Group("window", (Work(1, 8, 8192, 8192, 64, window=256),), ("torch-flex",), 2.0),
     Group("layer", _square(LAYER_SIZES, layer=True), ("torch",), 1.0),  # these two aim at 1.4
     Group("layer-training", _square(LAYER_SIZES, layer=True, backward=True), ("torch",), 1.0),
+    Group("step", tuple(Work(1, heads, 1, 512, 64, layer=True) for heads in (8, 12, 16)), ("torch",), 1.0),
     Group("decode", (Work(1, 8, 1, 65536, 64),), INFERENCE, 1.0, 0.90),
     Group("bfloat16", _square(SIZES, dtype="bfloat16"), ("torch", "openvino"), 1.0, 0.70),
     Group("bfloat16-training", _square(SIZES, dtype="bfloat16", backward=True), ("torch",), 2.0),

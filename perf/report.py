@@ -24,6 +24,7 @@ KINDS = {  # groups of cells.py, as the summary calls them
     "window": "forward, a window of 256 keys",
     "layer": "`MultiHeadAttention`, forward",
     "layer-training": "`MultiHeadAttention`, forward + backward",
+    "step": "one step of `MultiHeadAttention`, 512 positions",
     "decode": "one query over 65,536 keys",
     "bfloat16": "forward, bfloat16",
     "bfloat16-training": "forward + backward, bfloat16",

@@ -42,7 +42,8 @@ CAVEATS = (
     "256 MiB of scores.",
     "A layer is self-attention with its four projections and their biases, and its gradients are those of the input "
     "and of all parameters: rv.MultiHeadAttention beside torch.nn.MultiheadAttention with need_weights=False, which "
-    "is the fastest of its modes in each cell: eval, train, and train with the length first.",
+    "is the fastest of its modes in each cell: eval, train, and train with the length first. A step is one position "
+    "more, where keys and values of 511 before it are kept: layer.step beside the same written in torch.",
     "bfloat16 and float16: arrays of that type for ruvector-numba and torch; openvino is given float32 arrays and the "
     "hint to compute in bfloat16. The peak of bfloat16 is twice that of float32 where it is multiplied by pairs.",
     "A share of the peak counts attended pairs and projections only, and is of the float32 multiply-adds that this "

@@ -259,6 +259,16 @@ def _ruvector_layer(work: Work, threads: int) -> Runner:
     settings: dict[str, Any] = {"dropout": 0.0, "max_seq_len": None, "eps": 1e-12}  # the others have no eps
     layer = rv.MultiHeadAttention(rv.AttentionConfig(work.channels, work.heads, **settings), seed=0)
     layer.set_parameters(parameters)
+    if work.is_decode:
+        past, new = np.split(x, [work.keys - work.queries], axis=1)
+        cache = layer.new_cache(work.batch, work.keys)
+        layer.step(past, cache)
+
+        def step() -> list[np.ndarray]:
+            cache.length = past.shape[1]
+            return [layer.step(new, cache)]
+
+        return Runner(step)
     if not work.backward:
         return Runner(lambda: [layer(x)])
 
@@ -316,11 +326,39 @@ def _torch_module(work: Work, training: bool, batch_first: bool) -> Runner:
     return Runner(both, results)
 
 
+def _torch_step(work: Work) -> Runner:
+    """A step as it is written with torch, whose module has none; keys and values have room for all positions."""
+    import torch
+
+    x, _, parameters = work.layer_inputs()
+    p = {name: torch.from_numpy(np.ascontiguousarray(array.T)) for name, array in parameters.items()}
+    w, b = (torch.cat([p[f"{kind}_{n}"] for n in "qkv"]) for kind in "wb")
+    F, before = torch.nn.functional, work.keys - work.queries
+
+    def heads(y: Any) -> Any:
+        return y.view(work.batch, -1, work.heads, work.dim).transpose(1, 2)
+
+    sequence, new = torch.from_numpy(x), torch.from_numpy(x[:, before:])
+    with torch.inference_mode():
+        keys, values = (heads(y).contiguous() for y in F.linear(sequence, w, b).chunk(3, -1)[1:])
+
+    def step() -> list[Any]:
+        with torch.inference_mode():
+            query, key, value = (heads(y) for y in F.linear(new, w, b).chunk(3, -1))
+            keys[:, :, before:], values[:, :, before:] = key, value
+            joined = F.scaled_dot_product_attention(query, keys, values).transpose(1, 2).flatten(2)
+            return [F.linear(joined, p["w_o"], p["b_o"])]
+
+    return Runner(step, lambda found: [found[0].numpy()])
+
+
 def _torch_layer(work: Work, threads: int) -> Runner:
     """The fastest of its modes on this work: eval has a fused path, train takes the parts, and likes length first."""
     import torch
 
     torch.set_num_threads(threads)
+    if work.is_decode:
+        return _torch_step(work)
     modes = ((False, True), (True, True), (True, False))
     return min((_torch_module(work, *mode) for mode in modes), key=lambda runner: runner.time(3))
 

@@ -100,7 +100,7 @@ class Work:
     `window=w` lets a query attend to w keys, the last of them its own: i - w < j <= i. `spiky` makes queries equal to
     keys, so that rows are dominated by one weight: a trick that is free on random data may not be free there. `layer`
     is self-attention of heads * dim channels between its four projections; gradients are then of the input and of all
-    parameters.
+    parameters. Few queries of a layer are a step: the last positions, after keys and values of those before are kept.
     """
 
     batch: int
@@ -158,8 +158,9 @@ class Work:
 
     @property
     def bytes_read(self) -> float:
-        """Keys and values, once each: what a decode has to read at least."""
-        return 2.0 * self.itemsize * self.batch * self.heads * self.keys * self.dim
+        """Keys and values, once each, and a layer's weights: what a decode has to read at least."""
+        cached = 2.0 * self.batch * self.keys * self.channels
+        return self.itemsize * (cached + self.layer * 4.0 * self.channels**2)
 
     @property
     def itemsize(self) -> int:
@@ -224,10 +225,11 @@ class Work:
         return [x if kind is None else halves.widened(halves.rounded(x, kind)) for x in (query, key, value, grad)]
 
     def layer_inputs(self) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
-        """A layer's input, its output's gradient, and its parameters as rv.MultiHeadAttention names them."""
+        """A layer's input at all positions, its output's gradient, and its parameters as rv.MultiHeadAttention names
+        them."""
         rng = np.random.default_rng(0)
         d = self.channels
-        x, grad = (rng.standard_normal((self.batch, self.queries, d), dtype=np.float32) for _ in range(2))
+        x, grad = (rng.standard_normal((self.batch, n, d), dtype=np.float32) for n in (self.keys, self.queries))
         shapes = {f"w_{n}": (d, d) for n in "qkvo"} | {f"b_{n}": (d,) for n in "qkvo"}
         parameters = {n: rng.standard_normal(s, dtype=np.float32) for n, s in shapes.items()}
         return x, grad, {n: p / np.float32(math.sqrt(d)) for n, p in parameters.items()}
@@ -280,15 +282,16 @@ def _layer(work: Work, slab: int) -> list[np.ndarray]:
     """Self-attention between projections, each y = x w + b, so that dx = dy w^T, dw = x^T dy and db = sum dy."""
     x, grad, parameters = work.layer_inputs()
     p = {name: array.astype(np.float64) for name, array in parameters.items()}
+    last = x[:, work.keys - work.queries :].astype(np.float64).reshape(-1, work.channels)
     x, grad = (array.astype(np.float64).reshape(-1, work.channels) for array in (x, grad))
 
     def split(y: np.ndarray) -> np.ndarray:
-        return y.reshape(work.batch, work.queries, work.heads, work.dim).swapaxes(1, 2)
+        return y.reshape(work.batch, -1, work.heads, work.dim).swapaxes(1, 2)
 
     def join(y: np.ndarray) -> np.ndarray:
         return y.swapaxes(1, 2).reshape(-1, work.channels)
 
-    inputs = [split(x @ p[f"w_{n}"] + p[f"b_{n}"]) for n in "qkv"]
+    inputs = [split(y @ p[f"w_{n}"] + p[f"b_{n}"]) for n, y in zip("qkv", (last, x, x), strict=True)]
     joined, *above = (join(y) for y in _attention(work, [*inputs, split(grad @ p["w_o"].T)], slab))
     shape = (work.batch, work.queries, work.channels)
     output = (joined @ p["w_o"] + p["b_o"]).reshape(shape)
