@@ -15,7 +15,7 @@ import numpy as np
 from .blocks import COLS, INF, ROWS, AttentionJob, padded
 from .jit import apart, inline, kernel
 from .jobs import Elements
-from .scoring import biased, capped, slope_of, sloped
+from .scoring import bias_of, biased, capped, lies_in_rows, masked, slope_of, sloped
 from .simd import (
     fma,
     given,
@@ -33,12 +33,13 @@ from .simd import (
     tile_load,
     tile_multiply_add,
     tile_rows,
+    tile_store,
     tile_zeros,
     where,
     zeros_of,
 )
 from .softmax import probability
-from .tiles import add_to, all_finite, matrix, padded_rows, rows_from, whole_vectors
+from .tiles import Matrix, add_to, all_finite, matrix, padded_rows, rows_from, whole_vectors
 
 SINGLE = 64 // target().lanes(4)  # vectors of the tile for one row: as many chains hide the latency of one
 SUMMED_KEYS = 128  # a sum over more would lose digits: see tiles.add_columns_times_block
@@ -51,6 +52,7 @@ class Rows(NamedTuple):
     output: Elements
     scores: Elements
     additive: Elements  # of one query and one chunk
+    before: Elements  # what `output` was before this chunk: one query, all its heads
     bound: Elements  # one number a row
     total: Elements
     lane: Elements  # as many vectors as a vector has lanes
@@ -60,7 +62,7 @@ def scratch_elements(rows: int, D: int, Dv: int, keys_per_block: int, itemsize: 
     """What `carve` lays out, in elements."""
     lanes = target().lanes(itemsize)
     step, v_step, numbers = (padded(n, itemsize) for n in (D, Dv, rows))
-    return rows * (step + v_step + keys_per_block) + keys_per_block + 2 * numbers + lanes * lanes
+    return rows * (step + 2 * v_step + keys_per_block) + keys_per_block + 2 * numbers + lanes * lanes
 
 
 @inline
@@ -70,9 +72,10 @@ def carve(job, slot, R, step, v_step):
     output = query + R * step
     scores = output + R * v_step
     additive = scores + R * KB
-    bound = additive + KB
+    before = additive + KB
+    bound = before + R * v_step
     total = bound + whole_vectors(query, R)
-    return Rows(query, output, scores, additive, bound, total, total + whole_vectors(query, R))
+    return Rows(query, output, scores, additive, before, bound, total, total + whole_vectors(query, R))
 
 
 @apart
@@ -178,9 +181,14 @@ def add_seen_values(out, p, additive, value, n, Dv):
 
 
 @apart
-def stage_row(additive, bias, mask, head, i, k0, n):
-    """additive[j] = bias[i, k0 + j], or -inf where the mask hides it"""
-    for j in range(n):
+def stage_row(one, additive, bias, mask, head, i, k0, n):
+    """additive[j] = bias[i, k0 + j], or -inf where the mask hides it; `one` is a tile of one vector"""
+    lanes = lanes_of(additive)
+    whole = n // lanes * lanes if lies_in_rows(bias) and lies_in_rows(mask) else 0
+    for j in range(0, whole, lanes):
+        tile = masked(bias_of(one, bias, head, i, 1, k0 + j), mask, head, i, 1, k0 + j)
+        tile_store(tile, additive, j, 0, 1)
+    for j in range(whole, n):
         x = 0.0
         if bias is not None:
             x = bias.data[bias.at[head] + i * bias.row + (k0 + j) * bias.col]
@@ -191,30 +199,42 @@ def stage_row(additive, bias, mask, head, i, k0, n):
 
 
 @apart
+def copy(out, x, n):
+    """n elements, which are whole vectors"""
+    for j in range(0, n, lanes_of(out)):
+        store(load(x, j), out, j)
+
+
+@apart
 def take_chunk(high, wide, narrow, single, one, r, job, key_head, i, k0, first, last, step, v_step):
     """Query i of every head of the group past the keys first .. last of the chunk that begins with k0."""
     G, KB, head0 = job.group, job.keys_per_block, key_head * job.group
     key, value, n = matrix(job.key, head0, k0), matrix(job.value, head0, k0 + first), last - first
-    finite = True
-    if job.additive is not None:
-        finite = all_finite(value, n, job.Dv)
+    output, p = r.output + i * G * v_step, r.scores + i * G * KB
     for g in range(G):
         row, head = i * G + g, head0 + g
         slope, additive = given(job.slopes, slope_of(job.slopes, head)), given(job.additive, r.additive)
         if job.additive is not None:
-            stage_row(r.additive, job.bias, job.mask, head, i, k0, last)
+            stage_row(one, r.additive, job.bias, job.mask, head, i, k0, last)
         position = float(i + job.offset - k0)
         most = row_scores(high, key, first, last, r, row, job.D, step, KB, job.softcap, slope, additive, position)
         row_softmax(r, row, n, most, KB, v_step, job.natural)
-        for j in range(0, 0 if finite else n, SUMMED_KEYS):
-            out, p, keys = r.output + row * v_step, r.scores + row * KB + j, min(SUMMED_KEYS, n - j)
-            add_seen_values(out, p, r.additive + (first + j), rows_from(value, j), keys, job.Dv)
-    for j in range(0, n if finite else 0, SUMMED_KEYS):
-        out, p, keys = r.output + i * G * v_step, r.scores + i * G * KB + j, min(SUMMED_KEYS, n - j)
+    if job.additive is not None:
+        copy(r.before, output, G * v_step)
+    for j in range(0, n, SUMMED_KEYS):
+        keys = min(SUMMED_KEYS, n - j)
         if G > 1:
-            add_values(wide, narrow, out, v_step, p, KB, G, rows_from(value, j), keys, job.Dv)
+            add_values(wide, narrow, output, v_step, p + j, KB, G, rows_from(value, j), keys, job.Dv)
         else:
-            add_values(single, one, out, v_step, p, KB, G, rows_from(value, j), keys, job.Dv)
+            add_values(single, one, output, v_step, p + j, KB, G, rows_from(value, j), keys, job.Dv)
+    # A hidden NaN or infinity times a weight of 0 is NaN, and shows: then once more, with care
+    if job.additive is not None and not all_finite(Matrix(output, v_step, 1), G, v_step):
+        copy(output, r.before, G * v_step)
+        for g in range(G):
+            stage_row(one, r.additive, job.bias, job.mask, head0 + g, i, k0, last)
+            for j in range(0, n, SUMMED_KEYS):
+                seen, keys = r.additive + (first + j), min(SUMMED_KEYS, n - j)
+                add_seen_values(output + g * v_step, p + (g * KB + j), seen, rows_from(value, j), keys, job.Dv)
 
 
 @kernel

@@ -168,6 +168,25 @@ EMPTY = {  # masks under which query 1 of 11, at least, sees none of 9 keys
 }
 
 
+@pytest.mark.parametrize("heads", [2, 6], ids=["a key head each", "three share one"])
+@pytest.mark.parametrize("seen", [0.0, INF, NAN], ids=str)
+def test_hidden_values_of_any_chunk_beside_values_that_are_seen(seen, heads):
+    """Few queries, whose keys come in chunks: what comes before a chunk that is done again is kept, infinite or not."""
+    rng = np.random.default_rng(0)
+    query = rng.standard_normal((2, heads, 3, 16))
+    key, value = (rng.standard_normal((2, 2, 2500, 16)) for _ in range(2))
+    shows = rng.random((2, heads, 3, 2500)) < 0.7
+    shows[..., [5, 1700, 2499]], shows[..., 7], shows[:, :, 1, 7] = False, True, False
+    value[..., 7, 4] = seen  # the second query does not see it
+    clean = rv.scaled_dot_product_attention(query, key, value, shows, enable_gqa=True)
+    key[..., 1700, :] = NAN
+    for j, hidden in ((5, INF), (1700, NAN), (2499, -INF)):
+        value[..., j, :] = hidden
+    found = rv.scaled_dot_product_attention(query, key, value, shows, enable_gqa=True)
+    assert found.tobytes() == clean.tobytes()
+    assert np.isfinite(found[:, :, 1]).all() and np.isfinite(np.delete(found, 4, axis=-1)).all()
+
+
 @pytest.mark.parametrize("few", [False, True])
 @pytest.mark.parametrize("name", EMPTY)
 def test_a_row_that_sees_nothing(name, few):

@@ -12,12 +12,11 @@ carries the bounds of its array and every access is checked against them: slow, 
 promise to touch no byte outside an array.
 """
 
+from .across import row_sums, store_row_sums, tile_transposed, transpose_square
 from .jobs import POINTER_SLOTS, call, draw, either, given, unless
 from .kinds import ARITHMETIC, JobType, PointerType, VectorType, bfloat16
 from .target import CHECKED, Halves, Target, halves, target
 from .tile import (
-    row_sums,
-    store_row_sums,
     tile_at,
     tile_column,
     tile_column_max,
@@ -34,12 +33,12 @@ from .tile import (
     tile_places,
     tile_row,
     tile_rows,
+    tile_shown,
     tile_splats,
     tile_steps,
     tile_store,
     tile_store_at,
     tile_zeros,
-    transpose_square,
 )
 from .values import (
     absolute,
@@ -130,10 +129,12 @@ __all__ = [
     "tile_places",
     "tile_row",
     "tile_rows",
+    "tile_shown",
     "tile_splats",
     "tile_steps",
     "tile_store",
     "tile_store_at",
+    "tile_transposed",
     "tile_zeros",
     "times_power_of_two",
     "transpose_square",

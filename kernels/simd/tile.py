@@ -12,7 +12,7 @@ def _literals(*values):
     return all(isinstance(v, types.IntegerLiteral) for v in values)
 
 
-def _collect(b, kind, vectors):
+def collect(b, kind, vectors):
     t = ir.Constant(kind.llvm, ir.Undefined)
     for k, v in enumerate(vectors):
         t = b.insert_value(t, v, k)
@@ -79,7 +79,7 @@ def tile_load(context, like, pointer, offset, stride, live):
         lanes = like.vector.lanes
         rows = _row_offsets(b, like, offset, stride, live)
         places = [b.add(row, emit.count(c * lanes)) for row in rows for c in range(like.cols)]
-        return _collect(b, like, [emit.load(b, pointer, place, like.vector) for place in places])
+        return collect(b, like, [emit.load(b, pointer, place, like.vector) for place in places])
 
     n = types.intp
     return like(like, pointer, n, n, n), build
@@ -92,7 +92,7 @@ def tile_row(context, like, pointer, offset):
 
     def build(cx, b, sig, args):
         step = kind.vector.lanes
-        return _collect(
+        return collect(
             b,
             kind,
             [emit.load(b, args[1], b.add(args[2], emit.count(c * step)), kind.vector) for c in range(kind.cols)],
@@ -110,7 +110,7 @@ def tile_steps(context, like, row, first):
     def build(cx, b, sig, args):
         scalar, add = args[2], b.fadd if isinstance(sig.args[2], types.Float) else b.add
         steps = [add(scalar, ir.Constant(scalar.type, r)) for r in range(kind.rows)]
-        return _collect(b, kind, [emit.splat(b, x, kind.vector.lanes) for x in steps])
+        return collect(b, kind, [emit.splat(b, x, kind.vector.lanes) for x in steps])
 
     return kind(like, row, row.vector.element), build
 
@@ -122,7 +122,7 @@ def tile_numbers(context, like, pointer, offset):
 
     def build(cx, b, sig, args):
         scalars = [emit.load_one(b, args[1], b.add(args[2], emit.count(r))) for r in range(kind.rows)]
-        return _collect(b, kind, [emit.splat(b, x, kind.vector.lanes) for x in scalars])
+        return collect(b, kind, [emit.splat(b, x, kind.vector.lanes) for x in scalars])
 
     return kind(like, pointer, types.intp), build
 
@@ -194,7 +194,7 @@ def tile_splats(context, like, pointer, places, offset):
     def build(cx, b, sig, args):
         _, pointer, places, offset = args
         scalars = [emit.load_one(b, pointer, b.add(b.extract_value(places, r), offset)) for r in range(like.rows)]
-        return _collect(b, like, [emit.splat(b, x, like.vector.lanes) for x in scalars])
+        return collect(b, like, [emit.splat(b, x, like.vector.lanes) for x in scalars])
 
     return like(like, pointer, places, types.intp), build
 
@@ -220,8 +220,8 @@ def tile_store_at(context, tile, pointer, places, offset, live):
 def _rows_at(b, like, pointer, places, live, kind):
     """A tile of the vectors at these places: whole ones, or their first `live` lanes."""
     if kind is types.none:
-        return _collect(b, like, [emit.load(b, pointer, place, like.vector) for place in places])
-    return _collect(b, like, [emit.masked(b, "load", pointer, place, like.vector, live) for place in places])
+        return collect(b, like, [emit.load(b, pointer, place, like.vector) for place in places])
+    return collect(b, like, [emit.masked(b, "load", pointer, place, like.vector, live) for place in places])
 
 
 def _loop(b, n, values, step, unroll):
@@ -276,7 +276,7 @@ def tile_multiply_add(context, tile, x, x_next, x_row, live, y, y_next, n):
 
         sums = [b.extract_value(value, k) for k in range(tile.rows * tile.cols)]
         state = [emit.count(0), emit.count(0), *sums]
-        return _collect(b, tile, _loop(b, n, state, step, 2 if tile.cols > 1 else 1)[2:])
+        return collect(b, tile, _loop(b, n, state, step, 2 if tile.cols > 1 else 1)[2:])
 
     i = types.intp
     return tile(tile, x, i, i, i, y, i, i), build
@@ -303,7 +303,7 @@ def tile_map(context, function, tile, args):
         def pick(other, value, r, c):
             return b.extract_value(value, other.index(r, c)) if isinstance(other, TileType) else value
 
-        return _collect(
+        return collect(
             b,
             kind,
             [
@@ -330,7 +330,7 @@ def tile_dot(context, x, y):
         sums = [ir.Constant(kind.vector.llvm, None)] * kind.rows
         for k, (r, _) in enumerate(_cells(x)):
             sums[r] = emit.fma(b, b.extract_value(args[0], k), b.extract_value(args[1], k), sums[r])
-        return _collect(b, kind, sums)
+        return collect(b, kind, sums)
 
     return (kind(x, y), build) if x == y else None
 
@@ -344,7 +344,7 @@ def tile_column_sum(context, tile):
         sums = [b.extract_value(args[0], c) for c in range(tile.cols)]
         for k, (_, c) in list(enumerate(_cells(tile)))[tile.cols :]:
             sums[c] = b.fadd(sums[c], b.extract_value(args[0], k))
-        return _collect(b, kind, sums)
+        return collect(b, kind, sums)
 
     return kind(tile), build
 
@@ -358,7 +358,7 @@ def tile_column_max(context, tile, start):
         for k, (_, c) in enumerate(_cells(tile)):
             x = b.extract_value(args[0], k)
             tops[c] = b.select(b.fcmp_ordered(">", x, tops[c]), x, tops[c])
-        return _collect(b, start, tops)
+        return collect(b, start, tops)
 
     return start(tile, start), build
 
@@ -378,89 +378,18 @@ def tile_exceeds(context, tile, other):
     return types.boolean(tile, other), build
 
 
-def _sums_of_rows(b, tile, value, least):
-    """The sum of each row in log2(lanes) stages: a vector of as many lanes as the tile has rows, a power of two, and at
-    least so many: then the sums are repeated."""
-    sums = [b.extract_value(value, r) for r in range(tile.rows)]
-
-    def joined(x, y, stage):
-        n = x.type.count
-        low, high = (
-            [n + c - other if c & stage else c + same for c in range(n)] for other, same in ((stage, 0), (0, stage))
-        )
-        return b.fadd(_picked(b, x, y, low), _picked(b, x, y, high))
-
-    stage = 1
-    while stage < tile.rows:
-        for r in range(0, tile.rows, 2 * stage):
-            sums[r] = joined(sums[r], sums[r + stage], stage)
-        stage *= 2
-    total = sums[0]
-    while total.type.count > tile.rows:  # the upper half is added to the lower
-        half = total.type.count // 2
-        total = b.fadd(*(_picked(b, total, total, [c + first for c in range(half)]) for first in (0, half)))
-    return total if least <= tile.rows else _picked(b, total, total, [c % tile.rows for c in range(least)])
-
-
-def _picked(b, x, y, lanes):
-    return b.shuffle_vector(x, y, ir.Constant(ir.VectorType(I32, len(lanes)), lanes))
-
-
-def _sums_fit(tile):
-    return tile.cols == 1 and tile.rows <= tile.vector.lanes and tile.rows & (tile.rows - 1) == 0
-
-
 @intrinsic
-def row_sums(context, tile):
-    """The sum of each row of a tile, as one vector. The tile has as many rows as a vector lanes, or a power of two
-    less: then the sums are repeated in the lanes."""
-    lanes = tile.vector.lanes
-    if _sums_fit(tile):
-        return tile.vector(tile), lambda cx, b, sig, args: _sums_of_rows(b, tile, args[0], lanes)
-
-
-@intrinsic
-def store_row_sums(context, tile, pointer, offset):
-    """pointer[offset + r] = the sum of row r, and nothing behind the last."""
-    kind = VectorType(tile.vector.element, tile.rows)
+def tile_shown(context, tile, pointer, offset, stride, live, hidden):
+    """The tile, but `hidden` where the byte pointer[offset + r * stride + c] is 0; `live` as in `tile_load`"""
+    bytes_of = VectorType(types.uint8, tile.vector.lanes)
 
     def build(cx, b, sig, args):
-        emit.store(b, _sums_of_rows(b, tile, args[0], 1), args[1], args[2], kind)
-        return emit.unit(cx)
-
-    if _sums_fit(tile):
-        return types.void(tile, pointer, types.intp), build
-
-
-@intrinsic
-def transpose_square(context, out, o, o_step, x, i, i_step, factor, f):
-    """out[o + c * o_step + r] = x[i + r * i_step + c] * factor[f + c], lanes x lanes, in log2(lanes) stages
-
-    Without a factor elements are moved, whatever they are.
-    """
-    vector = vector_of(out.element)
-
-    def build(cx, b, sig, args):
-        out, o, o_step, x, i, i_step, factor, f = args
-        n = vector.lanes
-        rows = [emit.load(b, x, b.add(i, b.mul(i_step, emit.count(r))), vector) for r in range(n)]
-        if sig.args[6] is not types.none:
-            scale = emit.load(b, factor, f, vector)
-            rows = [b.fmul(row, scale) for row in rows]
-        stage = 1
-        while stage < n:
-            low = [n + c - stage if c & stage else c for c in range(n)]
-            high = [n + c if c & stage else c + stage for c in range(n)]
-            for r in range(n):
-                if not r & stage:
-                    rows[r], rows[r + stage] = (
-                        b.shuffle_vector(rows[r], rows[r + stage], ir.Constant(ir.VectorType(I32, n), lanes))
-                        for lanes in (low, high)
-                    )
-            stage *= 2
-        for c in range(n):
-            emit.store(b, rows[c], out, b.add(o, b.mul(o_step, emit.count(c))), vector)
-        return emit.unit(cx)
+        value, pointer, offset, stride, live, hidden = args
+        hidden, rows = emit.splat(b, hidden, tile.vector.lanes), []
+        for r, place in enumerate(_row_offsets(b, tile, offset, stride, live)):
+            shows = b.icmp_unsigned("!=", emit.load(b, pointer, place, bytes_of), ir.Constant(bytes_of.llvm, None))
+            rows.append(b.select(shows, b.extract_value(value, r), hidden))
+        return collect(b, tile, rows)
 
     n = types.intp
-    return types.void(out, n, n, x, n, n, factor, n), build
+    return (tile(tile, pointer, n, n, n, tile.vector.element), build) if tile.cols == 1 else None
