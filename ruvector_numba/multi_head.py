@@ -341,7 +341,8 @@ class MultiHeadAttention(Trainable, TrainableAttention):
         cache.check(new, half or new.dtype, H, config)
         start, stop = cache.length, cache.length + new.shape[1]
         parameters = self._parameters.as_type(new.dtype)
-        query, key, value = (halves.rounded(x, cache.keys.dtype) for x in _heads((new, new, new), parameters, H))
+        made = _heads((new, new, new), parameters, H)
+        query, key, value = made if half is None else (halves.rounded(x, half) for x in made)
         cache.keys[:, :, start:stop], cache.values[:, :, start:stop] = key, value
         # Keys by the thousand, and limits that say how many count: a plan for each length would cost 0.1 ms a step.
         room = -(-stop // KEYS_AT_ONCE) * KEYS_AT_ONCE
