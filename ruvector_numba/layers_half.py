@@ -30,6 +30,8 @@ def half_type(dtype: DTypeLike | None) -> np.dtype[Any] | None:
 
 def widened(*arrays: ArrayLike) -> tuple[tuple[Any, ...], np.dtype[Any] | None]:
     """Arrays of one half type in float32, and that type; anything else as it is, for the checks to look at."""
+    if all(type(x) is np.ndarray and x.dtype in checks.FLOATS for x in arrays):
+        return arrays, None
     kinds = {x.dtype if isinstance(x, np.ndarray) else None for x in arrays}
     if any(isinstance(x, np.ma.MaskedArray) for x in arrays):
         return arrays, None

@@ -354,7 +354,7 @@ class MultiHeadAttention(Trainable, TrainableAttention):
         c = c._replace(eps=config.eps, seen=seen, dtype=new.dtype)
         output = _output(c, (new, new, new), parameters).output
         cache.length = stop
-        return halves.rounded(output, cache.keys.dtype)
+        return output if half is None else halves.rounded(output, half)
 
     # --- files ------------------------------------------------------------------------------------------------------
     def _file_header(self) -> dict[str, str]:

@@ -22,6 +22,8 @@ SMALL = 1 << 30  # bytes; what is smaller is not compared with the memory there 
 def real_number(
     name: str, x: object, error: Callable[..., AttentionError] = InvalidInputError, hint: str = "give one number"
 ) -> float:
+    if type(x) is float:
+        return x
     if isinstance(x, np.ndarray) and x.ndim == 0:
         x = x[()]
     if isinstance(x, bool | np.bool_) or not isinstance(x, numbers.Real):
