@@ -39,7 +39,7 @@ from .simd import (
     zeros_of,
 )
 from .softmax import probability
-from .tiles import Matrix, add_to, all_finite, matrix, padded_rows, rows_from, whole_vectors
+from .tiles import Matrix, add_to, all_finite, copy_rows, matrix, padded_rows, rows_from, whole_vectors
 
 SINGLE = 64 // target().lanes(4)  # vectors of the tile for one row: as many chains hide the latency of one
 SUMMED_KEYS = 128  # a sum over more would lose digits: see tiles.add_columns_times_block
@@ -199,18 +199,12 @@ def stage_row(one, additive, bias, mask, head, i, k0, n):
 
 
 @apart
-def copy(out, x, n):
-    """n elements, which are whole vectors"""
-    for j in range(0, n, lanes_of(out)):
-        store(load(x, j), out, j)
-
-
-@apart
 def take_chunk(high, wide, narrow, single, one, r, job, key_head, i, k0, first, last, step, v_step):
     """Query i of every head of the group past the keys first .. last of the chunk that begins with k0."""
     G, KB, head0 = job.group, job.keys_per_block, key_head * job.group
     key, value, n = matrix(job.key, head0, k0), matrix(job.value, head0, k0 + first), last - first
     output, p = r.output + i * G * v_step, r.scores + i * G * KB
+    rows, before = Matrix(output, v_step, 1), Matrix(r.before, v_step, 1)
     for g in range(G):
         row, head = i * G + g, head0 + g
         slope, additive = given(job.slopes, slope_of(job.slopes, head)), given(job.additive, r.additive)
@@ -220,7 +214,7 @@ def take_chunk(high, wide, narrow, single, one, r, job, key_head, i, k0, first, 
         most = row_scores(high, key, first, last, r, row, job.D, step, KB, job.softcap, slope, additive, position)
         row_softmax(r, row, n, most, KB, v_step, job.natural)
     if job.additive is not None:
-        copy(r.before, output, G * v_step)
+        copy_rows(before, rows, G, v_step)
     for j in range(0, n, SUMMED_KEYS):
         keys = min(SUMMED_KEYS, n - j)
         if G > 1:
@@ -228,8 +222,8 @@ def take_chunk(high, wide, narrow, single, one, r, job, key_head, i, k0, first, 
         else:
             add_values(single, one, output, v_step, p + j, KB, G, rows_from(value, j), keys, job.Dv)
     # A hidden NaN or infinity times a weight of 0 is NaN, and shows: then once more, with care
-    if job.additive is not None and not all_finite(Matrix(output, v_step, 1), G, v_step):
-        copy(output, r.before, G * v_step)
+    if job.additive is not None and not all_finite(rows, G, v_step):
+        copy_rows(rows, before, G, v_step)
         for g in range(G):
             stage_row(one, r.additive, job.bias, job.mask, head0 + g, i, k0, last)
             for j in range(0, n, SUMMED_KEYS):

@@ -169,6 +169,20 @@ def test_few_rows_are_those_of_many_to_the_bit(rows):
             assert project(some).tobytes() == whole[:rows].tobytes()
 
 
+@pytest.mark.parametrize("names, J", [(2, 640), (3, 512), (1, 700)])
+def test_more_threads_than_this_machine_has_change_no_bit(names, J, monkeypatch):
+    """Tasks are as large as the number of threads says, and whether rows count as few does not depend on it."""
+    rng = np.random.default_rng(J)
+    x, dy = rng.standard_normal((600, 7), dtype=np.float32), rng.standard_normal((names, 600, J), dtype=np.float32)
+    found = set()
+    for threads in (1, 2, 3, 5, 8, 40):
+        monkeypatch.setattr(plan.team, "threads", lambda threads=threads: threads)
+        dw, db = np.empty((1, 7, names, J), np.float32), np.empty(names * J, np.float32)
+        product(x.T[None, :, None], dy[None].transpose(0, 2, 1, 3), dw, sums=db)
+        found.add(dw.tobytes() + db.tobytes())
+    assert len(found) == 1
+
+
 @pytest.mark.core
 @pytest.mark.parametrize("J", [5, 3 * target().lanes(4), 11 * target().lanes(4)])
 def test_it_adds_to_what_is_there(J):

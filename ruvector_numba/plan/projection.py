@@ -70,12 +70,12 @@ def _plan(
             break
     left, left_transposed = _lines("left", Layout(left_shape, left_strides), itemsize)
     right, right_transposed = _lines("right", Layout(right_shape, right_strides), itemsize)
-    shares = threads if right.cols >= J else 2 * threads  # where several matrices lie one behind the other
-    few_cols = _evenly(min(right.cols, J), max(FEW_COLS, -(-J // shares)), kernels.STRIP * lanes)
-    is_plain = not right_transposed and right.col == 1 and right.rows == K
-    few = I <= FEW_ROWS and is_plain and (right.cols == J or right.cols % few_cols == 0)
+    # Whatever the number of threads, for sums of columns are made by other pieces: their last bits differ.
+    fits = right.cols == J or right.cols % (kernels.STRIP * lanes) == 0
+    few = I <= FEW_ROWS and not right_transposed and right.col == 1 and right.rows == K and fits
     if few:
-        rows, cols, run, tasks = I, few_cols, 0, -(-J // few_cols) * parts
+        rows, cols, run = I, _few_cols(J, right.cols, threads, kernels.STRIP * lanes), 0
+        tasks = -(-J // cols) * parts
     scratch = kernels.scratch_elements(rows, cols, width, lanes)
     if run and not kernels.fill_tiles(((J - 1) % cols + 1) // lanes):  # what is left for the last task
         run = 0
@@ -103,6 +103,14 @@ def _run(out: Pairs, I: int, J: int, chunks: int, lanes: int) -> int:
     run = min(out.cols, J)
     fits = out.col == 1 and run % lanes == 0 and kernels.fill_tiles(run // lanes) and (chunks == 1 or run == J)
     return run if fits and (out.rows >= I or out.rows % target().rows == 0) else 0
+
+
+def _few_cols(J: int, run: int, threads: int, unit: int) -> int:
+    """Columns of one task where rows are few. Of several matrices side by side, no task goes beyond one."""
+    if run == J:
+        return _evenly(J, max(FEW_COLS, -(-J // threads)), unit)
+    cols = _evenly(run, max(FEW_COLS, -(-J // (2 * threads))), unit)
+    return cols if run % cols == 0 else run
 
 
 def _evenly(n: int, most: int, unit: int) -> int:
