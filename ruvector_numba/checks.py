@@ -135,7 +135,7 @@ def readable(name: str, x: ArrayLike, may_be_half: bool = False, dtype: str | No
         x = from_sequence(name, x, f"pass {name}.filled(0) and hide keys by attn_mask or masks.Lengths")
     if dtype is not None:
         check_bits(name, x, dtype)
-    elif not (x.dtype in FLOATS or (may_be_half and _is_half(x.dtype))) or not x.dtype.isnative:
+    elif not (x.dtype in FLOATS or (may_be_half and halves.is_given_half(x.dtype))) or not x.dtype.isnative:
         hint = f"cast it: {_to_float32(name, x.dtype)}"
         if x.dtype.kind == "c":
             hint = f"attention is real: take {name}.real, or stack real and imaginary parts"
@@ -149,11 +149,6 @@ def readable(name: str, x: ArrayLike, may_be_half: bool = False, dtype: str | No
             f"{name} has {x.ndim} axes", shapes={f"{name}.shape": x.shape}, hint="give (..., H, L, D), or (L, D)"
         )
     return x if x.flags.aligned else x.copy()
-
-
-def _is_half(dtype: np.dtype[Any]) -> bool:
-    """Of a caller's array, whose uint16 are no bfloat16 numbers unless it says so."""
-    return dtype == np.float16 or halves.is_bfloat16(dtype)
 
 
 def check_bits(name: str, x: Array, dtype: object) -> None:

@@ -13,7 +13,18 @@ import numpy as np
 
 from .arrays import Array
 
-__all__ = ["BITS", "arithmetic", "cast", "is_bfloat16", "is_half", "rounded", "spelled", "stored", "widened"]
+__all__ = [
+    "BITS",
+    "arithmetic",
+    "cast",
+    "is_bfloat16",
+    "is_given_half",
+    "is_half",
+    "rounded",
+    "spelled",
+    "stored",
+    "widened",
+]
 
 BITS = np.dtype(np.uint16)
 _HALF = (np.dtype(np.float16), BITS)
@@ -27,6 +38,11 @@ def is_bfloat16(dtype: np.dtype[Any]) -> bool:
 def stored(x: Array) -> Array:
     """The same memory, as the kernels know its type."""
     return x.view(BITS) if is_bfloat16(x.dtype) else x
+
+
+def is_given_half(dtype: np.dtype[Any]) -> bool:
+    """Is that of a caller's array a half type? uint16 is none, unless the call says so."""
+    return dtype == np.float16 or is_bfloat16(dtype)
 
 
 def is_half(dtype: np.dtype[Any]) -> bool:

@@ -25,7 +25,7 @@ def half_type(dtype: DTypeLike | None) -> np.dtype[Any] | None:
         kind = None if dtype is None else np.dtype(dtype)
     except TypeError:
         return None
-    return kind if kind is not None and (kind == np.float16 or halves.is_bfloat16(kind)) else None
+    return kind if kind is not None and halves.is_given_half(kind) else None
 
 
 def widened(*arrays: ArrayLike) -> tuple[tuple[Any, ...], np.dtype[Any] | None]:
