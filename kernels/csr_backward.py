@@ -368,7 +368,7 @@ def give(job, desk, j, sums):
     for f in range(job.folds):
         for h in range(H):
             d = desk.terms[h] if f == 0 else job.dquery.data[j * job.dquery.step + h]
-            for c in range(h * pad, (h + 1) * pad, lanes):
+            for c in range(h * pad, (h + 1) * pad if d != 0 else 0, lanes):  # 0 of NaN that nobody saw is 0
                 change, out = splat(load(desk.x, c), d), (1 + f) * width + c
                 store(fma(change, load(job.fold, f * width + c), load(desk.value, c)), desk.value, c)
                 store(fma(change, load(desk.x, c), load(sums, out)), sums, out)

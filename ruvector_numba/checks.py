@@ -13,7 +13,7 @@ from . import halves, masks
 from .arrays import Array, Shape
 from .dense_call import DenseCall
 from .errors import DimensionMismatchError, InvalidInputError
-from .values import as_array, check_memory, check_not_masked, random_seed, real_number, switch
+from .values import as_array, check_not_masked, random_seed, real_number, shown, switch
 
 FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
 KNOWN = ("float32 or float64", "float16, bfloat16, float32 or float64")  # and where half precision is taken
@@ -85,10 +85,10 @@ def rounds_products(precision: object, c: DenseCall) -> bool:
         return False
     if not isinstance(precision, str) or precision != "bfloat16":  # of an array, != would be one of bools
         hint = 'give precision="bfloat16", or None for the precision of the arrays'
-        raise InvalidInputError(f"precision is {precision!r}", hint=hint)
+        raise InvalidInputError(f"precision is {shown(precision)}", hint=hint)
     if c.query.dtype != np.float32:
         hint = "it makes products of float32 arrays coarser and faster: leave it out"
-        raise InvalidInputError(f"precision is {precision!r} and the arrays are {c.dtype}", hint=hint)
+        raise InvalidInputError(f"precision is {shown(precision)} and the arrays are {c.dtype}", hint=hint)
     return True
 
 
@@ -155,10 +155,10 @@ def check_bits(name: str, x: Array, dtype: object) -> None:
     """`dtype` says what the bits of a uint16 array mean."""
     if not isinstance(dtype, str) or dtype != "bfloat16":
         hint = 'dtype is for what NumPy has no type for: give "bfloat16" with uint16 arrays, or leave it out'
-        raise InvalidInputError(f"dtype is {dtype!r}", hint=hint)
+        raise InvalidInputError(f"dtype is {shown(dtype)}", hint=hint)
     if (x.dtype != halves.BITS and not halves.is_bfloat16(x.dtype)) or not x.dtype.isnative:
         hint = f"give the bits, {name}.view(numpy.uint16), or leave dtype out"
-        raise InvalidInputError(f"{name} has dtype {x.dtype}, and dtype is {dtype!r}", hint=hint)
+        raise InvalidInputError(f"{name} has dtype {x.dtype}, and dtype is {shown(dtype)}", hint=hint)
 
 
 def from_sequence(name: str, x: ArrayLike, unmasked: str | None = None) -> Array:
@@ -298,13 +298,13 @@ def row_indices(rows: Any, Lq: int) -> NDArray[np.int64]:
         if isinstance(rows, slice):
             return np.arange(Lq)[rows]
     except TypeError:
-        raise InvalidInputError(f"rows is {rows!r}", hint=hint) from None
+        raise InvalidInputError(f"rows is {shown(rows)}", hint=hint) from None
     found = as_array("rows", rows)
     if found.size == 0:
         return np.zeros(0, np.int64)
     if found.dtype.kind not in "iu" or found.ndim > 1:
         hint += "; where bools say which, numpy.flatnonzero(rows)" * (found.dtype.kind == "b")
-        raise InvalidInputError(f"rows is {rows!r}", hint=hint)
+        raise InvalidInputError(f"rows is {shown(rows)}", hint=hint)
     lowest, highest = int(found.min()), int(found.max())  # before the cast, in which large ones would wrap around
     if lowest < -Lq or highest >= Lq:
         raise InvalidInputError(f"rows go from {lowest} to {highest}", hint=f"there are {Lq} queries")
@@ -314,19 +314,14 @@ def row_indices(rows: Any, Lq: int) -> NDArray[np.int64]:
 __all__ = [
     "call",
     "check_bits",
-    "check_memory",
-    "check_not_masked",
     "check_output",
     "check_range",
     "dropout",
     "floats",
     "from_sequence",
     "gradient",
-    "random_seed",
     "readable",
-    "real_number",
     "rounds_products",
     "row_indices",
     "scale_of",
-    "switch",
 ]

@@ -14,6 +14,7 @@ from .arrays import Array
 from .dense_call import DenseCall
 from .plan import memory
 from .results import InputGradients
+from .values import check_memory
 
 __all__ = ["SOME_WEIGHTS", "Past", "forward", "merged"]
 
@@ -49,7 +50,7 @@ class Past(NamedTuple):
         c = self.call
         chosen = checks.row_indices(rows, c.query.shape[-2])
         shape = (*c.query.shape[:-2], len(chosen), c.key.shape[-2])
-        checks.check_memory(shape, c.dtype, "weights", SOME_WEIGHTS)
+        check_memory(shape, c.dtype, "weights", SOME_WEIGHTS)
         result = np.zeros(shape, c.dtype)
         if result.size:
             sums, done = _by_tiles(self).sums, 0
@@ -66,7 +67,7 @@ class Past(NamedTuple):
         for name, x in (("query", c.query), ("key", c.key), ("value", c.value), ("bias", c.seen.bias)):
             if x is not None and (wants_bias or name != "bias"):
                 hint = "it was broadcast: a gradient has as many numbers as the array seems to have"
-                checks.check_memory(x.shape, c.dtype, f"gradient of {name}", hint)
+                check_memory(x.shape, c.dtype, f"gradient of {name}", hint)
         lse = np.zeros(shape) if grad_lse is None else grad_lse.astype(np.float64, order="C")
         stored = self.call.query.dtype
         grad_output = (
@@ -105,7 +106,7 @@ def forward(c: DenseCall, out: Array | None = None, wants_sums: bool = True, by_
     plan = _plans()
     shape = c.output_shape
     if out is None:
-        checks.check_memory(shape, c.dtype, "output", "attend with some of the queries or heads at a time")
+        check_memory(shape, c.dtype, "output", "attend with some of the queries or heads at a time")
         out = memory.result(shape, c.dtype)
     sums = np.empty((*shape[:-1], 2)) if wants_sums else None
     top = np.empty(shape[:-1], c.arithmetic) if c.eps else None

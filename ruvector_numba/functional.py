@@ -47,6 +47,7 @@ from . import checks, masks, visibility
 from .arrays import Array, Shape
 from .errors import DimensionMismatchError, InvalidInputError
 from .plan import memory
+from .values import check_memory, real_number, switch
 
 __all__ = [
     "apply_mask",
@@ -93,7 +94,7 @@ def attention_scores(query: ArrayLike, key: ArrayLike, scale: float | None = Non
            [2., 4., 6.]])
     """
     query, key = _query_and_key(query, key)
-    return _product(query, _transposed(key), checks.scale_of(scale, query.shape[-1]))
+    return _product(query, _transposed(key), _scale(scale, query))
 
 
 def attention_scores_backward(
@@ -126,9 +127,9 @@ def attention_scores_backward(
     """
     query, key = _query_and_key(query, key)
     grad = checks.gradient("grad_scores", grad_scores, (*query.shape[:-1], key.shape[-2]), query.dtype)
-    scale = checks.scale_of(scale, query.shape[-1])
+    scale = _scale(scale, query)
     for x in query, key:
-        checks.check_memory(x.shape, x.dtype, "gradient")
+        check_memory(x.shape, x.dtype, "gradient")
     return _product(grad, key, scale, selects=True), _product(_transposed(grad), query, scale, selects=True)
 
 
@@ -231,7 +232,8 @@ def softmax(scores: ArrayLike, eps: float = 0.0) -> Array:
     """
     from .plan import functional as plan
 
-    scores, eps = _array("scores", scores, "(..., Lq, Lk)"), _eps(eps)
+    scores = _array("scores", scores, "(..., Lq, Lk)")
+    eps = _eps(eps, scores.dtype)
     weights = _room(scores.shape, scores.dtype)
     if weights.size:
         plan.softmax(scores.dtype, plan.layout(scores), eps)(given=scores, weights=weights)
@@ -267,7 +269,8 @@ def softmax_backward(grad_weights: ArrayLike, weights: ArrayLike, eps: float = 0
     """
     from .plan import functional as plan
 
-    weights, eps = _array("weights", weights, "(..., Lq, Lk)"), _eps(eps)
+    weights = _array("weights", weights, "(..., Lq, Lk)")
+    eps = _eps(eps, weights.dtype)
     grad = checks.gradient("grad_weights", grad_weights, weights.shape, weights.dtype)
     grad_scores = _room(weights.shape, weights.dtype)
     if weights.size:
@@ -336,7 +339,7 @@ def weighted_sum_backward(grad_output: ArrayLike, weights: ArrayLike, value: Arr
     """
     weights, value = _weights_and_value(weights, value)
     grad = checks.gradient("grad_output", grad_output, (*weights.shape[:-1], value.shape[-1]), weights.dtype)
-    checks.check_memory(value.shape, value.dtype, "gradient")
+    check_memory(value.shape, value.dtype, "gradient")
     return _product(grad, _transposed(value)), _product(_transposed(weights), grad, selects=True)
 
 
@@ -392,7 +395,7 @@ def _summed_to(gradient: Array, shape: Shape) -> Array:
 
 def _room(shape: Shape, dtype: np.dtype[Any]) -> Array:
     """An array for a result. Arrays that are broadcast take no memory; what is computed of them may take too much."""
-    checks.check_memory(shape, dtype, "result", "scaled_dot_product_attention needs no array of Lq x Lk")
+    check_memory(shape, dtype, "result", "scaled_dot_product_attention needs no array of Lq x Lk")
     return memory.result(shape, dtype)
 
 
@@ -444,13 +447,17 @@ def _check_pair(pair: dict[str, Array], axis: int, other_axis: int, hint: str) -
 
 def _resolved(scores: Array, attn_mask: masks.Mask | ArrayLike | None, is_causal: bool) -> visibility.Visibility:
     heads, (Lq, Lk) = scores.shape[-3] if scores.ndim > 2 else 1, scores.shape[-2:]
-    return masks.resolve(
-        attn_mask, checks.switch("is_causal", is_causal), scores.shape[:-3], heads, Lq, Lk, scores.dtype
-    )
+    return masks.resolve(attn_mask, switch("is_causal", is_causal), scores.shape[:-3], heads, Lq, Lk, scores.dtype)
 
 
-def _eps(eps: float) -> float:
-    eps = checks.real_number("eps", eps)
-    if not 0 <= eps < math.inf:
+def _scale(scale: float | None, query: Array) -> float:
+    number = checks.scale_of(scale, query.shape[-1])
+    checks.check_range(query.dtype, number, None)
+    return number
+
+
+def _eps(eps: float, dtype: np.dtype[Any]) -> float:
+    eps = real_number("eps", eps)
+    if not 0 <= eps <= float(np.finfo(dtype).max):
         raise InvalidInputError(f"eps is {eps}", hint="give 0, or a small positive number")
     return eps

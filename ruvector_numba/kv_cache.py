@@ -11,7 +11,7 @@ from . import halves
 from .arrays import Array
 from .config import AttentionConfig
 from .errors import InvalidInputError
-from .values import is_whole
+from .values import whole_number
 
 __all__ = ["KeyValueCache"]
 
@@ -56,9 +56,8 @@ class KeyValueCache:
             hint = "the cache was made for another batch, or by another layer"
             raise InvalidInputError("x does not fit the cache", shapes=shapes, hint=hint)
         longest = most if config.max_seq_len is None else min(most, config.max_seq_len)
-        if not is_whole(self.length) or not 0 <= self.length <= most:
-            hint = f"give the number of positions that are filled, 0 to {most}"
-            raise InvalidInputError(f"cache.length is {self.length!r}", hint=hint)
+        hint = f"give the number of positions that are filled, 0 to {most}"
+        whole_number("cache.length", self.length, 0, most, hint=hint)
         if self.length + x.shape[1] > longest:
             more = f"new_cache(batch, max_len={self.length + x.shape[1]})"
             hint = (

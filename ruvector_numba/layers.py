@@ -14,11 +14,11 @@ from numpy.typing import ArrayLike
 
 from . import gpu, halves, mask_arrays, masks
 from .arrays import Array, Shape
-from .checks import KNOWN, floats, from_sequence, switch
+from .checks import KNOWN, floats, from_sequence
 from .config import AttentionConfig
 from .errors import DimensionMismatchError, InvalidConfigError, InvalidInputError, InvalidMaskError
 from .results import AttentionCache
-from .values import is_whole
+from .values import shown, switch, whole_number
 
 __all__ = [
     "batch",
@@ -45,9 +45,9 @@ def checked_config(config: object) -> AttentionConfig:
 
 def generator(seed: object) -> np.random.Generator:
     """What a layer draws from: its initial parameters, if it has some, and the seeds of its dropout."""
-    if seed is not None and not (is_whole(seed) and seed >= 0):  # type: ignore[operator]
-        raise InvalidConfigError(f"seed is {seed!r}", hint="give a whole number that is not negative, or None")
-    return np.random.default_rng(seed)  # type: ignore[arg-type]
+    hint = "give a whole number that is not negative, or None"
+    number = None if seed is None else whole_number("seed", seed, 0, error=InvalidConfigError, hint=hint)
+    return np.random.default_rng(number)
 
 
 class _Drops(Protocol):
@@ -134,7 +134,7 @@ def _check_no_masks(given: dict[str, ArrayLike], arrays: dict[str, Array]) -> No
     """Refuse a mask that stands where an input is expected: layer(x, mask)."""
     for name, x in arrays.items():
         if isinstance(given[name], masks.Mask):
-            raise InvalidInputError(f"{name} is a mask, {given[name]!r}", hint="did you mean mask=...?")
+            raise InvalidInputError(f"{name} is a mask, {shown(given[name])}", hint="did you mean mask=...?")
         if x.dtype == bool:
             what = f"{name} has dtype bool, not {KNOWN[True]}"
             raise InvalidInputError(what, shapes={f"{name}.shape": x.shape}, hint="did you mean mask=...?")

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import operator
-
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from .arrays import Shape
 from .errors import InvalidMaskError
-from .values import as_array, check_not_masked
+from .values import as_array, check_not_masked, shown, whole_number
 from .visibility import Sizes, broadcasts
 
 
@@ -27,28 +25,17 @@ def check_rows(name: str, **shapes: Shape) -> None:
 def check_align(name: str, align: object) -> None:
     if not isinstance(align, str) or align not in ("top_left", "bottom_right"):
         hint = 'query 0 sits at key 0 ("top_left"), or the last query at the last key ("bottom_right")'
-        raise InvalidMaskError(f"{name}.align must be 'top_left' or 'bottom_right', got {align!r}", hint=hint)
-
-
-def _integer(name: str, value: object) -> int:
-    try:
-        if isinstance(value, (bool, np.bool_)):
-            raise TypeError
-        return operator.index(value)  # type: ignore[arg-type]
-    except TypeError:
-        raise InvalidMaskError(f"{name} must be an integer, got {value!r}") from None
+        raise InvalidMaskError(f"{name}.align must be 'top_left' or 'bottom_right', got {shown(align)}", hint=hint)
 
 
 def reach(name: str, value: object) -> int:
-    if (reach := _integer(name, value)) < 0:
-        raise InvalidMaskError(f"{name} must not be negative, got {reach}", hint="None means no limit")
-    return reach
+    return whole_number(
+        name, value, 0, error=InvalidMaskError, hint="give a whole number, 0 or more; None means no limit"
+    )
 
 
 def size(name: str, value: object) -> int:
-    if (size := _integer(name, value)) < 0:
-        raise InvalidMaskError(f"{name} must not be negative, got {size}")
-    return size
+    return whole_number(name, value, 0, error=InvalidMaskError)
 
 
 def _integers(name: str, values: object) -> NDArray[np.int64]:
@@ -68,7 +55,9 @@ def _integers(name: str, values: object) -> NDArray[np.int64]:
 def lengths(name: str, values: object) -> int | NDArray[np.int64]:
     array = _integers(name, values)
     if array.size and (shortest := int(array.min())) < 0:
-        raise InvalidMaskError(f"{name} must not be negative, got {shortest}", hint="None means no limit")
+        raise InvalidMaskError(
+            f"{name} must not be negative, got {shortest}", hint="give a whole number, 0 or more; None means no limit"
+        )
     return int(array) if array.ndim == 0 else array
 
 

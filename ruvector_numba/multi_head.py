@@ -17,10 +17,10 @@ from .gpu import layers as gpu_layers
 from .kv_cache import KeyValueCache
 from .parameters import ParameterSet, Trainable
 from .plan import memory
-from .projection import product
+from .projection import product, weight_gradient
 from .protocols import TrainableAttention
 from .results import AttentionCache, AttentionGradients, read_only
-from .values import is_whole
+from .values import check_memory, whole_number
 
 __all__ = ["KeyValueCache", "MultiHeadAttention"]
 
@@ -235,7 +235,7 @@ class MultiHeadAttention(Trainable, TrainableAttention):
         inputs = layers.batch(query, key, value, (config.d_model, self.kdim, self.vdim), config.max_seq_len)
         (B, Lq, _), Lk = inputs[0].shape, inputs[1].shape[1]
         for x in inputs:
-            checks.check_memory((*x.shape[:2], config.d_model), x.dtype, "projection", "use a smaller batch")
+            check_memory((*x.shape[:2], config.d_model), x.dtype, "projection", "use a smaller batch")
         mask = layers.with_padding(mask, key_padding_mask, (B, H, Lq, Lk))
         seen = layers.hidden(mask, (B, H, Lq, Lk), per_head=True)
         parameters = self._parameters.as_type(inputs[0].dtype)
@@ -286,12 +286,10 @@ class MultiHeadAttention(Trainable, TrainableAttention):
         ------
         InvalidInputError
         """
-        for name, n in (("batch", batch), ("max_len", max_len)):
-            if not is_whole(n) or n < 0:
-                raise InvalidInputError(f"{name} is {n!r}", hint="give a whole number, 0 or more")
+        batch, max_len = whole_number("batch", batch, 0), whole_number("max_len", max_len, 0)
         limit = self.config.max_seq_len
         if limit is not None and max_len > limit:
-            hint = f"AttentionConfig(max_seq_len={int(max_len)}), or max_seq_len=None for no limit"
+            hint = f"AttentionConfig(max_seq_len={max_len}), or max_seq_len=None for no limit"
             raise InvalidInputError(f"max_len is {max_len}, and max_seq_len {limit}", hint=hint)
         if self.kdim != self.d_model() or self.vdim != self.d_model():
             hint = "keys and values come from the same input as queries: kdim and vdim must be d_model"
@@ -299,7 +297,7 @@ class MultiHeadAttention(Trainable, TrainableAttention):
         half = layers_half.half_type(dtype)
         kind = half or self._parameters.as_type(self._parameters.dtype if dtype is None else dtype).dtype
         shape = (int(batch), self.config.num_heads, int(max_len), self.config.d_k)
-        checks.check_memory((2, *shape), kind, "keys and values", hint="fewer positions, or a smaller batch")
+        check_memory((2, *shape), kind, "keys and values", hint="fewer positions, or a smaller batch")
         return KeyValueCache(np.zeros(shape, kind), np.zeros(shape, kind))
 
     def step(self, x: ArrayLike, cache: KeyValueCache) -> Array:
@@ -389,7 +387,7 @@ class _Record(NamedTuple):
         """Averaged over the heads: (B, rows, Lk), some rows at a time, so that the heads' own need little room."""
         B, H, Lq, Lk = *self.past.output.shape[:3], self.past.call.key.shape[2]
         chosen = checks.row_indices(rows, Lq)
-        checks.check_memory((B, len(chosen), Lk), self.output.dtype, "weights", dense_past.SOME_WEIGHTS)
+        check_memory((B, len(chosen), Lk), self.output.dtype, "weights", dense_past.SOME_WEIGHTS)
         result = np.zeros((B, len(chosen), Lk), self.output.dtype)
         at_once = max(1, (1 << 22) // max(1, B * H * Lk))
         for i in range(0, len(chosen), at_once):
@@ -467,12 +465,7 @@ def _weight_gradients(x: Array, dy: Array) -> tuple[Array, Array]:
     """dw = x^T dy and db = sum dy, for (B, L, H, C) arrays."""
     n, m = x.shape[2] * x.shape[3], dy.shape[2] * dy.shape[3]
     dw, db = memory.result((n, m), x.dtype), np.empty(m, x.dtype)
-    product(_transposed(x), dy, dw.reshape(*x.shape[2:], *dy.shape[2:]), sums=db)
-    with np.errstate(all="ignore"):
-        finite = np.isfinite(dw.sum())
-    if not finite:  # NaN in a row that nobody saw, whose dy is 0, must not reach dw: 0 * NaN is NaN
-        unused = (dy == 0).all(axis=(2, 3), keepdims=True)
-        product(_transposed(np.where(unused, 0, x)), dy, dw.reshape(*x.shape[2:], *dy.shape[2:]))
+    weight_gradient(x, dy, dw.reshape(*x.shape[2:], *dy.shape[2:]), db)
     return dw, db
 
 
@@ -484,6 +477,4 @@ def _glorot_uniform(rng: np.random.Generator, fan_in: int, fan_out: int) -> Arra
 def _width(name: str, n: object, d_model: int) -> int:
     if n is None:
         return d_model
-    if not is_whole(n) or n <= 0:  # type: ignore[operator]
-        raise InvalidConfigError(f"{name} must be a whole number greater than 0, got {n!r}", hint="None means d_model")
-    return int(n)  # type: ignore[call-overload]
+    return whole_number(name, n, 1, error=InvalidConfigError, hint="give a whole number, 1 or more; None means d_model")

@@ -30,9 +30,10 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 
 from .arrays import Array
-from .checks import floats, real_number
+from .checks import floats
 from .errors import InvalidConfigError, InvalidInputError, TrainingError
 from .parameters import ParameterSet, Trainable, check_finite, fitting_gradients, named_gradients
+from .values import real_number, shown, switch
 
 __all__ = ["SGD", "Adam", "AdamW", "clip_by_norm"]
 
@@ -191,7 +192,7 @@ class SGD(_Optimizer):
         self.momentum = _setting("momentum", self.momentum)
         self.dampening = _setting("dampening", self.dampening, least=-LARGEST, hint="give a finite number")
         self.weight_decay = _setting("weight_decay", self.weight_decay)
-        self.nesterov = _switch("nesterov", self.nesterov)
+        self.nesterov = switch("nesterov", self.nesterov, InvalidConfigError)
         if self.nesterov and (self.momentum == 0 or self.dampening != 0):
             both = {"momentum": self.momentum, "dampening": self.dampening}
             hint = "set momentum=0.9 and dampening=0, or nesterov=False"
@@ -258,13 +259,13 @@ class Adam(_Optimizer):
         self.lr = _setting("lr", self.lr)
         betas = tuple(self.betas) if isinstance(self.betas, Iterable) else ()
         if len(betas) != 2:
-            raise InvalidConfigError(f"betas is {self.betas!r}", hint="give two numbers, such as (0.9, 0.999)")
+            raise InvalidConfigError(f"betas is {shown(self.betas)}", hint="give two numbers, such as (0.9, 0.999)")
         most, hint = math.nextafter(1, 0), "give a number of at least 0 and less than 1"
         beta1, beta2 = (_setting(f"betas[{i}]", beta, most=most, hint=hint) for i, beta in enumerate(betas))
         self.betas = beta1, beta2
         self.eps = _setting("eps", self.eps)
         self.weight_decay = _setting("weight_decay", self.weight_decay)
-        self.amsgrad = _switch("amsgrad", self.amsgrad)
+        self.amsgrad = switch("amsgrad", self.amsgrad, InvalidConfigError)
 
     def _descend(self, p: Array, g: Array, state: Any) -> tuple[Array, Any]:
         steps, mean, square, largest = state or Moments(0, np.zeros_like(p), np.zeros_like(p), None)
@@ -354,11 +355,5 @@ def _setting(
     """A setting as a float, if it is a number in its range."""
     number = real_number(name, x, InvalidConfigError, hint)
     if not least <= number <= most:
-        raise InvalidConfigError(f"{name} is {x!r}", hint=hint)
+        raise InvalidConfigError(f"{name} is {shown(x)}", hint=hint)
     return number
-
-
-def _switch(name: str, x: object) -> bool:
-    if not isinstance(x, bool | np.bool_):
-        raise InvalidConfigError(f"{name} is {x!r}", hint="give True or False")
-    return bool(x)

@@ -48,8 +48,9 @@ from numpy.typing import ArrayLike, DTypeLike
 
 from . import files, gpu
 from .arrays import Array, Shape
-from .checks import FLOATS, floats, real_number
+from .checks import FLOATS, floats
 from .errors import DimensionMismatchError, InvalidConfigError, InvalidInputError, TrainingError
+from .values import real_number, shown
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -489,5 +490,5 @@ def check_finite(name: str, g: Array) -> None:
 def _finite_number(name: str, x: object) -> float:
     number = real_number(name, x, TrainingError, "give a finite number")
     if not math.isfinite(number):
-        raise TrainingError(f"{name} is {x!r}", hint="give a finite number")
+        raise TrainingError(f"{name} is {shown(x)}", hint="give a finite number")
     return number

@@ -16,7 +16,17 @@ import numpy as np
 from .arrays import Array
 from .plan import memory
 
-__all__ = ["flattened", "linear", "linear_backward", "linears", "linears_backward", "product"]
+__all__ = [
+    "flattened",
+    "is_finite",
+    "linear",
+    "linear_backward",
+    "linears",
+    "linears_backward",
+    "only_seen",
+    "product",
+    "weight_gradient",
+]
 
 
 def product(
@@ -69,12 +79,35 @@ def linear(x: Array, weight: Array, bias: Array | None = None) -> Array:
 
 
 def linear_backward(grad: Array, x: Array, weight: Array, so_far: Array | None = None) -> tuple[Array, Array, Array]:
-    """The gradients of x, weight and bias, given that of `linear`'s result (N, d_out); of x, added to `so_far`."""
+    """The gradients of x, weight and bias, given that of `linear`'s result (N, d_out).
+
+    That of x is added to `so_far`, in place, where that is given.
+    """
     dx = memory.empty(x.shape, x.dtype) if so_far is None else so_far
     dweight, dbias = np.empty_like(weight), np.empty(len(weight), x.dtype)
     product(_matrix(grad), _matrix(weight), _matrix(dx), adds=so_far is not None)
-    product(_matrix(x.T), _matrix(grad), _matrix(dweight.T), sums=dbias)
+    weight_gradient(_matrix(x), _matrix(grad), _matrix(dweight.T), dbias)
     return dx, dweight, dbias
+
+
+def weight_gradient(x: Array, dy: Array, dweight: Array, dbias: Array) -> None:
+    """dweight = x^T dy and dbias = sum dy, for (B, L, H, C) arrays. What nobody saw, NaN included, is in neither."""
+    product(x.transpose(2, 3, 0, 1), dy, dweight, sums=dbias)
+    if not is_finite(dweight):
+        product(only_seen(x, dy, 2).transpose(2, 3, 0, 1), dy, dweight)
+
+
+def only_seen(x: Array, dy: Array, axes: int = 1) -> Array:
+    """x, but 0 in the rows whose gradients dy are all 0: nobody saw these, and NaN times 0 is NaN. Rows are counted by
+    so many axes."""
+    is_seen = dy.any(axis=tuple(range(axes, dy.ndim)))
+    return np.where(is_seen.reshape(*is_seen.shape, *(1,) * (x.ndim - axes)), x, 0)
+
+
+def is_finite(x: Array) -> bool:
+    """False if any of x is NaN or infinity. Of finite numbers it may say so too, if their sum is not."""
+    with np.errstate(all="ignore"):
+        return bool(np.isfinite(x.sum()))
 
 
 def linears(

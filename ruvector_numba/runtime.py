@@ -15,7 +15,7 @@ from numpy.typing import DTypeLike
 from . import halves
 from .arrays import Array
 from .errors import InvalidInputError
-from .values import switch
+from .values import switch, whole_number
 
 __all__ = ["get_num_threads", "info", "set_num_threads", "threads", "warmup"]
 
@@ -28,12 +28,9 @@ def _most() -> int:
 
 
 def _checked(n: int) -> int:
-    if isinstance(n, bool | np.bool_) or not isinstance(n, int | np.integer) or not 1 <= n <= _most():
-        raise InvalidInputError(
-            f"the number of threads is {n!r}, not a whole number from 1 to {_most()}",
-            hint="set the environment variable NUMBA_NUM_THREADS before Python starts if there must be more",
-        )
-    return int(n)
+    more = "set the environment variable NUMBA_NUM_THREADS before Python starts if there must be more"
+    hint = f"give a whole number from 1 to {_most()}; {more}"
+    return whole_number("the number of threads", n, 1, _most(), hint=hint)
 
 
 def _team() -> int:

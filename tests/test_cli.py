@@ -152,7 +152,7 @@ def test_without_the_compiler_a_line_says_so(capsys, monkeypatch):
         (["q.npy", "k.npy", "v.npy", "-o", "."], ". is a folder"),
         (["half.npy", "k.npy", "v.npy", "-o", "out.npy"], "HINT: cast them to one"),
         (["q.npy", "v.npy", "v.npy", "-o", "out.npy"], f"query.shape: ({H}, {LQ}, {D}); key.shape: ({H}, {LK}, {DV})"),
-        (["q.npy", "k.npy", "v.npy", "-o", "out.npy", "--window", "-1", "0"], "must not be negative"),
+        (["q.npy", "k.npy", "v.npy", "-o", "out.npy", "--window", "-1", "0"], "left is -1"),
         (["q.npy", "k.npy", "v.npy", "-o", "out.npy", "--mask", "q.npy"], "does not broadcast"),
         (["q.npy", "k.npy", "v.npy", "-o", "out.npy", "--softcap", "0"], "softcap is 0.0"),
         (["q.npy", "k.npy", "v.npy", "-o", "out.npy", "--scale", "nan"], "scale is nan"),

@@ -496,3 +496,16 @@ def test_masks_of_no_axes():
     assert np.isneginf(steps.apply_mask(scores, np.array(True) & masks.Full() & np.array(-np.inf))).all()
     assert steps.apply_mask_backward(scores, np.array(2.0))[1] == pytest.approx(scores.sum())
     assert math.isclose(steps.apply_mask_backward(scores, np.zeros((5, 1)))[1].sum(), scores.sum())
+
+
+@pytest.mark.parametrize("call", [lambda x: steps.attention_scores(x, x, scale=1e39),
+                                  lambda x: steps.attention_scores_backward(x @ x.T, x, x, scale=-1e39)])  # fmt: skip
+def test_a_scale_that_float32_cannot_hold(call):
+    with pytest.raises(InvalidInputError, match=r"scale is -?1e\+39[\s\S]*HINT: float32 ends at"):
+        call(np.ones((3, 2), np.float32))
+
+
+def test_an_eps_that_float32_cannot_hold():
+    with pytest.raises(InvalidInputError, match=r"eps is 1e\+39[\s\S]*HINT: give 0"):
+        steps.softmax(np.ones((3, 2), np.float32), eps=1e39)
+    assert steps.softmax(np.ones((3, 2)), eps=1e39).max() < 1e-38

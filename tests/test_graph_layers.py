@@ -357,6 +357,32 @@ def test_nan_stays_where_it_is_seen(kind, where):
     assert np.array_equal(g.edge_attr[45:], sound["edge_attr"][45:])
 
 
+@pytest.mark.core
+@pytest.mark.parametrize(
+    "more", [{}, {"concat": False}, {"root_weight": True, "beta": True}, {"residual": True}], ids=str
+)
+@pytest.mark.parametrize("pair", [False, True])
+@kinds
+def test_nan_that_nobody_sees_is_in_no_gradient(kind, pair, more):
+    """Nodes without edges, of whose outputs the loss knows nothing."""
+    options = {"root_weight": False} if kind == "GraphTransformer" else {"add_self_loops": False}
+    case = make(kind, 3, 4, 2, N=(8, 8) if pair else 8, E=30, **options | more if applies(kind, more) else options)
+    case = case._replace(edge_index=case.edge_index % 5)
+    grad = case.grad_output()
+    grad[5:] = 0
+    sound, x = case.layer.backward(grad, case.forward_cached()[1]), case.x
+    for nodes in x if pair else (x,):
+        nodes[5:7] = [[np.nan], [np.inf]]
+    got = case.layer.backward(grad, case.forward_cached()[1])
+    for name, wanted in sound.parameters.items():
+        np.testing.assert_array_equal(got.parameters[name], wanted, err_msg=name)
+
+
+def applies(kind, settings):
+    """GraphTransformer has a root where the others have a residual."""
+    return not ("residual" in settings if kind == "GraphTransformer" else "beta" in settings)
+
+
 # --- dropout ---------------------------------------------------------------------------------------------------------
 @kinds
 def test_dropout_is_what_the_seed_says(kind):

@@ -250,6 +250,20 @@ class TestWhatANodeSees:
         hit = np.isnan(output["paper"]).any(axis=1)
         assert hit[seeing].all() and hit.sum() == len(seeing) and not np.isnan(output["venue"]).any()
 
+    @pytest.mark.parametrize("out_channels", [WIDTHS["paper"], 8], ids=["beside its input", "alone"])
+    def test_nan_that_nobody_sees_is_in_no_gradient(self, out_channels):
+        made, (x, index, _) = case(out_channels=out_channels, heads=1)
+        index = {kind: np.where(ends == 1, 0, ends) for kind, ends in index.items()}
+        output, cache = made.forward_cached(x, index)
+        for g in output.values():
+            g[1] = 0  # the gradients too
+        sound = made.backward(output, cache)
+        for nodes in x.values():
+            nodes[1] = np.nan
+        got = made.backward(output, made.forward_cached(x, index)[1])
+        for name, wanted in sound.parameters.items():
+            np.testing.assert_array_equal(got.parameters[name], wanted, err_msg=name)
+
     def test_a_node_type_that_no_edge_touches_may_be_missing(self):
         made, (x, index, _) = case(without=[AT])
         output = made(x, index)

@@ -201,8 +201,8 @@ BAD = [
         for x in (0.9, None, (0.9,), (0.9, 0.9, 0.9), (1.0, 0.9), (0.9, 1), (-0.1, 0.9), (0.9, math.nan))
     ),
     *((Adam, "betas", x) for x in (("0.9", 0.9), "ab", (True, 0.9))),
-    *((Adam, "amsgrad", x) for x in (1, "yes", None)),
-    *((SGD, "nesterov", x) for x in (0, "no", True)),
+    *((Adam, "amsgrad", x) for x in (2, "yes", None)),
+    *((SGD, "nesterov", x) for x in (2, "no", True)),
 ]
 
 

@@ -60,7 +60,7 @@ def test_no_other_number_can_be_set(n):
     for attempt in (rv.set_num_threads, lambda n: rv.threads(n).__enter__()):
         with pytest.raises(rv.InvalidInputError) as caught:
             attempt(n)
-        assert f"the number of threads is {n!r}, not a whole number from 1 to {MOST}" in str(caught.value)
+        assert f"the number of threads is {n!r}\nHINT: give a whole number from 1 to {MOST}" in str(caught.value)
         assert "NUMBA_NUM_THREADS" in caught.value.hint
     assert rv.get_num_threads() == before
 

@@ -299,13 +299,21 @@ def test_nodes_that_are_none(nodes, kind, told):
     refused(kind, told, nodes=nodes)
 
 
+def test_nodes_that_numpy_cannot_read():
+    class Tensor:
+        def __array__(self, *_, **__):
+            raise TypeError("can't convert a sparse tensor to numpy")
+
+    refused(InvalidInputError, "nodes cannot become an array", "nodes.detach()", nodes=Tensor())
+
+
 def test_no_nodes_at_all():
     refused(GraphStructureError, "the nodes are none", graph=CSRGraph.from_edge_index([[], []]))
 
 
 @pytest.mark.parametrize("fan_out", [0, -2, 2.0, True, None, "10", [], (), [3, 0], [3, None], [[3]], {3}], ids=str)
 def test_fan_outs_that_are_none(fan_out):
-    refused(InvalidConfigError, f"fan_out is {fan_out!r}", "-1 for all neighbours", fan_out=fan_out)
+    refused(InvalidConfigError, "fan_out is ", "-1 for all neighbours", fan_out=fan_out)
 
 
 @pytest.mark.parametrize("seed", [-1, 2**63, 1.0, "1", True])
@@ -330,4 +338,4 @@ def test_shuffle_is_true_or_false(shuffle):
 def test_batch_sizes_that_are_none(batch_size):
     with pytest.raises(InvalidConfigError, match="batch_size is ") as caught:
         neighbor_batches(GRAPH, [0], 1, batch_size)
-    assert "HINT: give a positive whole number" in str(caught.value)
+    assert "HINT: give a whole number, 1 or more" in str(caught.value)

@@ -176,7 +176,7 @@ def source_passes(v):
         for c in range(WIDTH):
             if RULE == SUM:
                 dv[c] += dterm * a[c]
-                sums[c] += dterm * value[c]
+                sums[c] += dterm * value[c] if dterm != 0 else float32(0)  # NaN that nobody saw
             elif RULE == JOINT:
                 dv[c] += dk[c]
         put(job.dvalue, node, head, sub, job.C, dv, 0, True)
@@ -324,7 +324,7 @@ def target_passes(v):
         if RULE == SUM:
             take(q, 0, job.query, node, head, sub, job.C, there)
             for c in range(WIDTH):
-                sums[c] += dterm * q[c]
+                sums[c] += dterm * q[c] if dterm != 0 else float32(0)
                 dq[c] = dterm * b[c]
         if RULE == SUM and job.adds != 0:
             add(job.dvalue, node, head, sub, job.C, dq, 0, there)

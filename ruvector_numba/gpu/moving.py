@@ -11,6 +11,7 @@ from .. import halves
 from ..arrays import Array
 from ..checks import from_sequence
 from ..errors import InvalidInputError
+from ..values import shown
 from .arrays import ELEMENTS, GpuArray, Space, any_on_gpu, default, enter, is_on_gpu, library
 
 __all__ = ["concerns", "kept", "moved", "to_numpy", "uploaded"]
@@ -19,7 +20,9 @@ __all__ = ["concerns", "kept", "moved", "to_numpy", "uploaded"]
 def concerns(device: object, *arrays: object) -> bool:
     """Is a call one for the GPU: because an array lies there, or because `device` asks for it?"""
     if device is not None and not (isinstance(device, str) and device in ("cpu", "cuda")):
-        raise InvalidInputError(f"device is {device!r}", hint="give 'cuda', 'cpu', or None for where the arrays are")
+        raise InvalidInputError(
+            f"device is {shown(device)}", hint="give 'cuda', 'cpu', or None for where the arrays are"
+        )
     found = any_on_gpu(*arrays)
     if found and device == "cpu":
         raise InvalidInputError("device is 'cpu', and an array lies on a GPU", hint="copy it to the CPU first")

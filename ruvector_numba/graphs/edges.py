@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from ..arrays import Array
-from ..checks import check_memory, check_not_masked, from_sequence
+from ..checks import from_sequence
 from ..errors import (
     DimensionMismatchError,
     GraphStructureError,
@@ -16,6 +16,7 @@ from ..errors import (
     InvalidInputError,
     OutOfMemoryError,
 )
+from ..values import as_array, check_memory, check_not_masked, shown, whole_number
 
 __all__ = [
     "LoopPolicy",
@@ -127,13 +128,8 @@ def as_given(name: str, x: ArrayLike) -> Array:
 def integers(name: str, x: ArrayLike) -> Array:
     """The argument as an array of integers, whichever kind."""
     refuse_masked(name, x)
-    try:
-        array = np.asarray(x)
-    except ValueError as error:
-        raise GraphStructureError(f"{name} cannot become an array: {error}", hint="give rows of equal length") from None
-    except (TypeError, RuntimeError) as error:  # a tensor that NumPy cannot read
-        hint = f"of a tensor give {name}.detach(); of a sparse one, adj.coalesce().indices()"
-        raise GraphStructureError(f"{name} cannot become an array: {error}", hint=hint) from None
+    of_tensor = f"of a tensor give {name}.detach(); of a sparse one, adj.coalesce().indices()"
+    array = as_array(name, x, GraphStructureError, of_tensor=of_tensor)
     if array.dtype.kind in "iu":
         return array
     if array.size == 0 and not isinstance(x, np.ndarray):
@@ -164,12 +160,9 @@ def _sizes(num_nodes: object) -> tuple[int, int]:
 
 
 def _size(name: str, n: object) -> int:
-    if isinstance(n, bool | np.bool_) or not isinstance(n, int | np.integer) or n < 0:
-        hint = "give a whole number, not negative"
-        if name == "num_nodes":
-            hint += ", or a pair (num_sources, num_targets)"
-        raise GraphStructureError(f"{name} is {n!r}", hint=hint)
-    return int(n)
+    pair = "give a whole number, 0 or more, or a pair (num_sources, num_targets)"
+    hint = pair if name == "num_nodes" else None
+    return whole_number(name, n, 0, error=GraphStructureError, hint=hint)
 
 
 def no_node(
@@ -199,7 +192,7 @@ def index_dtype(*counts: int) -> np.dtype[Any]:
 
 def policy(name: LoopPolicy) -> LoopPolicy:
     if not isinstance(name, str) or name not in get_args(LoopPolicy):
-        raise InvalidConfigError(f"policy is {name!r}", hint='give "replace", "add" or "keep"')
+        raise InvalidConfigError(f"policy is {shown(name)}", hint='give "replace", "add" or "keep"')
     return name
 
 

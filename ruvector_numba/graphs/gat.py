@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike, DTypeLike
 from ..arrays import Array
 from ..errors import InvalidConfigError
 from ..parameters import ParameterSet
-from ..projection import flattened, linear, linear_backward, linears, linears_backward
+from ..projection import flattened, is_finite, linear, linear_backward, linears, linears_backward, only_seen
 from ..values import switch
 from .inputs import (
     Inputs,
@@ -200,7 +200,7 @@ class GAT(_Convolution):
         dtarget = so_far if inputs.is_pair else dsource
         if h_target is not None:
             assert inputs.target is not None  # h_target was made of it
-            gradients["att_dst"] = np.einsum("nh,nhc->hc", back.query[..., 0], h_target)[None]
+            gradients["att_dst"] = _weighed(back.query[..., 0], h_target)[None]
             dh = flattened(back.query * p["att_dst"])
             dtarget, dweight, _ = linear_backward(dh, inputs.target, p[target_name], dtarget)
             gradients[target_name] = dweight + gradients[target_name] if target_name in gradients else dweight
@@ -213,6 +213,12 @@ class GAT(_Convolution):
             datt, dweight = _att_by_edge_back(dby_edge, p["att_edge"], p["lin_edge.weight"])
             gradients["att_edge"], gradients["lin_edge.weight"] = datt, dweight
         return dsource, dtarget, dattr
+
+
+def _weighed(d: Array, h: Array) -> Array:
+    """(H, C): the sum over nodes of d[n, head] h[n, head]"""
+    made = np.einsum("nh,nhc->hc", d, h)
+    return made if is_finite(made) else np.einsum("nh,nhc->hc", d, only_seen(h, d))
 
 
 def att_by_edge(att: Array, weight: Array) -> Array:

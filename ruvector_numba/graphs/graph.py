@@ -13,8 +13,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ..arrays import Array
-from ..checks import check_memory, floats
+from ..checks import floats
 from ..errors import DimensionMismatchError, GraphStructureError, InvalidInputError
+from ..values import check_memory
 from . import edges, others, self_loops
 from .derived import Derived
 from .edges import LoopPolicy

@@ -12,6 +12,7 @@ from .. import gpu
 from ..arrays import Array
 from ..checks import from_sequence
 from ..errors import DimensionMismatchError, GraphStructureError, InvalidConfigError, InvalidInputError
+from ..values import shown
 from .derived import Derived
 from .edge_values import edge_values
 from .graph import CSRGraph
@@ -172,7 +173,7 @@ def checked_metadata(metadata: Any) -> tuple[list[str], list[EdgeType]]:
         node_types, edge_types = list(nodes), [tuple(kind) for kind in kinds]
         known = {*node_types}
     except (TypeError, ValueError):
-        raise InvalidConfigError(f"metadata is {metadata!r}", hint=hint) from None
+        raise InvalidConfigError(f"metadata is {shown(metadata)}", hint=hint) from None
     for kind in edge_types:
         if len(kind) != 3 or not all(isinstance(part, str) for part in kind) or not {kind[0], kind[2]} <= known:
             raise InvalidConfigError(f"metadata has the edge type {kind!r}", hint=hint)

@@ -19,7 +19,7 @@ from .. import checks, layers
 from ..arrays import Array
 from ..errors import InvalidConfigError, InvalidInputError
 from ..parameters import ParameterSet, Trainable
-from ..projection import linear_backward
+from ..projection import linear_backward, only_seen
 from ..protocols import GraphAttention
 from ..values import switch
 from .hetero import (
@@ -375,7 +375,10 @@ class HGT(Trainable, GraphAttention):
         if x.shape[1] == self.out_channels:
             gate = gate_of(kind, p)
             # the product of grad and what out_lin gave is that of its gradients and its parameters
-            dgate = (dweight * weight).sum() + (dbias * bias).sum() - (grad * x).sum()
+            through_root = (grad * x).sum()
+            if not np.isfinite(through_root):
+                through_root = (grad * only_seen(x, grad)).sum()
+            dgate = (dweight * weight).sum() + (dbias * bias).sum() - through_root
             gradients[f"skip.{parameter_key(kind)}"][0] = dgate * gate * (1 - gate)
             for y in (da, dweight, dbias):
                 y *= gate

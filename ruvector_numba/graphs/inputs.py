@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
@@ -14,6 +13,7 @@ from .. import checks
 from ..arrays import Array
 from ..errors import DimensionMismatchError, GraphStructureError, InvalidConfigError, InvalidInputError
 from ..parameters import ParameterSet
+from ..values import check_memory, shown, whole_number
 from . import edges, self_loops
 from .graph import CSRGraph
 from .known import graph_of_edges
@@ -61,7 +61,7 @@ def loop_policy(add_self_loops: object) -> edges.LoopPolicy:
         return "replace" if add_self_loops else "keep"
     if not isinstance(add_self_loops, str) or add_self_loops not in ("replace", "add", "keep"):
         hint = 'give True, False, "replace", "add" or "keep"'
-        raise InvalidConfigError(f"add_self_loops is {add_self_loops!r}", hint=hint)
+        raise InvalidConfigError(f"add_self_loops is {shown(add_self_loops)}", hint=hint)
     return add_self_loops  # type: ignore[return-value]  # one of these words
 
 
@@ -71,7 +71,7 @@ def checked_slope(negative_slope: object) -> float:
     except InvalidInputError:
         slope = math.nan
     if negative_slope is None or not math.isfinite(slope):
-        raise InvalidConfigError(f"negative_slope is {negative_slope!r}", hint="give a finite number")
+        raise InvalidConfigError(f"negative_slope is {shown(negative_slope)}", hint="give a finite number")
     return slope
 
 
@@ -79,7 +79,9 @@ def checked_filling(fill_value: str | ArrayLike) -> str | ArrayLike:
     """What a layer fills its self-loops' attributes with. That an array fits nodes and edges shows in a call."""
     if isinstance(fill_value, str):
         if fill_value not in ("mean", "add"):
-            raise InvalidConfigError(f"fill_value is {fill_value!r}", hint='give "mean", "add", a number or an array')
+            raise InvalidConfigError(
+                f"fill_value is {shown(fill_value)}", hint='give "mean", "add", a number or an array'
+            )
         return fill_value
     try:
         edges.checked_fill(fill_value)
@@ -101,13 +103,8 @@ def listed(x: Any) -> Any:
 
 
 def size(name: str, n: object) -> int:
-    try:
-        found = operator.index(cast(Any, n))
-    except TypeError:
-        found = 0
-    if isinstance(n, bool) or found <= 0:
-        raise InvalidConfigError(f"{name} is {n!r}", hint="give a whole number above 0")
-    checks.check_memory((found,), np.dtype(np.float32), name, hint="there is a parameter for each, at least")
+    found = whole_number(name, n, 1, error=InvalidConfigError)
+    check_memory((found,), np.dtype(np.float32), name, hint="there is a parameter for each, at least")
     return found
 
 
@@ -157,7 +154,7 @@ def starting_parameters(
     except (TypeError, ValueError) as error:
         raise InvalidInputError(f"dtype is {dtype!r}: {error}", hint="give float32 or float64") from None
     numbers = sum(map(math.prod, shapes.values()))
-    checks.check_memory((numbers,), np.dtype(float), "parameters", hint="give fewer channels or heads")
+    check_memory((numbers,), np.dtype(float), "parameters", hint="give fewer channels or heads")
     arrays = {n: np.ones(s) if ones and n.startswith(ones) else initial(random, n, s) for n, s in shapes.items()}
     return ParameterSet(arrays).as_type(dtype)
 

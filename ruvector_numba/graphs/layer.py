@@ -20,7 +20,7 @@ from ..errors import DimensionMismatchError, InvalidConfigError, InvalidInputErr
 from ..parameters import ParameterSet, Trainable
 from ..projection import linear, linear_backward
 from ..protocols import GraphAttention
-from ..values import switch
+from ..values import shown, switch
 from . import edges
 from .edge_values import checked_edges
 from .graph import CSRGraph
@@ -70,7 +70,9 @@ class GraphLayer(Trainable, GraphAttention):
         self.is_bipartite = isinstance(in_channels, tuple | list)
         widths = tuple(cast(Any, in_channels)) if self.is_bipartite else (in_channels, in_channels)
         if len(widths) != 2:
-            raise InvalidConfigError(f"in_channels is {in_channels!r}", hint="give a number, or (sources, targets)")
+            raise InvalidConfigError(
+                f"in_channels is {shown(in_channels)}", hint="give a number, or (sources, targets)"
+            )
         self.in_channels = tuple(size("in_channels", n) for n in widths)
         self.out_channels, self.heads = size("out_channels", out_channels), size("heads", heads)
         self.edge_dim = None if edge_dim is None else size("edge_dim", edge_dim)
@@ -79,7 +81,7 @@ class GraphLayer(Trainable, GraphAttention):
         try:
             self.dropout, _ = checks.dropout(dropout, 0)
         except InvalidInputError:
-            raise InvalidConfigError(f"dropout is {dropout!r}", hint="give a probability, 0 to 1") from None
+            raise InvalidConfigError(f"dropout is {shown(dropout)}", hint="give a probability, 0 to 1") from None
         self._random, self._identity = layers.generator(seed), layers.identity()
 
     def _start(self, shapes: dict[str, tuple[int, ...]], dtype: DTypeLike) -> None:

@@ -28,6 +28,7 @@ from numpy.typing import ArrayLike
 from .. import checks, gpu
 from ..arrays import Array
 from ..errors import DimensionMismatchError, GraphStructureError, InvalidConfigError, InvalidInputError
+from ..values import shown
 from .derived import Derived
 from .edge_values import checked_edges
 from .graph import CSRGraph
@@ -380,7 +381,7 @@ def checked_aggregation(aggregation: object) -> str:
     is_word = isinstance(aggregation, str)  # an array is asked nothing: it has no one answer
     if not is_word or aggregation not in AGGREGATIONS:
         hint = 'give "sum"' if is_word and aggregation == "add" else 'give "sum", "mean" or "max"'
-        raise InvalidConfigError(f"aggregation is {aggregation!r}", hint=hint)
+        raise InvalidConfigError(f"aggregation is {shown(aggregation)}", hint=hint)
     return str(aggregation)
 
 

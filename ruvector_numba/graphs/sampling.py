@@ -40,10 +40,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .. import checks
 from ..arrays import Array
 from ..errors import DimensionMismatchError, GraphStructureError, InvalidConfigError, InvalidInputError
-from ..values import switch
+from ..values import as_array, random_seed, shown, switch, whole_number
 from .edges import as_given, refuse_masked
 from .graph import CSRGraph
 
@@ -161,7 +160,7 @@ def sample_neighbors(
     [[1, 2, 3], [0, 0, 2]]
     """
     seeds = _nodes(graph, nodes)
-    return _sample(graph, seeds, _fan_outs(fan_out), checks.random_seed(seed))
+    return _sample(graph, seeds, _fan_outs(fan_out), random_seed(seed))
 
 
 def neighbor_batches(
@@ -208,13 +207,12 @@ def neighbor_batches(
     >>> [sample.nodes[:2].tolist() for sample in rv.neighbor_batches(graph, [0, 1, 2, 3], 1, 2, shuffle=False)]
     [[0, 1], [2, 3]]
     """
-    seeds, fan_outs, seed = _nodes(graph, nodes), _fan_outs(fan_out), checks.random_seed(seed)
-    if not _is_whole(batch_size) or batch_size < 1:
-        raise InvalidConfigError(f"batch_size is {batch_size!r}", hint="give a positive whole number")
+    seeds, fan_outs, seed = _nodes(graph, nodes), _fan_outs(fan_out), random_seed(seed)
+    batch_size = whole_number("batch_size", batch_size, 1, error=InvalidConfigError)
     if switch("shuffle", shuffle):
         seeds = seeds[np.argsort(_dice(seed, _ORDER, seeds))]
-    starts = range(0, len(seeds), int(batch_size))
-    return (_sample(graph, seeds[start : start + int(batch_size)], fan_outs, seed) for start in starts)
+    starts = range(0, len(seeds), batch_size)
+    return (_sample(graph, seeds[start : start + batch_size], fan_outs, seed) for start in starts)
 
 
 def _sample(graph: CSRGraph, seeds: Nodes, fan_outs: list[int], seed: int) -> NeighborSample:
@@ -310,7 +308,7 @@ def _nodes(graph: CSRGraph, nodes: ArrayLike) -> Nodes:
         )
         raise GraphStructureError("sources and targets are different nodes", shapes=shapes, hint=hint)
     refuse_masked("nodes", nodes)
-    found = _array("nodes", nodes)
+    found = as_array("nodes", nodes)
     if found.size == 0 and not isinstance(nodes, np.ndarray):
         found = found.astype(np.int64)
     if found.dtype.kind not in "iu":
@@ -335,18 +333,8 @@ def _nodes(graph: CSRGraph, nodes: ArrayLike) -> Nodes:
 def _fan_outs(fan_out: int | Sequence[int]) -> list[int]:
     several = fan_out.tolist() if isinstance(fan_out, np.ndarray) else fan_out
     several = several if isinstance(several, list | tuple) else [several]  # type: ignore[list-item]
-    if not several or not all(_is_whole(n) and (n == -1 or n > 0) for n in several):
-        hint = "give a positive whole number for each layer, or -1 for all neighbours, as in (10, 5)"
-        raise InvalidConfigError(f"fan_out is {fan_out!r}", hint=hint)
-    return [int(n) for n in several]
-
-
-def _is_whole(n: object) -> bool:
-    return isinstance(n, int | np.integer) and not isinstance(n, bool)
-
-
-def _array(name: str, x: ArrayLike) -> Array:
-    try:
-        return np.asarray(x)
-    except ValueError as error:
-        raise InvalidInputError(f"{name} cannot become an array: {error}", hint="give rows of equal length") from None
+    hint = "give a positive whole number for each layer, or -1 for all neighbours, as in (10, 5)"
+    found = [whole_number("one number of fan_out", n, -1, error=InvalidConfigError, hint=hint) for n in several]
+    if not found or 0 in found:
+        raise InvalidConfigError(f"fan_out is {shown(fan_out)}", hint=hint)
+    return found

@@ -10,6 +10,7 @@ from numpy.typing import ArrayLike
 
 from ..arrays import Array
 from ..errors import InvalidConfigError
+from ..values import shown
 from . import edges
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ def put_in(graph: CSRGraph, values: Array, policy: edges.LoopPolicy, fill_value:
         out[len(out) - loops :] = edges.filled(fill_value, (loops, *values.shape[1:]), values.dtype)
     elif fill_value not in plan.FILLS:
         hint = 'give "mean", "add", a number or an array'
-        raise InvalidConfigError(f"fill_value is {fill_value!r}", hint=hint)
+        raise InvalidConfigError(f"fill_value is {shown(fill_value)}", hint=hint)
     removes = policy == "replace"
     plan.put_rows(parts(graph), parts(whole), removes, loops, fill_value, _rows(values), _rows(out))
     return out

@@ -11,8 +11,8 @@ from .. import checks
 from ..arrays import Array
 from ..errors import InvalidConfigError, InvalidInputError
 from ..parameters import ParameterSet
-from ..projection import linears, linears_backward
-from ..values import switch
+from ..projection import is_finite, linears, linears_backward, only_seen
+from ..values import shown, switch
 from .inputs import Inputs, edge_terms, edge_terms_back
 from .layer import GraphLayer
 from .neighbors import Past
@@ -102,7 +102,7 @@ class GraphTransformer(GraphLayer):
         try:
             self._scale = checks.scale_of(scale, self.out_channels)
         except InvalidInputError:
-            raise InvalidConfigError(f"scale is {scale!r}", hint="give a finite number, or None") from None
+            raise InvalidConfigError(f"scale is {shown(scale)}", hint="give a finite number, or None") from None
         self._start(self._shapes(), dtype)
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
@@ -176,6 +176,9 @@ class GraphTransformer(GraphLayer):
 
             output, root, gate = record.extra
             made = plan.backward(grad, output, root, gate, p["lin_beta.weight"])
+            if not is_finite(made[2]):
+                output, root, gate = (only_seen(x, grad) for x in (output, root, gate))
+                made = plan.backward(grad, output, root, gate, p["lin_beta.weight"])
             dattended, droot, gradients["lin_beta.weight"] = made
         assert record.inputs.target is not None  # `needs_target`: the layer refuses a call without
         return dattended, linears_backward(droot, record.inputs.target, p, ("lin_skip",), gradients)

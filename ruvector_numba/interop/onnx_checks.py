@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 from .. import checks, halves, mask_arrays, masks
 from ..arrays import Array, Shape
 from ..errors import DimensionMismatchError, InvalidConfigError, InvalidInputError, InvalidMaskError
+from ..values import check_memory, shown, whole_number
 
 OPSETS = range(23, 29)  # those whose text was read: 26 to 28 leave the operator of 25 as it is
 FLOATS = ("float16", "bfloat16", "float32", "float64")
@@ -201,13 +202,11 @@ def no_others(operator: str, unknown: Mapping[str, object], known: Sequence[str]
 
 
 def whole(name: str, x: object) -> int:
-    if not isinstance(x, int | np.integer | np.bool_):
-        raise InvalidConfigError(f"{name} is {x!r}, of type {type(x).__name__}", hint="give a whole number")
-    return int(x)
+    return whole_number(name, x, error=InvalidConfigError)
 
 
 def one_of(name: str, x: object, allowed: Any) -> int:
-    number = whole(name, x)
+    number = int(x) if isinstance(x, bool | np.bool_) else whole(name, x)  # is_causal may well be True
     if number not in allowed:
         hint = None
         if name == "opset":
@@ -228,7 +227,7 @@ def scale(scale: object, D: int) -> float:
 
 def softcap(softcap: object) -> float | None:
     if isinstance(softcap, bool) or not isinstance(softcap, int | float | np.floating | np.integer):
-        raise InvalidConfigError(f"softcap is {softcap!r}", hint="give one number; 0 for none")
+        raise InvalidConfigError(f"softcap is {shown(softcap)}", hint="give one number; 0 for none")
     try:
         number = float(softcap)
     except OverflowError:  # a whole number beyond all floats
@@ -247,5 +246,5 @@ def precision(softmax_precision: object) -> str | None:
 def mode(qk_matmul_output_mode: object, scores: Shape, dtype: type[np.float32 | np.float64]) -> int | None:
     if qk_matmul_output_mode is None:
         return None
-    checks.check_memory(scores, np.dtype(dtype), "qk_matmul_output", hint="leave qk_matmul_output_mode out")
+    check_memory(scores, np.dtype(dtype), "qk_matmul_output", hint="leave qk_matmul_output_mode out")
     return one_of("qk_matmul_output_mode", qk_matmul_output_mode, range(4))
