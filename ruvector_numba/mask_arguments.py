@@ -29,9 +29,8 @@ def check_align(name: str, align: object) -> None:
 
 
 def reach(name: str, value: object) -> int:
-    return whole_number(
-        name, value, 0, error=InvalidMaskError, hint="give a whole number, 0 or more; None means no limit"
-    )
+    hint = "give a whole number, 0 or more; None means no limit"
+    return whole_number(name, value, 0, error=InvalidMaskError, hint=hint)
 
 
 def size(name: str, value: object) -> int:
@@ -55,9 +54,7 @@ def _integers(name: str, values: object) -> NDArray[np.int64]:
 def lengths(name: str, values: object) -> int | NDArray[np.int64]:
     array = _integers(name, values)
     if array.size and (shortest := int(array.min())) < 0:
-        raise InvalidMaskError(
-            f"{name} must not be negative, got {shortest}", hint="give a whole number, 0 or more; None means no limit"
-        )
+        raise InvalidMaskError(f"{name} must not be negative, got {shortest}", hint="None means no limit")
     return int(array) if array.ndim == 0 else array
 
 
