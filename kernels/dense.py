@@ -176,7 +176,7 @@ def attend(like, b, column, key, value, zipped, first, last, k0, nq, job, slope,
         if tile_exceeds(s, tile_row(like, b.bound, column)):
             raise_bound(
                 s, like, b.bound + column, b.shift + column, total, waiting, j - first, b.output + column, Dv,
-                headroom_of(job.packed), job.natural,
+                headroom_of(job.packed, job.natural), job.natural,
             )  # fmt: skip
         p = tile_map(probability, s, (tile_row(like, b.shift, column), job.natural))
         tile_store(tile_map(plus, tile_row(like, total, width), (tile_column_sum(p),)), total, width, width, 1)

@@ -81,7 +81,7 @@ def give_rows(here, edges, dedge, features, n, task):
     """What follows from dmade, of the n edges whose features are there"""
     K, D, narrow, pitch = features.K, features.D, features.narrow, features.pitch
     sums = features.sums + task * K * pitch
-    if not all_finite(Matrix(here.features, narrow, 1), n, narrow):
+    if not all_finite(Matrix(here.features, narrow, 1), n, K):
         for e in range(n):
             leave_out(here.features + e * narrow, K, here.dmade + e * pitch, D)
     wide, tall = tile_zeros(sums, TALL, WIDE), tile_zeros(sums, ALL, 1)

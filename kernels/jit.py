@@ -36,6 +36,7 @@ from .jobs import COUNTER, HEADER, REPORT, address, bounds, fields, flatten, lay
 _FLAGS = {"nogil": True, "error_model": "numpy", "boundscheck": False}
 SILENCE = 8.0  # seconds that compiling may go on unspoken of
 NOT_WORTH_A_THREAD = 150_000  # multiply-adds: done before a second thread has woken (2 us)
+PATIENCE = 1e10  # multiply-adds of a thread, part of a second: then Python is asked whether somebody pressed Ctrl-C
 
 
 # --- kernels -------------------------------------------------------------------------------------------------------
@@ -373,6 +374,18 @@ def layer() -> str:
 
 
 def _run(function: int, job, tasks: int, work: float) -> None:
+    """All tasks of a job; of a long one some at a time, and between these Python raises what a signal has asked for."""
+    if PATIENCE < work < math.inf:
+        pieces = min(int(work / (PATIENCE * threads())), tasks // (8 * threads()))
+        for piece in range(1, pieces):
+            last = piece * tasks // pieces
+            _run_to(function, job, last, work)
+            job[COUNTER] = last  # each thread has drawn one more
+    _run_to(function, job, tasks, work)
+
+
+def _run_to(function: int, job, tasks: int, work: float) -> None:
+    """The tasks from the job's counter on."""
     size = team()
     n = min(size or config.NUMBA_NUM_THREADS, tasks)
     if n <= 1 or work < NOT_WORTH_A_THREAD or _Threads.forked or _is_foreign_thread():

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .gather import AHEAD, EDGES, Heads, Rows
+from .gather import AHEAD, EDGES, Heads, Rows, fill
 from .jit import apart, inline, within
 from .jobs import Bytes, Elements, Indices, Ints
 from .scoring import Dropout, mixed
@@ -284,24 +284,28 @@ def take_numbers(out, narrow, wide, first, n, E):
         out[e] = out[there - 1]
 
 
-@apart
-def is_kept(dropout, edge, head):
+@inline
+def drawn(dropout, head):
+    """What the dice of a head's edges begin with"""
+    return mixed(np.uint64(dropout.seed) + np.uint64(head) * np.uint64(0x9E3779B97F4A7C15))
+
+
+@inline
+def is_kept(dropout, start, edge):
     """32 bits from (seed, head, edge) alone: no state, so any order gives the same."""
-    x = mixed(np.uint64(dropout.seed) + np.uint64(head) * np.uint64(0x9E3779B97F4A7C15))
-    x = mixed(x + np.uint64(edge) * np.uint64(0xD1B54A32D192ED03))
+    x = mixed(start + np.uint64(edge) * np.uint64(0xD1B54A32D192ED03))
     return np.int64(x & np.uint64(0xFFFFFFFF)) >= dropout.threshold
 
 
 @within
 def find_shares(job, desk, i, n):
     """shares[e, h] = w / p, but for the edges' own weights: what becomes of a weight after the softmax"""
-    share = 1 / degree(job, i) if job.aggregation == MEAN else 1.0
-    for e in range(n):
-        for h in range(job.H):
-            x = share
-            if job.has_dropout:
-                x = share * job.dropout.gain if is_kept(job.dropout, desk.edges[e], h) else 0.0
-            desk.shares[e * job.W + h] = x
+    share, W = 1 / degree(job, i) if job.aggregation == MEAN else 1.0, job.W
+    fill(desk.shares, n * W, share)
+    for h in range(job.H if job.has_dropout else 0):
+        start, gain = drawn(job.dropout, h), share * job.dropout.gain
+        for e in range(n):
+            desk.shares[e * W + h] = gain * is_kept(job.dropout, start, desk.edges[e])  # no branch to guess wrong
 
 
 @within
@@ -309,6 +313,7 @@ def weigh_shares(job, desk, n):
     """shares = w / p; 0 for an edge that its score hides, whose own weight may be NaN"""
     if job.has_weight:
         for e in range(n):
+            prefetch(job.edge_weight, desk.edges[e + AHEAD])
             weight = job.edge_weight[desk.edges[e]]
             for h in range(job.H):
                 desk.shares[e * job.W + h] *= weight

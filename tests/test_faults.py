@@ -64,15 +64,18 @@ INTERRUPTED = """
 import signal
 import numpy as np, ruvector_numba as rv
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a parent in the background may have it ignored
-long = np.random.default_rng(0).standard_normal((1, 20000, 64), dtype=np.float32)
+long = np.random.default_rng(0).standard_normal((4, 20000, 64), dtype=np.float32)
+out = np.empty_like(long)
 short = long[:, :100]
 want = rv.scaled_dot_product_attention(short, short, short)
 print("ready", flush=True)
 try:
     while True:
-        rv.scaled_dot_product_attention(long, long, long)
+        out[...] = np.nan
+        rv.scaled_dot_product_attention(long, long, long, out=out)
 except KeyboardInterrupt:
     print("interrupted", flush=True)
+assert np.isnan(out).any()  # and not at its end
 assert np.array_equal(want, rv.scaled_dot_product_attention(short, short, short))
 rv.scaled_dot_product_attention(long[:, :1000], long, long)  # on threads
 print("right")

@@ -104,8 +104,12 @@ def store(b, value, pointer, offset, vector):
 
 def masked(b, name, pointer, offset, vector, live, *value, is_raw=False):
     """Load (0 elsewhere) or store only the first `live` lanes; a raw load leaves halves as they lie."""
-    numbers = ir.Constant(ir.VectorType(I64, vector.lanes), list(range(vector.lanes)))
-    mask = b.icmp_signed("<", numbers, splat(b, live, vector.lanes))
+    # Numbers as wide as the elements: one compare makes a mask. Of 64 bits a store was twice as many instructions.
+    number = I64 if vector.element.bitwidth == 64 else I32
+    numbers = ir.Constant(ir.VectorType(number, vector.lanes), list(range(vector.lanes)))
+    there = b.select(b.icmp_signed("<", live, count(vector.lanes)), live, count(vector.lanes))
+    there = there if number == I64 else b.trunc(there, I32)
+    mask = b.icmp_signed("<", numbers, splat(b, there, vector.lanes))
     place = at(b, pointer, offset, live)
     element, size, half = _lying(place, vector)
     kind = ir.VectorType(element, vector.lanes)

@@ -294,26 +294,19 @@ def absolute(context, x):
 
 
 @intrinsic
-def nearest(context, x):
-    """x rounded to the nearest whole number."""
-    return x(x), lambda cx, b, sig, args: emit.call(b, "llvm.rint" + emit.suffix(x.llvm), x.llvm, *args)
+def power_of_two(context, shifted):
+    """2**n, of n + ROUNDER (softmax.py), whose last bits are the exponent of that: they are moved to where it belongs.
 
-
-@intrinsic
-def times_power_of_two(context, y, n):
-    """y * 2**n for a normal result: n is added to the exponent's bits; NaN for NaN, in y and n both.
-
-    LLVM leaves open what a NaN becomes as a whole number. On x86 it is the lowest one, on ARM 0: shifted, either adds 0
-    to the bits of y. (llvm.fptosi.sat would promise it, for three more instructions in every exponential.)
+    No conversion to whole numbers: LLVM leaves open what becomes of NaN and of what is too large, and AVX2 has none for
+    doubles. Here that is some number, which must not count: NaN times it is NaN.
     """
 
     def build(cx, b, sig, args):
-        mantissa = 23 if y.element == types.float32 else 52
-        bits = ir.VectorType(ir.IntType(y.element.bitwidth), y.lanes)
-        shift = b.shl(b.fptosi(args[1], bits), emit.fill(bits, mantissa))
-        return b.bitcast(b.add(b.bitcast(args[0], bits), shift), y.llvm)
+        mantissa = 23 if shifted.element == types.float32 else 52
+        bits = ir.VectorType(ir.IntType(shifted.element.bitwidth), shifted.lanes)
+        return b.bitcast(b.shl(b.bitcast(args[0], bits), emit.fill(bits, mantissa)), shifted.llvm)
 
-    return y(y, n), build
+    return shifted(shifted), build
 
 
 @intrinsic
