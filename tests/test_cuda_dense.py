@@ -24,12 +24,14 @@ def draw(rng, element, *shape):
 
 def compare(
     element="float32", B=1, H=2, Hk=1, L=19, S=37, D=16, Dv=16, mask=None, visible=None, bias=None, poison=False,
-    lse=False, dropout=0.0, slopes=None, offset=0, **options,
+    apart=False, lse=False, dropout=0.0, slopes=None, offset=0, **options,
 ):  # fmt: skip
     """Forward, logsumexp, some weights and all gradients of one call, beside the reference on the rounded inputs."""
     rng = np.random.default_rng(3)
     q, do = draw(rng, element, B, H, L, D), draw(rng, element, B, H, L, Dv)
     k, v = draw(rng, element, B, Hk, S, D), draw(rng, element, B, Hk, S, Dv)
+    if apart:  # no channel in common: scores are the bias alone
+        q[..., D // 2 :], k[..., : D // 2] = 0, 0
     if poison:  # the last key and value are seen by nobody or by some, the first query and gradient see the first key
         k[..., -1, 2], v[..., -1, 3], v[..., 5, 1] = np.nan, np.nan, np.inf
     grad_lse = rng.standard_normal((B, H, L)).astype(np.float32) if lse else None
@@ -123,6 +125,32 @@ def test_softcap_alibi_bias_and_lse():
 def test_gradient_of_a_broadcast_bias(shape):
     bias = np.random.default_rng(2).standard_normal(shape).astype(np.float32)
     compare(B=2, mask=bias, bias=bias)
+
+
+@pytest.mark.parametrize("element", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "options", [dict(lse=True), dict(L=3, S=80, softcap=2.0), dict(D=200, L=6, S=21, H=1), dict(L=6, dropout=0.4)]
+)
+def test_a_bias_that_is_large_for_all_keys(element, options):
+    """Float32 has no fractions at -1e9, and few at -1e4: added to such scores, the logarithm of a sum is lost."""
+    L, S = options.get("L", 19), options.get("S", 37)
+    rows = np.random.default_rng(9).standard_normal((L, S))
+    rows[0], rows[1], rows[2], rows[2, ::3] = -1e9, -1e4, -1e9, -1e4
+    rows[3:5] = -1e9
+    rows[4:5, ::2] = -np.inf
+    bias = simulation.values(rows, element)
+    compare(element, mask=bias, bias=bias, apart=True, **options)
+
+
+def test_gradients_of_weights_leave_the_range_of_float16_only_if_the_result_does():
+    """dp is some 2e5 and a weight 1/64: their product has room, not dp itself."""
+    rng = np.random.default_rng(10)
+    q, do = (draw(rng, "float16", 1, 9, 16) * np.float16(x) for x in (0.1, 2400))
+    k, v = (draw(rng, "float16", 1, 64, 16) * np.float16(x) for x in (1, 10))
+    made = rv.attention_backward(cuda.to_device(do), rv.attention_forward(*map(cuda.to_device, (q, k, v))))
+    expected = reference.gradients(*(x.astype(np.float64) for x in (do, q, k, v)))
+    for name in ("query", "key", "value"):
+        assert_close(getattr(made, name), expected[name], 2 * TOLERANCE["float16"])
 
 
 def test_dropout_is_that_of_the_cpu():

@@ -64,7 +64,8 @@ class GradientJob(NamedTuple):
     top: Floats  # (B * H, Lq), as total: of the forward pass
     total: Floats
     grad_lse: Floats  # (B * H, Lq)
-    shift: Floats  # (B * H, Lq), made first: p = 2**(score - shift)
+    shift: Floats  # (B * H, Lq), as the next two: made first, p = 2**(score - shift) * inverse
+    inverse: Floats
     delta: Floats  # sum over d of output * grad_output, less grad_lse
     terms: Terms
     sight: Sight

@@ -1,14 +1,17 @@
 """Dense attention on a GPU, backward. Weights are made again, tile by tile, from what the forward pass kept.
 
-    p = 2**(s - shift)     dv = p^T do       dp = do v^T       ds = p * (dp - delta)
-    dq = scale * ds k      dk = scale * ds^T q      shift = log2 sum_j 2**s      delta = sum_d o * do - dlse
+    p = 2**(s - shift) * inverse      dv = p^T do      dp = do v^T      ds = p * (dp - delta)
+    dq = scale * ds k      dk = scale * ds^T q         shift = max_j s      inverse = 1 / sum_j 2**(s - shift)
+    delta = sum_d o * do - dlse
+
+shift is not the logsumexp: beside a score of -1e9 float32 has no room for the logarithm of a sum. Nor is `inverse` left
+for the end: without it ds, which is rounded to half precision, could leave the range of float16.
 
 Two kernels, one that owns queries and one that owns keys, make seven products where five would do if both were one:
 then the gradients of the queries would be summed by atomics, in an order that changes from run to run.
 """
 
 import functools
-import math
 from typing import NamedTuple
 
 from numba import cuda, types
@@ -27,7 +30,7 @@ commit, wait_for_all, wait_for_all_but_one = gpu.commit, gpu.wait_for_all, gpu.w
 
 @kernel(GradientJob, registers=96)
 def prepare(v):
-    """shift and delta of each query: a warp has eight of them, whose loads are all under way at once."""
+    """shift, inverse and delta of each query: a warp has eight of them, whose loads are all under way at once."""
     widened, WARPS, QUERIES = widen(v.element), v.threads // WARP, ROWS_OF_A_WARP
     int32, float32 = types.int32, types.float32
 
@@ -50,7 +53,8 @@ def prepare(v):
             if lane == n and i0 + n < job.Lq:
                 where = head * job.Lq + i0 + n
                 top, total = job.top[where], job.total[where]
-                job.shift[where] = top + math.log2(total) if total != 0 else float32(0)  # where nothing is seen, p = 0
+                job.shift[where] = top if top > -INF else float32(0)  # where nothing is seen, 2**(-inf - 0) = 0
+                job.inverse[where] = float32(1) / total if total != 0 else float32(0)
                 job.delta[where] = delta[n] - job.grad_lse[where]
 
     return prepare_backward
@@ -77,14 +81,16 @@ def query_passes(v):
     put, float32 = storing(v.element), types.float32
 
     @device
-    def begin_rows(job, head, row0, at, grad_at, shift, delta):
-        """Where the output's gradients of this lane's rows begin, and what is known of their softmax."""
+    def begin_rows(job, head, row0, at, grad_at, shift, inverse, delta):
+        """Where the output's gradients of this lane's rows begin, and what is known of their softmax: delta has
+        `inverse` in it already."""
         for r in range(SLOTS):
-            grad_at[r], shift[r], delta[r] = -1, 0, 0
+            grad_at[r], shift[r], inverse[r], delta[r] = -1, 0, 0, 0
             if at[r] >= 0:
                 grad_at[r] = job.grad_output.at[head] + (row0 + 8 * r) * job.grad_output.row
                 where = head * job.Lq + row0 + 8 * r
-                shift[r], delta[r] = job.shift[where], job.delta[where]
+                shift[r], inverse[r] = job.shift[where], job.inverse[where]
+                delta[r] = job.delta[where] * inverse[r]
 
     @device
     def fetch(job, keys, values, to, key_at, value_at, k0):
@@ -100,13 +106,13 @@ def query_passes(v):
                 cap_slopes[i] = slope_of_cap(job.terms, s[i])
 
     @device
-    def weigh(s, ds, cap_slopes, shift, delta, edge):
-        """ds = p * (dp - delta), 0 where hidden"""
+    def weigh(s, ds, cap_slopes, shift, inverse, delta, edge):
+        """ds = p * (dp - delta), 0 where hidden; `inverse` and the difference are one instruction"""
         for r in range(SLOTS):
             for b in range(BLOCKS):
                 for e in range(2):
                     n = (r // 2 * BLOCKS + b) * 4 + r % 2 * 2 + e
-                    x = exp2(s[n] - shift[r]) * (ds[n] - delta[r])
+                    x = exp2(s[n] - shift[r]) * (ds[n] * inverse[r] - delta[r])
                     if SOFTCAP:
                         x *= cap_slopes[n]
                     ds[n] = x
@@ -134,7 +140,7 @@ def query_passes(v):
     return QueryPasses(begin_rows, fetch, slopes_of_cap, weigh, add_seen, write)
 
 
-@kernel(GradientJob, registers=255, stack={64: 80, 256: 640})  # of 64, tall 2 spills a little and gains a quarter
+@kernel(GradientJob, registers=255, stack={64: 96, 256: 640})  # of 64, tall 2 spills a little and gains a quarter
 def to_query(v):
     """dq = scale * ds k. A block owns queries and goes past the keys they see."""
     KEYS, TALL, SLOTS, ROWS, SCORES, STORED = v.keys, v.tall, 2 * v.tall, v.rows, v.scores, STORAGE[v.element]
@@ -167,6 +173,7 @@ def to_query(v):
         lo = cuda.local.array(SLOTS, types.int32)
         hi = cuda.local.array(SLOTS, types.int32)
         shift = cuda.local.array(SLOTS, types.float32)
+        inverse = cuda.local.array(SLOTS, types.float32)
         delta = cuda.local.array(SLOTS, types.float32)
 
         # 1. The rows of this warp: queries, and the gradients of their outputs.
@@ -176,7 +183,7 @@ def to_query(v):
         row0 = int32((cuda.gridDim.x - 1 - cuda.blockIdx.x) * ROWS + warp * 16 * TALL + g)
         forget(odd)
         low, near, far, high = place(job, head, row0, at, lo, hi, spans)
-        begin_rows(job, head, row0, at, grad_at, shift, delta)
+        begin_rows(job, head, row0, at, grad_at, shift, inverse, delta)
         load_rows(queries, job.query.data, at, job.D)
         load_grads(grads, job.grad_output.data, grad_at, job.Dv)
         for i in range(SUMS):
@@ -212,7 +219,7 @@ def to_query(v):
             # 3. ds = p * (dp - delta), 0 where hidden; dq += ds k.
             if DROPOUT:
                 thin(job, ds, head, row0, k0)
-            weigh(s, ds, cap_slopes, shift, delta, edge)
+            weigh(s, ds, cap_slopes, shift, inverse, delta, edge)
             times(dq, ds, keys, now, shared)
             if spoiled:
                 add_seen(job, dq, ds, hidden, odd, key_at, k0)
@@ -239,7 +246,7 @@ class KeyPasses(NamedTuple):
 @functools.cache
 def key_passes(v):
     """What `to_key` is made of. Rows are keys, from row0 on; columns are queries, from i0 on. What is known of a tile's
-    queries lies in shared memory, in lo, hi, shift and delta from `half` on."""
+    queries lies in shared memory, in lo, hi, shift, inverse and delta from `half` on."""
     QUERIES, SLOTS, SCORES, BLOCKS, WIDE = v.keys, 2 * v.tall, v.scores, v.keys // 8, v.width // 8
     DROPOUT, SOFTCAP, SLOPES = v.dropout, v.softcap, v.slopes
     TO_KEY, TO_VALUE = v.makes != "value", v.makes != "key"
@@ -267,12 +274,12 @@ def key_passes(v):
 
     @device
     def look(job, batch, head, i):
-        """What is known of query i: the keys it sees, lo and hi, shift and delta."""
+        """What is known of query i: the keys it sees, lo and hi, shift, inverse and delta."""
         if i >= job.Lq:
-            return int32(0), int32(0), float32(0), float32(0)
+            return int32(0), int32(0), float32(0), float32(0), float32(0)
         where = head * job.Lq + i
         lo, hi = sees_from(job.sight, batch, i), min(int32(job.Lk), sees_to(job.sight, batch, i))
-        return lo, hi, job.shift[where], job.delta[where]
+        return lo, hi, job.shift[where], job.inverse[where], job.delta[where]
 
     @device
     def finish(job, s, cap_slopes, lo, hi, head, i0, half, row0, edge):
@@ -301,7 +308,7 @@ def key_passes(v):
         return hidden
 
     @device
-    def weigh(job, s, ds, thinned, cap_slopes, shift, delta, head, i0, half, row0):
+    def weigh(job, s, ds, thinned, cap_slopes, shift, inverse, delta, head, i0, half, row0):
         """s = p, thinned for the values; ds = p * (dp - delta)"""
         t = cuda.threadIdx.x & 3
         for b in range(BLOCKS):
@@ -312,7 +319,7 @@ def key_passes(v):
                     thrown = dice(job.terms.seed, head, i)
                 for r in range(SLOTS):
                     k, j = (r // 2 * BLOCKS + b) * 4 + r % 2 * 2 + e, int32(row0 + 8 * r)
-                    p, dp = exp2(s[k] - shift[n]), ds[k]
+                    p, dp = exp2(s[k] - shift[n]) * inverse[n], ds[k]
                     if DROPOUT:
                         gain = float32(job.terms.gain) if kept(thrown, j, job.terms.threshold) else float32(0)
                         thinned[k] = p * gain
@@ -368,7 +375,7 @@ def key_passes(v):
     return KeyPasses(begin_rows, fetch, look, finish, weigh, clear, add, write)
 
 
-@kernel(GradientJob, registers=255, stack={128: 200, 256: 576})  # of 128, smaller tiles spill less and are slower
+@kernel(GradientJob, registers=255, stack={128: 200, 256: 640})  # of 128, smaller tiles spill less and are slower
 def to_key(v):
     """dv = p^T do, dk = scale * ds^T q. A block owns keys of one head and goes past all queries that see them, those of
     every head that shares the keys. Rows are keys and columns are queries."""
@@ -393,6 +400,7 @@ def to_key(v):
         lo = cuda.shared.array(BOTH, types.int32)
         hi = cuda.shared.array(BOTH, types.int32)
         shift = cuda.shared.array(BOTH, types.float32)
+        inverse = cuda.shared.array(BOTH, types.float32)
         delta = cuda.shared.array(BOTH, types.float32)
         shared = cuda.shared.array(PASSED, types.float32)
         keys = cuda.local.array(HELD, types.int32)
@@ -432,7 +440,7 @@ def to_key(v):
         commit()
         n, some, missing = int32(cuda.threadIdx.x), int32(0), int32(0)
         if n < QUERIES and tiles > 0:
-            lo[n], hi[n], shift[n], delta[n] = look(job, batch, head0, int32(low + n))
+            lo[n], hi[n], shift[n], inverse[n], delta[n] = look(job, batch, head0, int32(low + n))
             some, missing = lo[n] < j1 and hi[n] > j0, lo[n] > j0 or hi[n] < j0 + ROWS
         some, missing = cuda.syncthreads_or(int32(some)), cuda.syncthreads_or(int32(missing))
         head, i0 = head0, low
@@ -440,11 +448,12 @@ def to_key(v):
             next_head, next0 = head, int32(i0 + QUERIES)
             if next0 >= high:
                 next_head, next0 = int32(head + 1), low
-            next_lo, next_hi, next_shift, next_delta = int32(0), int32(0), float32(0), float32(0)
+            next_lo, next_hi = int32(0), int32(0)
+            next_shift, next_inverse, next_delta = float32(0), float32(0), float32(0)
             if turn + 1 < turns:
                 fetch(job, queries, grads, int32(TILE - now), next_head, next0)
                 if cuda.threadIdx.x < QUERIES:  # asked for now, needed when this tile is done
-                    next_lo, next_hi, next_shift, next_delta = look(
+                    next_lo, next_hi, next_shift, next_inverse, next_delta = look(
                         job, batch, next_head, int32(next0 + cuda.threadIdx.x)
                     )
             commit()
@@ -460,7 +469,7 @@ def to_key(v):
                     values_times_transposed(ds, values, grads, now, job.value.data, value_at, job.Dv)
                 edge = SOME_HIDDEN or missing != 0
                 hidden = finish(job, s, cap_slopes, lo, hi, head, i0, half, row0, edge)
-                weigh(job, s, ds, thinned, cap_slopes, shift, delta, head, i0, half, row0)
+                weigh(job, s, ds, thinned, cap_slopes, shift, inverse, delta, head, i0, half, row0)
                 if edge:
                     clear(s, ds, thinned, hidden)
                 p = thinned if DROPOUT else s
@@ -471,7 +480,7 @@ def to_key(v):
             some, missing = int32(0), int32(0)
             if cuda.threadIdx.x < QUERIES:
                 n = int32(half + cuda.threadIdx.x)
-                lo[n], hi[n], shift[n], delta[n] = next_lo, next_hi, next_shift, next_delta
+                lo[n], hi[n], shift[n], inverse[n], delta[n] = next_lo, next_hi, next_shift, next_inverse, next_delta
                 some, missing = next_lo < j1 and next_hi > j0, next_lo > j0 or next_hi < j0 + ROWS
             missing = cuda.syncthreads_or(int32(missing))
             some = cuda.syncthreads_or(int32(some)) if job.sight.limits_row != 0 else int32(1)

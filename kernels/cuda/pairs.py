@@ -48,7 +48,8 @@ def weights(v):
             s += widened(a.query.data[q_at + d]) * widened(a.key.data[k_at + d])
         slope = a.terms.slopes[head] if SLOPES else float32(0)
         s = score(a.terms, s, slope, head, i, j, True)
-        return exp2(s - a.shift[head * a.Lq + i]) if s != -INF else float32(0)
+        where = head * a.Lq + i
+        return exp2(s - a.shift[where]) * a.inverse[where] if s != -INF else float32(0)
 
     def attention_weights(job):
         a, (row, block) = job.attention, dealt(job.attention.Lk, THREADS)
@@ -100,7 +101,8 @@ def bias_gradient(v):
                         if DROPOUT:
                             keep = kept(dice(a.terms.seed, head, i), j, a.terms.threshold)
                             dp = dp * float32(a.terms.gain) if keep else float32(0)
-                        found += exp2(s - a.shift[head * a.Lq + i]) * (dp - a.delta[head * a.Lq + i])
+                        where = head * a.Lq + i
+                        found += exp2(s - a.shift[where]) * a.inverse[where] * (dp - a.delta[where])
             for distance in (1, 2, 4, 8, 16):
                 found += across(found, distance)
             if cuda.threadIdx.x & 31 == 0:

@@ -26,8 +26,8 @@ def _gradient_job(
     assert past.kept is not None
     n = heads * Lq
     kept = [space.pointer(past.kept, i * n) for i in range(2)]
-    both = space.keep(space.empty((2, n), "float32"))
-    made_first = [space.pointer(both, i * n) for i in range(2)]
+    rows = space.keep(space.empty((3, n), "float32"))
+    shift, inverse, delta = (space.pointer(rows, i * n) for i in range(3))
     terms, sight = score_terms(c, space)
     if grad_lse is None:
         lse = space.scratch(heads * Lq)
@@ -38,14 +38,14 @@ def _gradient_job(
         query=matrices(space, c.query), key=matrices(space, c.key, a.group), value=matrices(space, c.value, a.group),
         output=matrices(space, past.output), grad_output=matrices(space, grad_output),
         grad_query=matrices(space, dq), grad_key=matrices(space, dk, a.group), grad_value=matrices(space, dv, a.group),
-        top=kept[0], total=kept[1], grad_lse=lse, shift=made_first[0], delta=made_first[1], terms=terms, sight=sight,
-        slope=a.scale, Lq=Lq, Lk=Lk, D=whole(D, c.query.element), Dv=past.output.shape[-1], H=a.heads, matrices=heads,
-        key_matrices=heads // a.group, heads=1, group=a.group,
+        top=kept[0], total=kept[1], grad_lse=lse, shift=shift, inverse=inverse, delta=delta, terms=terms,
+        sight=sight, slope=a.scale, Lq=Lq, Lk=Lk, D=whole(D, c.query.element), Dv=past.output.shape[-1], H=a.heads,
+        matrices=heads, key_matrices=heads // a.group, heads=1, group=a.group,
     )  # fmt: skip
 
 
 def _prepared(past: Past, space: Space, job: Any) -> int:
-    """shift and delta of each query."""
+    """shift, inverse and delta of each query."""
     from ..kernels.cuda import dense_backward
     from ..plan import cuda_dense as plan
 

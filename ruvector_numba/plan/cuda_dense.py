@@ -99,7 +99,7 @@ def merging(element: str, channels: int) -> Variant:
 
 
 def preparing(element: str, channels: int) -> Variant:
-    """The kernel that finds shift and delta of each query."""
+    """The kernel that finds shift, inverse and delta of each query."""
     return Variant(element, channels, 0, 1, 32 if SIMULATED else 128)
 
 
