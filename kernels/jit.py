@@ -257,6 +257,8 @@ class _Said:
 
 def _say_compiling(name: str) -> None:
     """Why a call takes long: once in full, and then whenever nothing was said for a while."""
+    if os.environ.get("RUVECTOR_NUMBA_QUIET") == "1":
+        return
     now = time.monotonic()
     if _Said.at == -math.inf:
         _log.warning(

@@ -331,7 +331,11 @@ def _parser() -> argparse.ArgumentParser:
 
     warmup = add("warmup", _warmup, "compile ahead, so that first calls are quick")
     warmup.add_argument(
-        "--dtypes", nargs="+", default=["float32"], choices=("float32", "float64", "float16", "bfloat16")
+        "--dtypes",
+        nargs="+",
+        default=["float32"],
+        choices=("float32", "float64", "float16", "bfloat16"),
+        help="the element types to compile for, one to three minutes each (default: float32 alone)",
     )
     return parser
 

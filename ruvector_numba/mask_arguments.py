@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NoReturn
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
@@ -70,9 +73,20 @@ def within(name: str, lengths: ArrayLike | None, L: str, size: int) -> NDArray[n
     array = np.asarray(size if lengths is None else lengths, dtype=np.int64)
     if array.size and (longest := int(array.max())) > size:
         raise InvalidMaskError(
-            f"{name} has {longest}, more than {L} = {size}", shapes={f"{name}.shape": array.shape, L: size}
+            f"{name} has {longest}, more than {L} = {size}",
+            shapes={f"{name}.shape": array.shape, L: size},
+            hint=f"a length is {size} at most; where longer sequences were cut, numpy.minimum(lengths, {size})",
         )
     return array
+
+
+def no_operator(form: str) -> Callable[..., NoReturn]:
+    """An operator that masks refuse; `form` is what to write in its place, with arrays."""
+
+    def refuse(*_: object) -> NoReturn:
+        raise InvalidMaskError("masks are joined by & only", hint=f"make an array: {form}")
+
+    return refuse
 
 
 def check_batch(name: str, rows: Shape, sizes: Sizes) -> None:

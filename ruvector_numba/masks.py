@@ -150,6 +150,12 @@ class Mask:
     def __rand__(self, other: ArrayLike | None) -> Mask:
         return _joined(other, self) if _can_join(other) else NotImplemented
 
+    # What these would make is no intervals: it takes an array, which the caller shall see.
+    __or__ = __ror__ = arguments.no_operator("a.to_dense(Lq, Lk) | b.to_dense(Lq, Lk)")
+    __xor__ = __rxor__ = arguments.no_operator("a.to_dense(Lq, Lk) ^ b.to_dense(Lq, Lk)")
+    __sub__ = __rsub__ = arguments.no_operator("a.to_dense(Lq, Lk) & ~b.to_dense(Lq, Lk)")
+    __invert__ = arguments.no_operator("~a.to_dense(Lq, Lk)")
+
     def __eq__(self, other: object) -> bool:
         return type(self) is type(other) and self._contents() == other._contents()
 
@@ -385,11 +391,12 @@ class Segments(Mask):
         key_ids = query_ids if self.key_ids is None else np.asarray(self.key_ids)
         for name, ids, L, size in (("query_ids", query_ids, "Lq", Lq), ("key_ids", key_ids, "Lk", Lk)):
             if ids.shape[-1] != size:
-                default = name == "key_ids" and self.key_ids is None
+                each = "query" if L == "Lq" else "key"
+                default = "key_ids is query_ids unless given; " * (L == "Lk" and self.key_ids is None)
                 raise InvalidMaskError(
                     f"Segments.{name} has {ids.shape[-1]} ids for {L} = {size}",
                     shapes={f"Segments.{name}.shape": ids.shape, L: size},
-                    hint="key_ids is query_ids unless given; give one id per key" if default else None,
+                    hint=f"{default}give one id per {each}",
                 )
         return query_ids, key_ids
 

@@ -12,7 +12,8 @@ refuses one that remembers another layer. With `step`, arrays of several layers 
 True
 
 `update` does a step on a layer, in one swap of its parameters. Settings may be changed between steps
-(``optimizer.lr *= 0.5``); optimizers can be pickled, with all they remember. What is refused changes nothing.
+(``optimizer.lr *= 0.5``), and a name that is no setting is refused; optimizers can be pickled, with all they remember.
+What is refused changes nothing.
 
 Sources: the pages of `torch.optim.SGD`, `Adam`, `AdamW` and `torch.nn.utils.clip_grad_norm_`, version 2.13; Kingma and
 Ba, Adam, 2015; Loshchilov and Hutter, Decoupled weight decay regularization, 2019.
@@ -24,7 +25,7 @@ import math
 import sys
 import weakref
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -45,6 +46,10 @@ def __dir__() -> list[str]:
 LARGEST = sys.float_info.max
 
 
+class _UnknownSetting(InvalidConfigError, AttributeError):
+    """A setting that an optimizer does not have."""
+
+
 @dataclass
 class _Optimizer:
     """What optimizers share. One defines its settings, their `_check`, and `_descend` for one array."""
@@ -55,6 +60,12 @@ class _Optimizer:
 
     def __post_init__(self) -> None:
         self._check()
+
+    def __setattr__(self, name: str, x: object) -> None:
+        if name not in self.__dataclass_fields__:  # a misspelt setting would be set, and never read
+            hint = "its settings are " + ", ".join(each.name for each in fields(self) if each.init)
+            raise _UnknownSetting(f"{type(self).__name__} has no setting {name!r}", hint=hint)
+        super().__setattr__(name, x)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_layer": None}

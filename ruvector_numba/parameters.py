@@ -315,7 +315,7 @@ class Trainable:
             If a gradient is NaN or infinite, has a wrong shape or dtype or an unknown name, if the learning rate is no
             finite number, or if a parameter would be infinite.
         """
-        rate = _finite_number("learning_rate", learning_rate)
+        rate = _finite_number("learning_rate", learning_rate, "update_parameters(gradients, learning_rate)")
 
         def descend(parameters: ParameterSet) -> ParameterSet:
             named = fitting_gradients(parameters, gradients)
@@ -487,8 +487,10 @@ def check_finite(name: str, g: Array) -> None:
         )
 
 
-def _finite_number(name: str, x: object) -> float:
-    number = real_number(name, x, TrainingError, "give a finite number")
+def _finite_number(name: str, x: object, call: str | None = None) -> float:
+    """`call` shows the order of the arguments, where two may be taken for each other."""
+    hint = "give a finite number" + (f": {call}" if call else "")
+    number = real_number(name, x, TrainingError, hint)
     if not math.isfinite(number):
-        raise TrainingError(f"{name} is {shown(x)}", hint="give a finite number")
+        raise TrainingError(f"{name} is {shown(x)}", hint=hint)
     return number

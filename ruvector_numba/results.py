@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
 import numpy as np
@@ -32,6 +32,13 @@ def read_only(x: Any) -> Any:
 def _array(name: str, x: ArrayLike) -> Any:
     """Arrays on a GPU stay there."""
     return x if gpu.is_on_gpu(x) else checks.from_sequence(name, x)
+
+
+def named_shapes(x: Any) -> str:
+    """A dataclass of arrays as its repr shows it: by their shapes, without those that are None."""
+    arrays = {field.name: getattr(x, field.name) for field in fields(x)}
+    shapes = (f"{name} {tuple(array.shape)}" for name, array in arrays.items() if array is not None)
+    return f"{type(x).__name__}({', '.join(shapes)})"
 
 
 class AttentionCache:
@@ -160,14 +167,16 @@ class InputGradients:
     >>> x, bias = np.ones((2, 5, 4)), np.zeros((5, 1))
     >>> cache = rv.attention_forward(x, x, x, bias)
     >>> gradients = rv.attention_backward(np.ones_like(x), cache)
-    >>> gradients.query.shape, gradients.bias.shape
-    ((2, 5, 4), (5, 1))
+    >>> gradients
+    InputGradients(query (2, 5, 4), key (2, 5, 4), value (2, 5, 4), bias (5, 1))
     """
 
     query: Array
     key: Array
     value: Array
     bias: Array | None
+
+    __repr__ = named_shapes
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -210,6 +219,8 @@ class AttentionGradients:
     key: Array | None = None
     value: Array | None = None
     bias: Array | None = None
+
+    __repr__ = named_shapes
 
     @property
     def parameters(self) -> dict[str, Array]:

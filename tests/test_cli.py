@@ -217,6 +217,13 @@ def test_warmup_shows_progress_and_says_where_code_is_kept(capsys, monkeypatch):
     assert "compiled in" in capsys.readouterr().out
 
 
+def test_warmup_says_which_types_it_compiles_for(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["warmup", "--help"])
+    told = " ".join(capsys.readouterr().out.split())
+    assert "one to three minutes each (default: float32 alone)" in told
+
+
 def test_a_wrong_environment_is_refused_and_the_module_runs():
     """In a process of its own, as `python -m ruvector_numba`."""
     command = [sys.executable, "-m", "ruvector_numba", "info", "--no-peak"]

@@ -359,5 +359,7 @@ def test_what_needs_onnx_says_so_where_it_is_missing(name):
 
 def test_other_names():
     assert rv.interop.onnx is sys.modules["ruvector_numba.interop.onnx"]
+    pytest.importorskip("onnx")  # without it, what needs it is not listed
+    assert dir(rv.interop.onnx) == sorted(rv.interop.onnx.__all__)
     with pytest.raises(AttributeError, match="no attribute 'layer'"):
         rv.interop.onnx.layer  # noqa: B018

@@ -237,8 +237,28 @@ def test_without_torch_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)  # as if it were not installed
     monkeypatch.delitem(sys.modules, "ruvector_numba.interop.torch", raising=False)
     monkeypatch.delitem(vars(interop), "torch", raising=False)
-    with pytest.raises(ModuleNotFoundError, match="pip install torch"):
+    with pytest.raises(AttributeError, match="needs PyTorch: pip install torch"):
         interop.torch  # noqa: B018
+    for statement in ("from ruvector_numba.interop import torch", "import ruvector_numba.interop.torch"):
+        with pytest.raises(ModuleNotFoundError, match="needs PyTorch: pip install torch"):
+            exec(statement, {})
+    assert not hasattr(interop, "torch") and dir(interop) == sorted([*interop.__all__, "onnx", "torch"])
+
+
+@pytest.mark.parametrize("name", ["interop", "interop.onnx"])
+def test_help_is_given_without_the_other_libraries(name):
+    """In a process of its own: nothing has loaded them."""
+    code = f"""
+import sys, inspect
+sys.modules |= dict.fromkeys(["torch", "onnx", "onnxruntime"])
+import ruvector_numba as rv
+print([name for name, _ in inspect.getmembers(rv.{name})])
+help(rv.{name})"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    members, _, helped = done.stdout.partition("\n")
+    assert ("load_torch_state" if name == "interop" else "attention") in members
+    assert f"Help on {'package' if name == 'interop' else 'module'} ruvector_numba.{name}" in helped
 
 
 # With torch's own layer, where there is torch

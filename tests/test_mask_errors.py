@@ -25,6 +25,7 @@ class Tensor:
         raise RuntimeError("it requires grad")
 
 
+MOST = "a length is {0} at most; where longer sequences were cut, numpy.minimum(lengths, {0})"
 CONSTRUCTIONS = [
     (lambda: Causal("bottom-right"), "Causal.align must be 'top_left' or 'bottom_right', got 'bottom-right'", ALIGN),
     (lambda: Causal(None), "Causal.align must be 'top_left' or 'bottom_right', got None", ALIGN),
@@ -60,8 +61,8 @@ CONSTRUCTIONS = [
     ),
     (lambda: Causal().to_dense(-1, 2), "Lq is -1", "give a whole number, 0 or more"),
     (lambda: Causal().to_dense(2, 2.5), "Lk is 2.5", "give a whole number, 0 or more"),
-    (lambda: Lengths(keys=5).to_dense(2, 4), "Lengths.keys has 5, more than Lk = 4", None),
-    (lambda: Segments([0, 1]).to_dense(3, 2), "Segments.query_ids has 2 ids for Lq = 3", None),
+    (lambda: Lengths(keys=5).to_dense(2, 4), "Lengths.keys has 5, more than Lk = 4", MOST.format(4)),
+    (lambda: Segments([0, 1]).to_dense(3, 2), "Segments.query_ids has 2 ids for Lq = 3", "give one id per query"),
     (
         lambda: Segments([0, 1]).to_dense(2, 3),
         "Segments.key_ids has 2 ids for Lk = 3",
@@ -145,8 +146,8 @@ CALLS = [  # for a batch of 2, 4 heads, Lq = 3, Lk = 5 in float32
     (True, "attn_mask is True, a single bool", BOOL),
     (np.False_, "attn_mask is False, a single bool", BOOL),
     (Tensor(), "attn_mask cannot become an array: it requires grad", DETACH.format("attn_mask")),
-    (Lengths(queries=4), "Lengths.queries has 4, more than Lq = 3", None),
-    (Lengths(keys=[5, 6]), "Lengths.keys has 6, more than Lk = 5", None),
+    (Lengths(queries=4), "Lengths.queries has 4, more than Lq = 3", MOST.format(3)),
+    (Lengths(keys=[5, 6]), "Lengths.keys has 6, more than Lk = 5", MOST.format(5)),
     (Lengths(keys=[1, 2, 3]), "Lengths.keys does not have one entry per row of the batch", BATCH),
     (Lengths(queries=[[1, 2]]), "Lengths.queries does not have one entry per row of the batch", BATCH),
     (
@@ -154,8 +155,8 @@ CALLS = [  # for a batch of 2, 4 heads, Lq = 3, Lk = 5 in float32
         "Segments.key_ids has 3 ids for Lk = 5",
         "key_ids is query_ids unless given; give one id per key",
     ),
-    (Segments([0, 0], [1] * 5), "Segments.query_ids has 2 ids for Lq = 3", None),
-    (Segments([0, 0, 1], [1] * 6), "Segments.key_ids has 6 ids for Lk = 5", None),
+    (Segments([0, 0], [1] * 5), "Segments.query_ids has 2 ids for Lq = 3", "give one id per query"),
+    (Segments([0, 0, 1], [1] * 6), "Segments.key_ids has 6 ids for Lk = 5", "give one id per key"),
     (Segments([[0, 0, 1]] * 3, [1] * 5), "Segments.query_ids does not have one entry per row of the batch", BATCH),
     (Segments([0, 0, 1], [[1] * 5] * 3), "Segments.key_ids does not have one entry per row of the batch", BATCH),
 ]

@@ -257,6 +257,23 @@ def test_what_is_no_mask_does_not_join(other):
             join()
 
 
+JOINS = {
+    operator.or_: "a.to_dense(Lq, Lk) | b.to_dense(Lq, Lk)", operator.xor: "a.to_dense(Lq, Lk) ^ b.to_dense(Lq, Lk)",
+    operator.sub: "a.to_dense(Lq, Lk) & ~b.to_dense(Lq, Lk)", lambda a, b: ~a: "~a.to_dense(Lq, Lk)",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("join", "instead"), JOINS.items())
+def test_other_operators_say_how_to_make_an_array(join, instead):
+    a, b = Causal() & Lengths(keys=2), Window(left=1)
+    operands = [(a, b), (b, np.ones((3, 4), bool))] + [([[True]], a)] * ("b" in instead)
+    for left, right in operands:
+        with pytest.raises(InvalidMaskError, match="masks are joined by & only\nHINT: make an array: ") as caught:
+            join(left, right)
+        assert caught.value.hint == f"make an array: {instead}"
+    assert eval(instead, {"a": a, "b": b, "Lq": 3, "Lk": 4}).shape == (3, 4)
+
+
 def test_one_float_array_is_the_limit():
     a, b = np.zeros((2, 3), np.float32), np.zeros(3, np.float32)
     with pytest.raises(InvalidMaskError) as caught:

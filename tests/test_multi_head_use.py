@@ -245,6 +245,24 @@ def test_it_says_what_it_is():
     assert "num_heads=3" in repr(attention) and repr(attention).endswith(", kdim=5)")
 
 
+def test_gradients_show_their_shapes_in_one_line():
+    attention, x = layer(num_heads=2), np.ones((1, 40, 24))
+    output, cache = attention.forward_cached(x)
+    told = repr(attention.backward(output, cache))
+    assert told.startswith("AttentionGradients(query_weights (24, 24), ") and "\n" not in told and "None" not in told
+    assert told.endswith(", output_bias (24,), query (1, 40, 24), key (1, 40, 24), value (1, 40, 24))")
+    assert repr(rv.AttentionGradients()) == "AttentionGradients()"
+
+
+def test_arguments_in_the_other_order_are_told_of_in_two_lines():
+    attention, x = layer(num_heads=2), np.ones((1, 40, 24))
+    gradients = attention.backward(*attention.forward_cached(x))
+    for given in (gradients, gradients.parameters):
+        with pytest.raises(rv.TrainingError, match=r"HINT: .*update_parameters\(gradients, learning_rate\)") as caught:
+            attention.update_parameters(0.1, given)
+        assert len(str(caught.value)) < 400 and str(caught.value).count("\n") == 1
+
+
 def test_a_cache_is_its_layers_and_its_copies():
     """Swapped caches of two layers of one size would train each by the other's gradients."""
     first, second = (rv.MultiHeadAttention(rv.AttentionConfig(8, 2, dropout=0.0), seed=n) for n in range(2))

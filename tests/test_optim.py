@@ -238,6 +238,17 @@ def test_settings_are_floats_and_may_change_between_steps():
     assert SGD(0.1) == SGD(lr=0.1) != SGD(0.2)
 
 
+@pytest.mark.parametrize("kind", [SGD, Adam, AdamW])
+def test_a_name_that_is_no_setting_is_refused(kind):
+    """It would train with the old setting and say nothing."""
+    optimizer = kind(lr=0.0)
+    for each in (optimizer, copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+        with pytest.raises(AttributeError, match=f"{kind.__name__} has no setting 'learning_rate'") as caught:
+            each.learning_rate = 1.0
+        assert isinstance(caught.value, InvalidConfigError) and not hasattr(each, "learning_rate")
+        assert caught.value.hint == "its settings are " + ", ".join(kind.__match_args__)
+
+
 # --- state -----------------------------------------------------------------------------------------------------------
 def seen(optimizer):
     """All that an optimizer remembers, to the bit."""

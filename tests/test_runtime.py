@@ -319,6 +319,16 @@ def test_compiling_is_spoken_of_at_first_and_after_a_silence(caplog, monkeypatch
     assert "once" in first and "warmup" in first and "csr.forward" in second
 
 
+@pytest.mark.parametrize(("quiet", "notices"), [("1", 0), ("0", 1), (None, 1)])
+def test_notices_of_compiling_can_be_silenced(quiet, notices, caplog, monkeypatch):
+    monkeypatch.delenv("RUVECTOR_NUMBA_QUIET", raising=False)
+    if quiet is not None:
+        monkeypatch.setenv("RUVECTOR_NUMBA_QUIET", quiet)
+    monkeypatch.setattr(jit._Said, "at", -np.inf)
+    jit._say_compiling("dense.forward")
+    assert len(caplog.messages) == notices
+
+
 @pytest.mark.parametrize("enabled", [True, False])
 def test_compiling_leaves_garbage_collection_as_it_was(enabled, monkeypatch):
     """Also when it fails: a process that never collects again would grow without end."""

@@ -23,9 +23,12 @@ else:
 
     def __getattr__(name):
         if name in ("onnx", "torch"):
-            return importlib.import_module(f".{name}", __name__)
+            try:
+                return importlib.import_module(f".{name}", __name__)
+            except ModuleNotFoundError as error:  # hasattr, inspect and help know AttributeError alone
+                raise AttributeError(str(error)) from error
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), "onnx", "torch"})
+    return sorted([*__all__, "onnx", "torch"])

@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
@@ -46,6 +47,11 @@ if not TYPE_CHECKING:  # a type checker shall know what is not there
         if name in ELSEWHERE:
             return getattr(importlib.import_module(f".{ELSEWHERE[name]}", __package__), name)
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """Without onnx only what needs none: help() and inspect ask for all that is listed, and asking raises."""
+    return __all__ if importlib.util.find_spec("onnx") else [name for name in __all__ if name not in ELSEWHERE]
 
 
 class AttentionOutputs(NamedTuple):
