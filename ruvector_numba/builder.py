@@ -4,10 +4,8 @@
 >>> builder = rv.AttentionBuilder().d_model(256).num_heads(4).dropout(0.1)
 >>> builder.build_config().d_k
 64
->>> builder.causal(True).build_multi_head(seed=0).config.causal
-True
 
-A method sets its option in the builder and returns the builder, so calls can be chained or written one below the
+A method sets its option in the builder and returns this builder, so calls can be chained or written one below the
 other. Nothing is checked until something is built; then the whole configuration is. What was built holds a frozen
 configuration: the builder can be changed and used again, and what it built before stays as it is. `copy.copy` gives
 a second builder that starts from the same options.
@@ -46,35 +44,112 @@ class _Options:
         return f"{type(self).__name__}().config({self._config!r})"
 
     def d_model(self, d_model: int) -> Self:
-        """Set the channels of queries, keys, values and the output; a multiple of `num_heads`."""
+        """Set the channels of queries, keys, values and the output.
+
+        Parameters
+        ----------
+        d_model : int
+            A multiple of `num_heads`.
+
+        Returns
+        -------
+        Self
+        """
         return self._set(d_model=d_model)
 
     def num_heads(self, num_heads: int) -> Self:
-        """Set the number of attention heads."""
+        """Set the number of attention heads.
+
+        Parameters
+        ----------
+        num_heads : int
+
+        Returns
+        -------
+        Self
+        """
         return self._set(num_heads=num_heads)
 
     def dropout(self, dropout: float) -> Self:
-        """Set the probability, 0 to 1, to drop a weight; in training only."""
+        """Set the probability to drop a weight; in training only.
+
+        Parameters
+        ----------
+        dropout : float
+            0 to 1.
+
+        Returns
+        -------
+        Self
+        """
         return self._set(dropout=dropout)
 
     def use_bias(self, use_bias: bool) -> Self:
-        """Set whether the linear projections add a bias."""
+        """Set whether the linear projections add a bias.
+
+        Parameters
+        ----------
+        use_bias : bool
+
+        Returns
+        -------
+        Self
+        """
         return self._set(use_bias=use_bias)
 
     def scale(self, scale: float | None) -> Self:
-        """Set what scores are multiplied by; None for 1 / sqrt(d_k)."""
+        """Set what scores are multiplied by.
+
+        Parameters
+        ----------
+        scale : float or None
+            None for 1 / sqrt(d_k).
+
+        Returns
+        -------
+        Self
+        """
         return self._set(scale=scale)
 
     def max_seq_len(self, max_seq_len: int | None) -> Self:
-        """Set the longest sequence that is accepted; None for no limit. Graphs ignore it."""
+        """Set the longest sequence that is accepted. Graphs ignore it.
+
+        Parameters
+        ----------
+        max_seq_len : int or None
+            None for no limit.
+
+        Returns
+        -------
+        Self
+        """
         return self._set(max_seq_len=max_seq_len)
 
     def causal(self, causal: bool) -> Self:
-        """Set whether query i sees keys 0 to i only."""
+        """Set whether query i sees keys 0 to i only.
+
+        Parameters
+        ----------
+        causal : bool
+
+        Returns
+        -------
+        Self
+        """
         return self._set(causal=causal)
 
     def eps(self, eps: float) -> Self:
-        """Set what is added to the denominator of the softmax; positive."""
+        """Set what is added to the denominator of the softmax.
+
+        Parameters
+        ----------
+        eps : float
+            Positive.
+
+        Returns
+        -------
+        Self
+        """
         return self._set(eps=eps)
 
 
@@ -83,6 +158,7 @@ class AttentionBuilder(_Options):
 
     Examples
     --------
+    >>> import ruvector_numba as rv
     >>> rv.AttentionBuilder().d_model(64).num_heads(4).scale(0.5).build_config().get_scale()
     0.5
     >>> rv.AttentionBuilder().d_model(0).build_config()
@@ -102,12 +178,36 @@ class AttentionBuilder(_Options):
         return self
 
     def config(self, config: AttentionConfig) -> Self:
-        """Set all options at once; `InvalidConfigError` if this is not an `AttentionConfig`."""
+        """Set all options at once.
+
+        Parameters
+        ----------
+        config : AttentionConfig
+
+        Returns
+        -------
+        Self
+
+        Raises
+        ------
+        InvalidConfigError
+            If this is of another type.
+        """
         self._config = _checked("config", AttentionConfig, config)
         return self
 
     def build_config(self) -> AttentionConfig:
-        """The configuration with all that was set; `InvalidConfigError` if it is not valid."""
+        """The configuration with all that was set.
+
+        Returns
+        -------
+        AttentionConfig
+
+        Raises
+        ------
+        InvalidConfigError
+            If it is not valid.
+        """
         self._config.validate()
         return self._config
 
@@ -118,6 +218,10 @@ class AttentionBuilder(_Options):
         ----------
         seed : int, optional
             Of the dropout; the same seed drops the same.
+
+        Returns
+        -------
+        ScaledDotProductAttention
 
         Raises
         ------
@@ -140,10 +244,14 @@ class AttentionBuilder(_Options):
         kdim, vdim : int, optional
             Channels of keys and of values, if not `d_model`.
 
+        Returns
+        -------
+        MultiHeadAttention
+
         Raises
         ------
         InvalidConfigError
-            If the configuration is not valid.
+            If the configuration is not valid, or `seed`, `kdim` or `vdim` is no such number.
         """
         from .multi_head import MultiHeadAttention
 
@@ -158,6 +266,7 @@ class GraphAttentionBuilder(_Options):
 
     Examples
     --------
+    >>> import ruvector_numba as rv
     >>> builder = rv.GraphAttentionBuilder().d_model(64).num_heads(4).use_edge_features(True).edge_dim(3)
     >>> builder.aggregation("mean").build_config().base.d_k
     16
@@ -174,42 +283,127 @@ class GraphAttentionBuilder(_Options):
         return self.base(replace(_checked("base", AttentionConfig, self._config.base), **options))
 
     def base(self, base: AttentionConfig) -> Self:
-        """Set all that attention on graphs shares with other attention; `InvalidConfigError` for another type."""
+        """Set all that attention on graphs shares with other attention.
+
+        Parameters
+        ----------
+        base : AttentionConfig
+
+        Returns
+        -------
+        Self
+
+        Raises
+        ------
+        InvalidConfigError
+            If this is of another type.
+        """
         self._config = replace(self._config, base=_checked("base", AttentionConfig, base))
         return self
 
     def use_edge_features(self, use_edge_features: bool) -> Self:
-        """Set whether edges have features that enter the scores; needs `edge_dim`."""
+        """Set whether edges have features that enter the scores.
+
+        Parameters
+        ----------
+        use_edge_features : bool
+            True needs `edge_dim`.
+
+        Returns
+        -------
+        Self
+        """
         self._config = replace(self._config, use_edge_features=use_edge_features)
         return self
 
     def edge_dim(self, edge_dim: int | None) -> Self:
-        """Set the channels of the features of an edge."""
+        """Set the channels of the features of an edge.
+
+        Parameters
+        ----------
+        edge_dim : int or None
+            None for edges without features.
+
+        Returns
+        -------
+        Self
+        """
         self._config = replace(self._config, edge_dim=edge_dim)
         return self
 
     def aggregation(self, aggregation: Aggregation) -> Self:
-        """Set how what the neighbours send is joined: "sum", "mean" or "max"."""
+        """Set how what the neighbours send is joined.
+
+        Parameters
+        ----------
+        aggregation : {"sum", "mean", "max"}
+
+        Returns
+        -------
+        Self
+        """
         self._config = replace(self._config, aggregation=aggregation)
         return self
 
     def normalize(self, normalize: bool) -> Self:
-        """Set whether the coefficients of a node's neighbours are normalised by a softmax."""
+        """Set whether the coefficients of a node's neighbours are normalised by a softmax.
+
+        Parameters
+        ----------
+        normalize : bool
+
+        Returns
+        -------
+        Self
+        """
         self._config = replace(self._config, normalize=normalize)
         return self
 
     def negative_slope(self, negative_slope: float) -> Self:
-        """Set the slope of the LeakyReLU below zero."""
+        """Set the slope of the LeakyReLU below zero.
+
+        Parameters
+        ----------
+        negative_slope : float
+
+        Returns
+        -------
+        Self
+        """
         self._config = replace(self._config, negative_slope=negative_slope)
         return self
 
     def config(self, config: GraphAttentionConfig) -> Self:
-        """Set all options at once; `InvalidConfigError` if this is not a `GraphAttentionConfig`."""
+        """Set all options at once.
+
+        Parameters
+        ----------
+        config : GraphAttentionConfig
+
+        Returns
+        -------
+        Self
+
+        Raises
+        ------
+        InvalidConfigError
+            If this is of another type.
+        """
         self._config = _checked("config", GraphAttentionConfig, config)
         return self
 
     def build_config(self) -> GraphAttentionConfig:
-        """The configuration with all that was set; `InvalidConfigError` if it is not valid, the base included."""
+        """The configuration with all that was set.
+
+        Returns
+        -------
+        GraphAttentionConfig
+
+        Raises
+        ------
+        InvalidConfigError
+            If it is not valid, the base included.
+        """
         self._config.validate()
         return self._config
 
@@ -243,11 +437,8 @@ class GraphAttentionBuilder(_Options):
 
         Parameters
         ----------
-        in_channels : int or (int, int), optional
-            Channels of the nodes, or of sources and targets; `d_model` if None. `d_model` is the output's, of all heads
-            together.
-        seed : int, optional
-            Seed of the parameters and the dropout; the same seed gives the same layer.
+        in_channels, seed
+            As in `build_gat`.
 
         Returns
         -------
@@ -270,11 +461,8 @@ class GraphAttentionBuilder(_Options):
 
         Parameters
         ----------
-        in_channels : int or (int, int), optional
-            Channels of the nodes, or of sources and targets; `d_model` if None. `d_model` is the output's, of all heads
-            together.
-        seed : int, optional
-            Seed of the parameters and the dropout; the same seed gives the same layer.
+        in_channels, seed
+            As in `build_gat`.
 
         Returns
         -------

@@ -78,10 +78,16 @@ class _Config:
                 _check_type(name, kind, optional, value)
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields by name, as `from_dict` takes them; a `base` is a dictionary too.
+        """All fields by name, as `from_dict` takes them.
+
+        Returns
+        -------
+        dict of str to object
+            A `base` is a dictionary too.
 
         Examples
         --------
+        >>> import ruvector_numba as rv
         >>> rv.SparseAttentionConfig(top_k=8).to_dict()["top_k"]
         8
         """
@@ -97,6 +103,11 @@ class _Config:
         values : mapping of str to object
             As from `to_dict`; `base` may be a mapping or an `AttentionConfig`.
 
+        Returns
+        -------
+        Self
+            Of the class that this is called on.
+
         Raises
         ------
         InvalidConfigError
@@ -104,6 +115,7 @@ class _Config:
 
         Examples
         --------
+        >>> import ruvector_numba as rv
         >>> rv.GraphAttentionConfig.from_dict({"base": {"d_model": 64}, "aggregation": "mean"}).base.d_model
         64
         """
@@ -125,6 +137,10 @@ class _Config:
     def to_json(self) -> str:
         """The configuration as JSON, as `from_json` takes it.
 
+        Returns
+        -------
+        str
+
         Raises
         ------
         InvalidConfigError
@@ -132,6 +148,7 @@ class _Config:
 
         Examples
         --------
+        >>> import ruvector_numba as rv
         >>> rv.AttentionConfig().to_json()[:32]
         '{"d_model": 512, "num_heads": 8,'
         """
@@ -142,13 +159,24 @@ class _Config:
     def from_json(cls, text: str | bytes) -> Self:
         """The valid configuration that this JSON describes; fields left out have their defaults.
 
+        Parameters
+        ----------
+        text : str or bytes
+            As from `to_json`.
+
+        Returns
+        -------
+        Self
+            Of the class that this is called on.
+
         Raises
         ------
         InvalidConfigError
-            If the text is not JSON, and as `from_dict`.
+            If the text is not JSON, or `from_dict` refuses what it says.
 
         Examples
         --------
+        >>> import ruvector_numba as rv
         >>> rv.AttentionConfig.from_json('{"d_model": 64, "max_seq_len": null}').max_seq_len is None
         True
         """
@@ -186,6 +214,7 @@ class AttentionConfig(_Config):
 
     Examples
     --------
+    >>> import ruvector_numba as rv
     >>> rv.AttentionConfig(d_model=64, num_heads=4).d_k
     16
     """
@@ -201,15 +230,32 @@ class AttentionConfig(_Config):
 
     @functools.cached_property
     def d_k(self) -> int:
-        """Channels per head; `InvalidConfigError` if the configuration is not valid."""
+        """Channels per head.
+
+        Raises
+        ------
+        InvalidConfigError
+            If the configuration is not valid.
+        """
         self.validate()
         return self.d_model // self.num_heads
 
     def get_scale(self) -> float:
-        """What scores are multiplied by: `scale`, or 1 / sqrt(d_k); `InvalidConfigError` if not valid.
+        """What scores are multiplied by.
+
+        Returns
+        -------
+        float
+            `scale`, or 1 / sqrt(d_k) if that is None.
+
+        Raises
+        ------
+        InvalidConfigError
+            If the configuration is not valid.
 
         Examples
         --------
+        >>> import ruvector_numba as rv
         >>> rv.AttentionConfig(d_model=512, num_heads=8).get_scale()
         0.125
         """
@@ -217,6 +263,13 @@ class AttentionConfig(_Config):
         return 1 / math.sqrt(d_k) if self.scale is None else self.scale
 
     def validate(self) -> None:
+        """Check the type and the value of every field.
+
+        Raises
+        ------
+        InvalidConfigError
+            If a field has a wrong type or is out of range, or `d_model` is no multiple of `num_heads`.
+        """
         super().validate()
         _check_size("d_model", self.d_model)
         _check_size("num_heads", self.num_heads)
@@ -257,6 +310,7 @@ class GraphAttentionConfig(_Config):
 
     Examples
     --------
+    >>> import ruvector_numba as rv
     >>> rv.GraphAttentionConfig(use_edge_features=True).validate()
     Traceback (most recent call last):
         ...
@@ -272,6 +326,13 @@ class GraphAttentionConfig(_Config):
     negative_slope: float = 0.2
 
     def validate(self) -> None:
+        """Check the type and the value of every field.
+
+        Raises
+        ------
+        InvalidConfigError
+            If a field has a wrong type or is out of range, the base's included, or edge features have no `edge_dim`.
+        """
         super().validate()
         self.base.validate()
         _check_size("edge_dim", self.edge_dim, hint="None means that edges have no features")
@@ -305,6 +366,7 @@ class SparseAttentionConfig(_Config):
 
     Examples
     --------
+    >>> import ruvector_numba as rv
     >>> rv.SparseAttentionConfig(sparsity_pattern="local", local_window=16).validate()
     """
 
@@ -316,6 +378,13 @@ class SparseAttentionConfig(_Config):
     top_k: int | None = None
 
     def validate(self) -> None:
+        """Check the type and the value of every field.
+
+        Raises
+        ------
+        InvalidConfigError
+            If a field has a wrong type or is out of range, the base's included.
+        """
         super().validate()
         self.base.validate()
         for name in ("block_size", "local_window", "num_global_tokens", "top_k"):

@@ -93,8 +93,16 @@ def scaled_dot_product_attention(
 
     Raises
     ------
-    InvalidInputError, InvalidMaskError, DimensionMismatchError, OutOfMemoryError
-        Before any work; nothing is modified.
+    InvalidInputError
+        If an array has fewer than two axes or none of these dtypes, the three differ in dtype or number of axes, an
+        option has a wrong type or value, or `out` has another dtype, cannot be written to or overlaps an input.
+    DimensionMismatchError
+        If sizes of the arrays that must agree do not, or `out` has another shape than the result.
+    InvalidMaskError
+        If `attn_mask` does not fit the scores, or is neither bool nor of the inputs' dtype; beside half precision
+        float32 will do.
+    OutOfMemoryError
+        If the result is larger than this machine's memory. All these are raised before any work; nothing is modified.
 
     Examples
     --------
@@ -136,42 +144,13 @@ def attention_forward(
 
     Parameters
     ----------
-    query : array (..., H, Lq, D), float32, float64, float16, or bfloat16 of the package ml_dtypes
-        Any strides, any number of leading batch axes, or just (L, D). Half precision is computed in float32 throughout,
-        and rounded once, at the end.
-    key : array (..., Hk, Lk, D)
-    value : array (..., Hk, Lk, Dv)
-    attn_mask : bool array, float array, or mask of `ruvector_numba.masks`, optional
-        Arrays broadcast to (..., H, Lq, Lk). True attends; a float is added to the score, and -inf hides.
-    dropout_p : float
-        The probability that a weight is dropped; the others are multiplied by 1 / (1 - dropout_p).
-    is_causal : bool
-        Query i sees keys j <= i only, counted from the top left, as in torch. Composes with `attn_mask`.
-    scale : float, optional
-        1 / sqrt(D) by default.
-    enable_gqa : bool
-        Let H be a multiple of Hk; query head h then uses key head h // (H // Hk).
-    softcap : float, optional
-        Scores become softcap * tanh(score / softcap), before anything is added to them (Gemma 2).
-    alibi_slopes : array (H,), optional
-        slope * |i + offset - j| is subtracted (ALiBi, Press et al. 2022); the offset is 0, or Lk - Lq under a mask
-        aligned bottom_right. Any shape (..., H) that broadcasts over the batch.
-    seed : int, optional
-        Of the dropout: the same seed drops the same weights, on any number of threads. Fresh for each call if None.
+    query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
+        As in `scaled_dot_product_attention`.
+    softcap, alibi_slopes, seed, device, dtype, precision
+        As in `scaled_dot_product_attention`.
     out : array (..., H, Lq, Dv), optional
         Where to write the result; it must not overlap an input. The cache refers to it: use it for nothing else before
         the backward pass.
-    device : "cuda", optional
-        Move arrays of NumPy to the GPU, and the results back. Arrays that lie on a GPU already (of torch, CuPy, Numba,
-        or of anything with ``__cuda_array_interface__`` or DLPack) are read there without it, float32, float16 or
-        bfloat16, and the result is an array of the same library.
-    dtype : "bfloat16", optional
-        What the bits of uint16 arrays mean: all three are bfloat16 numbers, and so is the result, uint16 again. NumPy
-        has no such type, and arrays of ml_dtypes.bfloat16 need no such word.
-    precision : "bfloat16", optional
-        Of the products alone, for float32 arrays: inputs are rounded to bfloat16, 3 digits, and sums and softmax are
-        float32 as ever. Results are off by some 1 % of the largest, nearly all of it from rounding the inputs. It pays
-        on AMD's CPUs that multiply bfloat16 (avx512bf16 in ``rv.info()["features"]``).
 
     Returns
     -------
@@ -182,8 +161,8 @@ def attention_forward(
 
     Raises
     ------
-    InvalidInputError, InvalidMaskError, DimensionMismatchError, OutOfMemoryError
-        Before any work; nothing is modified.
+    InvalidInputError, DimensionMismatchError, InvalidMaskError, OutOfMemoryError
+        As in `scaled_dot_product_attention`.
 
     Examples
     --------
@@ -232,8 +211,10 @@ def attention_backward(
 
     Raises
     ------
-    InvalidInputError, DimensionMismatchError
-        If the gradients do not have the shapes and dtype of the results.
+    InvalidInputError
+        If `cache` is not one of `attention_forward`, or a gradient has another dtype than its result.
+    DimensionMismatchError
+        If a gradient has another shape than its result.
     OutOfMemoryError
         If a gradient is larger than this machine's memory, as that of an array that was broadcast may be.
 
@@ -281,7 +262,11 @@ def merge(outputs: Sequence[ArrayLike], lses: Sequence[ArrayLike], *, dtype: str
 
     Raises
     ------
-    InvalidInputError, DimensionMismatchError
+    InvalidInputError
+        If there is not one lse for each output, and at least one of both; if an array holds no floats, or the outputs
+        have fewer than two axes or differ in dtype.
+    DimensionMismatchError
+        If the outputs differ in shape, or an lse has not the shape of its output without the last axis.
 
     Examples
     --------

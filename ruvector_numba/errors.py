@@ -46,6 +46,15 @@ class AttentionError(Exception):
         Names and shapes (or any other values), printed one per line.
     hint : str, optional
         What the caller can do about it.
+
+    Examples
+    --------
+    >>> import ruvector_numba as rv
+    >>> try:
+    ...     rv.set_num_threads(0)
+    ... except rv.AttentionError as error:  # or ValueError
+    ...     print(type(error).__name__, error.args)
+    InvalidInputError ('the number of threads is 0',)
     """
 
     sentence: ClassVar[str] = "{}"
@@ -65,7 +74,15 @@ class AttentionError(Exception):
 
 
 class DimensionMismatchError(AttentionError, ValueError):
-    """Two sizes that must agree do not."""
+    """Two sizes that must agree do not.
+
+    Parameters
+    ----------
+    expected, actual : object
+        The two sizes or shapes.
+    shapes, hint
+        As in `AttentionError`.
+    """
 
     sentence = "Dimension mismatch: expected {}, got {}"
 
@@ -76,7 +93,14 @@ class DimensionMismatchError(AttentionError, ValueError):
 
 
 class InvalidConfigError(AttentionError, ValueError):
-    """A setting is out of range, or two settings contradict each other."""
+    """A setting is out of range, or two settings contradict each other.
+
+    Parameters
+    ----------
+    reason : str
+    shapes, hint
+        As in `AttentionError`.
+    """
 
     sentence = "Invalid configuration: {}"
 
@@ -86,7 +110,14 @@ class InvalidConfigError(AttentionError, ValueError):
 
 
 class MatrixOperationError(AttentionError, ArithmeticError):
-    """An operation on matrices could not be carried out. One of the ten kinds, which nothing here raises."""
+    """An operation on matrices could not be carried out. One of the ten kinds, which nothing here raises.
+
+    Parameters
+    ----------
+    operation : str
+    shapes, hint
+        As in `AttentionError`.
+    """
 
     sentence = "Matrix operation failed: {}"
 
@@ -96,7 +127,14 @@ class MatrixOperationError(AttentionError, ArithmeticError):
 
 
 class InvalidMaskError(AttentionError, ValueError):
-    """A mask has the wrong shape, dtype or values."""
+    """A mask has the wrong shape, dtype or values.
+
+    Parameters
+    ----------
+    reason : str
+    shapes, hint
+        As in `AttentionError`.
+    """
 
     sentence = "Invalid attention mask: {}"
 
@@ -106,7 +144,14 @@ class InvalidMaskError(AttentionError, ValueError):
 
 
 class NumericalInstabilityError(AttentionError, ArithmeticError):
-    """A result is not finite where it has to be. Nothing here raises it: NaN and infinity are data."""
+    """A result is not finite where it has to be. Nothing here raises it: NaN and infinity are data.
+
+    Parameters
+    ----------
+    details : str
+    shapes, hint
+        As in `AttentionError`.
+    """
 
     sentence = "Numerical instability: {}"
 
@@ -116,7 +161,15 @@ class NumericalInstabilityError(AttentionError, ArithmeticError):
 
 
 class OutOfMemoryError(AttentionError, MemoryError):
-    """`size` bytes were needed at once and are not to be had."""
+    """`size` bytes were needed at once and are not to be had.
+
+    Parameters
+    ----------
+    size : int
+        In bytes.
+    shapes, hint
+        As in `AttentionError`.
+    """
 
     sentence = "Out of memory: failed to allocate {} bytes"
 
@@ -129,6 +182,12 @@ class InvalidInputError(AttentionError, ValueError):
     """An argument is not what it has to be: the rank, dtype or contents of an array, or a number or word.
 
     Its sentence is that of ruvector-attention, and speaks of dimensions whatever is wrong.
+
+    Parameters
+    ----------
+    details : str
+    shapes, hint
+        As in `AttentionError`.
     """
 
     sentence = "Invalid input dimensions: {}"
@@ -139,7 +198,14 @@ class InvalidInputError(AttentionError, ValueError):
 
 
 class GraphStructureError(AttentionError, ValueError):
-    """A graph is not one: an index out of range, edges that do not fit the nodes."""
+    """A graph is not one: an index out of range, edges that do not fit the nodes.
+
+    Parameters
+    ----------
+    reason : str
+    shapes, hint
+        As in `AttentionError`.
+    """
 
     sentence = "Graph structure error: {}"
 
@@ -149,7 +215,14 @@ class GraphStructureError(AttentionError, ValueError):
 
 
 class SparseMatrixError(AttentionError, ValueError):
-    """A sparse pattern or matrix is malformed. Nothing here raises it: graphs have GraphStructureError."""
+    """A sparse pattern or matrix is malformed. Nothing here raises it: graphs have GraphStructureError.
+
+    Parameters
+    ----------
+    reason : str
+    shapes, hint
+        As in `AttentionError`.
+    """
 
     sentence = "Sparse matrix error: {}"
 
@@ -159,7 +232,14 @@ class SparseMatrixError(AttentionError, ValueError):
 
 
 class TrainingError(AttentionError, RuntimeError):
-    """A training step was asked for in the wrong order or state."""
+    """A training step was asked for in the wrong order or state.
+
+    Parameters
+    ----------
+    reason : str
+    shapes, hint
+        As in `AttentionError`.
+    """
 
     sentence = "Training error: {}"
 

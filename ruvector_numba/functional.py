@@ -85,10 +85,17 @@ def attention_scores(query: ArrayLike, key: ArrayLike, scale: float | None = Non
 
     Raises
     ------
-    InvalidInputError, DimensionMismatchError, OutOfMemoryError
+    InvalidInputError
+        If an array has fewer than two axes or is neither float32 nor float64, the two differ in dtype or number of
+        axes, or `scale` is no finite number that the dtype can hold.
+    DimensionMismatchError
+        If the arrays differ in D or in their leading axes.
+    OutOfMemoryError
+        If the result is larger than this machine's memory.
 
     Examples
     --------
+    >>> import numpy as np, ruvector_numba as rv
     >>> rv.functional.attention_scores(np.eye(2), np.array([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]), scale=1)
     array([[1., 3., 5.],
            [2., 4., 6.]])
@@ -117,9 +124,11 @@ def attention_scores_backward(
     Raises
     ------
     InvalidInputError, DimensionMismatchError, OutOfMemoryError
+        As in `attention_scores`; also if `grad_scores` has another dtype or shape than the scores.
 
     Examples
     --------
+    >>> import numpy as np, ruvector_numba as rv
     >>> query, key = np.ones((1, 3)), np.eye(2, 3)
     >>> grad_query, grad_key = rv.functional.attention_scores_backward(np.ones((1, 2)), query, key, scale=2)
     >>> grad_query
@@ -154,10 +163,16 @@ def apply_mask(scores: ArrayLike, attn_mask: masks.Mask | ArrayLike | None = Non
 
     Raises
     ------
-    InvalidInputError, InvalidMaskError, OutOfMemoryError
+    InvalidInputError
+        If `scores` has fewer than two axes or is neither float32 nor float64, or `is_causal` is neither True nor False.
+    InvalidMaskError
+        If the mask does not fit the scores, or is neither bool nor of their dtype.
+    OutOfMemoryError
+        If the result is larger than this machine's memory.
 
     Examples
     --------
+    >>> import numpy as np, ruvector_numba as rv
     >>> rv.functional.apply_mask(np.ones((2, 3)), [[True, True, False]], is_causal=True)
     array([[  1., -inf, -inf],
            [  1.,   1., -inf]])
@@ -187,9 +202,11 @@ def apply_mask_backward(
     Raises
     ------
     InvalidInputError, InvalidMaskError, OutOfMemoryError
+        As in `apply_mask`, if what it says of `scores` is so of `grad_masked`.
 
     Examples
     --------
+    >>> import numpy as np, ruvector_numba as rv
     >>> bias = np.array([0.5, -np.inf])
     >>> grad_scores, grad_bias = rv.functional.apply_mask_backward(np.ones((3, 2)), bias)
     >>> grad_bias
@@ -221,10 +238,15 @@ def softmax(scores: ArrayLike, eps: float = 0.0) -> Array:
 
     Raises
     ------
-    InvalidInputError, OutOfMemoryError
+    InvalidInputError
+        If `scores` has fewer than two axes or is neither float32 nor float64, or `eps` is negative, or no number that
+        the dtype can hold.
+    OutOfMemoryError
+        If the result is larger than this machine's memory.
 
     Examples
     --------
+    >>> import numpy as np, ruvector_numba as rv
     >>> rv.functional.softmax([[0, 0], [0, -np.inf], [-np.inf, -np.inf]])
     array([[0.5, 0.5],
            [1. , 0. ],
@@ -260,10 +282,14 @@ def softmax_backward(grad_weights: ArrayLike, weights: ArrayLike, eps: float = 0
 
     Raises
     ------
-    InvalidInputError, DimensionMismatchError, OutOfMemoryError
+    InvalidInputError, OutOfMemoryError
+        As in `softmax`, of `weights`; InvalidInputError also if `grad_weights` has another dtype than they.
+    DimensionMismatchError
+        If `grad_weights` has another shape than `weights`.
 
     Examples
     --------
+    >>> import numpy as np, ruvector_numba as rv
     >>> rv.functional.softmax_backward([[1.0, 0.0, np.nan]], [[0.5, 0.5, 0.0]])
     array([[ 0.25, -0.25,  0.  ]])
     """
@@ -298,10 +324,17 @@ def weighted_sum(weights: ArrayLike, value: ArrayLike) -> Array:
 
     Raises
     ------
-    InvalidInputError, DimensionMismatchError, OutOfMemoryError
+    InvalidInputError
+        If an array has fewer than two axes or is neither float32 nor float64, or the two differ in dtype or number of
+        axes.
+    DimensionMismatchError
+        If the arrays differ in Lk or in their leading axes.
+    OutOfMemoryError
+        If the result is larger than this machine's memory.
 
     Examples
     --------
+    >>> import numpy as np, ruvector_numba as rv
     >>> rv.functional.weighted_sum([[0.5, 0.5, 0.0]], [[1.0, 2.0], [3.0, 4.0], [np.nan, np.inf]])
     array([[2., 3.]])
     """
@@ -329,9 +362,11 @@ def weighted_sum_backward(grad_output: ArrayLike, weights: ArrayLike, value: Arr
     Raises
     ------
     InvalidInputError, DimensionMismatchError, OutOfMemoryError
+        As in `weighted_sum`; also if `grad_output` has another dtype or shape than the output.
 
     Examples
     --------
+    >>> import numpy as np, ruvector_numba as rv
     >>> weights, value = [[0.9, 0.1]], [[1.0, 2.0], [3.0, 4.0]]
     >>> grad_weights, grad_value = rv.functional.weighted_sum_backward(np.ones((1, 2)), weights, value)
     >>> grad_weights, grad_value[0]

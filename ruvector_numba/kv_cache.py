@@ -25,16 +25,20 @@ class KeyValueCache:
     keys, values : array (B, heads, max_len, d_k)
         Those of the first `length` positions are filled.
     length : int
+        How many positions are filled.
 
     Examples
     --------
     >>> import numpy as np, ruvector_numba as rv
-    >>> layer = rv.MultiHeadAttention(rv.AttentionConfig(d_model=4, num_heads=2), seed=0)
-    >>> cache = layer.new_cache(batch=1, max_len=10)
-    >>> layer.step(np.ones((1, 3, 4), np.float32), cache).shape
-    (1, 3, 4)
+    >>> layer = rv.MultiHeadAttention(rv.AttentionConfig(d_model=16, num_heads=2, causal=True), seed=0)
+    >>> x = np.random.default_rng(0).standard_normal((1, 6, 16), dtype=np.float32)
+    >>> cache = layer.new_cache(batch=1, max_len=100)
+    >>> prompt = layer.step(x[:, :3], cache)
     >>> cache
-    KeyValueCache(3 of 10 positions, batch 1, 2 heads of 2)
+    KeyValueCache(3 of 100 positions, batch 1, 2 heads of 8)
+    >>> steps = [layer.step(x[:, i : i + 1], cache) for i in range(3, 6)]
+    >>> np.allclose(np.concatenate([prompt, *steps], axis=1), layer(x), atol=1e-6)
+    True
     """
 
     keys: Array
@@ -46,7 +50,24 @@ class KeyValueCache:
         return f"KeyValueCache({self.length} of {most} positions, batch {B}, {H} heads of {d_k})"
 
     def check(self, x: Array, dtype: np.dtype[Any], heads: int, config: AttentionConfig) -> None:
-        """Raise unless x, which was given in this dtype, can be added."""
+        """Raise unless x, which was given in this dtype, can be added.
+
+        Parameters
+        ----------
+        x : array (B, n, d_model)
+            The next n positions.
+        dtype : numpy.dtype
+            That x was given in, before it was widened.
+        heads : int
+        config : AttentionConfig
+            The layer's.
+
+        Raises
+        ------
+        InvalidInputError
+            If x is of another dtype, batch or layer than the cache, `length` was set to no number of positions, or
+            there is no room for n more.
+        """
         B, H, most, d_k = self.keys.shape
         shapes = {"x.shape": x.shape, "cache": self}
         if dtype != self.keys.dtype:

@@ -6,8 +6,6 @@ since they reach the kernels as intervals of keys:
 
 >>> import numpy as np, ruvector_numba as rv
 >>> mask = rv.masks.Window(left=1) & rv.masks.Causal() & rv.masks.Lengths(keys=3)
->>> mask
-Window(left=1, right=None, align='top_left') & Causal(align='top_left') & Lengths(queries=None, keys=3)
 >>> print(mask.to_dense(4, 4).astype(int))
 [[1 0 0 0]
  [1 1 0 0]
@@ -24,8 +22,6 @@ queries meet a cache of old keys)::
     1 1 0 0 0           1 1 1 1 1                     1 1                 0 0
                                                       1 1                 1 0
                                                       1 1                 1 1
-
-`resolve` turns whatever a caller passes into a `Visibility`, the form the plan works with.
 """
 
 from __future__ import annotations
@@ -73,23 +69,8 @@ def resolve(
     Lk: int,
     dtype: np.dtype[Any],
 ) -> Visibility:
-    """Check a mask against the sizes of a call and bring it into the form the plan works with.
-
-    Parameters
-    ----------
-    attn_mask : Mask, array_like or None
-        What the caller passed.
-    is_causal : bool
-        Adds ``Causal("top_left")``.
-    batch, heads, Lq, Lk
-        The scores have the shape (*batch, heads, Lq, Lk).
-    dtype : numpy.dtype
-        Of the inputs; a float mask must have the same, or float32 beside half precision.
-
-    Raises
-    ------
-    InvalidMaskError
-        If the mask does not fit the sizes, or its dtype is neither bool nor `dtype`.
+    """Whatever a caller passed as a mask, in the form the plan works with; `InvalidMaskError` if it does not fit scores
+    (*batch, heads, Lq, Lk) of inputs of this dtype.
     """
     if attn_mask is None:
         return CAUSAL if is_causal else NONE
@@ -103,7 +84,14 @@ def resolve(
 
 
 class Mask:
-    """Base of the mask objects: immutable, compared by value, closed under ``&``."""
+    """Base of the mask objects: immutable, compared by value, closed under ``&``.
+
+    Examples
+    --------
+    >>> import ruvector_numba as rv
+    >>> isinstance(rv.masks.Causal(), rv.masks.Mask), rv.masks.Causal() == rv.masks.Causal("top_left")
+    (True, True)
+    """
 
     __slots__ = ()
     __array_ufunc__ = None  # so that `array & mask` asks __rand__ below and does not loop over the array's elements
@@ -125,10 +113,14 @@ class Mask:
 
         Raises
         ------
-        InvalidMaskError, OutOfMemoryError
+        InvalidMaskError
+            If Lq or Lk is no whole number of 0 or more, or ids, lengths or arrays of the mask do not fit them.
+        OutOfMemoryError
+            If the array is larger than this machine's memory.
 
         Examples
         --------
+        >>> import ruvector_numba as rv
         >>> rv.masks.Lengths(keys=[1, 3]).to_dense(2, 3).shape
         (2, 1, 2, 3)
         """
@@ -173,6 +165,7 @@ class Full(Mask):
 
     Examples
     --------
+    >>> import ruvector_numba as rv
     >>> rv.masks.Full() & rv.masks.Causal()
     Causal(align='top_left')
     """
@@ -193,22 +186,20 @@ class Causal(Mask):
     align : {"top_left", "bottom_right"}
         offset is 0, or Lk - Lq.
 
+    Raises
+    ------
+    InvalidMaskError
+        If `align` is another word.
+
     Examples
     --------
+    >>> import ruvector_numba as rv
     >>> print(rv.masks.Causal().to_dense(2, 5).astype(int))
     [[1 0 0 0 0]
      [1 1 0 0 0]]
     >>> print(rv.masks.Causal("bottom_right").to_dense(2, 5).astype(int))
     [[1 1 1 1 0]
      [1 1 1 1 1]]
-
-    With more queries than keys, the first queries of ``bottom_right`` come before every key and see nothing:
-
-    >>> print(rv.masks.Causal("bottom_right").to_dense(4, 2).astype(int))
-    [[0 0]
-     [0 0]
-     [1 0]
-     [1 1]]
     """
 
     align: Align = "top_left"
@@ -235,8 +226,14 @@ class Window(Mask):
     align : {"top_left", "bottom_right"}
         offset is 0, or Lk - Lq.
 
+    Raises
+    ------
+    InvalidMaskError
+        If `left` or `right` is neither None nor a whole number of 0 or more, or `align` is another word.
+
     Examples
     --------
+    >>> import ruvector_numba as rv
     >>> print(rv.masks.Window(left=1, right=1).to_dense(3, 5).astype(int))
     [[1 1 0 0 0]
      [1 1 1 0 0]
@@ -284,8 +281,14 @@ class Lengths(Mask):
     queries, keys : int, array_like of int, or None
         One length for all, or one per row of the batch (a shape that broadcasts to the batch axes); None is no limit.
 
+    Raises
+    ------
+    InvalidMaskError
+        If a length is no whole number or negative, or the two do not agree on the rows of the batch.
+
     Examples
     --------
+    >>> import ruvector_numba as rv
     >>> print(rv.masks.Lengths(queries=2, keys=3).to_dense(3, 5).astype(int))
     [[1 1 1 0 0]
      [1 1 1 0 0]
@@ -340,8 +343,14 @@ class Segments(Mask):
     key_ids : array_like of int, optional
         Shape (Lk,), or (*batch, Lk); `query_ids` if left out.
 
+    Raises
+    ------
+    InvalidMaskError
+        If the ids are no whole numbers or have no axis, or the two do not agree on the rows of the batch.
+
     Examples
     --------
+    >>> import ruvector_numba as rv
     >>> print((rv.masks.Segments([0, 0, 1, 1, 1]) & rv.masks.Causal()).to_dense(5, 5).astype(int))
     [[1 0 0 0 0]
      [1 1 0 0 0]
@@ -411,8 +420,14 @@ class All(Mask):
         Any number of mask objects and bool arrays and at most one float array; None and ``Full()`` add nothing.
         Arrays are kept, not copied, until a call uses them.
 
+    Raises
+    ------
+    InvalidMaskError
+        If `parts` is a single mask, or a part is neither a mask nor a bool or float array, or two are float arrays.
+
     Examples
     --------
+    >>> import numpy as np, ruvector_numba as rv
     >>> np.array([True, False, True]) & rv.masks.Causal()
     bool array (3,) & Causal(align='top_left')
     """

@@ -24,16 +24,18 @@ from .values import check_memory, whole_number
 
 __all__ = ["KeyValueCache", "MultiHeadAttention"]
 
-
 KEYS_AT_ONCE = 1024
 
 
 class MultiHeadAttention(Trainable, TrainableAttention):
     """Attention of several heads between linear projections (Vaswani et al., 2017), as torch.nn.MultiheadAttention.
 
-    output = (softmax(q_h k_h^T * scale) v_h, for all heads h, side by side) w_o + b_o
+    output = (softmax(q_h k_h^T * scale) v_h, for all heads h, side by side) w_o + b_o, where q = query w_q + b_q, and k
+    and v likewise; q_h is what head h has of it.
 
-    where q = query w_q + b_q, and k and v likewise; q_h is what head h has of it.
+    The parameters are w_q (d_model, d_model), w_k (kdim, d_model), w_v (vdim, d_model), w_o (d_model, d_model), and
+    with `use_bias` b_q, b_k, b_v, b_o (d_model,), in this order wherever they are flat. Weights start Glorot-uniform
+    (Glorot and Bengio, 2010), biases at 0.
 
     Parameters
     ----------
@@ -49,13 +51,8 @@ class MultiHeadAttention(Trainable, TrainableAttention):
 
     Raises
     ------
-    InvalidConfigError
-
-    Notes
-    -----
-    The parameters are w_q (d_model, d_model), w_k (kdim, d_model), w_v (vdim, d_model), w_o (d_model, d_model), and
-    with `use_bias` b_q, b_k, b_v, b_o (d_model,), in this order wherever they are flat. Weights start Glorot-uniform
-    (Glorot and Bengio, 2010), biases at 0.
+    InvalidConfigError, InvalidInputError
+        If `config` is not valid, or `seed`, `kdim` or `vdim` no such number; if `dtype` is neither float32 nor float64.
 
     Examples
     --------
@@ -64,9 +61,8 @@ class MultiHeadAttention(Trainable, TrainableAttention):
     >>> x = np.random.default_rng(0).standard_normal((2, 10, 32), dtype=np.float32)
     >>> layer(x).shape
     (2, 10, 32)
-    >>> output, cache = layer.forward_cached(x, x, x)
-    >>> gradients = layer.backward(output, cache)
-    >>> layer.update_parameters(gradients, learning_rate=0.01)
+    >>> output, cache = layer.forward_cached(x)
+    >>> layer.update_parameters(layer.backward(output, cache), learning_rate=0.01)
     """
 
     def __init__(
@@ -109,10 +105,7 @@ class MultiHeadAttention(Trainable, TrainableAttention):
         key_padding_mask: ArrayLike | None = None,
         device: str | None = None,
     ) -> Array:
-        """The output alone, without dropout; no array of Lq x Lk is formed.
-
-        The parameters are those of `forward`.
-        """
+        """The output alone, as `forward`; no array of Lq x Lk is formed."""
         return self._attend(query, key, value, mask, key_padding_mask, 0.0, None, device).output
 
     def forward(
@@ -125,29 +118,23 @@ class MultiHeadAttention(Trainable, TrainableAttention):
         key_padding_mask: ArrayLike | None = None,
         device: str | None = None,
     ) -> tuple[Array, Array]:
-        """The output and the weights, without dropout: their mean over the heads, not those of each head.
-
-        Each head's own, (B, heads, Lq, Lk), are what `head_weights` gives.
+        """The output and the weights, without dropout: their mean over the heads. `head_weights` has each head's own.
 
         Parameters
         ----------
         query : array (B, Lq, d_model), float32, float64, float16, or bfloat16 of the package ml_dtypes
             Half precision is computed in float32, and the results are rounded.
-        key : array (B, Lk, kdim), optional
-            The query if None.
-        value : array (B, Lk, vdim), optional
-            The key if None.
+        key, value : array (B, Lk, kdim) and (B, Lk, vdim), optional
+            The query, and the key, if None.
         mask : array (Lq, Lk), (B, Lq, Lk) or (B, heads, Lq, Lk), or mask of `ruvector_numba.masks`, optional
             In an array True, or a number above 0.5, **hides**; axes of 1 are shared. A mask object says who attends, as
             everywhere, and so does a bool array that is joined to one: write ``~hide & rv.masks.Causal()``. A float
             array that is to be added to the scores goes in as ``rv.masks.All([array])``. With `causal` in the
             configuration query i sees keys j <= i at most, for any Lq and Lk.
         key_padding_mask : array (B, Lk), optional
-            True, or a number above 0.5, hides the key from all queries. If the last keys are hidden, nothing is spent
-            on them.
+            True, or a number above 0.5, hides from all queries. Where the last keys are hidden, they cost nothing.
         device : "cuda", optional
-            Move arrays of NumPy to the GPU, and the results back. Arrays that lie on a GPU are read there without it,
-            and so results are arrays there.
+            Move arrays of NumPy to the GPU and the results back. Arrays that lie on a GPU stay there without it.
 
         Returns
         -------
@@ -158,7 +145,11 @@ class MultiHeadAttention(Trainable, TrainableAttention):
 
         Raises
         ------
-        InvalidInputError, DimensionMismatchError, InvalidMaskError
+        InvalidInputError, DimensionMismatchError
+            If an input has other axes, channels or dtypes than these, is longer than `max_seq_len`, or differs from the
+            others in dtype, B or Lk.
+        InvalidMaskError, OutOfMemoryError
+            If a mask does not fit the scores, or has negative numbers or NaN; if there is no memory for the weights.
         """
         record = self._attend(query, key, value, mask, key_padding_mask, 0.0, None, device)
         return record.output, record.weights()
@@ -174,10 +165,23 @@ class MultiHeadAttention(Trainable, TrainableAttention):
         rows: Any = None,
         device: str | None = None,
     ) -> Array:
-        """The weights of each head, (B, heads, Lq or the number of `rows`, Lk), without dropout.
+        """The weights of each head, without dropout: their mean over axis 1 is what `forward` gives.
 
-        Nothing is averaged: their mean over axis 1 is what `forward` gives, and `weights` of a cache. `rows` selects
-        queries, as in `AttentionCache.weights`. The rest is as in `forward`.
+        Parameters
+        ----------
+        query, key, value, mask, key_padding_mask, device
+            As in `forward`.
+        rows : slice, int, or sequence of int, optional
+            Which queries; all by default.
+
+        Returns
+        -------
+        array (B, heads, number of rows, Lk)
+
+        Raises
+        ------
+        InvalidInputError, DimensionMismatchError, InvalidMaskError, OutOfMemoryError
+            As in `forward`; InvalidInputError also if `rows` is not a selection of queries.
         """
         return self._attend(query, key, value, mask, key_padding_mask, 0.0, None, device).head_weights(rows)
 
@@ -195,7 +199,24 @@ class MultiHeadAttention(Trainable, TrainableAttention):
     ) -> tuple[Array, AttentionCache]:
         """The output, and what `backward` needs; with dropout if `training`. No array of Lq x Lk is formed.
 
-        `seed` decides what is dropped; without it, the layer's own generator does. The rest is as in `forward`.
+        Parameters
+        ----------
+        query, key, value, mask, key_padding_mask, device
+            As in `forward`.
+        training : bool, default True
+            Whether weights are dropped, with the probability `dropout` of the configuration.
+        seed : int, optional
+            Decides which are dropped; without it, the layer's own generator does.
+
+        Returns
+        -------
+        output : array (B, Lq, d_model), read-only
+        cache : AttentionCache
+
+        Raises
+        ------
+        InvalidInputError, DimensionMismatchError, InvalidMaskError, OutOfMemoryError
+            As in `forward`; InvalidInputError also if `training` is no bool, or `seed` no number from 0 to 2**63 - 1.
         """
         dropout, seed = layers.dropout(self.config, training, seed, self._random)
         record = self._attend(query, key, value, mask, key_padding_mask, dropout, seed, device)
@@ -263,6 +284,7 @@ class MultiHeadAttention(Trainable, TrainableAttention):
         Raises
         ------
         InvalidInputError, DimensionMismatchError
+            If `cache` is none of this layer's, or `grad_output` has another dtype or shape than the output.
         """
         record = layers.record_of(cache, self._identity, _Record, gpu_layers.Record, layers_half.Rounded)
         if record is None:
@@ -282,9 +304,15 @@ class MultiHeadAttention(Trainable, TrainableAttention):
         dtype : float32, float64, float16 or bfloat16 of the package ml_dtypes, optional
             Of the inputs to come; that of the parameters if None.
 
+        Returns
+        -------
+        KeyValueCache
+
         Raises
         ------
-        InvalidInputError
+        InvalidInputError, OutOfMemoryError
+            If a number is none or above `max_seq_len`, `kdim` or `vdim` is not d_model, or `dtype` is another; if there
+            is no memory for so much.
         """
         batch, max_len = whole_number("batch", batch, 0), whole_number("max_len", max_len, 0)
         limit = self.config.max_seq_len
@@ -310,7 +338,7 @@ class MultiHeadAttention(Trainable, TrainableAttention):
         x : array (B, n, d_model)
             The next n positions, one or more; a whole prompt at first, say.
         cache : KeyValueCache
-            Of `new_cache`; their keys and values are added to it.
+            Of `new_cache`; their keys and values are added to it. `KeyValueCache` has an example.
 
         Returns
         -------
@@ -319,17 +347,8 @@ class MultiHeadAttention(Trainable, TrainableAttention):
         Raises
         ------
         InvalidInputError, DimensionMismatchError
-            If the cache is full, say. Then it is as it was.
-
-        Examples
-        --------
-        >>> import numpy as np, ruvector_numba as rv
-        >>> layer = rv.MultiHeadAttention(rv.AttentionConfig(d_model=16, num_heads=2, causal=True), seed=0)
-        >>> x = np.random.default_rng(0).standard_normal((1, 6, 16), dtype=np.float32)
-        >>> cache = layer.new_cache(batch=1, max_len=100)
-        >>> steps = [layer.step(x[:, i : i + 1], cache) for i in range(6)]
-        >>> np.allclose(np.concatenate(steps, axis=1), layer(x), atol=1e-6)
-        True
+            If the cache is full, or of another layer, batch or dtype than x; if x is not (B, n, d_model). The cache is
+            then as it was.
         """
         config, H = self.config, self.config.num_heads
         if not isinstance(cache, KeyValueCache):

@@ -108,6 +108,12 @@ class _Optimizer:
     def update(self, layer: Trainable, gradients: object) -> None:
         """Do one step on a layer: readers in other threads see its parameters before or after, never between.
 
+        Parameters
+        ----------
+        layer : Trainable
+        gradients : mapping of str to array, or an object whose `parameters` is one, as what `backward` returns
+            As in `step`.
+
         Raises
         ------
         InvalidInputError
@@ -116,7 +122,14 @@ class _Optimizer:
             As in `step`; also if the optimizer has momentum or moments of another layer. `step` cannot tell that of
             arrays of equal shapes.
         InvalidConfigError
-            As in `step`.
+            If a setting was changed to one that is out of range.
+
+        Examples
+        --------
+        >>> import numpy as np, ruvector_numba as rv
+        >>> layer, optimizer = rv.GAT(4, 8, seed=0), rv.optim.SGD(lr=0.1)
+        >>> output, cache = layer.forward_cached(np.ones((3, 4), np.float32), [[0, 1], [2, 2]])
+        >>> optimizer.update(layer, layer.backward(output, cache))
         """
         if not isinstance(layer, Trainable):
             hint = "give a layer of this package; for plain arrays there is step(parameters, gradients)"
@@ -241,8 +254,7 @@ class Adam(_Optimizer):
     eps : float
         Added to the root of the mean square.
     weight_decay : float
-        This times the parameter is added to its gradient; in `AdamW`, lr times this times the parameter is taken off
-        the parameter.
+        This times the parameter is added to its gradient.
     amsgrad : bool
         Divide by the root of the largest mean square so far.
 
@@ -298,7 +310,17 @@ class Adam(_Optimizer):
 class AdamW(Adam):
     """Adam whose weight decay shrinks the parameters by themselves, untouched by the scale of the gradients.
 
-    Its settings are those of `Adam`.
+    Parameters
+    ----------
+    lr, betas, eps, amsgrad
+        As in `Adam`.
+    weight_decay : float
+        lr times this times the parameter is taken off the parameter.
+
+    Raises
+    ------
+    InvalidConfigError
+        If a setting is out of range.
 
     Examples
     --------

@@ -2,36 +2,6 @@
 
 A set never changes; a layer that learns gets another one, in one assignment. So a thread that reads while another
 trains sees a whole set, the old or the new, and waits for nobody. Writers wait for each other.
-
-A layer puts its arrays into a `ParameterSet`, and `Trainable` gives it the rest:
-
->>> import numpy as np, ruvector_numba as rv
->>> class Line(rv.Trainable):
-...     def __init__(self):
-...         self._parameters = rv.ParameterSet({"slope": np.zeros(1), "height": np.zeros(1)})
-...     def loss(self, x, y):
-...         p = self.parameters
-...         error = p["slope"] * x + p["height"] - y
-...         return np.mean(error**2), {"slope": [np.mean(2 * error * x)], "height": [np.mean(2 * error)]}
->>> line, x = Line(), np.linspace(-1, 1, 20)
->>> for _ in range(200):
-...     loss, gradients = line.loss(x, 3 * x + 1)
-...     line.update_parameters(gradients, learning_rate=0.1)
->>> print(line.get_parameters().round(3))
-[3. 1.]
-
-Flat parameters are what `scipy.optimize.minimize` works with. It searches in the dtype it begins with: begin with
-float64, and the layer computes in float64 from then on.
-
->>> from scipy.optimize import minimize
->>> def objective(flat):
-...     line.set_parameters(flat)
-...     loss, gradients = line.loss(x, 2 * x - 5)
-...     return loss, rv.ParameterSet(gradients).flat
->>> best = minimize(objective, line.get_parameters().astype(np.float64), jac=True)
->>> line.set_parameters(best.x)
->>> print(line.get_parameters().round(3))
-[ 2. -5.]
 """
 
 from __future__ import annotations
@@ -56,7 +26,6 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 __all__ = ["ParameterSet", "Trainable"]
-
 
 TO_CHANGE = "to change one, layer.set_parameters({{**layer.parameters, {!r}: x}})"
 
@@ -196,10 +165,8 @@ class ParameterSet(Mapping[str, Array]):
 
         Raises
         ------
-        InvalidConfigError
-            If there are more or fewer numbers than in this set.
-        InvalidInputError
-            If `flat` has other than one axis, or another dtype.
+        InvalidConfigError, InvalidInputError
+            If there are more or fewer numbers than in this set; if `flat` has other than one axis, or another dtype.
         TrainingError
             If a number is NaN or infinite.
         """
@@ -215,12 +182,14 @@ class ParameterSet(Mapping[str, Array]):
     def as_type(self, dtype: DTypeLike) -> ParameterSet:
         """This set in float32 or float64: itself if it is that already, else a copy that is made only once.
 
+        Parameters
+        ----------
+        dtype : float32 or float64
+
         Raises
         ------
-        InvalidInputError
-            If `dtype` is another.
-        TrainingError
-            If a number is too large for float32.
+        InvalidInputError, TrainingError
+            If `dtype` is another; if a number is too large for float32.
         """
         try:
             wanted = np.dtype(dtype)
@@ -240,9 +209,25 @@ class ParameterSet(Mapping[str, Array]):
 class Trainable:
     """What every layer with parameters can do. A layer sets `self._parameters`, a `ParameterSet`, when it is made.
 
-    `gradients` below is any object whose `parameters` is a mapping of names to arrays, or such a mapping itself. A name
-    that is missing, or has None, leaves its parameter as it is. Gradients are cast to the dtype of the parameters.
     Whatever is refused changes nothing.
+
+    Examples
+    --------
+    >>> import numpy as np, ruvector_numba as rv
+    >>> class Line(rv.Trainable):
+    ...     def __init__(self):
+    ...         self._parameters = rv.ParameterSet({"slope": np.zeros(1), "height": np.zeros(1)})
+    ...     def gradients(self, x, y):  # of the mean squared error
+    ...         error = self.parameters["slope"] * x + self.parameters["height"] - y
+    ...         return {"slope": [np.mean(2 * error * x)], "height": [np.mean(2 * error)]}
+    >>> line, x = Line(), np.linspace(-1, 1, 20)
+    >>> for _ in range(200):
+    ...     line.zero_grad()
+    ...     for part in x[:10], x[10:]:  # micro-batches
+    ...         line.accumulate(line.gradients(part, 3 * part + 1))
+    ...     line.update_parameters(line.mean_gradients(), learning_rate=0.1)
+    >>> line.get_parameters().round(3), line.parameter_count()
+    (array([3., 1.]), 2)
     """
 
     _parameters: ParameterSet
@@ -281,10 +266,8 @@ class Trainable:
 
         Raises
         ------
-        InvalidConfigError
-            If a flat array has the wrong length.
-        DimensionMismatchError
-            If a named array has the wrong shape.
+        InvalidConfigError, DimensionMismatchError
+            If a flat array has the wrong length; if a named array has the wrong shape.
         InvalidInputError
             If a name is missing or unknown, or a dtype or the number of axes is wrong.
         TrainingError
@@ -309,6 +292,12 @@ class Trainable:
     def update_parameters(self, gradients: object, learning_rate: float) -> None:
         """One step of gradient descent: every parameter p becomes p - learning_rate * dp, in its own dtype.
 
+        Parameters
+        ----------
+        gradients : mapping of str to array_like, or an object whose `parameters` is one, as what `backward` returns
+            Cast to the dtype of the parameters. A name that is missing, or has None, leaves its parameter as it is.
+        learning_rate : float
+
         Raises
         ------
         TrainingError
@@ -327,10 +316,15 @@ class Trainable:
     def accumulate(self, gradients: object) -> None:
         """Add the gradients of one micro-batch to those since `zero_grad`. Sums are kept in float64.
 
+        Parameters
+        ----------
+        gradients
+            As in `update_parameters`.
+
         Raises
         ------
         TrainingError
-            As in `update_parameters`.
+            If `update_parameters` would refuse the gradients.
         """
         with _writer:
             count, sums = self._accumulated
@@ -339,22 +333,18 @@ class Trainable:
             self._accumulated = (count + 1, {**sums, **added})
 
     def mean_gradients(self) -> dict[str, Array]:
-        """The mean over all micro-batches since `zero_grad`, by name, in the dtype of the parameters.
+        """The mean over all micro-batches since `zero_grad`.
 
-        A micro-batch without a gradient for a name counts as 0; a name that none had is missing.
+        Returns
+        -------
+        dict of str to array
+            In the dtype of the parameters. A micro-batch without a gradient for a name counts as 0; a name that none
+            had is missing.
 
         Raises
         ------
         TrainingError
             If nothing was accumulated.
-
-        Examples
-        --------
-        >>> layer = rv.MultiHeadAttention(rv.AttentionConfig(d_model=2, num_heads=1))
-        >>> layer.accumulate({"b_q": [1.0, 0.0]})
-        >>> layer.accumulate({"b_q": [3.0, 1.0]})
-        >>> layer.mean_gradients()
-        {'b_q': array([2. , 0.5], dtype=float32)}
         """
         count, sums = self._accumulated
         if not count:
@@ -369,6 +359,10 @@ class Trainable:
     def regularization_loss(self, l2_weight: float) -> float:
         """l2_weight times the sum of the squares of all parameters, summed in float64.
 
+        Parameters
+        ----------
+        l2_weight : float
+
         Raises
         ------
         TrainingError
@@ -377,35 +371,42 @@ class Trainable:
         return _finite_number("l2_weight", l2_weight) * float(np.sum(np.square(self._parameters.flat, dtype=float)))
 
     def regularization_gradients(self, l2_weight: float) -> dict[str, Array]:
-        """The gradient of `regularization_loss`, 2 * l2_weight * p, by name. It raises what that raises."""
+        """The gradient of `regularization_loss`, which raises the same: 2 * l2_weight * p of each p, by name.
+
+        Parameters
+        ----------
+        l2_weight : float
+        """
         weight = 2 * _finite_number("l2_weight", l2_weight)
         return {name: np.asarray(weight * p) for name, p in self._parameters.items()}
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the parameters to a safetensors file, with what the layer is in its header.
 
-        A file at `path` is replaced in one step once the new one is whole. Needs safetensors, of the extra `files`.
+        Parameters
+        ----------
+        path : str or path
+            A file that is there is replaced in one step, once the new one is whole.
 
         Raises
         ------
-        InvalidInputError
-            If `path` is none, or cannot be written.
-        InvalidConfigError
-            If safetensors is not installed.
+        InvalidInputError, InvalidConfigError
+            If `path` is none, or cannot be written; if safetensors, of the extra `files`, is not installed.
         """
         files.write(path, self._parameters, self._file_header())
 
     def load(self, path: str | os.PathLike[str]) -> None:
         """Replace all parameters by those in a file that `save` wrote, in the dtype they have there.
 
-        Everything is checked before anything changes. Needs safetensors, which the extra `files` brings.
+        Parameters
+        ----------
+        path : str or path
 
         Raises
         ------
-        InvalidInputError
-            If there is no such file, it is damaged or no safetensors file, or its names, dtypes or numbers are wrong.
-        DimensionMismatchError
-            If an array in the file has another shape.
+        InvalidInputError, DimensionMismatchError
+            If there is no such file, it is damaged or no safetensors file, or its names, shapes, dtypes or numbers are
+            wrong.
         InvalidConfigError
             If the file is of another kind of layer or another configuration, or safetensors is not installed.
         """
@@ -418,10 +419,14 @@ class Trainable:
     def from_file(cls, path: str | os.PathLike[str]) -> Self:
         """The layer that `save` wrote to a file, with the settings that it had.
 
+        Parameters
+        ----------
+        path : str or path
+
         Raises
         ------
         InvalidInputError, InvalidConfigError, DimensionMismatchError
-            If the file is missing, damaged, or not one of this kind of layer.
+            If the file is missing, damaged, or not one of this kind of layer, or safetensors is not installed.
         """
         layer = files.described(path, cls.__name__, cls._of_file_header)
         layer.load(path)

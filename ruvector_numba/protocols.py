@@ -285,7 +285,14 @@ class TrainableAttention(Attention, Protocol):
 
     @abstractmethod
     def update_parameters(self, gradients: Any, learning_rate: float) -> None:
-        """Take one step of gradient descent: subtract `learning_rate` times the gradient."""
+        """Take one step of gradient descent: subtract `learning_rate` times the gradient.
+
+        Parameters
+        ----------
+        gradients
+            As `backward` returns them.
+        learning_rate : float
+        """
         ...
 
     @abstractmethod
@@ -300,7 +307,13 @@ class TrainableAttention(Attention, Protocol):
 
     @abstractmethod
     def set_parameters(self, parameters: Array, /) -> None:
-        """Replace all parameters, in the order of `get_parameters`."""
+        """Replace all parameters.
+
+        Parameters
+        ----------
+        parameters : ndarray (parameter_count(),)
+            In the order of `get_parameters`.
+        """
         ...
 
     @abstractmethod
@@ -309,6 +322,15 @@ class TrainableAttention(Attention, Protocol):
         ...
 
     def regularization_loss(self, l2_weight: float) -> float:
-        """`l2_weight` times the sum of the squared parameters."""
+        """`l2_weight` times the sum of the squared parameters.
+
+        Parameters
+        ----------
+        l2_weight : float
+
+        Returns
+        -------
+        float
+        """
         parameters = np.asarray(self.get_parameters(), np.float64)
         return float(l2_weight * np.vdot(parameters, parameters))

@@ -143,6 +143,13 @@ class AttentionCache:
             If the weights are larger than this machine's memory.
         InvalidInputError
             If `rows` is not a selection of queries, or the cache was built by hand without weights.
+
+        Examples
+        --------
+        >>> import numpy as np, ruvector_numba as rv
+        >>> x = np.eye(4)
+        >>> rv.attention_forward(x, x, x, is_causal=True).weights(rows=[0, -1]).shape
+        (2, 4)
         """
         if self.record is not None:
             return self.record.weights(rows)

@@ -78,6 +78,10 @@ def set_num_threads(n: int) -> None:
 def get_num_threads() -> int:
     """The number of threads that a large call made here would use.
 
+    Returns
+    -------
+    int
+
     Raises
     ------
     InvalidInputError
@@ -100,6 +104,20 @@ def threads(n: int) -> Iterator[None]:
 
     As `set_num_threads` it is about the whole process, so that a pool of Python threads started inside the block is
     bound by it too. Blocks in several Python threads must therefore not overlap.
+
+    Parameters
+    ----------
+    n : int
+        As in `set_num_threads`.
+
+    Returns
+    -------
+    context manager
+
+    Raises
+    ------
+    InvalidInputError
+        If n is no such number, when the block is entered.
 
     Examples
     --------
@@ -191,6 +209,11 @@ def info(measure: bool = False) -> dict[str, Any]:
             of Python and the packages below this one.
         peak_gflops
             if measured: float32 multiply-adds in registers, in 1e9 operations a second.
+
+    Raises
+    ------
+    InvalidInputError
+        If `measure` is neither True nor False, or RUVECTOR_NUMBA_THREADS is set to something that is no such number.
 
     Examples
     --------

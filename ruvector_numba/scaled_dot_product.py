@@ -55,6 +55,7 @@ class ScaledDotProductAttention(Trainable, TrainableAttention):
     Raises
     ------
     InvalidConfigError
+        If `config` is no valid AttentionConfig, or `seed` no whole number of 0 or more.
 
     Examples
     --------
@@ -89,10 +90,7 @@ class ScaledDotProductAttention(Trainable, TrainableAttention):
         *,
         device: str | None = None,
     ) -> Array:
-        """The output alone, without dropout; no array of Lq x Lk is formed.
-
-        The parameters are those of `forward`.
-        """
+        """The output alone, as `forward`; no array of Lq x Lk is formed."""
         return self._attend(query, key, value, mask, 0.0, None, device).output
 
     def forward(
@@ -130,7 +128,15 @@ class ScaledDotProductAttention(Trainable, TrainableAttention):
 
         Raises
         ------
-        InvalidInputError, DimensionMismatchError, InvalidMaskError
+        InvalidInputError
+            If an input has other than three axes or none of these dtypes, is longer than `max_seq_len`, or differs from
+            the others in dtype, in B or in Lk.
+        DimensionMismatchError
+            If `query` or `key` has other than d_model channels.
+        InvalidMaskError
+            If the mask does not fit the scores, or holds no numbers, negative ones or NaN.
+        OutOfMemoryError
+            If the weights are larger than this machine's memory.
         """
         record = self._attend(query, key, value, mask, 0.0, None, device)
         return record.output, record.weights()
@@ -146,10 +152,36 @@ class ScaledDotProductAttention(Trainable, TrainableAttention):
         seed: int | None = None,
         device: str | None = None,
     ) -> tuple[Array, AttentionCache]:
-        """The output, and what `backward` needs; with dropout if `training`. `backward` reads the output too, which is
-        read-only therefore.
+        """The output, and what `backward` needs; with dropout if `training`. No array of Lq x Lk is formed.
 
-        `seed` decides what is dropped; without it, the layer's own generator does. The rest is as in `forward`.
+        Parameters
+        ----------
+        query, key, value, mask, device
+            As in `forward`.
+        training : bool, default True
+            Whether weights are dropped, with the probability `dropout` of the configuration.
+        seed : int, optional
+            Decides which are dropped; without it, the layer's own generator does.
+
+        Returns
+        -------
+        output : array (B, Lq, Dv)
+            Read-only, since `backward` reads it.
+        cache : AttentionCache
+
+        Raises
+        ------
+        InvalidInputError, DimensionMismatchError, InvalidMaskError, OutOfMemoryError
+            As in `forward`; InvalidInputError also if `training` is neither True nor False, or `seed` is no whole
+            number from 0 to 2**63 - 1.
+
+        Examples
+        --------
+        >>> import numpy as np, ruvector_numba as rv
+        >>> attention = rv.ScaledDotProductAttention(rv.AttentionConfig(d_model=8, num_heads=1))
+        >>> output, cache = attention.forward_cached(np.ones((2, 5, 8), np.float32), training=False)
+        >>> attention.backward(output, cache).query.shape
+        (2, 5, 8)
         """
         dropout, seed = layers.dropout(self.config, training, seed, self._random)
         record = self._attend(query, key, value, mask, dropout, seed, device)
@@ -158,7 +190,7 @@ class ScaledDotProductAttention(Trainable, TrainableAttention):
         return output, AttentionCache(q, k, v, mask=mask, output=output, lse=lse, record=record)
 
     def backward(self, grad_output: ArrayLike, cache: AttentionCache) -> AttentionGradients:
-        """The gradients of query, key and value, given that of the output (B, Lq, Dv).
+        """The gradients of a loss by query, key and value, given its gradient by the output. Exact.
 
         Parameters
         ----------
@@ -166,9 +198,17 @@ class ScaledDotProductAttention(Trainable, TrainableAttention):
         cache : AttentionCache
             Of `forward_cached`, or built by hand.
 
+        Returns
+        -------
+        AttentionGradients
+            In the dtype of the inputs; `query`, `key` and `value`, and `bias` of a float mask.
+
         Raises
         ------
-        InvalidInputError, DimensionMismatchError
+        InvalidInputError
+            If `cache` is that of another kind of attention, or `grad_output` has another dtype than the output.
+        DimensionMismatchError
+            If `grad_output` has another shape than the output.
         """
         record = layers.record_of(cache, None, _Record, gpu_layers.OneHead, layers_half.Rounded)
         if record is None:

@@ -60,6 +60,7 @@ class CSRGraph:
 
     Examples
     --------
+    >>> import ruvector_numba as rv
     >>> graph = rv.CSRGraph.from_edge_index([[0, 2, 1, 0], [1, 0, 1, 2]], num_nodes=3)
     >>> graph
     CSRGraph(num_nodes=3, num_edges=4)
@@ -108,13 +109,12 @@ class CSRGraph:
 
         Raises
         ------
-        GraphStructureError
-            If an index is no node, or `edge_index` has another shape or holds no integers.
-        OutOfMemoryError
-            If there cannot be so many nodes on this machine.
+        GraphStructureError, OutOfMemoryError
+            If `edge_index` has another shape, or holds other than nodes; if there is no memory for so many nodes.
 
         Examples
         --------
+        >>> import ruvector_numba as rv
         >>> rv.CSRGraph.from_edge_index([[0, 4], [1, 1]], num_nodes=(5, 2))
         CSRGraph(num_sources=5, num_targets=2, num_edges=2)
         """
@@ -137,17 +137,15 @@ class CSRGraph:
         Returns
         -------
         CSRGraph
-            Its `edge_ids` are None.
 
         Raises
         ------
-        GraphStructureError
-            If `indptr` does not rise from 0 to E, or an index is no node.
-        OutOfMemoryError
-            If there cannot be so many sources on this machine.
+        GraphStructureError, OutOfMemoryError
+            If `indptr` does not rise from 0 to E, or an index is no node; if there is no memory for so many sources.
 
         Examples
         --------
+        >>> import ruvector_numba as rv
         >>> rv.CSRGraph.from_neighbors([0, 2, 2, 3], [1, 2, 0])
         CSRGraph(num_nodes=3, num_edges=3)
         """
@@ -177,7 +175,7 @@ class CSRGraph:
 
         Examples
         --------
-        >>> import scipy.sparse
+        >>> import scipy.sparse, ruvector_numba as rv
         >>> rv.CSRGraph.from_scipy(scipy.sparse.csc_array([[0, 2, 0], [3, 0, 0]]))
         CSRGraph(num_sources=3, num_targets=2, num_edges=2)
         """
@@ -193,6 +191,10 @@ class CSRGraph:
         Edges are numbered node by node as ``graph.adjacency()`` gives them, which is the order of PyTorch Geometric's
         `from_networkx`. Those of an undirected graph go both ways, a self-loop once; those of a multigraph are kept.
 
+        Parameters
+        ----------
+        graph : networkx.Graph, DiGraph, MultiGraph or MultiDiGraph
+
         Returns
         -------
         CSRGraph
@@ -201,12 +203,6 @@ class CSRGraph:
         ------
         GraphStructureError
             If it is no NetworkX graph.
-
-        Examples
-        --------
-        >>> import networkx  # doctest: +SKIP
-        >>> rv.CSRGraph.from_networkx(networkx.path_graph(3))  # doctest: +SKIP
-        CSRGraph(num_nodes=3, num_edges=4)
         """
         sources, targets, num_nodes = others.ends_of_networkx(graph)
         return _grouped(sources, targets, num_nodes, num_nodes)
@@ -239,14 +235,7 @@ class CSRGraph:
 
     @property
     def transposed(self) -> Transposed:
-        """The edges grouped by source; built when first asked for.
-
-        Examples
-        --------
-        >>> graph = rv.CSRGraph.from_edge_index([[0, 2, 1, 0], [1, 0, 1, 2]])
-        >>> graph.transposed.indptr.tolist(), graph.transposed.targets.tolist(), graph.transposed.positions.tolist()
-        ([0, 2, 3, 4], [1, 2, 1, 0], [1, 3, 2, 0])
-        """
+        """The edges grouped by source; built when first asked for."""
         return self.derived(TRANSPOSED, self._transpose)
 
     def __repr__(self) -> str:
@@ -256,19 +245,43 @@ class CSRGraph:
         return f"CSRGraph({nodes}, num_edges={self.num_edges})"
 
     def by_position(self, values: ArrayLike) -> Array:
-        """Values (E, ...) in the caller's order of edges, now as the edges stand in `indices`.
+        """Values in the caller's order of edges, now as the edges stand in `indices`. See `by_edge` for an example.
 
-        Raises DimensionMismatchError if there is not one for each edge, InvalidInputError for what becomes no array and
-        for arrays of `numpy.ma`, whose mask would be lost; as `by_edge` does.
+        Parameters
+        ----------
+        values : array_like (E, ...)
+
+        Returns
+        -------
+        array (E, ...)
+
+        Raises
+        ------
+        DimensionMismatchError, InvalidInputError
+            If there is not one for each edge; if they become no array, or are one of `numpy.ma`.
         """
         one_each = self._one_each("values", edges.as_given("values", values))
         return one_each if self.edge_ids is None else one_each[self.edge_ids]
 
     def by_edge(self, values: ArrayLike) -> Array:
-        """Values (E, ...) as the edges stand in `indices`, now in the caller's order.
+        """Values as the edges stand in `indices`, now in the caller's order: the inverse of `by_position`.
+
+        Parameters
+        ----------
+        values : array_like (E, ...)
+
+        Returns
+        -------
+        array (E, ...)
+
+        Raises
+        ------
+        DimensionMismatchError, InvalidInputError
+            If there is not one for each edge; if they become no array, or are one of `numpy.ma`.
 
         Examples
         --------
+        >>> import ruvector_numba as rv
         >>> graph = rv.CSRGraph.from_edge_index([[0, 2, 1, 0], [1, 0, 1, 2]])
         >>> graph.by_position([10, 11, 12, 13]).tolist()
         [11, 10, 12, 13]
@@ -283,12 +296,12 @@ class CSRGraph:
         return out
 
     def to_edge_index(self) -> NDArray[np.int64]:
-        """The sources and targets (2, E) in the caller's order.
+        """The two ends of each edge.
 
-        Examples
-        --------
-        >>> rv.CSRGraph.from_edge_index([[0, 2], [1, 0]]).to_edge_index().tolist()
-        [[0, 2], [1, 0]]
+        Returns
+        -------
+        array of int64 (2, E)
+            Sources above targets, in the caller's order.
         """
         out = np.empty((2, self.num_edges), np.int64)
         for row, ends in zip(out, (self.indices, self._targets()), strict=True):
@@ -296,23 +309,26 @@ class CSRGraph:
         return out
 
     def to_scipy(self, values: ArrayLike | None = None) -> Any:
-        """A `scipy.sparse.csr_array` (num_targets, num_sources) with one stored entry for each edge.
+        """The graph as a sparse matrix with one stored entry for each edge.
 
         Parameters
         ----------
         values : array_like (E), optional
-            The entries, in the caller's order of edges; None for ones, float32. The entries of the result stand grouped
-            by target, so it is `graph.by_edge(result.data)` that is in the caller's order again.
+            The entries, in the caller's order of edges; None for ones, float32.
+
+        Returns
+        -------
+        scipy.sparse.csr_array (num_targets, num_sources)
+            Its entries stand grouped by target: ``graph.by_edge(result.data)`` is in the caller's order again.
 
         Raises
         ------
-        DimensionMismatchError
-            If there is not one number for each edge.
-        InvalidInputError
-            If these are no numbers, or an array of `numpy.ma`.
+        DimensionMismatchError, InvalidInputError
+            If there is not one for each edge; if these are no numbers, or an array of `numpy.ma`.
 
         Examples
         --------
+        >>> import ruvector_numba as rv
         >>> rv.CSRGraph.from_edge_index([[0, 2], [1, 0]]).to_scipy([5.0, 6.0]).toarray().tolist()
         [[0.0, 0.0, 6.0], [5.0, 0.0, 0.0], [0.0, 0.0, 0.0]]
         """
@@ -334,25 +350,23 @@ class CSRGraph:
         Parameters
         ----------
         policy : {"replace", "add", "keep"}
-            "replace" takes out the self-loops that are there and gives each node one; "add" gives each node one more;
-            "keep" is the graph as it is. Nodes are the first min(num_sources, num_targets), and the new edges are the
-            caller's last, in the order of nodes, behind those that stay.
+            "replace" takes out the self-loops that are there and gives each node one, as `GATConv` of PyTorch Geometric
+            does; "add" gives each node one more, as its `add_self_loops`; "keep" is the graph as it is.
+
+        Returns
+        -------
+        CSRGraph
+            Nodes are the first min(num_sources, num_targets), and the new edges are the caller's last, in the order of
+            nodes, behind those that stay. `edge_attr_with_self_loops` gives what belongs to them.
 
         Raises
         ------
         InvalidConfigError
             If the policy is none of these.
 
-        See Also
-        --------
-        edge_attr_with_self_loops : what belongs to these edges.
-
-        References
-        ----------
-        `GATConv` ("replace") and `add_self_loops` ("add") of PyTorch Geometric.
-
         Examples
         --------
+        >>> import ruvector_numba as rv
         >>> graph = rv.CSRGraph.from_edge_index([[0, 1, 1], [1, 1, 0]])
         >>> graph.with_self_loops().to_edge_index().tolist()
         [[0, 1, 0, 1], [1, 0, 0, 1]]
@@ -377,17 +391,20 @@ class CSRGraph:
             none; with "add" its older self-loops count), or this number, or this array, which broadcasts to one entry
             for each node.
 
+        Returns
+        -------
+        array (E of the new graph, ...)
+
         Raises
         ------
-        DimensionMismatchError
-            If there is not one entry for each edge, or `fill_value` does not broadcast.
-        InvalidInputError
-            If `edge_attr` or `fill_value` holds no floats.
+        DimensionMismatchError, InvalidInputError
+            If there is not one entry for each edge, or `fill_value` does not broadcast; if they hold no floats.
         InvalidConfigError
             If the policy or the word in `fill_value` is unknown.
 
         Examples
         --------
+        >>> import ruvector_numba as rv
         >>> graph = rv.CSRGraph.from_edge_index([[0, 1, 1], [1, 1, 0]])
         >>> graph.edge_attr_with_self_loops([3.0, 5.0, 7.0]).tolist()
         [3.0, 7.0, 7.0, 3.0]
@@ -404,20 +421,12 @@ class CSRGraph:
         Parameters
         ----------
         kind : Derived
-            The kind of thing, and so its type.
+            The kind of thing, and so the type of what is returned.
         make : callable
-            Makes it. Two threads may both do so; both get the one that is kept. It must not hold on to other graphs of
-            the caller, which would live as long as this one.
+            Makes it, in two threads maybe, which both get the one that is kept. Other graphs that it holds on to live
+            as long as this one.
         *of : hashable
             All that it depends on besides the graph, such as a policy or a device: there is one for each.
-
-        Examples
-        --------
-        >>> from ruvector_numba.graphs.derived import Derived
-        >>> LARGEST = Derived[int]("the largest in-degree")
-        >>> graph = rv.CSRGraph.from_edge_index([[0, 2, 1], [1, 0, 1]])
-        >>> graph.derived(LARGEST, lambda: int(graph.in_degrees.max()))
-        2
         """
         key = kind, of
         found = self._derived.get(key)

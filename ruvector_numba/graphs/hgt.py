@@ -174,7 +174,7 @@ class HGT(Trainable, GraphAttention):
         *,
         edge_weight: Attributes = None,
     ) -> dict[str, Array]:
-        """Attend to neighbours of all types.
+        """Attend to neighbours of all types. The class has an example.
 
         Parameters
         ----------
@@ -321,6 +321,14 @@ class HGT(Trainable, GraphAttention):
             If `cache` is none of this layer's, or `grad_output` holds an unknown type or another dtype.
         DimensionMismatchError
             If an array of `grad_output` has another shape than the output.
+
+        Examples
+        --------
+        >>> import numpy as np, ruvector_numba as rv
+        >>> layer = rv.HGT(3, 4, (["n"], [("n", "to", "n")]), heads=2, seed=0)
+        >>> output, cache = layer.forward_cached({"n": np.ones((3, 3))}, {("n", "to", "n"): [[0, 1], [2, 2]]})
+        >>> layer.backward(output, cache).node_features["n"].shape
+        (3, 3)
         """
         if not isinstance(cache, HeteroCache):
             hint = "give what this layer's forward_cached returned"

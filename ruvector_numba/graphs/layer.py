@@ -176,6 +176,13 @@ class GraphLayer(Trainable, GraphAttention):
             If an array does not have a row for each node or each edge, or another number of channels.
         GraphStructureError
             If `graph` is no graph, or an edge has no node at one of its ends.
+
+        Examples
+        --------
+        >>> import numpy as np, ruvector_numba as rv
+        >>> x, edges = np.ones((3, 4), np.float32), [[0, 1], [2, 2]]
+        >>> rv.GAT(4, 8, heads=2, concat=False, seed=0).forward(x, edges).shape
+        (3, 8)
         """
         return self._run(x, graph, edge_attr, edge_weight, 0.0, 0, keeps=False, device=device)[0]
 
@@ -276,6 +283,14 @@ class GraphLayer(Trainable, GraphAttention):
             If `cache` is none of this layer's, or `grad_output` has another dtype than the output.
         DimensionMismatchError
             If `grad_output` has another shape than the output.
+
+        Examples
+        --------
+        >>> import numpy as np, ruvector_numba as rv
+        >>> layer = rv.GAT(4, 8, heads=2, seed=0)
+        >>> output, cache = layer.forward_cached(np.ones((3, 4), np.float32), [[0, 1], [2, 2]])
+        >>> layer.backward(output, cache).node_features.shape
+        (3, 4)
         """
         if not isinstance(cache, GraphCache):
             hint = "give what this layer's forward_cached returned"

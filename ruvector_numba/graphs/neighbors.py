@@ -148,16 +148,43 @@ class NeighborCache:
 
     @property
     def lse(self) -> Array:
+        """(Nt, H): the logarithm of the sum of exp(score) over a target's edges; -inf where there are none."""
         return self._past.lse
 
     def coefficients(self) -> Array:
-        """(E, H), in the caller's order of edges: after the softmax, before dropout and edge weights."""
+        """The weight of each edge, after the softmax, before dropout and edge weights; computed now.
+
+        Returns
+        -------
+        array (E, H)
+            In the caller's order of edges.
+        """
         return self._past.coefficients()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class NeighborGradients:
-    """The gradients of what `neighbor_attention` was given, of the same shapes; None for what was not."""
+    """The gradients of what `neighbor_attention` was given, of the same shapes; None for what was not.
+
+    Attributes
+    ----------
+    query : array (Nt, H, D)
+    key, value : array (Ns, H, D) and (Ns, H, C)
+    edge_bias : array (E, H) or None
+    edge_key, edge_value : array (E, H, D) and (E, H, C), or None
+    edge_weight : array (E,) or None
+        These four in the caller's order of edges.
+
+    Examples
+    --------
+    >>> import numpy as np, ruvector_numba as rv
+    >>> graph = rv.CSRGraph.from_edge_index([[0, 1, 2, 2], [1, 2, 0, 1]])
+    >>> x = np.ones((3, 2, 4))
+    >>> cache = rv.neighbor_attention_forward(x, x, x, graph, edge_bias=np.zeros((4, 2)))
+    >>> gradients = rv.neighbor_attention_backward(cache.output, cache)
+    >>> gradients.value.shape, gradients.edge_bias.shape, gradients.edge_key
+    ((3, 2, 4), (4, 2), None)
+    """
 
     query: Array
     key: Array
@@ -271,33 +298,8 @@ def neighbor_attention_forward(
 
     Parameters
     ----------
-    query : array (Nt, H, D), float32 or float64
-        One row for each target.
-    key, value : array (Ns, H, D) and (Ns, H, C)
-        One row for each source.
-    graph : CSRGraph
-        With Ns sources and Nt targets. Nothing else will do: of an edge_index make one, once, by
-        ``CSRGraph.from_edge_index(edge_index, (Ns, Nt))``.
-    edge_bias : array (E, H), optional
-        Added to the scores; -inf hides an edge from a head.
-    edge_key, edge_value : array (E, H, D) and (E, H, C), optional
-        Added to the keys and to the values that go along the edges.
-    scale : float, optional
-        Multiplies the products of query and key; 1 / sqrt(D) if None.
-    edge_weight : array (E,), optional
-        Multiplies the weights after the softmax.
-    dropout_p : float, default 0
-        The probability to drop a weight, after the softmax; the others are divided by 1 - dropout_p.
-    aggregation : {"sum", "mean", "max"}, default "sum"
-        How a target joins its messages, weight times value: "mean" is their sum divided by the number of its edges;
-        "max" takes the largest in each channel, and among equal ones the first edge's in the caller's order. -inf takes
-        an edge out of the softmax and of "max"; "mean" still divides by all edges, as PyTorch Geometric's does. A
-        dropped edge brings 0 to "max".
-    seed : int, optional
-        Decides what is dropped, by an edge's number in the caller's order; a fresh one if None.
-    device : {"cuda", "cpu"}, optional
-        "cuda" moves arrays of NumPy to the GPU and the results back. Without it, arrays that lie on a GPU (of CuPy,
-        torch or Numba: float32, float16 or bfloat16) stay there, and so do the results.
+    query, key, value, graph, edge_bias, edge_key, edge_value, scale, edge_weight, dropout_p, aggregation, seed, device
+        As in `neighbor_attention`.
 
     Returns
     -------
@@ -306,15 +308,8 @@ def neighbor_attention_forward(
 
     Raises
     ------
-    InvalidInputError
-        If an array is missing, has the wrong number of axes, or holds other than float32 or float64 numbers, if they
-        differ in dtype, `scale`, `dropout_p` or `seed` is no such number, or the dtype cannot hold `scale`.
-    DimensionMismatchError
-        If two sizes differ that must agree.
-    InvalidConfigError
-        If `aggregation` is unknown.
-    GraphStructureError
-        If `graph` is no `CSRGraph`.
+    InvalidInputError, DimensionMismatchError, InvalidConfigError, GraphStructureError
+        As in `neighbor_attention`.
 
     Examples
     --------

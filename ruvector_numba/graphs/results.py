@@ -58,7 +58,13 @@ class GraphCache:
         return f"GraphCache({self._record.layer.name()}, {self.graph!r})"
 
     def coefficients(self) -> Array:
-        """(E, H): how much each edge counts, before dropout and edge weights, in the order of `graph`'s edges."""
+        """How much each edge counts, before dropout and edge weights; computed now.
+
+        Returns
+        -------
+        array (E, H)
+            In the order of `graph`'s edges.
+        """
         return self._record.past.coefficients()
 
 
@@ -132,7 +138,13 @@ class HeteroCache:
         return f"HeteroCache({self._record.layer!r}, {self.graph!r})"
 
     def coefficients(self) -> dict[EdgeType, Array]:
-        """By edge type (E, H): how much each edge counts, in the caller's order; 1 in all over the edges of a node."""
+        """How much each edge counts, before edge weights; computed now.
+
+        Returns
+        -------
+        dict of (str, str, str) to array (E, H)
+            By edge type, in the caller's order. Over all edges into a node they sum to 1.
+        """
         coefficients = self._record.past.coefficients()
         return {kind: coefficients[at] for kind, at in self._record.joined.edges.items()}
 
@@ -147,6 +159,16 @@ class HeteroGradients:
     node_features : dict of str to array, for all node types that were given
     edge_attr : dict of (str, str, str) to array, for all edge types whose attributes were given
     edge_weight : dict of (str, str, str) to array (E,), for all edge types whose weights were given
+
+    Examples
+    --------
+    >>> import numpy as np, ruvector_numba as rv
+    >>> layer = rv.HGT(3, 4, (["n"], [("n", "to", "n")]), heads=2, seed=0)
+    >>> edges = {("n", "to", "n"): [[0, 1], [2, 2]]}
+    >>> output, cache = layer.forward_cached({"n": np.ones((3, 3))}, edges, edge_weight={("n", "to", "n"): [0.5, 1.0]})
+    >>> gradients = layer.backward(output, cache)
+    >>> gradients.node_features["n"].shape, gradients.edge_weight["n", "to", "n"].shape, gradients.edge_attr
+    ((3, 3), (2,), {})
     """
 
     parameters: dict[str, Array]

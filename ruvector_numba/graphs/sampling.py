@@ -70,6 +70,14 @@ class NeighborSample:
         The targets are ``nodes[:num_targets]``.
     num_all_nodes : int
         Nodes of the whole graph.
+
+    Examples
+    --------
+    >>> import ruvector_numba as rv
+    >>> graph = rv.CSRGraph.from_edge_index([[1, 2, 3, 4, 5], [0, 0, 0, 3, 4]])
+    >>> sample = rv.sample_neighbors(graph, [3], -1)
+    >>> sample.nodes.tolist(), sample.edges.tolist(), sample.graph
+    ([3, 4], [3], CSRGraph(num_nodes=2, num_edges=1))
     """
 
     nodes: NDArray[np.int64]
@@ -83,12 +91,17 @@ class NeighborSample:
         return f"NeighborSample({counts})"
 
     def features(self, x: ArrayLike) -> Array:
-        """``x[nodes]`` in memory: an ordinary array (n, ...), of what belongs to all nodes of the whole graph.
+        """``x[nodes]``, of what belongs to all nodes of the whole graph.
 
         Parameters
         ----------
         x : array_like (num_all_nodes, ...)
             Features, labels or whatever else; of a `numpy.memmap` only the rows that are needed are read.
+
+        Returns
+        -------
+        array (n, ...)
+            An ordinary one, in memory.
 
         Raises
         ------
@@ -99,6 +112,7 @@ class NeighborSample:
 
         Examples
         --------
+        >>> import ruvector_numba as rv
         >>> sample = rv.sample_neighbors(rv.CSRGraph.from_edge_index([[2], [0]], num_nodes=4), [0], -1)
         >>> sample.features([10.0, 11.0, 12.0, 13.0]).tolist()
         [10.0, 12.0]
@@ -134,12 +148,17 @@ def sample_neighbors(
         The same seed draws the same neighbours for a node that is new in the same hop, whatever the other nodes are.
         Fresh for each call if None.
 
+    Returns
+    -------
+    NeighborSample
+
     Raises
     ------
     GraphStructureError
         If `graph` is no CSRGraph or has other sources than targets, or a number in `nodes` is no node.
     InvalidInputError
-        If `nodes` holds a node twice, or no integers, or has another shape; or `seed` is none.
+        If `nodes` holds a node twice, or no integers, or has another shape, or `seed` is no whole number from 0 to
+        2**63 - 1.
     InvalidConfigError
         If `fan_out` holds anything but positive whole numbers and -1.
 
@@ -150,6 +169,7 @@ def sample_neighbors(
 
     Examples
     --------
+    >>> import ruvector_numba as rv
     >>> graph = rv.CSRGraph.from_edge_index([[1, 2, 3, 4, 5], [0, 0, 0, 3, 4]])
     >>> sample = rv.sample_neighbors(graph, [0], (2, -1), seed=1)
     >>> sample
@@ -199,10 +219,11 @@ def neighbor_batches(
         As `sample_neighbors`, InvalidInputError also for a `shuffle` that is neither True nor False; at the call,
         before the first sample is drawn.
     InvalidConfigError
-        Also if `batch_size` is no positive whole number.
+        As `sample_neighbors`; also if `batch_size` is no positive whole number.
 
     Examples
     --------
+    >>> import ruvector_numba as rv
     >>> graph = rv.CSRGraph.from_edge_index([[1, 2, 3, 4], [0, 0, 3, 3]])
     >>> [sample.nodes[:2].tolist() for sample in rv.neighbor_batches(graph, [0, 1, 2, 3], 1, 2, shuffle=False)]
     [[0, 1], [2, 3]]

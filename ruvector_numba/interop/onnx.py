@@ -64,6 +64,14 @@ class AttentionOutputs(NamedTuple):
         Past and new keys and values; without a past, views of `K` and `V`.
     qk_matmul_output : array (B, Hq, Lq, Lk) or None
         None unless it was asked for.
+
+    Examples
+    --------
+    >>> import numpy as np, ruvector_numba as rv
+    >>> x = np.ones((1, 2, 3, 4), np.float32)
+    >>> outputs = rv.interop.onnx.attention(x, x, x)
+    >>> outputs.Y.shape, outputs.present_key.shape, outputs.qk_matmul_output
+    ((1, 2, 3, 4), (1, 2, 3, 4), None)
     """
 
     Y: Array
@@ -130,6 +138,8 @@ def attention(
         From opset 25 on.
     opset : int
         Whose rules to apply.
+    **unknown
+        Refused: the attributes above are all that the operator has.
 
     Returns
     -------
@@ -138,9 +148,17 @@ def attention(
 
     Raises
     ------
-    InvalidInputError, InvalidMaskError, InvalidConfigError, DimensionMismatchError
-        Before any work; the message names the operator's argument. Other keywords are attributes that the operator does
-        not have, an InvalidConfigError.
+    InvalidInputError, DimensionMismatchError
+        If the inputs have other axes or types than these, sizes of theirs that must agree do not, or one is given that
+        cannot go with the others.
+    InvalidMaskError
+        If `attn_mask` does not fit the scores, or is neither bool nor of an input's type.
+    InvalidConfigError
+        If an attribute has a wrong type or value, or there is none of that name, in this opset.
+    OutOfMemoryError
+        If the result, or what `qk_matmul_output_mode` asks for, is larger than this machine's memory.
+
+    Messages name the operator's argument.
 
     Notes
     -----

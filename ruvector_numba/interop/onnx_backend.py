@@ -57,12 +57,37 @@ class Backend(base.Backend):  # type: ignore[misc]  # onnx comes without types h
 
     @classmethod
     def is_compatible(cls, model: onnx.ModelProto, device: str = "CPU", **kwargs: Any) -> bool:
-        """Whether `prepare` takes the model."""
+        """Whether `prepare` takes the model.
+
+        Parameters
+        ----------
+        model : onnx.ModelProto
+        device : str, default "CPU"
+        **kwargs
+            Ignored.
+
+        Returns
+        -------
+        bool
+            True if all its operators are known and the device is the CPU.
+        """
         return cls.supports_device(device) and not _unknown(model)
 
     @classmethod
     def prepare(cls, model: onnx.ModelProto, device: str = "CPU", **kwargs: Any) -> Representation:
         """Check a model, and return what runs it.
+
+        Parameters
+        ----------
+        model : onnx.ModelProto
+        device : str, default "CPU"
+        **kwargs
+            As `onnx.backend.base.Backend.prepare` takes them.
+
+        Returns
+        -------
+        Representation
+            Its ``run(inputs)`` runs the model on arrays, a list or a mapping of names.
 
         Raises
         ------
@@ -83,7 +108,32 @@ class Backend(base.Backend):  # type: ignore[misc]  # onnx comes without types h
     def run_node(
         cls, node: onnx.NodeProto, inputs: Any, device: str = "CPU", outputs_info: Any = None, **kwargs: Any
     ) -> tuple[Any, ...]:
-        """Run one node; `opset_version`, the newest by default, is of the standard's own domain."""
+        """Run one node. The class has an example.
+
+        Parameters
+        ----------
+        node : onnx.NodeProto
+        inputs : list or tuple of arrays, or mapping of str to array
+            The node's inputs, in their order or by their names.
+        device : str, default "CPU"
+        outputs_info
+            Ignored.
+        **kwargs
+            `opset_version`, the newest by default, is of the standard's own domain; others are ignored.
+
+        Returns
+        -------
+        named tuple of arrays
+            In the order of the node's outputs.
+
+        Raises
+        ------
+        onnx.backend.test.runner.BackendIsNotSupposedToImplementIt
+            If the operator is not implemented, or is one of another opset.
+        InvalidInputError, InvalidConfigError
+            If the device is not the CPU, or an input or `opset_version` is missing or wrong; if the node has an
+            attribute that its operator lacks.
+        """
         _check_device(device)
         opset = checks.whole("opset_version", kwargs.get("opset_version", onnx.defs.onnx_opset_version()))
         if not _is_known(node, {"": opset, PREVIEW: 1}):
@@ -93,6 +143,16 @@ class Backend(base.Backend):  # type: ignore[misc]  # onnx comes without types h
 
     @classmethod
     def supports_device(cls, device: str) -> bool:
+        """Whether this is the CPU, "CPU" or "CPU:0", the one device that there is.
+
+        Parameters
+        ----------
+        device : str
+
+        Returns
+        -------
+        bool
+        """
         return device.split(":", maxsplit=1)[0] == "CPU"
 
 
@@ -105,12 +165,24 @@ class Representation(base.BackendRep):  # type: ignore[misc]
         self.inputs = [x.name for x in model.graph.input if x.name not in self.constants]
 
     def run(self, inputs: Any, **kwargs: Any) -> tuple[Any, ...]:
-        """Run the model on arrays: a sequence in the order of its inputs, or a mapping of their names.
+        """Run the model.
+
+        Parameters
+        ----------
+        inputs : list or tuple of arrays, or mapping of str to array
+            In the order of the model's inputs, or by their names.
+        **kwargs
+            Ignored.
 
         Returns
         -------
         named tuple of arrays
             In the order of the model's outputs.
+
+        Raises
+        ------
+        InvalidInputError
+            If an input is missing or unknown; and what the operators raise.
         """
         known: dict[str, Array] = dict(self.constants)
         known.update(zip(self.inputs, _listed(inputs, self.inputs), strict=True))

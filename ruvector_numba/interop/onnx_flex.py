@@ -62,6 +62,8 @@ def flex_attention(
         As in `attention`.
     opset : int
         Of the operators in the subgraphs.
+    **unknown
+        Refused: the attributes above are all that the operator has.
 
     Returns
     -------
@@ -70,8 +72,13 @@ def flex_attention(
 
     Raises
     ------
-    InvalidInputError, InvalidConfigError, InvalidMaskError, DimensionMismatchError
-        Also for a subgraph that does something else, whose operator is named.
+    InvalidInputError, DimensionMismatchError
+        If Q, K and V have other axes or types than these, or sizes of theirs that must agree do not.
+    InvalidConfigError
+        If an attribute has a wrong type or value, there is none of that name, or a subgraph does something else; its
+        operator is named.
+    InvalidMaskError
+        If what a subgraph adds or hides does not broadcast to the scores.
 
     References
     ----------

@@ -119,7 +119,7 @@ class Level:
 
 
 class AttentionModel:
-    """What `replace_attention` returns.
+    """What `replace_attention` returns, which has an example.
 
     Attributes
     ----------

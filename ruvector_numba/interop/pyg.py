@@ -57,9 +57,7 @@ def load_pyg_state(layer: Trainable, arrays: Mapping[str, Any]) -> None:
     DimensionMismatchError
         If an array has the wrong shape.
     TrainingError
-        If a number is NaN or infinite.
-
-    After any of these `layer` is as it was.
+        If a number is NaN or infinite. After any of these errors `layer` is as it was.
 
     Examples
     --------

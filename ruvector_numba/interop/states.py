@@ -47,9 +47,7 @@ def load_torch_state(mha: MultiHeadAttention, state: Mapping[str, Any]) -> None:
     DimensionMismatchError
         If an array has the wrong shape.
     TrainingError
-        If a number is NaN or infinite.
-
-    After any of these `mha` is as it was.
+        If a number is NaN or infinite. After any of these errors `mha` is as it was.
 
     Examples
     --------

@@ -69,10 +69,11 @@ def attention(
 
     Raises
     ------
-    InvalidInputError, InvalidMaskError, DimensionMismatchError
-        Before any work; also for a tensor that is not dense, not on the CPU, or of another dtype.
+    InvalidInputError, InvalidMaskError, DimensionMismatchError, OutOfMemoryError
+        As in `scaled_dot_product_attention`; InvalidInputError also if a tensor is not dense, not on the CPU, or of
+        another dtype, or `alibi_slopes` asks for a gradient.
     TrainingError
-        When a gradient of this function is itself differentiated.
+        If a gradient of this function is itself differentiated.
 
     Examples
     --------
