@@ -55,7 +55,7 @@ from .graphs.neighbors import (
     neighbor_attention_forward,
 )
 from .graphs.results import GraphCache, GraphGradients, HeteroCache, HeteroGradients
-from .graphs.sampling import NeighborSample, neighbor_batches, sample_neighbors
+from .graphs.sampling import NeighborBatches, NeighborSample, neighbor_batches, sample_neighbors
 from .graphs.transformer import GraphTransformer
 from .multi_head import KeyValueCache, MultiHeadAttention
 from .parameters import ParameterSet, Trainable
@@ -93,6 +93,7 @@ __all__ = [
     "KeyValueCache",
     "MatrixOperationError",
     "MultiHeadAttention",
+    "NeighborBatches",
     "NeighborCache",
     "NeighborGradients",
     "NeighborSample",

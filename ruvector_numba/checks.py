@@ -13,7 +13,7 @@ from . import halves, masks
 from .arrays import Array, Shape
 from .dense_call import DenseCall
 from .errors import DimensionMismatchError, InvalidInputError
-from .values import as_array, check_not_masked, random_seed, real_number, shown, switch
+from .values import as_array, check_not_masked, is_list, random_seed, real_number, shown, switch
 
 FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
 KNOWN = ("float32 or float64", "float16, bfloat16, float32 or float64")  # and where half precision is taken
@@ -172,7 +172,9 @@ def from_sequence(name: str, x: ArrayLike, unmasked: str | None = None) -> Array
         raise InvalidInputError(f"{name} is a sparse matrix", hint=f"{name}.toarray() is an array")
     check_not_masked(name, x, unmasked)
     array = as_array(name, x)
-    return array.astype(np.float64) if array.dtype.kind in "iu" and not isinstance(x, np.ndarray) else array
+    if array.dtype == object and array.ndim == 0 and is_list(x):  # NumPy's box around what is no array
+        raise InvalidInputError(f"{name} is a {type(x).__name__}", hint="give an array")
+    return array.astype(np.float64) if array.dtype.kind in "iu" and is_list(x) else array
 
 
 def _check_heads_and_dtypes(query: Array, key: Array, value: Array, enable_gqa: bool) -> None:
@@ -277,7 +279,7 @@ def gradient(name: str, x: ArrayLike, shape: Shape, dtype: np.dtype[Any]) -> Arr
     is_number = (array.dtype.kind in "fiu" and array.dtype.itemsize <= 8) or halves.is_bfloat16(array.dtype)
     if dtype == halves.BITS:
         array = halves.stored(array)
-    if not is_number or (isinstance(x, np.ndarray) and array.dtype != dtype):
+    if not is_number or (array.dtype != dtype and not is_list(x)):
         hint = f"cast it: {halves.cast(name, array.dtype, dtype)}"
         raise InvalidInputError(f"{name} has dtype {array.dtype}, the call had {dtype}", hint=hint)
     if array.shape != shape:

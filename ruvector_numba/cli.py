@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import importlib.util
 import json
+import os
 import pathlib
 import sys
 import time
@@ -130,7 +131,7 @@ def _load(path: str, name: str) -> "np.ndarray":
         raise Refusal(f"{name}: there is no file {path}") from None
     except OSError as error:
         raise Refusal(f"{name}: {path} cannot be read: {error.strerror or error}") from None
-    except (ValueError, EOFError):
+    except Exception:  # whatever NumPy, zipfile and the parser of its header make of what they cannot read
         hint = "Save an array of numbers with numpy.save(path, array)."
         raise Refusal(f"{name}: {path} is not an .npy file of numbers\n{hint}") from None
     if not isinstance(array, np.ndarray):
@@ -139,12 +140,12 @@ def _load(path: str, name: str) -> "np.ndarray":
     return array
 
 
-def _mask(options: argparse.Namespace) -> "masks.Mask":
-    """The window and the mask file, whichever were given, as one mask."""
+def _mask(options: argparse.Namespace, array: "np.ndarray | None") -> "masks.Mask":
+    """The window and the mask's array, whichever were given, as one mask."""
     from . import masks
 
     window = masks.Full() if options.window is None else masks.Window(*options.window)
-    return window if options.mask is None else window & _load(options.mask, "mask")
+    return window if array is None else window & array
 
 
 def _save(path: str, array: "np.ndarray") -> None:
@@ -164,15 +165,21 @@ def _target(path: str) -> pathlib.Path:
     from . import errors, files
 
     given = pathlib.Path(path)
-    if given.is_dir():
+    if os.path.isdir(path):  # pathlib's is_dir raises for a name that is too long
         raise Refusal(f"{path} is a folder; give the name of a file in it")
     try:
         target = pathlib.Path(files.place(path, "out.npy"))
     except errors.InvalidInputError as error:
         raise Refusal(f"{error.details}\n{error.hint}") from None
     for end in (given, target):
-        if not end.parent.is_dir():
+        if not os.path.isdir(end.parent):
             raise Refusal(f"there is no folder {end.parent} to write {end.name} to")
+    try:
+        target.lstat()
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise Refusal(f"{path} cannot be written: {error.strerror or error}") from None
     return target
 
 
@@ -180,11 +187,12 @@ def _attend(options: argparse.Namespace) -> None:
     import ruvector_numba as rv
 
     names = ("query", "key", "value")
-    query, key, value = (_load(getattr(options, name), name) for name in names)
+    paths = {name: path for name in (*names, "mask") if (path := getattr(options, name)) is not None}
+    arrays = {name: _load(path, name) for name, path in paths.items()}
+    query, key, value = (arrays[name] for name in names)
     target = _target(options.output)
-    for name in (*names, "mask"):
-        path = getattr(options, name)
-        if path is not None and target.exists() and target.samefile(path):
+    for name, path in paths.items():
+        if target.exists() and target.samefile(path):
             raise Refusal(f"the output would replace the {name}, {path}; give it another name")
     start = time.perf_counter()
     try:
@@ -192,7 +200,7 @@ def _attend(options: argparse.Namespace) -> None:
             query,
             key,
             value,
-            _mask(options),
+            _mask(options, arrays.get("mask")),
             is_causal=options.causal,
             scale=options.scale,
             enable_gqa=options.gqa,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import operator
 import os
 import secrets
 from collections.abc import Callable, Iterator, Mapping
@@ -16,6 +17,7 @@ from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 
+from . import drawing
 from .arrays import Array, Shape
 from .errors import DimensionMismatchError, InvalidConfigError, InvalidInputError
 
@@ -90,9 +92,7 @@ def read(
         check(metadata)
         size = _check_entries(path, header, shapes)
         data = file.read(size + 1)
-    if len(data) != size:
-        what = f"{size - len(data)} bytes are missing at its end" if len(data) < size else "more follows its arrays"
-        raise _damaged(path, what)
+    _check_size(path, len(data), size)
     try:
         arrays = library.load(start + data)
     except Exception as error:  # whatever a library makes of what it cannot read
@@ -103,16 +103,11 @@ def read(
     return {name: arrays[name] for name in shapes}
 
 
-def metadata(path: str | os.PathLike[str]) -> dict[str, str]:
-    """The texts in the header of a file, by name; `InvalidInputError` as in `read`."""
-    with _opened(path) as file:
-        return _header(path, file)[2]
-
-
 def described(path: str | os.PathLike[str], kind: str, make: Callable[[dict[str, str]], T]) -> T:
     """The object of this kind that the header of a file describes.
 
-    Whoever wrote the header chose what `make` gets to see, so whatever it raises says that the header is no good.
+    Whoever wrote the header chose what `make` gets to see, so whatever it raises says that the header is no good. An
+    object that draws more numbers than there can be in the file is not the one that the file holds.
 
     Raises
     ------
@@ -121,11 +116,15 @@ def described(path: str | os.PathLike[str], kind: str, make: Callable[[dict[str,
     InvalidConfigError
         If `make` cannot make the object.
     """
-    texts = metadata(path)
+    with _opened(path) as file:
+        start, header, texts = _header(path, file)
+        size = os.fstat(file.fileno()).st_size - len(start)
+    _check_size(path, size, _claimed(path, header))
     try:
-        return make(texts)
+        with drawing.at_most(size // min(ITEM_SIZES.values())):
+            return make(texts)
     except Exception as error:
-        hint = f"give a file that {kind}.save wrote"
+        hint = f"give a file that {kind}.save wrote, with the arrays of these settings"
         raise InvalidConfigError(f"{path} describes no {kind}", hint=hint) from error
 
 
@@ -186,6 +185,21 @@ def _header(path: object, file: BinaryIO) -> tuple[bytes, dict[str, Any], dict[s
     if not isinstance(texts, dict) or not all(isinstance(x, str) for x in texts.values()):
         raise _damaged(path, "its metadata are not texts by name")
     return length + text, header, texts
+
+
+def _claimed(path: object, header: dict[str, Any]) -> int:
+    """How many bytes the arrays take, by what a header says of their places."""
+    try:
+        return max((operator.index(entry["data_offsets"][1]) for entry in header.values()), default=0)
+    except (KeyError, IndexError, TypeError):
+        raise _damaged(path, "it does not say where its arrays are") from None
+
+
+def _check_size(path: object, size: int, wanted: int) -> None:
+    """Are there as many bytes behind the header as the arrays take?"""
+    if size != wanted:
+        missing = f"{wanted - size} bytes are missing at its end"
+        raise _damaged(path, missing if size < wanted else "more follows its arrays")
 
 
 def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any, NoReturn, Protocol
 import numpy as np
 from numpy.typing import ArrayLike
 
-from . import gpu, halves, mask_arrays, masks
+from . import drawing, gpu, halves, mask_arrays, masks
 from .arrays import Array, Shape
 from .checks import KNOWN, floats, from_sequence
 from .config import AttentionConfig
@@ -47,7 +47,7 @@ def generator(seed: object) -> np.random.Generator:
     """What a layer draws from: its initial parameters, if it has some, and the seeds of its dropout."""
     hint = "give a whole number that is not negative, or None"
     number = None if seed is None else whole_number("seed", seed, 0, error=InvalidConfigError, hint=hint)
-    return np.random.default_rng(number)
+    return drawing.generator(number)
 
 
 class _Drops(Protocol):
@@ -86,10 +86,13 @@ def batch(
 ) -> tuple[Array, Array, Array]:
     """query (B, Lq, d), key (B, Lk, d) and value (B, Lk, d) of these widths (None: any), of one dtype."""
     given = {"query": query, "key": key, "value": value}
+    for name, x in given.items():  # layer(x, mask)
+        if isinstance(x, masks.Mask):
+            raise InvalidInputError(f"{name} is a mask, {shown(x)}", hint="did you mean mask=...?")
     hint = "pass {}.filled(0) and hide keys by mask or key_padding_mask"
     arrays = {name: from_sequence(name, x, hint.format(name)) for name, x in given.items()}
     if arrays["query"].dtype != bool:
-        _check_no_masks(given, arrays)
+        _check_no_bools(arrays)
     is_mixed = len({x.dtype for x in arrays.values()}) > 1
     if is_mixed and any(halves.is_half(halves.stored(x).dtype) for x in arrays.values()):
         _refuse_types(arrays)  # and not the half one, which would be as good as the others
@@ -130,11 +133,9 @@ def sequences(name: str, x: ArrayLike, width: int) -> Array:
     return array if array.flags.aligned else array.copy()
 
 
-def _check_no_masks(given: dict[str, ArrayLike], arrays: dict[str, Array]) -> None:
-    """Refuse a mask that stands where an input is expected: layer(x, mask)."""
+def _check_no_bools(arrays: dict[str, Array]) -> None:
+    """Refuse the array of a mask that stands where an input is expected: layer(x, mask)."""
     for name, x in arrays.items():
-        if isinstance(given[name], masks.Mask):
-            raise InvalidInputError(f"{name} is a mask, {shown(given[name])}", hint="did you mean mask=...?")
         if x.dtype == bool:
             what = f"{name} has dtype bool, not {KNOWN[True]}"
             raise InvalidInputError(what, shapes={f"{name}.shape": x.shape}, hint="did you mean mask=...?")

@@ -20,6 +20,7 @@ __all__ = [
     "as_array",
     "check_memory",
     "check_not_masked",
+    "is_list",
     "random_seed",
     "real_number",
     "shown",
@@ -88,6 +89,11 @@ def random_seed(seed: object) -> int:
     if seed is None:
         return secrets.randbits(63)
     return whole_number("seed", seed, 0, (1 << 63) - 1, hint="give a whole number, 0 <= seed < 2**63, or None")
+
+
+def is_list(x: object) -> bool:
+    """Has it no dtype of its own? Then it takes the one that is wanted; arrays of any library keep theirs."""
+    return not hasattr(x, "dtype")
 
 
 def as_array(

@@ -165,6 +165,84 @@ def test_numbers_beyond_the_range_of_the_type(term, words):
         rv.attention_forward(x, x, x, **term)
 
 
+# --- arrays of other libraries ------------------------------------------------------------------------------------
+class Foreign:
+    """What another library has: a dtype of its own, and a way to become an array. A list has none."""
+
+    def __init__(self, x):
+        self.x, self.dtype, self.shape = x, f"other.{x.dtype}", x.shape
+
+    def __array__(self, dtype=None, copy=None):
+        return self.x
+
+
+WHOLE = Foreign(np.ones((3, 4), int))
+KEPT = rv.attention_forward(X, X, X)
+OF_WHOLE_NUMBERS = {
+    "query": lambda: rv.scaled_dot_product_attention(WHOLE, X[0], X[0]),
+    "layer": lambda: LAYERS[0](Foreign(X.astype(int))),
+    "scores": lambda: functional.softmax(WHOLE),
+    "gradient": lambda: rv.attention_backward(Foreign(X.astype(int)), KEPT),
+    "other gradient": lambda: rv.attention_backward(Foreign(X.astype(np.float32)), KEPT),
+    "outputs": lambda: rv.merge([Foreign(X.astype(int))], [KEPT.lse]),
+    "nodes": lambda: rv.GAT(4, 2)(WHOLE, [[0], [1]]),
+    "edge_attr": lambda: rv.GAT(4, 2, edge_dim=1)(X[0], [[0], [1]], Foreign(np.ones(1, int))),
+    "edge_index": lambda: rv.GAT(4, 2)(X[0], Foreign(np.zeros((2, 0)))),
+    "parameters": lambda: rv.ParameterSet({"w": WHOLE}),
+    "step": lambda: optim.SGD().step({"w": X[0]}, {"w": WHOLE}),
+    "state": lambda: rv.interop.load_pyg_state(
+        rv.GAT(3, 4, bias=False),
+        {"att_src": X[:, :1], "att_dst": X[:, :1], "lin.weight": Foreign(np.ones((4, 3), int))},
+    ),
+}
+
+
+@pytest.mark.parametrize("what", OF_WHOLE_NUMBERS)
+def test_an_array_of_another_library_keeps_its_dtype(what):
+    with pytest.raises(rv.AttentionError, match=r"int64|float32, the call had float64|edge_index has dtype float64"):
+        OF_WHOLE_NUMBERS[what]()
+
+
+def test_what_other_libraries_have_in_the_right_dtype_is_read():
+    half = Foreign(X.astype(np.float32))
+    assert rv.scaled_dot_product_attention(half, half, half).dtype == np.float32
+    assert rv.scaled_dot_product_attention([[1, 2]], [[1, 2]], [[1, 2]]).dtype == np.float64  # a list
+    assert rv.GAT(4, 2)(X[0], Foreign(np.array([[0], [1]]))).shape == (3, 2)
+
+
+def test_tensors_of_whole_numbers():
+    torch = pytest.importorskip("torch")
+    x = torch.ones(3, 4, dtype=torch.long)
+    for call in (
+        lambda: rv.scaled_dot_product_attention(x, x, x),
+        lambda: rv.GAT(4, 2)(x, [[0], [1]]),
+        lambda: rv.ParameterSet({"w": x}),
+        lambda: optim.SGD().step({"w": X[0]}, {"w": x}),
+    ):
+        with pytest.raises(rv.AttentionError, match="has dtype int64"):
+            call()
+    assert rv.GAT(4, 2)(x.float(), torch.tensor([[0], [1]])).dtype == np.float32
+
+
+NO_ARRAYS = [masks.Causal(), rv.attention_forward(X, X, X), {"a": 1}, rv.CSRGraph.from_edge_index([[0], [1]]), {1, 2}]
+
+
+@pytest.mark.parametrize("wrong", NO_ARRAYS, ids=lambda x: type(x).__name__)
+def test_what_is_no_array_is_told_by_its_type(wrong):
+    kind, graph = type(wrong).__name__, rv.CSRGraph.from_edge_index([[0], [1]], 3)
+    x, q = X[0], X.swapaxes(0, 1)
+    for call, name in (
+        (lambda: rv.scaled_dot_product_attention(wrong, x, x), "query"),
+        (lambda: rv.attention_forward(x, wrong, x), "key"),
+        (lambda: rv.neighbor_attention(q, q, wrong, graph), "value"),
+        (lambda: functional.softmax(wrong), "scores"),
+        (lambda: rv.GAT(4, 2)(wrong, graph), "x"),
+        (lambda: rv.HGT(4, 2, (["n"], [("n", "to", "n")]))({"n": wrong}, {}), r"x_dict\['n'\]"),
+    ):
+        with pytest.raises(InvalidInputError, match=f"{name} is a {kind}\nHINT: "):
+            call()
+
+
 # --- arguments that stand where others belong -----------------------------------------------------------------------
 SEEDS = [True, np.True_, -1, 1.0, "1", [1, 2], np.ones((2, 2), int), np.random.default_rng(0)]
 

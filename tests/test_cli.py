@@ -169,6 +169,46 @@ def test_attend_refuses_in_two_lines(files, capsys, arguments, says):
     assert not [n for n in os.listdir() if n.endswith(".part")]
 
 
+def npy(header):
+    """The bytes of an .npy file with this header, before some numbers."""
+    text = header.ljust(117).encode() + b"\n"
+    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text + bytes(4 * 80)
+
+
+SHAPES = ["(-2, 5, 8)", "(2, 5, 8", "(99999999999999999999, 5, 8)", "(2, (5, 8))", "2", "(2, 5, 8)], [("]
+
+
+@pytest.mark.parametrize("name", ["query", "mask"])
+@pytest.mark.parametrize("shape", [None, *SHAPES])
+def test_damaged_files_are_refused_in_two_lines(files, capsys, name, shape):
+    np.savez("several.npz", **files)
+    with open("several.npz", "rb") as file:
+        data = file.read()[:-40]
+    with open("damaged.npy", "wb") as file:
+        file.write(data if shape is None else npy(f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}, }}"))
+    query = "damaged.npy" if name == "query" else "q.npy"
+    mask = ["--mask", "damaged.npy"] if name == "mask" else []
+    error = refused(["attend", query, "k.npy", "v.npy", "-o", "out.npy", *mask], capsys)
+    assert f"{name}: damaged.npy is not an .npy file of numbers\n" in error
+
+
+def test_a_mask_that_is_missing_beside_an_output_that_is_there(files, capsys):
+    np.save("out.npy", files["q"])
+    error = refused(["attend", "q.npy", "k.npy", "v.npy", "-o", "out.npy", "--mask", "missing.npy"], capsys)
+    assert "mask: there is no file missing.npy" in error
+    np.testing.assert_array_equal(np.load("out.npy"), files["q"])
+
+
+def test_names_that_are_too_long(files, capsys, monkeypatch):
+    monkeypatch.setattr(rv, "scaled_dot_product_attention", None)  # nothing is computed
+    long = "x" * 300
+    error = refused(["attend", "q.npy", "k.npy", "v.npy", "-o", long], capsys)
+    assert f"{long} cannot be written: " in error
+    error = refused(["attend", "q.npy", "k.npy", "v.npy", "-o", f"{long}/out.npy"], capsys)
+    assert f"there is no folder {long} to write out.npy to" in error
+    assert "query: " in refused(["attend", long, "k.npy", "v.npy", "-o", "out.npy"], capsys)
+
+
 @pytest.mark.parametrize(
     "arguments", [[], ["attend"], ["attend", "q.npy", "k.npy", "v.npy"], ["sing"], ["demo", "sing"]]
 )

@@ -119,10 +119,75 @@ def test_arrays_that_numpy_cannot_read_or_that_are_none():
     refused(lambda: rv.neighbor_attention(q, q, q, graph, mask), told, kind=InvalidInputError)
 
 
-def test_a_list_takes_the_dtype_of_the_nodes():
-    q, graph = np.ones((1, 1, 4), np.float32), CSRGraph.from_edge_index([[0, 0], [0, 0]])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_a_list_takes_the_dtype_of_the_nodes(dtype):
+    q, graph = np.ones((1, 1, 4), dtype), CSRGraph.from_edge_index([[0, 0], [0, 0]])
     output = rv.neighbor_attention(q, q, q, graph, edge_weight=[1.0, 3.0])
-    assert output.dtype == np.float32 and (output == 2).all()
+    assert output.dtype == dtype and (output == 2).all()
+    x, edge_index, kind = np.ones((2, 3), dtype), [[0, 1], [1, 0]], ("n", "to", "n")
+    for attr, dim in (([1.0, 2.0], 1), ([1, 2], 1), ([[1.0], [2.0]], 1), ([[1.0, 2.0], [3.0, 4.0]], 2)):
+        for layer in (rv.GAT(3, 2, edge_dim=dim, seed=0), rv.GATv2(3, 2, edge_dim=dim, seed=0)):
+            output, cache = layer.forward_cached(x, edge_index, attr)
+            assert np.array_equal(output, layer(x, edge_index, np.array(attr, dtype))) and output.dtype == dtype
+            assert layer.backward(output, cache).edge_attr.shape == np.shape(attr)
+        layer = rv.HGT(3, 2, (["n"], [kind]), edge_dim=dim, seed=0)
+        (output, cache), want = (f({"n": x}, {kind: edge_index}, {kind: a}) for f, a in (
+            (layer.forward_cached, attr), (layer, np.array(attr, dtype))
+        ))  # fmt: skip
+        assert np.array_equal(output["n"], want["n"]) and output["n"].dtype == dtype
+        assert layer.backward(output, cache).edge_attr[kind].shape == np.shape(attr)
+    wide = np.ones(2, np.float32 if dtype == np.float64 else np.float64)  # an array keeps its own
+    refused(lambda: rv.GAT(3, 2, edge_dim=1)(x, edge_index, wide), "edge_attr has dtype", kind=InvalidInputError)
+
+
+def test_nodes_and_graph_swapped():
+    x, edge_index = np.ones((3, 3), np.float32), np.array([[0, 1, 2], [1, 2, 0]])
+    graph = CSRGraph.from_edge_index(edge_index)
+    for layer in (rv.GAT(3, 2), rv.GraphTransformer(3, 2)):
+        for call in (layer, layer.forward_cached, layer.graph_forward):
+            for wrong, told in ((graph, "x is a CSRGraph"), (edge_index, "x is an edge_index")):
+                swapped = "x and graph are swapped: call layer(x, graph)"
+                refused(lambda call=call, wrong=wrong: call(wrong, x), told, swapped, kind=InvalidInputError)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, int, bool])
+def test_a_dense_adjacency_matrix_is_no_edge_index(dtype):
+    points, x = np.zeros((4, 4), dtype), np.ones((4, 3), np.float32)
+    points[0, [1, 2]] = 1
+    told = "edge_index is not (2, E)", "edge_index.shape: (4, 4)", "CSRGraph.from_scipy(scipy.sparse.csr_array(A).T)"
+    refused(lambda: rv.GAT(3, 2)(x, points), *told)
+    refused(lambda: CSRGraph.from_edge_index(points), *told)
+    A = points
+    graph = eval(told[2], {"CSRGraph": CSRGraph, "scipy": scipy, "A": A})
+    assert graph.to_edge_index().tolist() == [[0, 0], [1, 2]]
+
+
+def test_what_is_a_graph_of_another_library_is_told_the_way():
+    q, edge_attr, data = np.ones((3, 1, 4)), np.ones(3), types.SimpleNamespace(edge_index=np.zeros((2, 3), int))
+    for graph, way in ((scipy.sparse.eye_array(3, format="csr"), "from_scipy"), (data, "data.edge_index")):
+        refused(lambda graph=graph: rv.neighbor_attention(q, q, q, graph), "not a CSRGraph", way)
+        refused(lambda graph=graph: rv.edge_softmax(edge_attr, graph), "not a CSRGraph", way)
+
+
+def test_minus_one_as_an_unsigned_number():
+    x, told = np.ones((3, 3)), "is -1, cast to uint64; nodes count from 0: leave out edges"
+    for edge_index in (np.array([[0, 1], [1, -1]]), np.array([[-1, 1], [1, 0]])):
+        wrapped = edge_index.astype(np.uint64)
+        refused(lambda wrapped=wrapped: CSRGraph.from_edge_index(wrapped, 3), f"{2**64 - 1} {told}")
+        refused(lambda wrapped=wrapped: CSRGraph.from_edge_index(wrapped), f"{2**64 - 1} {told}")
+        refused(lambda wrapped=wrapped: rv.GAT(3, 2)(x, wrapped), f"{2**64 - 1} {told}")
+    indices = np.array([-1]).astype(np.uint64)
+    refused(lambda: CSRGraph.from_neighbors([0, 1], indices), f"{2**64 - 1} {told}")
+    narrow = np.array([[0, 1], [1, -1]]).astype(np.uint32)
+    refused(lambda: CSRGraph.from_edge_index(narrow, 3), f"{2**32 - 1} is -1, cast to uint32")
+    narrow = np.array([[0, 1], [1, 255]], np.uint8)  # which may well be node 255
+    refused(lambda: CSRGraph.from_edge_index(narrow, 255), "pass num_nodes=256 or more")
+
+
+def test_a_bipartite_graph_has_no_num_nodes():
+    assert CSRGraph.from_edge_index([[0], [1]], 5).num_nodes == 5
+    bipartite = CSRGraph.from_edge_index([[0], [1]], (4, 3))
+    refused(lambda: bipartite.num_nodes, "num_sources: 4", "num_targets: 3", "ask for num_sources or num_targets")
 
 
 @pytest.mark.parametrize("shape", [(5, 2), (3, 4), (4,), (2, 2, 2), ()])

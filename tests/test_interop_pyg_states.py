@@ -277,6 +277,51 @@ def test_tensors_that_are_no_arrays_are_refused(error, words):
         load_pyg_state(make(rv.GAT), changed(0, lin__weight=Strange(error)))
 
 
+def test_tensors_without_numbers_are_refused():
+    class Meta:
+        is_meta = True
+
+        def detach(self):
+            return self
+
+        def cpu(self):
+            raise NotImplementedError("Cannot copy out of meta tensor; no data!")
+
+    words = "lin.weight is on the device meta, where tensors have no numbers\nHINT: .*load_state_dict"
+    with pytest.raises(InvalidInputError, match=words):
+        load_pyg_state(make(rv.GAT), changed(0, lin__weight=Meta()))
+
+
+KINDS = [("a", "z", "b"), ("b", "y", "b"), ("b", "x", "a")]
+
+
+@pytest.mark.parametrize("order", [[2, 1, 0], [1, 0, 2]])
+def test_edge_types_in_another_order_are_refused(order):
+    """The rows of k_rel and v_rel are in that order, and nothing but the order of the names tells."""
+    state = to_pyg_state(rv.HGT(IN, OUT, (["a", "b"], KINDS), HEADS, seed=1))
+    kinds = [KINDS[i] for i in order]
+    other = rv.HGT(IN, OUT, (["b", "a"], kinds), HEADS, seed=2)
+    before = other.parameters
+    with pytest.raises(InvalidConfigError, match="edge types in another order") as caught:
+        load_pyg_state(other, state)
+    assert caught.value.shapes == {"in the state": KINDS, "layer.edge_types": kinds}
+    assert other.parameters is before
+    load_pyg_state(rv.HGT(IN, OUT, (["b", "a"], KINDS), HEADS), state)
+    expression = caught.value.hint[caught.value.hint.index("{") :]
+    load_pyg_state(other, eval(expression, {"state": state, "layer": other}))
+    np.testing.assert_array_equal(other.parameters["k_rel.weight"], state["k_rel.weight"])
+
+
+def test_a_state_whose_names_were_sorted_is_taken_at_its_word():
+    """As safetensors gives it back: it no longer says what the order was."""
+    layer = rv.HGT(IN, OUT, (["a", "b"], KINDS[::-1]), HEADS, seed=1)
+    state = to_pyg_state(layer)
+    assert list(state) != sorted(state)
+    twin = rv.HGT(IN, OUT, (["a", "b"], KINDS[::-1]), HEADS, seed=2)
+    load_pyg_state(twin, dict(sorted(state.items())))
+    assert twin.parameters == layer.parameters
+
+
 def test_the_hint_for_a_whole_model_works():
     layer = make(rv.GAT)
     with pytest.raises(InvalidInputError) as caught:

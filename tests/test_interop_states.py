@@ -324,9 +324,14 @@ def test_parameters_that_require_gradients_are_read(torch):
             r"cannot become an array: .*BFloat16",
         ),
         (lambda torch: torch.nn.MultiheadAttention(8, 2).half(), InvalidInputError, "dtype float16"),
+        (
+            lambda torch: torch.nn.MultiheadAttention(8, 2, device="meta"),
+            InvalidInputError,
+            "in_proj_weight is on the device meta",
+        ),
         (lambda torch: torch.nn.TransformerEncoderLayer(8, 2), InvalidInputError, r"removeprefix\('self_attn.'\)"),
     ],
-    ids=["bias_k", "no bias", "vdim", "embed_dim", "bfloat16", "half", "model"],
+    ids=["bias_k", "no bias", "vdim", "embed_dim", "bfloat16", "half", "meta", "model"],
 )
 def test_states_that_do_not_fit(layer, error, words, torch):
     mine = rv.MultiHeadAttention(rv.AttentionConfig(d_model=8, num_heads=2))

@@ -6,6 +6,7 @@ import pickle
 import numba
 import numpy as np
 import pytest
+import scipy.sparse
 
 import ruvector_numba as rv
 from ruvector_numba.errors import DimensionMismatchError, GraphStructureError, InvalidConfigError, InvalidInputError
@@ -250,11 +251,30 @@ def test_epochs_differ_and_the_given_order_does_not_matter():
     graph, _ = draw()
 
     def order(seeds, seed):
-        return [int(batch.nodes[0]) for batch in neighbor_batches(graph, seeds, 1, 1, seed=seed)]
+        return [int(batch.nodes[0]) for batch in neighbor_batches(graph, seeds, 1, 1, seed=seed, shuffle=True)]
 
     assert order(range(30), 0) == order(range(29, -1, -1), 0) != order(range(30), 1)
     firsts = np.bincount([order(range(3), seed)[0] for seed in range(600)])
     assert (abs(firsts - 200) < 50).all()
+
+
+def test_nothing_is_shuffled_unless_asked_for():
+    graph, _ = draw()
+    seeds = [7, 3, 50, 1, 20]
+    assert np.concatenate([b.nodes[: b.num_targets] for b in neighbor_batches(graph, seeds, 2, 2)]).tolist() == seeds
+
+
+def test_batches_are_an_iterator_with_a_length():
+    graph, _ = draw()
+    batches = neighbor_batches(graph, range(7), 2, 3)
+    assert isinstance(batches, rv.NeighborBatches) and iter(batches) is batches and repr(batches).endswith("3 samples)")
+    first = next(batches)
+    assert first.nodes[: first.num_targets].tolist() == [0, 1, 2]
+    assert len(batches) == 3  # of the whole epoch
+    assert [len(batch.nodes[: batch.num_targets]) for batch in batches] == [3, 1]
+    with pytest.raises(StopIteration):
+        next(batches)
+    assert len(neighbor_batches(graph, [], 2, 3)) == 0
 
 
 # --- wrong input ---------------------------------------------------------------------------------------------------
@@ -323,6 +343,8 @@ def test_seeds_that_are_none(seed):
 
 def test_graphs_that_are_none():
     refused(GraphStructureError, "graph is a list", "CSRGraph.from_edge_index", graph=[[0], [1]])
+    matrix = scipy.sparse.csr_array(np.eye(3))
+    refused(GraphStructureError, "graph is a csr_array", "CSRGraph.from_scipy", graph=matrix)
     bipartite = CSRGraph.from_edge_index([[0], [1]], (4, 3))
     refused(GraphStructureError, "different nodes", "num_sources: 4", "num_nodes=N", graph=bipartite)
 

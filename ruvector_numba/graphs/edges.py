@@ -16,7 +16,7 @@ from ..errors import (
     InvalidInputError,
     OutOfMemoryError,
 )
-from ..values import as_array, check_memory, check_not_masked, shown, whole_number
+from ..values import as_array, check_memory, check_not_masked, is_list, shown, whole_number
 
 __all__ = [
     "LoopPolicy",
@@ -29,9 +29,11 @@ __all__ = [
     "integers",
     "neighbors",
     "no_node",
+    "padding_hint",
     "policy",
     "refuse_masked",
     "starts",
+    "way_from",
 ]
 
 LoopPolicy = Literal["replace", "add", "keep"]
@@ -40,13 +42,19 @@ NARROW = 2**31 - 1  # what int32 can count: half the memory of int64, and readin
 
 def ends(edge_index: ArrayLike, num_nodes: int | tuple[int, int] | None) -> tuple[Array, int, int]:
     """The sources and targets (2, E), not yet looked at, and how many there are of both."""
-    _refuse_other_graphs(edge_index)
-    found = integers("edge_index", edge_index)
-    if found.ndim != 2 or found.shape[0] != 2:
+    if edge_index is None:
+        raise GraphStructureError("edge_index is None", hint="give whole numbers (2, E), or a CSRGraph")
+    if (way := way_from(edge_index)) is not None:
+        raise GraphStructureError(f"edge_index is a {type(edge_index).__name__}", hint=way)
+    given = _as_array("edge_index", edge_index)
+    if given.ndim != 2 or given.shape[0] != 2:  # asked before the dtype: a dense matrix often has another
         hint = "give two rows: the sources and the targets"
-        if found.ndim == 2 and found.shape[1] == 2:
+        if given.ndim == 2 and given.shape[1] == 2:
             hint = "one edge a row here: pass edge_index.T"
-        raise GraphStructureError("edge_index is not (2, E)", shapes={"edge_index.shape": found.shape}, hint=hint)
+        elif given.ndim == 2 and given.shape[0] == given.shape[1] > 0:
+            hint += "; of a dense adjacency matrix A, CSRGraph.from_scipy(scipy.sparse.csr_array(A).T)"
+        raise GraphStructureError("edge_index is not (2, E)", shapes={"edge_index.shape": given.shape}, hint=hint)
+    found = _of_integers("edge_index", given, is_list(edge_index))
     if num_nodes is None:
         num_sources = num_targets = int(found.max()) + 1 if found.size else 0
         _check_counted(found, num_sources)
@@ -63,20 +71,18 @@ def _check_counted(found: Array, num_nodes: int) -> None:
         row, e = np.unravel_index(int(found.argmax()), found.shape)
         reason = f"edge {e} has {('source', 'target')[row]} {found[row, e]}, too large a number to count nodes up to"
         hint = "pass num_nodes, which says how many there are; numbers count from 0, without gaps"
-        raise GraphStructureError(reason, hint=hint) from None
+        raise GraphStructureError(reason, hint=padding_hint(found[row, e]) or hint) from None
 
 
-def _refuse_other_graphs(graph: object) -> None:
-    """Graphs of other libraries, which NumPy would take for single objects."""
-    kind = f"edge_index is a {type(graph).__name__}"
-    if graph is None:
-        raise GraphStructureError("edge_index is None", hint="give whole numbers (2, E), or a CSRGraph")
+def way_from(graph: object) -> str | None:
+    """How to make a CSRGraph of a graph of another library, which NumPy would take for a single object."""
     if hasattr(graph, "tocsr"):
-        raise GraphStructureError(kind, hint="for a sparse matrix there is CSRGraph.from_scipy, whose rows are targets")
+        return "for a sparse matrix there is CSRGraph.from_scipy, whose rows are targets"
     if hasattr(graph, "adjacency") and hasattr(graph, "is_multigraph"):
-        raise GraphStructureError(kind, hint="for a NetworkX graph there is CSRGraph.from_networkx")
+        return "for a NetworkX graph there is CSRGraph.from_networkx"
     if hasattr(graph, "edge_index"):
-        raise GraphStructureError(kind, hint="give its edges: data.edge_index")
+        return "of its edges, CSRGraph.from_edge_index(data.edge_index, data.num_nodes)"
+    return None
 
 
 def starts(indptr: ArrayLike, num_edges: int) -> Array:
@@ -122,17 +128,24 @@ def check_num_sources(n: int, name: str = "num_sources") -> None:
 def as_given(name: str, x: ArrayLike) -> Array:
     """As `from_sequence`, but a list of whole numbers, such as labels, becomes no floats."""
     array = from_sequence(name, x)
-    return array if isinstance(x, np.ndarray) else np.asarray(x)
+    return np.asarray(x) if is_list(x) else array
 
 
 def integers(name: str, x: ArrayLike) -> Array:
     """The argument as an array of integers, whichever kind."""
+    return _of_integers(name, _as_array(name, x), is_list(x))
+
+
+def _as_array(name: str, x: ArrayLike) -> Array:
     refuse_masked(name, x)
     of_tensor = f"of a tensor give {name}.detach(); of a sparse one, adj.coalesce().indices()"
-    array = as_array(name, x, GraphStructureError, of_tensor=of_tensor)
+    return as_array(name, x, GraphStructureError, of_tensor=of_tensor)
+
+
+def _of_integers(name: str, array: Array, was_list: bool) -> Array:
     if array.dtype.kind in "iu":
         return array
-    if array.size == 0 and not isinstance(x, np.ndarray):
+    if array.size == 0 and was_list:
         return array.astype(np.int64)
     hint = f"cast it: {name}.astype(numpy.int64)"
     if array.dtype.kind not in "fb":
@@ -172,8 +185,8 @@ def no_node(
     end, n, count = "source", source, num_sources
     if 0 <= source < num_sources:
         end, n, count = "target", target, num_targets
-    if n < 0:
-        hint = "nodes count from 0: leave out edges that only fill up a row"
+    if (padding := padding_hint(n)) is not None:
+        hint = padding
     elif hint is None and num_sources == num_targets:
         least = max(int(source), int(target)) + 1
         hint = f"pass num_nodes={least} or more, or (num_sources, num_targets) if these are different nodes"
@@ -183,6 +196,14 @@ def no_node(
         f"edge {e} has {end} {n}, and the {end}s are {there}", shapes=shapes,
         hint=hint or "the first row holds the sources, the second the targets; edge_index[::-1] swaps them",
     )  # fmt: skip
+
+
+def padding_hint(n: Any) -> str | None:
+    """What to do about -1, which is no node; cast to an unsigned type, it is the largest number of that."""
+    hint = "nodes count from 0: leave out edges that only fill up a row"
+    if isinstance(n, np.uint32 | np.uint64) and n == np.iinfo(n.dtype).max:  # fewer bytes may mean what they say
+        return f"{n} is -1, cast to {n.dtype}; {hint}"
+    return hint if n < 0 else None
 
 
 def index_dtype(*counts: int) -> np.dtype[Any]:

@@ -52,8 +52,8 @@ class CSRGraph:
         The source of the edge at each position.
     edge_ids : array (num_edges), or None
         The caller's number of the edge at each position; None if these are the positions themselves.
-    num_sources, num_targets, num_edges : int
-        Sources and targets are the same nodes, unless their numbers differ.
+    num_sources, num_targets, num_nodes, num_edges : int
+        Sources and targets are the same nodes, unless their numbers differ: then there is no num_nodes.
 
     The layout is that of SciPy's CSR matrices, with the row a target and the column a source, so that
     ``graph.to_scipy(weights) @ x`` sums what each target receives.
@@ -212,6 +212,15 @@ class CSRGraph:
     def num_targets(self) -> int:
         """How many nodes attend: one less than `indptr` has numbers."""
         return len(self.indptr) - 1
+
+    @property
+    def num_nodes(self) -> int:
+        """How many nodes there are; GraphStructureError where sources and targets are not the same ones."""
+        if self.is_bipartite:
+            numbers = {"num_sources": self.num_sources, "num_targets": self.num_targets}
+            hint = "ask for num_sources or num_targets"
+            raise GraphStructureError("sources and targets are different nodes", shapes=numbers, hint=hint)
+        return self.num_targets
 
     @property
     def num_edges(self) -> int:

@@ -10,11 +10,10 @@ import numpy as np
 
 from .. import gpu
 from ..arrays import Array
-from ..checks import from_sequence
 from ..errors import DimensionMismatchError, GraphStructureError, InvalidConfigError, InvalidInputError
 from ..values import shown
 from .derived import Derived
-from .edge_values import edge_values
+from .edge_values import edge_attributes, edge_values
 from .graph import CSRGraph
 from .inputs import features, graph_in_call, size
 from .neighbors import packed
@@ -144,10 +143,8 @@ def attributes_by_type(
         if width is None:
             continue
         if kind in by_kind:
-            array = from_sequence(name, by_kind[kind])
-            shapes[kind] = array.shape
-            array = array[:, None] if array.ndim == width == 1 else array
-            attr[kind] = packed(edge_values(name, array, (E, width), dtype))
+            attr[kind] = packed(edge_attributes(name, by_kind[kind], E, width, dtype))
+            shapes[kind] = np.shape(by_kind[kind])
         elif E:
             raise InvalidInputError(f"{name} is missing", hint=f"give an array (E, {width}), one row for each edge")
     return attr, shapes

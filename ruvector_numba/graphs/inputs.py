@@ -21,6 +21,7 @@ from .known import graph_of_edges
 __all__ = [
     "Inputs",
     "along_matrix",
+    "check_not_swapped",
     "check_owner",
     "check_slope_range",
     "checked_filling",
@@ -164,6 +165,14 @@ def is_pair(x: Any) -> bool:
     return isinstance(x, tuple) or (isinstance(x, list) and len(x) == 2 and np.ndim(x[0]) == 2)
 
 
+def check_not_swapped(x: Any, graph: Any) -> None:
+    """Refuse (graph, x), whose errors would be about numbers that are none."""
+    is_index = isinstance(x, np.ndarray) and x.dtype.kind in "iu" and x.shape[:1] == (2,)
+    if isinstance(x, CSRGraph) or (is_index and isinstance(graph, np.ndarray) and graph.dtype.kind == "f"):
+        what = "a CSRGraph" if isinstance(x, CSRGraph) else "an edge_index, and graph holds floats"
+        raise InvalidInputError(f"x is {what}", hint="x and graph are swapped: call layer(x, graph)")
+
+
 def features(name: str, x: ArrayLike) -> Array:
     array = checks.floats(name, x)
     if array.ndim != 2:
@@ -179,7 +188,7 @@ def graph_in_call(edge_index: Any, name: str, sources: tuple[str, Array], target
         at: Any = error.shapes or {}
         if "edge" not in at:
             raise
-        if min(at["source"], at["target"]) < 0:  # which is no row of any array
+        if edges.padding_hint(at["source"]) or edges.padding_hint(at["target"]):  # which is no row of any array
             raise
         is_source = at["source"] >= len(sources[1])
         n, (rows, x) = at["source" if is_source else "target"], sources if is_source else targets

@@ -15,18 +15,18 @@ from numpy.typing import ArrayLike, DTypeLike
 
 from .. import checks, gpu, layers
 from ..arrays import Array
-from ..checks import from_sequence
 from ..errors import DimensionMismatchError, InvalidConfigError, InvalidInputError
 from ..parameters import ParameterSet, Trainable
 from ..projection import linear, linear_backward
 from ..protocols import GraphAttention
 from ..values import shown, switch
 from . import edges
-from .edge_values import checked_edges
+from .edge_values import checked_edges, edge_attributes
 from .graph import CSRGraph
 from .inputs import (
     Inputs,
     along_matrix,
+    check_not_swapped,
     check_owner,
     edge_gradients,
     features,
@@ -233,6 +233,7 @@ class GraphLayer(Trainable, GraphAttention):
         keeps: bool = True,
         device: str | None = None,
     ) -> tuple[Array, Any]:
+        check_not_swapped(x, graph)
         nodes = x if isinstance(x, tuple | list) else (x,)
         if gpu.concerns(device, *nodes, edge_attr, edge_weight):
             from ..gpu import graph_layers as gpu_graph_layers
@@ -488,7 +489,4 @@ class GraphLayer(Trainable, GraphAttention):
             return None if self.edge_dim is None else np.zeros((0, self.edge_dim), dtype)
         if self.edge_dim is None:
             raise InvalidInputError("the layer has no edge_dim, edge_attr was given", hint="build it with edge_dim=...")
-        array = from_sequence("edge_attr", edge_attr)
-        if array.ndim == 1 and self.edge_dim == 1:
-            array = array[:, None]
-        return checked_edges("edge_attr", array, (graph.num_edges, self.edge_dim), dtype)
+        return edge_attributes("edge_attr", edge_attr, graph.num_edges, self.edge_dim, dtype)

@@ -29,6 +29,7 @@ from .. import checks, gpu
 from ..arrays import Array
 from ..errors import DimensionMismatchError, GraphStructureError, InvalidConfigError, InvalidInputError
 from ..values import shown
+from . import edges
 from .derived import Derived
 from .edge_values import checked_edges
 from .graph import CSRGraph
@@ -367,7 +368,7 @@ def neighbor_attention_backward(grad_output: ArrayLike, cache: NeighborCache) ->
 # --- checks ----------------------------------------------------------------------------------------------------------
 def checked_graph(graph: object) -> CSRGraph:
     if not isinstance(graph, CSRGraph):
-        hint = "make one: CSRGraph.from_edge_index(edge_index, num_nodes=N)"
+        hint = edges.way_from(graph) or "make one: CSRGraph.from_edge_index(edge_index, num_nodes=N)"
         raise GraphStructureError(f"graph is a {type(graph).__name__}, not a CSRGraph", hint=hint)
     return graph
 

@@ -22,7 +22,7 @@ little by themselves; a softmax regression on the mean over neighbours, taken tw
 
 >>> W = np.zeros((3, 3))
 >>> for epoch in range(5):
-...     for sample in rv.neighbor_batches(graph, np.arange(300), (5, 5), batch_size=50, seed=epoch):
+...     for sample in rv.neighbor_batches(graph, np.arange(300), (5, 5), batch_size=50, seed=epoch, shuffle=True):
 ...         h, z = logits(sample, W)
 ...         p = np.exp(z) / np.exp(z).sum(axis=1, keepdims=True)
 ...         W -= 0.02 * h.T @ (p - np.eye(3)[kind[sample.nodes[: sample.num_targets]]])
@@ -42,11 +42,12 @@ from numpy.typing import ArrayLike, NDArray
 
 from ..arrays import Array
 from ..errors import DimensionMismatchError, GraphStructureError, InvalidConfigError, InvalidInputError
-from ..values import as_array, random_seed, shown, switch, whole_number
+from ..values import as_array, is_list, random_seed, shown, switch, whole_number
 from .edges import as_given, refuse_masked
 from .graph import CSRGraph
+from .neighbors import checked_graph
 
-__all__ = ["NeighborSample", "neighbor_batches", "sample_neighbors"]
+__all__ = ["NeighborBatches", "NeighborSample", "neighbor_batches", "sample_neighbors"]
 
 Nodes = NDArray[np.int64]
 Words = NDArray[np.uint64]
@@ -126,6 +127,27 @@ class NeighborSample:
         return rows[self.nodes]
 
 
+class NeighborBatches(Iterator[NeighborSample]):
+    """The samples of one epoch, each drawn when it is asked for, once; made by `neighbor_batches`.
+
+    Its `len` is the number of samples of the whole epoch, however many were taken: what a progress bar asks for.
+    """
+
+    def __init__(self, graph: CSRGraph, seeds: Nodes, fan_outs: list[int], batch_size: int, seed: int) -> None:
+        starts = range(0, len(seeds), batch_size)
+        self._len = len(starts)
+        self._samples = (_sample(graph, seeds[start : start + batch_size], fan_outs, seed) for start in starts)
+
+    def __repr__(self) -> str:
+        return f"NeighborBatches({len(self)} samples)"
+
+    def __len__(self) -> int:
+        return self._len
+
+    def __next__(self) -> NeighborSample:
+        return next(self._samples)
+
+
 # --- drawing -------------------------------------------------------------------------------------------------------
 def sample_neighbors(
     graph: CSRGraph, nodes: ArrayLike, fan_out: int | Sequence[int], *, seed: int | None = 0
@@ -190,12 +212,12 @@ def neighbor_batches(
     batch_size: int,
     *,
     seed: int | None = 0,
-    shuffle: bool = True,
-) -> Iterator[NeighborSample]:
+    shuffle: bool = False,
+) -> NeighborBatches:
     """One epoch: `sample_neighbors` around `batch_size` of the nodes at a time, the last time around those left.
 
-    Give each epoch a seed of its own, ``seed=epoch``: with the default, every epoch draws the same neighbours, in the
-    same order.
+    To train, give each epoch a seed of its own and shuffle, ``seed=epoch, shuffle=True``: with the defaults, every
+    epoch draws the same neighbours, in the same order.
 
     Parameters
     ----------
@@ -206,12 +228,13 @@ def neighbor_batches(
     seed : int, optional
         Decides the order and the draws. All batches of an epoch draw with the same, so that a node has the same
         neighbours in each of them where it is new in the same hop. A fresh one if None.
-    shuffle : bool
+    shuffle : bool, default False
         Take the nodes in random order, which does not depend on the order they are given in; else in that.
 
-    Yields
-    ------
-    NeighborSample
+    Returns
+    -------
+    NeighborBatches
+        An iterator over the samples; its `len` is the number of them.
 
     Raises
     ------
@@ -225,15 +248,15 @@ def neighbor_batches(
     --------
     >>> import ruvector_numba as rv
     >>> graph = rv.CSRGraph.from_edge_index([[1, 2, 3, 4], [0, 0, 3, 3]])
-    >>> [sample.nodes[:2].tolist() for sample in rv.neighbor_batches(graph, [0, 1, 2, 3], 1, 2, shuffle=False)]
-    [[0, 1], [2, 3]]
+    >>> batches = rv.neighbor_batches(graph, [0, 1, 2, 3], 1, batch_size=2)
+    >>> len(batches), [sample.nodes[:2].tolist() for sample in batches]
+    (2, [[0, 1], [2, 3]])
     """
     seeds, fan_outs, seed = _nodes(graph, nodes), _fan_outs(fan_out), random_seed(seed)
     batch_size = whole_number("batch_size", batch_size, 1, error=InvalidConfigError)
     if switch("shuffle", shuffle):
         seeds = seeds[np.argsort(_dice(seed, _ORDER, seeds))]
-    starts = range(0, len(seeds), batch_size)
-    return (_sample(graph, seeds[start : start + batch_size], fan_outs, seed) for start in starts)
+    return NeighborBatches(graph, seeds, fan_outs, batch_size, seed)
 
 
 def _sample(graph: CSRGraph, seeds: Nodes, fan_outs: list[int], seed: int) -> NeighborSample:
@@ -319,10 +342,7 @@ def _words(n: int) -> Words:
 
 # --- checks --------------------------------------------------------------------------------------------------------
 def _nodes(graph: CSRGraph, nodes: ArrayLike) -> Nodes:
-    if not isinstance(graph, CSRGraph):
-        hint = "make one: CSRGraph.from_edge_index(edge_index, num_nodes)"
-        raise GraphStructureError(f"graph is a {type(graph).__name__}, not a CSRGraph", hint=hint)
-    if graph.is_bipartite:
+    if checked_graph(graph).is_bipartite:
         shapes = {"num_sources": graph.num_sources, "num_targets": graph.num_targets}
         hint = (
             "a drawn source is a target of the next hop: number all nodes in one row, from_edge_index(..., num_nodes=N)"
@@ -330,7 +350,7 @@ def _nodes(graph: CSRGraph, nodes: ArrayLike) -> Nodes:
         raise GraphStructureError("sources and targets are different nodes", shapes=shapes, hint=hint)
     refuse_masked("nodes", nodes)
     found = as_array("nodes", nodes)
-    if found.size == 0 and not isinstance(nodes, np.ndarray):
+    if found.size == 0 and is_list(nodes):
         found = found.astype(np.int64)
     if found.dtype.kind not in "iu":
         hint = "of a mask take numpy.flatnonzero(nodes)" if found.dtype.kind == "b" else "give the nodes' whole numbers"

@@ -14,6 +14,8 @@ import numpy as np
 from ..arrays import Array
 from ..errors import AttentionError, DimensionMismatchError, InvalidConfigError, InvalidInputError
 from ..graphs.gat import GATv2
+from ..graphs.hetero import parameter_key
+from ..graphs.hgt import HGT
 from ..parameters import Trainable
 from .states import _array
 
@@ -51,9 +53,11 @@ def load_pyg_state(layer: Trainable, arrays: Mapping[str, Any]) -> None:
     Raises
     ------
     InvalidInputError
-        If a name is missing or unknown, or an array is neither float32 nor float64, or they differ in dtype.
+        If a name is missing or unknown, or an array is neither float32 nor float64, or they differ in dtype, or
+        a tensor is on the device meta.
     InvalidConfigError
-        If `layer` shares weights that differ in the state.
+        If `layer` shares weights that differ in the state, or is an `HGT` with its edge types in another order than the
+        `HGTConv`, as far as the order of the names in the state shows that.
     DimensionMismatchError
         If an array has the wrong shape.
     TrainingError
@@ -96,6 +100,7 @@ def load_pyg_state(layer: Trainable, arrays: Mapping[str, Any]) -> None:
         if twin in found and not np.array_equal(found[twin], found[name], equal_nan=True):
             hint = "build it with share_weights=False"
             raise InvalidConfigError(f"{twin} differs from {name}, the layer shares them", hint=hint)
+    _check_order(layer, arrays)
     layer.set_parameters({name: found[name] for name in shapes})
 
 
@@ -175,6 +180,23 @@ def _check_names(state: Mapping[str, Any], expected: Iterable[str], twins: Itera
     if None not in settings:
         hint = f"build the layer with the state's {', '.join(sorted(map(str, settings)))}"
     raise InvalidInputError("the names in the state are not the layer's", shapes=told, hint=hint)
+
+
+def _check_order(layer: Trainable, state: Mapping[str, Any]) -> None:
+    """Raise if an HGTConv stacked its edge types in another order than the layer: k_rel and v_rel do not name them.
+
+    ``state_dict()`` has `p_rel` in that order. Not so a state whose names are all sorted, as safetensors leaves them:
+    ``state_dict()`` never is, and nothing in it says any more what the order was.
+    """
+    if not isinstance(layer, HGT) or list(state) == sorted(state):
+        return
+    kinds = {f"p_rel.{parameter_key(*kind)}": kind for kind in layer.edge_types}
+    theirs = [kinds[name] for name in state if name in kinds]
+    if theirs != layer.edge_types:
+        orders = {"in the state": theirs, "layer.edge_types": layer.edge_types}
+        hint = "build the HGT with the state's order; or, if it was not the HGTConv that had it, "
+        hint += "give {name: state[name] for name in layer.parameters}"
+        raise InvalidConfigError("the state has the edge types in another order", shapes=orders, hint=hint)
 
 
 def _setting(name: str, off: set[str]) -> str | None:

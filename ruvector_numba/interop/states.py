@@ -43,7 +43,8 @@ def load_torch_state(mha: MultiHeadAttention, state: Mapping[str, Any]) -> None:
     InvalidConfigError
         If the state is of a layer that `mha` is not: with biases, kdim or vdim, or ``add_bias_kv``.
     InvalidInputError
-        If a name is missing or unknown, or an array is neither float32 nor float64, or they differ in dtype.
+        If a name is missing or unknown, or an array is neither float32 nor float64, or they differ in dtype, or
+        a tensor is on the device meta.
     DimensionMismatchError
         If an array has the wrong shape.
     TrainingError
@@ -201,6 +202,9 @@ def _sizes_hint(mha: MultiHeadAttention) -> str:
 
 def _array(name: str, x: Any) -> Array:
     """An array of the state, or a tensor of it, wherever that is, as float32 or float64."""
+    if getattr(x, "is_meta", False):
+        hint = "load a checkpoint into the module first: module.load_state_dict(torch.load(path), assign=True)"
+        raise InvalidInputError(f"{name} is on the device meta, where tensors have no numbers", hint=hint)
     hint = f"cast it: state[{name!r}].float() of a tensor, .astype(numpy.float32) of an array"
     try:
         array = from_sequence(name, x.detach().cpu() if hasattr(x, "detach") else x)
