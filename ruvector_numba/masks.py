@@ -117,12 +117,6 @@ class Mask:
             If Lq or Lk is no whole number of 0 or more, or ids, lengths or arrays of the mask do not fit them.
         OutOfMemoryError
             If the array is larger than this machine's memory.
-
-        Examples
-        --------
-        >>> import ruvector_numba as rv
-        >>> rv.masks.Lengths(keys=[1, 3]).to_dense(2, 3).shape
-        (2, 1, 2, 3)
         """
         Lq, Lk = arguments.size("Lq", Lq), arguments.size("Lk", Lk)
         check_memory((Lq, Lk), np.dtype(bool), "mask", "pass the mask itself as attn_mask: no such array is formed")

@@ -460,8 +460,7 @@ def fitting_gradients(parameters: Mapping[str, Array], gradients: object) -> dic
             raise TrainingError(f"there is no parameter {name!r}", shapes=names, hint="are they from another layer?")
         p = parameters[name]
         if g.shape != p.shape:
-            shapes = {"gradient.shape": g.shape, "parameter.shape": p.shape}
-            hint = "a gradient has the shape of its parameter"
+            shapes, hint = {"gradient.shape": g.shape, "parameter.shape": p.shape}, "they have one shape"
             raise TrainingError(f"the gradient of {name!r} has the wrong shape", shapes=shapes, hint=hint)
         with np.errstate(over="ignore"):
             named[name] = g = g.astype(p.dtype, copy=False)

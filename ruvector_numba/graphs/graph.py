@@ -80,11 +80,10 @@ class CSRGraph:
         hint = "use CSRGraph.from_edge_index, from_neighbors, from_scipy or from_networkx"
         raise GraphStructureError("a CSRGraph is made from edges", hint=hint)
 
-    def __setattr__(self, name: str, value: object) -> None:
+    def __setattr__(self, name: str, value: object = None) -> None:
         raise AttributeError(f"a CSRGraph cannot be changed: {name}")
 
-    def __delattr__(self, name: str) -> None:
-        raise AttributeError(f"a CSRGraph cannot be changed: {name}")
+    __delattr__ = __setattr__
 
     def __reduce__(self) -> tuple[Callable[..., CSRGraph], tuple[Any, ...]]:
         return _assembled, (self.indptr, self.indices, self.edge_ids, self.num_sources)
@@ -99,8 +98,7 @@ class CSRGraph:
         edge_index : array_like of integers (2, E)
             The source of each edge, and its target.
         num_nodes : int or (int, int), optional
-            How many nodes there are, or sources and targets where these are different nodes. None for as many as the
-            largest index says.
+            How many nodes, or sources and targets, there are. None for as many as the largest index says.
 
         Returns
         -------
@@ -160,9 +158,9 @@ class CSRGraph:
         Parameters
         ----------
         matrix : scipy.sparse array or matrix, CSR, CSC or COO, (num_targets, num_sources)
-            Every stored entry is an edge, a zero or a duplicate too; edge e is that of ``matrix.data[e]``, in each of
-            the three formats. The values themselves are ignored: give a layer ``edge_attr=matrix.data`` where they
-            shall count. Transpose it if it says who points to whom, as NetworkX's does.
+            Every stored entry is an edge, a zero or a duplicate too; edge e is that of ``matrix.data[e]``. The values
+            are ignored: give a layer ``edge_attr=matrix.data`` where they shall count. Transpose it if it says who
+            points to whom, as NetworkX's does.
 
         Returns
         -------
@@ -217,9 +215,7 @@ class CSRGraph:
     def num_nodes(self) -> int:
         """How many nodes there are; GraphStructureError where sources and targets are not the same ones."""
         if self.is_bipartite:
-            numbers = {"num_sources": self.num_sources, "num_targets": self.num_targets}
-            hint = "ask for num_sources or num_targets"
-            raise GraphStructureError("sources and targets are different nodes", shapes=numbers, hint=hint)
+            raise GraphStructureError("sources and targets differ", hint="ask for num_sources or num_targets")
         return self.num_targets
 
     @property
@@ -466,8 +462,7 @@ class CSRGraph:
 
     def _one_each(self, name: str, x: Array) -> Array:
         if x.ndim == 0 or len(x) != self.num_edges:
-            shapes = {f"{name}.shape": x.shape, "expected": f"({self.num_edges}, ...)"}
-            hint = "one entry for each edge, in the first axis"
+            shapes, hint = {f"{name}.shape": x.shape}, "one entry for each edge, in the first axis"
             raise DimensionMismatchError(self.num_edges, len(x) if x.ndim else (), shapes=shapes, hint=hint)
         return x
 
@@ -481,13 +476,9 @@ def _frozen(x: Array) -> Array:
 def _assembled(indptr: Array, indices: Array, edge_ids: Array | None, num_sources: int) -> CSRGraph:
     """A graph of these parts, which are right and are its own."""
     graph = object.__new__(CSRGraph)
-    for name, value in (
-        ("indptr", _frozen(indptr)),
-        ("indices", _frozen(indices)),
-        ("edge_ids", None if edge_ids is None else _frozen(edge_ids)),
-        ("num_sources", num_sources),
-        ("_derived", {}),
-    ):
+    ids = None if edge_ids is None else _frozen(edge_ids)
+    of = dict(indptr=_frozen(indptr), indices=_frozen(indices), edge_ids=ids, num_sources=num_sources, _derived={})
+    for name, value in of.items():
         object.__setattr__(graph, name, value)
     return graph
 
