@@ -475,11 +475,10 @@ def _frozen(x: Array) -> Array:
 
 def _assembled(indptr: Array, indices: Array, edge_ids: Array | None, num_sources: int) -> CSRGraph:
     """A graph of these parts, which are right and are its own."""
-    graph = object.__new__(CSRGraph)
-    ids = None if edge_ids is None else _frozen(edge_ids)
-    of = dict(indptr=_frozen(indptr), indices=_frozen(indices), edge_ids=ids, num_sources=num_sources, _derived={})
-    for name, value in of.items():
-        object.__setattr__(graph, name, value)
+    graph, ids = object.__new__(CSRGraph), None if edge_ids is None else _frozen(edge_ids)
+    parts = _frozen(indptr), _frozen(indices), ids, num_sources, {}
+    for name, part in zip(("indptr", "indices", "edge_ids", "num_sources", "_derived"), parts, strict=True):
+        object.__setattr__(graph, name, part)
     return graph
 
 
