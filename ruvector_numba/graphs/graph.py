@@ -476,7 +476,7 @@ def _frozen(x: Array) -> Array:
 def _assembled(indptr: Array, indices: Array, edge_ids: Array | None, num_sources: int) -> CSRGraph:
     """A graph of these parts, which are right and are its own."""
     graph, ids = object.__new__(CSRGraph), None if edge_ids is None else _frozen(edge_ids)
-    parts = _frozen(indptr), _frozen(indices), ids, num_sources, {}
+    parts: tuple[Any, ...] = _frozen(indptr), _frozen(indices), ids, num_sources, {}
     for name, part in zip(("indptr", "indices", "edge_ids", "num_sources", "_derived"), parts, strict=True):
         object.__setattr__(graph, name, part)
     return graph
