@@ -31,7 +31,9 @@ from .simd import (
     tile_column,
     tile_lanes,
     tile_load,
+    tile_map,
     tile_multiply_add,
+    tile_row,
     tile_rows,
     tile_store,
     tile_zeros,
@@ -55,14 +57,14 @@ class Rows(NamedTuple):
     before: Elements  # what `output` was before this chunk: one query, all its heads
     bound: Elements  # one number a row
     total: Elements
-    lane: Elements  # as many vectors as a vector has lanes
+    lane: Elements  # for each row of a tile as many vectors as a vector has lanes
 
 
 def scratch_elements(rows: int, D: int, Dv: int, keys_per_block: int, itemsize: int) -> int:
     """What `carve` lays out, in elements."""
     lanes = target().lanes(itemsize)
     step, v_step, numbers = (padded(n, itemsize) for n in (D, Dv, rows))
-    return rows * (step + 2 * v_step + keys_per_block) + keys_per_block + 2 * numbers + lanes * lanes
+    return rows * (step + 2 * v_step + keys_per_block) + keys_per_block + 2 * numbers + ROWS * lanes * lanes
 
 
 @inline
@@ -78,9 +80,14 @@ def carve(job, slot, R, step, v_step):
     return Rows(query, output, scores, additive, before, bound, total, total + whole_vectors(query, R))
 
 
+@inline
+def times_plus(sum, x, y):
+    return fma(x, y, sum)
+
+
 @apart
-def key_scores(like, key, j, live, query, D, partial):
-    """s[r] = sum over d of key[j + r, d] * query[d] for a vector of keys; those from `live` on repeat the last"""
+def dot_keys(square, key, j, live, query, D, partial):
+    """The sum over d of key[j + r, d] * query[d] for a vector of keys; those from `live` on repeat the last"""
     lanes = lanes_of(query)
     whole = D // lanes * lanes
     for r in range(lanes):
@@ -91,18 +98,52 @@ def key_scores(like, key, j, live, query, D, partial):
         if whole < D:
             sum = fma(load_live(key.data, at + whole, D - whole), load(query, whole), sum)
         store(sum, partial, r * lanes)
-    return row_sums(tile_load(like, partial, 0, lanes, lanes))
+    return row_sums(tile_load(square, partial, 0, lanes, lanes))
 
 
 @apart
-def row_scores(like, key, first, last, r, row, D, step, KB, softcap, slope, additive, position):
-    """1. s = q . k through the terms, for the keys first .. last of the chunk; returns the largest."""
+def dot_rows(like, key, at, query, step, rows, D, partial, turned):
+    """What the lanes have of the sum over d of key[at + d] * query[row, d], for as many rows as the tile has: the key
+    is loaded once for all of them."""
+    lanes, sums = lanes_of(query), like
+    whole = D // lanes * lanes
+    for d in range(0, whole, lanes):
+        sums = tile_map(times_plus, sums, (tile_load(like, query, d, step, rows), tile_row(like, key, at + d)))
+    tile_store(sums, partial, 0, turned, rows)
+    for row in range(rows if whole < D else 0):
+        x = load_live(key, at + whole, D - whole)
+        store(fma(x, load(query, row * step + whole), load(partial, row * turned)), partial, row * turned)
+
+
+@apart
+def key_scores(like, square, r, row, rows, key, first, last, D, step, KB):
+    """1. s = q . k of some rows and the keys first .. last of the chunk, for as many rows at once as a tile has. (For
+    eight heads that share a key all took 1.6 times as long head by head.)"""
+    lanes, high, end = lanes_of(r.query), tile_rows(like), row + rows
+    while row < end:
+        some, query, turned = min(high, end - row), r.query + row * step, lanes * lanes
+        some = some if 2 * some > high else 1
+        for j in range(first, last, lanes):
+            out = r.scores + (row * KB + j - first)
+            if some == 1:
+                store(dot_keys(square, key, j, min(lanes, last - j), query, D, r.lane), out, 0)
+                continue
+            for n in range(lanes):
+                at = min(j + n, last - 1) * key.row
+                dot_rows(like, key.data, at, query, step, some, D, r.lane + n * lanes, turned)
+            for n in range(some):
+                store(row_sums(tile_load(square, r.lane, n * turned, lanes, lanes)), out, n * KB)
+        row += some
+
+
+@apart
+def row_scores(r, row, first, last, KB, softcap, slope, additive, position):
+    """2. s through the terms; returns the largest."""
     lanes = lanes_of(r.query)
     out = r.scores + row * KB
     top = splat(load(r.query, 0), -INF)
     for j in range(first, last, lanes):
-        live = min(lanes, last - j)
-        s = key_scores(like, key, j, live, r.query + row * step, D, r.lane)
+        s, live = load(out, j - first), min(lanes, last - j)
         if softcap is not None:
             s = capped(s, softcap)
         if additive is not None:
@@ -121,7 +162,7 @@ def row_scores(like, key, first, last, r, row, D, step, KB, softcap, slope, addi
 
 @apart
 def row_softmax(r, row, n, most, KB, v_step, unit):
-    """2. p = exp(s - bound), and what was summed under a lower bound is rescaled."""
+    """3. p = exp(s - bound), and what was summed under a lower bound is rescaled."""
     lanes = lanes_of(r.query)
     s, out = r.scores + row * KB, r.output + row * v_step
     if most > r.bound[row]:
@@ -143,7 +184,7 @@ def row_softmax(r, row, n, most, KB, v_step, unit):
 
 @apart
 def add_values(like, narrow, out, v_step, p, KB, rows, value, n, Dv):
-    """3. out[row, d] += sum over key < n of p[row, key] * value[key, d], for rows that see the same keys
+    """4. out[row, d] += sum over key < n of p[row, key] * value[key, d], for rows that see the same keys
 
     `narrow`, a tile one vector wide, does what wide ones leave, but for the last channels that are no whole vector.
     """
@@ -199,19 +240,20 @@ def stage_row(one, additive, bias, mask, head, i, k0, n):
 
 
 @apart
-def take_chunk(high, wide, narrow, single, one, r, job, key_head, i, k0, first, last, step, v_step):
+def take_chunk(square, wide, narrow, single, one, r, job, key_head, i, k0, first, last, step, v_step):
     """Query i of every head of the group past the keys first .. last of the chunk that begins with k0."""
     G, KB, head0 = job.group, job.keys_per_block, key_head * job.group
     key, value, n = matrix(job.key, head0, k0), matrix(job.value, head0, k0 + first), last - first
     output, p = r.output + i * G * v_step, r.scores + i * G * KB
     rows, before = Matrix(output, v_step, 1), Matrix(r.before, v_step, 1)
+    key_scores(narrow, square, r, i * G, G, key, first, last, job.D, step, KB)
     for g in range(G):
         row, head = i * G + g, head0 + g
         slope, additive = given(job.slopes, slope_of(job.slopes, head)), given(job.additive, r.additive)
         if job.additive is not None:
             stage_row(one, r.additive, job.bias, job.mask, head, i, k0, last)
         position = float(i + job.offset - k0)
-        most = row_scores(high, key, first, last, r, row, job.D, step, KB, job.softcap, slope, additive, position)
+        most = row_scores(r, row, first, last, KB, job.softcap, slope, additive, position)
         row_softmax(r, row, n, most, KB, v_step, job.natural)
     if job.additive is not None:
         copy_rows(before, rows, G, v_step)
@@ -238,7 +280,7 @@ def forward(job: AttentionJob, slot, task):
     G, Lq, KB = job.group, job.Lq, job.keys_per_block
     R, step, v_step = G * Lq, whole_vectors(job.scratch, job.D), whole_vectors(job.scratch, job.Dv)
     r = carve(job, slot, R, step, v_step)
-    high, wide, narrow = tile_column(r.query), tile_zeros(r.query, ROWS, COLS), tile_zeros(r.query, ROWS, 1)
+    square, wide, narrow = tile_column(r.query), tile_zeros(r.query, ROWS, COLS), tile_zeros(r.query, ROWS, 1)
     single, one = tile_zeros(r.query, 1, SINGLE), tile_zeros(r.query, 1, 1)
     for row in range(R):
         r.lane[0] = job.scale
@@ -254,7 +296,7 @@ def forward(job: AttentionJob, slot, task):
             lo = max(k0, max(i + job.first, limits[i * job.limits_row]))
             hi = min(min(stop, k0 + KB), min(i + job.last, limits[i * job.limits_row + 1]))
             if lo < hi:
-                take_chunk(high, wide, narrow, single, one, r, job, key_head, i, k0, lo - k0, hi - k0, step, v_step)
+                take_chunk(square, wide, narrow, single, one, r, job, key_head, i, k0, lo - k0, hi - k0, step, v_step)
     for row in range(R):
         part = (key_head * G + row % G) * job.splits + split
         write_row(job, r, job.exact, part, row // G, row, v_step)
