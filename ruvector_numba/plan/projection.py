@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -59,37 +59,57 @@ def _plan(
     threads: int,  # the sizes of tasks change no bit
 ) -> Ready:
     itemsize = dtype.itemsize
-    I, J, K = (a * b for a, b in (out_shape[:2], out_shape[2:], left_shape[2:]))
     width, lanes = target().width(itemsize), target().lanes(itemsize)
     out = _pairs("out", Layout(out_shape, out_strides), itemsize)
-    run = _run(out, I, J, -(-K // (kernels.SUMMED * parts)), lanes)
-    for most in TASKS:
-        rows, cols = _evenly(I, most[0], target().rows), _evenly(J, most[1], width if run in (0, J) else run)
-        tasks = -(-I // rows) * -(-J // cols) * parts
-        if tasks >= 4 * threads:
-            break
     left, left_transposed = _lines("left", Layout(left_shape, left_strides), itemsize)
     right, right_transposed = _lines("right", Layout(right_shape, right_strides), itemsize)
-    # Whatever the number of threads, for sums of columns are made by other pieces: their last bits differ.
-    fits = right.cols == J or right.cols % (kernels.STRIP * lanes) == 0
-    few = I <= FEW_ROWS and not right_transposed and right.col == 1 and right.rows == K and fits
+    I, J, K = (a * b for a, b in (out_shape[:2], out_shape[2:], left_shape[2:]))
+    few = _is_few(right, I, J, K, lanes) and not right_transposed
     if few:
-        rows, cols, run = I, _few_cols(J, right.cols, threads, kernels.STRIP * lanes), 0
-        tasks = -(-J // cols) * parts
-    scratch = kernels.scratch_elements(rows, cols, width, lanes)
-    if run and not kernels.fill_tiles(((J - 1) % cols + 1) // lanes):  # what is left for the last task
-        run = 0
+        cut = Tasks(I, _few_cols(J, right.cols, threads, kernels.STRIP * lanes), 0)
+    else:
+        cut = _tasks(I, J, _run(out, I, J, -(-K // (kernels.SUMMED * parts)), lanes), 4 * threads / parts, width, lanes)
     plain = not left_transposed and left.col == 1 and (left.rows, left.cols) == (I, K)
-    left_in_place = plain and (K <= SHORT or J >= WIDE)
+    scratch = kernels.scratch_elements(cut.rows, cut.cols, width, lanes)
     job = kernels.ProjectionJob(
         left=left, right=right, out=out, bias="bias", sums="sums",
-        left_transposed=left_transposed, right_transposed=right_transposed, left_in_place=int(left_in_place),
-        few=int(few), out_in_place=int(run > 0), run=run or J,
+        left_transposed=left_transposed, right_transposed=right_transposed,
+        left_in_place=int(plain and (K <= SHORT or J >= WIDE)), few=int(few),
+        out_in_place=int(cut.run > 0), run=cut.run or J,
         wants_bias=int(wants_bias), wants_sums=int(wants_sums), adds=int(adds), I=I, J=J, K=K,
         part=_evenly(max(K, 1), -(-max(K, 1) // parts), kernels.SUMMED), out_step=I * J,
-        task_rows=rows, task_cols=cols, scratch="scratch", scratch_step=scratch,
+        task_rows=cut.rows, task_cols=cut.cols, scratch="scratch", scratch_step=scratch,
     )  # fmt: skip
-    return Ready(kernels.project.prepare(job, tasks, dtype, I * J * K), team.scratch(scratch, dtype))
+    launch = kernels.project.prepare(job, cut.number(I, J) * parts, dtype, I * J * K)
+    return Ready(launch, team.scratch(scratch, dtype))
+
+
+class Tasks(NamedTuple):
+    """How out is cut: rows and columns of one task, and columns that no tile goes beyond; 0 for all, via a block."""
+
+    rows: int
+    cols: int
+    run: int
+
+    def number(self, I: int, J: int) -> int:
+        return -(-I // self.rows) * -(-J // self.cols)
+
+
+def _tasks(I: int, J: int, run: int, wanted: float, width: int, lanes: int) -> Tasks:
+    """The largest of which there are as many as wanted, else the smallest."""
+    for most in TASKS:
+        rows, cols = _evenly(I, most[0], target().rows), _evenly(J, most[1], width if run in (0, J) else run)
+        if Tasks(rows, cols, run).number(I, J) >= wanted:
+            break
+    rest = ((J - 1) % cols + 1) // lanes  # vectors that are left for the last task
+    return Tasks(rows, cols, run if kernels.fill_tiles(rest) else 0)
+
+
+def _is_few(right: Pairs, I: int, J: int, K: int, lanes: int) -> bool:
+    """Are rows so few that `right`, which each of them needs once, is read where it lies? Whatever the number of
+    threads, for sums of columns are made by other pieces then: their last bits differ."""
+    fits = right.cols == J or right.cols % (kernels.STRIP * lanes) == 0
+    return I <= FEW_ROWS and right.col == 1 and right.rows == K and fits
 
 
 def _run(out: Pairs, I: int, J: int, chunks: int, lanes: int) -> int:
