@@ -1,9 +1,10 @@
 """Attention over neighbours: of each target i to the sources j of its edges, which lie together (CSR).
 
-    s[e, h]      score of an edge, by one of three rules; a is of the edge, and optional everywhere
+    s[e, h]      score of an edge, by one of four rules; a is of the edge, and optional everywhere
                  SUM     leaky(key[j, h] + query[i, h] + a[e, h])                                           GAT
                  JOINT   sum over c of att[h, c] * leaky(key[j, h, c] + query[i, h, c] + a[e, h, c])        GATv2
                  DOT     scale * sum over d of query[i, h, d] * (key[j, h, d] + a[e, h, d]) + bias[e, h]  transformers
+                 GIVEN   bias[e, h], for its softmax alone: edge_softmax.py
     p[e, h]      softmax of s over the edges of a target: exp(s - bound) / total
     w[e, h]      p * (kept by dropout) * (edge's weight) / (number of edges, for the mean)
     o[i, h, c]   sum over e of w[e, h] * (value[j, h, c] + value_a[e, h, c])
