@@ -28,8 +28,8 @@ from .schedule import Schedule, schedule
 __all__ = [
     "Kept",
     "Made",
+    "NeighborTerms",
     "Schedule",
-    "Terms",
     "Walk",
     "backward",
     "coefficients",
@@ -64,7 +64,7 @@ def walk_of(indptr: Array, others: Array, edge_ids: Array | None, positions: Arr
     return Walk(indptr, others, edge_ids, positions, schedule(indptr, TASK, MOST))
 
 
-class Terms(NamedTuple):
+class NeighborTerms(NamedTuple):
     """What attention over neighbours is of: nodes are (N, H, channels), edges (E, H, channels) as the caller has them.
 
     All are contiguous but for the steps from node to node, and of one dtype.
@@ -117,7 +117,7 @@ class Made(NamedTuple):
     att: Array | None  # (H, D), or (1 or 2, H, C) of a fold
 
 
-def forward(by_target: Walk, terms: Terms, keeps: bool) -> Kept:
+def forward(by_target: Walk, terms: NeighborTerms, keeps: bool) -> Kept:
     """`keeps` the scores, for the backward pass or the coefficients."""
     dtype, nodes = terms.value.dtype, len(by_target.indptr) - 1
     H, C = terms.value.shape[1:]
@@ -133,7 +133,7 @@ def forward(by_target: Walk, terms: Terms, keeps: bool) -> Kept:
     return kept
 
 
-def coefficients(by_target: Walk, terms: Terms, kept: Kept) -> Array:
+def coefficients(by_target: Walk, terms: NeighborTerms, kept: Kept) -> Array:
     """(E, H) in the caller's order: after the softmax, before dropout and the edges' weights."""
     out = np.empty((len(kept.scores), terms.value.shape[1]), kept.scores.dtype)
     job = _job(by_target, terms, kept, dbias=out)
@@ -145,7 +145,7 @@ def coefficients(by_target: Walk, terms: Terms, kept: Kept) -> Array:
 def backward(
     by_target: Walk,
     by_source: Walk,
-    terms: Terms,
+    terms: NeighborTerms,
     kept: Kept,
     grad: Array,
     grad_weights: Array | None = None,
@@ -213,7 +213,7 @@ def _of_edges(kernel: Callable[..., None], by_target: Walk, numbers: Array, **mo
     H, dtype, out = numbers.shape[1], numbers.dtype, memory.empty(numbers.shape, numbers.dtype)
     none = np.zeros((0, H, 0), dtype)
     kept = Kept(none, none, none, none, np.zeros((0, 0), np.uint8))
-    job = _job(by_target, Terms(GIVEN, none, none, none, bias=numbers), kept, dbias=out, **more)
+    job = _job(by_target, NeighborTerms(GIVEN, none, none, none, bias=numbers), kept, dbias=out, **more)
     _run(kernel, by_target, job, dtype, in_parts=(walk.PART, walk.SECOND_PART))
     return out
 
@@ -233,7 +233,7 @@ def fold(value: Array, weights: Array) -> Array:
 
 
 # --- jobs ----------------------------------------------------------------------------------------------------------
-def _pad(terms: Terms) -> int:
+def _pad(terms: NeighborTerms) -> int:
     lanes = target().lanes(terms.value.dtype.itemsize)
     return max(-(-n // lanes) * lanes for n in (terms.value.shape[2], terms.key.shape[2]))
 
@@ -245,7 +245,7 @@ def _numbers(H: int, lanes: int) -> tuple[int, int]:
     return W, max(W, lanes)
 
 
-def _chosen_step(terms: Terms) -> int:
+def _chosen_step(terms: NeighborTerms) -> int:
     """Bytes of an edge that say in which channels it was the largest."""
     lanes = target().lanes(terms.value.dtype.itemsize)
     vectors = terms.value.shape[1] * _pad(terms) // lanes if terms.aggregation == "max" else 0
@@ -295,7 +295,7 @@ def _padded(x: Array | None, pad: int) -> Array:
     return out
 
 
-def _features(terms: Terms, lanes: int) -> walk.Features:
+def _features(terms: NeighborTerms, lanes: int) -> walk.Features:
     if terms.matrix is None:
         return walk.Features(0, 0, 0, 0, NOTHING, NOTHING, NOTHING)
     K, D = len(terms.matrix), math.prod(terms.matrix.shape[1:])
@@ -308,7 +308,7 @@ def _or_nothing(x: Array | None) -> Array:
     return NOTHING if x is None else x
 
 
-def _job(by: Walk, terms: Terms, kept: Kept, **more: Any) -> walk.NeighborJob:
+def _job(by: Walk, terms: NeighborTerms, kept: Kept, **more: Any) -> walk.NeighborJob:
     H, C = terms.value.shape[1:]
     dtype, pad = terms.value.dtype, _pad(terms)
     lanes = target().lanes(dtype.itemsize)
@@ -344,8 +344,8 @@ def _job(by: Walk, terms: Terms, kept: Kept, **more: Any) -> walk.NeighborJob:
         output=rows(kept.output), grad=NO_ROWS, grad_weights=NOTHING, has_grad_weights=0,
         pairs=NOTHING, dquery=NO_ROWS, dkey=NO_ROWS, dvalue=NO_ROWS, dedge=NO_ROWS, dbias=NOTHING, dweight=NOTHING,
         dedge_value=NO_ROWS, wants_dbias=0, fold=NOTHING, folds=0, sums=NOTHING, sums_from=0, H=H, W=W,
-        span=span, width=H * pad, channels=_heads(H, C, pad, lanes), terms=_heads(H, terms.key.shape[2], pad, lanes),
-        scratch="scratch", scratch_step=scratch,
+        span=span, width=H * pad, value_heads=_heads(H, C, pad, lanes),
+        key_heads=_heads(H, terms.key.shape[2], pad, lanes), scratch="scratch", scratch_step=scratch,
     )  # fmt: skip
     return walk.NeighborJob(**{**fields, **more})
 
@@ -374,5 +374,5 @@ def _rows_of_sums(by: Walk) -> int:
 
 def _launch(kernel: Any, job: walk.NeighborJob, tasks: int, dtype: np.dtype[Any]) -> None:
     if tasks:
-        launch = kernel.prepare(job, tasks, dtype, 4 * job.E * job.H * (job.channels.C + job.terms.C + 8))
+        launch = kernel.prepare(job, tasks, dtype, 4 * job.E * job.H * (job.value_heads.C + job.key_heads.C + 8))
         launch(scratch=memory.scratch(team.scratch(job.scratch_step, dtype)))
