@@ -13,7 +13,8 @@ To learn attention from it, read in this order; a backward pass comes after its 
     projection, grouping, loops                 linear layers; edges in the order of one of their ends; self-loops
     halves, packed                              float16 and bfloat16, and bfloat16 two by two
     jit, jobs, cache, simd/                     compiling and threads, jobs packed, code on disk, all that knows LLVM
-    cuda/                                       for a GPU: files of the same names are twins, the others are its own
+    cuda/                                       for a GPU: files of the same names are twins, the others are its own;
+                                                blocks, tiles, softmax, dense, dense_backward, walk, gather, csr
 
 Some words are the house's own. A *job* is what a kernel is told, a NamedTuple; a *task* is the part of it that one call
 does; a *slot* is whose scratch it may use, and *carve* says where in it what lies. `inline`, `apart` and `within` are

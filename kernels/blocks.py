@@ -138,7 +138,7 @@ class Block(NamedTuple):
     additive: Elements  # bias and mask, -inf hides
     bound: Elements  # one row each, see softmax.py
     shift: Elements
-    total: Elements  # of the past chunks
+    total: Elements  # of the past chunks; backward 1 / sum, but if packed what its rounding left: see `normalise`
     part: Elements  # of this chunk; the row after `total`
     lost: Elements  # what `total` lost by rounding; the row after `part`
     factor: Elements

@@ -1,9 +1,10 @@
 """Attention over neighbours: of each target i to the sources j of its edges, which lie together (CSR).
 
-    s[e, h]      score of an edge, by one of three rules; a is of the edge, and optional everywhere
+    s[e, h]      score of an edge, by one of four rules; a is of the edge, and optional everywhere
                  SUM     leaky(key[j, h] + query[i, h] + a[e, h])                                           GAT
                  JOINT   sum over c of att[h, c] * leaky(key[j, h, c] + query[i, h, c] + a[e, h, c])        GATv2
                  DOT     scale * sum over d of query[i, h, d] * (key[j, h, d] + a[e, h, d]) + bias[e, h]  transformers
+                 GIVEN   bias[e, h], for its softmax alone: edge_softmax.py
     p[e, h]      softmax of s over the edges of a target: exp(s - bound) / total
     w[e, h]      p * (kept by dropout) * (edge's weight) / (number of edges, for the mean)
     o[i, h, c]   sum over e of w[e, h] * (value[j, h, c] + value_a[e, h, c])
@@ -102,11 +103,11 @@ def find_scores(job, desk, i, j, first, n):
 @within
 def find_products(job, desk, n):
     """What of the scores belongs to both ends: desk.y has the target's query"""
-    s, nodes, edge, lines, terms = desk.scores, desk.nodes, rows_of(job, desk, job.edge), lines_of(job, desk), job.terms
+    s, nodes, edge, lines = desk.scores, desk.nodes, rows_of(job, desk, job.edge), lines_of(job, desk)
     if job.rule == DOT:
-        dot_gathered(s, desk.y, job.key, nodes, edge, lines, job.has_edge, n, terms)
+        dot_gathered(s, desk.y, job.key, nodes, edge, lines, job.has_edge, n, job.key_heads)
     elif job.rule == JOINT:
-        joint_scores(s, desk.y, job.att, job.slope, job.key, nodes, edge, lines, job.has_edge, n, terms)
+        joint_scores(s, desk.y, job.att, job.slope, job.key, nodes, edge, lines, job.has_edge, n, job.key_heads)
     else:
         find_sums(job, desk, n)
 
@@ -169,7 +170,7 @@ def soften(job, desk, n, again):
 @within
 def add_values(job, desk, i, n, round):
     """What n edges of target i add to its sums, the batch `round` of them"""
-    W, values, edge_value, lines = job.W, job.channels, rows_of(job, desk, job.edge_value), lines_of(job, desk)
+    W, values, edge_value, lines = job.W, job.value_heads, rows_of(job, desk, job.edge_value), lines_of(job, desk)
     if job.normalizes:
         soften(job, desk, n, round > 0)
         if round > 0:
@@ -184,7 +185,7 @@ def add_values(job, desk, i, n, round):
     if job.aggregation == MAX:
         find_hidden(job, desk, n)
         keep_largest(
-            desk.value, desk.place, desk.batch, desk.weights, desk.changes, job.has_bias, job.value, edge_value,
+            desk.value, desk.place, desk.batch, desk.weights, desk.gradients, job.has_bias, job.value, edge_value,
             job.has_edge_value, desk.nodes, lines, n, round, values,
         )  # fmt: skip
     else:
@@ -198,36 +199,36 @@ def add_values(job, desk, i, n, round):
 def attend(job, desk, i, j, first, last, finishes):
     """Targets i .. j - 1 to their edges first .. last - 1: a batch, or one target to more. Unless it finishes, what is
     summed is left on the desk."""
-    for p in range(first, max(last, first + 1), EDGES):
-        n = min(EDGES, last - p)
+    for at in range(first, max(last, first + 1), EDGES):
+        n = min(EDGES, last - at)
         if job.aggregation == MAX and job.keeps:
-            clear_chosen(job, p, n)
+            clear_chosen(job, at, n)
         if n:
-            take_edges(job, desk, p, n)
+            take_edges(job, desk, at, n)
             if job.features.K:
                 make_rows(features_desk(job, desk), desk.edges, job.edge, job.features, n)
-            find_scores(job, desk, i, j, p, n)
+            find_scores(job, desk, i, j, at, n)
         for t in range(i, j):
-            begin, end = edges_of(job, t, p, p + n)
-            here = from_edge(desk, begin - p, job.W)
+            begin, end = edges_of(job, t, at, at + n)
+            here = from_edge(desk, begin - at, job.W)
             fetch_target(job, t + TARGETS_AHEAD)
-            if p == first:
+            if at == first:
                 fill(desk.bound, job.span, -INF)
                 fill(desk.total, job.span, 0.0)
                 fill(desk.value, job.width, 0.0)
                 if job.aggregation == MAX:
                     fill(desk.place, job.width, NONE)
-            add_values(job, here, t, end - begin, (p - first) // EDGES)
-            if finishes and p + EDGES >= last:
+            add_values(job, here, t, end - begin, (at - first) // EDGES)
+            if finishes and at + EDGES >= last:
                 finish(job, here, t)
 
 
 @apart
 def fetch_target(job, i):
     """Ask for what belongs to target i: rows that lie far apart, which the CPU does not foresee"""
-    fetch_row(job.query, i, 0, job.H if job.rule == SUM else job.H * job.terms.C)
+    fetch_row(job.query, i, 0, job.H if job.rule == SUM else job.H * job.key_heads.C)
     if job.offset.step:
-        fetch_row(job.offset, i, 0, job.H * job.channels.C)
+        fetch_row(job.offset, i, 0, job.H * job.value_heads.C)
 
 
 @within
@@ -238,13 +239,13 @@ def take_query(job, desk, i):
         for h in range(0, job.H, lanes):
             store(row_part(job.query, i * job.query.step + h, min(lanes, job.H - h), lanes), desk.y, h)
     else:
-        take_row(desk.y, job.query, i, job.terms)
+        take_row(desk.y, job.query, i, job.key_heads)
 
 
 @within
 def finish(job, desk, i):
     """o = offset + sum of w v / sum of p, and the offset alone where there is nothing to sum"""
-    values, lanes = job.channels, lanes_of(desk.value)
+    values, lanes = job.value_heads, lanes_of(desk.value)
     for g in range(0, job.span, lanes):
         l = load(desk.total, g)
         zero, one = splat(l, 0.0), splat(l, 1.0)
@@ -277,7 +278,7 @@ def join_totals(desk, bound, total, h):
 @within
 def add_parts(job, desk, first, last):
     """What the parts of a hub have summed, each under its own bound, as if `attend` had done it at once."""
-    H, pad, width, span = job.H, job.channels.pad, job.width, job.span
+    H, pad, width, span = job.H, job.value_heads.pad, job.width, job.span
     if job.aggregation == MAX:
         fill(desk.place, width, NONE)
     fill(desk.bound, span, -INF)
@@ -322,7 +323,7 @@ def forward(job: NeighborJob, slot, task):
             copy(found + job.width, desk.batch, job.width)
 
 
-# --- terms of nodes --------------------------------------------------------------------------------------------------
+# --- folded keys and queries -----------------------------------------------------------------------------------------
 class FoldJob(NamedTuple):
     """out[f, n, h] = sum over c of fold[f, h, c] * value[n, h, c]: what GAT's scores are sums of"""
 
@@ -373,11 +374,11 @@ def coefficients(job: NeighborJob, slot, task):
     desk = carve(job, slot)
     for i in range(job.starts[task], job.starts[task + 1]):
         last = begin_of(job, i + 1)
-        for p in range(begin_of(job, i), last, EDGES):
-            n = min(EDGES, last - p)
-            copy(desk.scores, job.scores + p * job.W, n * job.W)
+        for at in range(begin_of(job, i), last, EDGES):
+            n = min(EDGES, last - at)
+            copy(desk.scores, job.scores + at * job.W, n * job.W)
             find_weights(job, desk, job.bounds + i * job.span, job.totals + i * job.span, n)
             for e in range(n):
-                at = number(job.edge_ids, job.wide_edge_ids, p + e) if job.has_ids else p + e
+                edge = number(job.edge_ids, job.wide_edge_ids, at + e) if job.has_ids else at + e
                 for h in range(job.H):
-                    job.dbias[at * job.H + h] = desk.weights[e * job.W + h]
+                    job.dbias[edge * job.H + h] = desk.weights[e * job.W + h]

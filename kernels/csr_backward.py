@@ -10,7 +10,7 @@ apart. It was as fast (GAT 1.02, GATv2 0.96, GraphTransformer 1.01 times; Zen 3,
 """
 
 from .csr import find_weights, take_query
-from .edge_features import changes_of, count_lines, give_rows, lines_of, make_rows, rows_of
+from .edge_features import count_lines, give_rows, gradients_of, lines_of, make_rows, rows_of
 from .gather import (
     AHEAD,
     EDGES,
@@ -35,14 +35,18 @@ from .joint import joint_gradients, leaky_slope
 from .largest import add_chosen, dot_chosen, keep_chosen
 from .simd import fma, lanes_of, load, period_sum, splat, store, store_live, where
 from .walk import (
+    ATT,
     DOT,
+    FOLD,
     HUB,
     JOINT,
     MAX,
     NODES,
+    OFFSET,
     PART,
     SECOND_PART,
     SUM,
+    SUMS,
     NeighborJob,
     carve,
     edges_of,
@@ -63,13 +67,13 @@ from .walk import (
 # --- backward, by target ---------------------------------------------------------------------------------------------
 @within
 def weight_gradients(job, desk, first, n):
-    """changes[e, h] = dp, desk.x has do; adds to delta"""
-    H, W, dp, lanes = job.H, job.W, desk.changes, lanes_of(desk.changes)
+    """gradients[e, h] = dp, desk.x has do; adds to delta"""
+    H, W, dp, lanes = job.H, job.W, desk.gradients, lanes_of(desk.gradients)
     if job.aggregation == MAX:  # the rows are asked for in either branch: ahead of both, sums took 1.1 times as long
         dot_chosen(job, desk, rows_of(job, desk, job.edge_value), lines_of(job, desk), first, n)
     else:
         edge_value, lines = rows_of(job, desk, job.edge_value), lines_of(job, desk)
-        dot_gathered(dp, desk.x, job.value, desk.nodes, edge_value, lines, job.has_edge_value, n, job.channels)
+        dot_gathered(dp, desk.x, job.value, desk.nodes, edge_value, lines, job.has_edge_value, n, job.value_heads)
     if job.has_shares:
         thin_gradients(job, desk, n)
     for e in range(n if job.has_grad_weights else 0):
@@ -93,12 +97,12 @@ def thin_gradients(job, desk, n):
         for h in range(job.H):
             at = e * W + h
             if desk.weights[at] != 0 and desk.shares[at] != 0:
-                total += desk.shares[at] * desk.weights[at] * desk.changes[at]
+                total += desk.shares[at] * desk.weights[at] * desk.gradients[at]
         job.dweight[desk.edges[e]] = total
     weigh_shares(job, desk, n)
     for f in range(0, n * W, lanes_of(desk.shares)):
-        d, share = load(desk.changes, f), load(desk.shares, f)
-        store(where(share == splat(d, 0.0), splat(d, 0.0), d * share), desk.changes, f)
+        d, share = load(desk.gradients, f), load(desk.shares, f)
+        store(where(share == splat(d, 0.0), splat(d, 0.0), d * share), desk.gradients, f)
 
 
 @within
@@ -123,7 +127,7 @@ def keep_gradients(job, desk, first, n):
     """dp for `take_gradients`, in place of ds"""
     for e in range(n):
         for h in range(job.W):
-            job.pairs[(first + e) * 2 * job.W + h] = desk.changes[e * job.W + h]
+            job.pairs[(first + e) * 2 * job.W + h] = desk.gradients[e * job.W + h]
 
 
 @within
@@ -131,18 +135,18 @@ def take_gradients(job, desk, first, n):
     """The dp that were kept, where other edges came after"""
     for e in range(n):
         for h in range(job.W):
-            desk.changes[e * job.W + h] = job.pairs[(first + e) * 2 * job.W + h]
+            desk.gradients[e * job.W + h] = job.pairs[(first + e) * 2 * job.W + h]
     if job.has_shares:
         weigh_shares(job, desk, n)
 
 
 @within
 def score_gradients(job, desk, first, n, sums):
-    """changes = ds = p * (dp - delta), of what is on the desk, through the rule: added up in desk.terms, and by edge in
-    dedge. weights = w"""
-    H, W, ds, lanes, nodes, edges = job.H, job.W, desk.changes, lanes_of(desk.changes), desk.nodes, desk.edges
+    """gradients = ds = p * (dp - delta), of what is on the desk, through the rule: added up in desk.key_sums, and by
+    edge in dedge. weights = w"""
+    H, W, ds, lanes, nodes, edges = job.H, job.W, desk.gradients, lanes_of(desk.gradients), desk.nodes, desk.edges
     edge, lines = rows_of(job, desk, job.edge), lines_of(job, desk)
-    dedge, dedge_value = changes_of(job, desk, job.dedge), changes_of(job, desk, job.dedge_value)
+    dedge, dedge_value = gradients_of(job, desk, job.dedge), gradients_of(job, desk, job.dedge_value)
     # 1. ds; of SUM, where query and key are numbers, it is their gradient too
     for g in range(0, W, lanes):
         delta = load(desk.delta, g)
@@ -157,7 +161,7 @@ def score_gradients(job, desk, first, n, sums):
             store(d, ds, f)
             sum = sum + first_lanes(d, n * W - f, 0.0)
         if job.rule == SUM:
-            store(load(desk.terms, g) + period_sum(sum, W), desk.terms, g)
+            store(load(desk.key_sums, g) + period_sum(sum, W), desk.key_sums, g)
     if job.wants_dbias:
         put_numbers_of(job.dbias, ds, edges, n, H, W)
     # 2. w
@@ -166,18 +170,18 @@ def score_gradients(job, desk, first, n, sums):
     # 3. what the query gets, and what belongs to the edge
     if job.rule == JOINT:
         joint_gradients(
-            desk.terms, sums + job.width, ds, W, desk.y, job.att, job.slope, job.key, edge, job.has_edge,
-            dedge, job.has_edge, nodes, lines, n, job.terms, False,
+            desk.key_sums, sums + ATT * job.width, ds, W, desk.y, job.att, job.slope, job.key, edge, job.has_edge,
+            dedge, job.has_edge, nodes, lines, n, job.key_heads, False,
         )  # fmt: skip
     if job.has_edge_value:
-        spread(dedge_value, lines, desk.weights, desk.x, n, job.channels, 1.0, False)
+        spread(dedge_value, lines, desk.weights, desk.x, n, job.value_heads, 1.0, False)
         if job.aggregation == MAX:
             keep_chosen(job, dedge_value, lines, first, n)
     if job.rule == DOT:
-        add_gathered(desk.terms, ds, W, job.key, nodes, n, job.terms, True, job.has_bias)
+        add_gathered(desk.key_sums, ds, W, job.key, nodes, n, job.key_heads, True, job.has_bias)
         if job.has_edge:
-            add_gathered(desk.terms, ds, W, edge, lines, n, job.terms, True, job.has_bias)
-            spread(dedge, lines, ds, desk.y, n, job.terms, job.scale, job.features.K and job.has_edge_value)
+            add_gathered(desk.key_sums, ds, W, edge, lines, n, job.key_heads, True, job.has_bias)
+            spread(dedge, lines, ds, desk.y, n, job.key_heads, job.scale, job.features.K and job.has_edge_value)
 
 
 @within
@@ -186,7 +190,7 @@ def put_pairs(job, desk, first, n):
     W, end = job.W, (first + n) * 2 * job.W
     for e in range(n):
         for g in range(0, W, lanes_of(desk.weights)):
-            put_numbers(job, load(desk.changes, e * W + g), (first + e) * 2 * W + g, end)
+            put_numbers(job, load(desk.gradients, e * W + g), (first + e) * 2 * W + g, end)
         for g in range(0, W, lanes_of(desk.weights)):
             put_numbers(job, load(desk.weights, e * W + g), ((first + e) * 2 + 1) * W + g, end)
 
@@ -202,21 +206,21 @@ def put_numbers(job, x, at, end):
 
 @within
 def clear_target(job, desk, i):
-    take_row(desk.x, job.grad, i, job.channels)
+    take_row(desk.x, job.grad, i, job.value_heads)
     take_query(job, desk, i)
     fill(desk.delta, job.span, 0.0)
-    fill(desk.terms, job.width, 0.0)
+    fill(desk.key_sums, job.width, 0.0)
 
 
 @apart
-def put_terms(job, rows, i, x):
+def put_key_sums(job, rows, i, x):
     """The gradient of a query or key; of SUM a number for each head"""
     if job.rule == SUM:
         lanes = lanes_of(x)
         for h in range(0, job.H, lanes):
             put_part(rows, i * rows.step + h, load(x, h), min(lanes, job.H - h), lanes)
     else:
-        put_row(rows, i, x, job.terms, job.scale if job.rule == DOT else 1.0)
+        put_row(rows, i, x, job.key_heads, job.scale if job.rule == DOT else 1.0)
 
 
 @within
@@ -226,28 +230,28 @@ def gradients(job, desk, i, j, first, last, finds, gives, sums, task):
     alone has more edges than a batch: then `here` is the desk itself.)"""
     at_once = finds and gives and last - first <= EDGES
     for round in range(0 if finds else 1, 2 if gives and not at_once else 1):
-        for p in range(first, max(last, first + 1), EDGES):
-            n = min(EDGES, last - p)
+        for at in range(first, max(last, first + 1), EDGES):
+            n = min(EDGES, last - at)
             if n:
-                take_scores(job, desk, p, n)
+                take_scores(job, desk, at, n)
             for t in range(i, j):
-                begin, end = edges_of(job, t, p, p + n)
-                here = from_edge(desk, begin - p, job.W)
-                if round == 0 and p == first:
+                begin, end = edges_of(job, t, at, at + n)
+                here = from_edge(desk, begin - at, job.W)
+                if round == 0 and at == first:
                     clear_target(job, desk, t)
                 take_weights(job, here, t, end - begin)
                 if round == 0:
                     weight_gradients(job, here, begin, end - begin)
                 else:
-                    take_gradients(job, desk, p, n)
+                    take_gradients(job, desk, at, n)
                 if round == 1 or at_once:
                     score_gradients(job, here, begin, end - begin, sums)
                 else:
-                    keep_gradients(job, desk, p, n)
+                    keep_gradients(job, desk, at, n)
                 if at_once:
                     put_target(job, desk, t, sums)
             if round == 1 or at_once:
-                put_pairs(job, desk, p, n)
+                put_pairs(job, desk, at, n)
                 if job.features.K and n:
                     give_rows(features_desk(job, desk), desk.edges, job.dedge, job.features, n, task)
     if finds and gives and not at_once:
@@ -256,8 +260,8 @@ def gradients(job, desk, i, j, first, last, finds, gives, sums, task):
 
 @within
 def put_target(job, desk, i, sums):
-    put_terms(job, job.dquery, i, desk.terms)
-    add(sums, desk.x, job.width)
+    put_key_sums(job, job.dquery, i, desk.key_sums)
+    add(sums + OFFSET * job.width, desk.x, job.width)
 
 
 @kernel
@@ -266,7 +270,7 @@ def backward_targets(job: NeighborJob, slot, task):
     desk = carve(job, slot)
     count_lines(job, desk)
     width, is_hub, row = job.width, job.mode == HUB, job.sums_from + task
-    sums = job.sums + row * 3 * width
+    sums = job.sums + row * SUMS * width
     here = job.partial + task * job.partial_step
     if is_hub or job.mode == SECOND_PART:
         hub = task if is_hub else job.parts[3 * task]
@@ -274,7 +278,7 @@ def backward_targets(job: NeighborJob, slot, task):
         for part in range(job.hubs[3 * hub + 1], job.hubs[3 * hub + 2]):
             before = job.partial + part * job.partial_step
             if is_hub:
-                add(desk.terms, before, width)
+                add(desk.key_sums, before, width)
             else:
                 add(desk.delta, before + width, job.span)
         if is_hub:
@@ -289,28 +293,28 @@ def backward_targets(job: NeighborJob, slot, task):
     if job.mode == PART:
         copy(here + width, desk.delta, job.span)
     elif job.mode == SECOND_PART:
-        copy(here, desk.terms, width)
+        copy(here, desk.key_sums, width)
 
 
 # --- backward, by source ---------------------------------------------------------------------------------------------
 @within
 def collect(job, desk, i, j, first, last, finishes, sums):
     """Sources i .. j - 1 from their edges first .. last - 1, a batch, or more for one source: desk.value = dvalue and
-    desk.terms = dkey. If it finishes, they are given to each."""
-    for p in range(first, max(last, first + 1), EDGES):
-        n = min(EDGES, last - p)
+    desk.key_sums = dkey. If it finishes, they are given to each."""
+    for at in range(first, max(last, first + 1), EDGES):
+        n = min(EDGES, last - at)
         if n:
-            take_pairs(job, desk, p, n)
+            take_pairs(job, desk, at, n)
         for t in range(i, j):
-            begin, end = edges_of(job, t, p, p + n)
-            if p == first:
+            begin, end = edges_of(job, t, at, at + n)
+            if at == first:
                 if job.rule == JOINT:
-                    fetch_row(job.key, t + 2, 0, job.terms.H * job.terms.C)
-                    take_row(desk.y, job.key, t, job.terms)
+                    fetch_row(job.key, t + 2, 0, job.key_heads.H * job.key_heads.C)
+                    take_row(desk.y, job.key, t, job.key_heads)
                 fill(desk.value, job.width, 0.0)
-                fill(desk.terms, job.width, 0.0)
-            add_gradients(job, from_edge(desk, begin - p, job.W), end - begin)
-            if finishes and p + EDGES >= last:
+                fill(desk.key_sums, job.width, 0.0)
+            add_gradients(job, from_edge(desk, begin - at, job.W), end - begin)
+            if finishes and at + EDGES >= last:
                 give(job, desk, t, sums)
 
 
@@ -322,19 +326,19 @@ def add_gradients(job, desk, n):
     if job.aggregation == MAX:
         add_chosen(job, desk, n)
     else:
-        add_gathered(desk.value, weights, 2 * W, job.grad, nodes, n, job.channels, True, job.has_bias)
+        add_gathered(desk.value, weights, 2 * W, job.grad, nodes, n, job.value_heads, True, job.has_bias)
     if job.rule == SUM:
         for g in range(0, W, lanes_of(ds)):
-            sum = load(desk.terms, g)
+            sum = load(desk.key_sums, g)
             for e in range(n):
                 sum = sum + load(ds, 2 * e * W + g)
-            store(sum, desk.terms, g)
+            store(sum, desk.key_sums, g)
     elif job.rule == DOT:
-        add_gathered(desk.terms, ds, 2 * W, job.query, nodes, n, job.terms, True, job.has_bias)
+        add_gathered(desk.key_sums, ds, 2 * W, job.query, nodes, n, job.key_heads, True, job.has_bias)
     elif job.rule == JOINT:
         joint_gradients(
-            desk.terms, None, ds, 2 * W, desk.y, job.att, job.slope, job.query, rows_of(job, desk, job.edge),
-            job.has_edge, job.edge, 0, nodes, lines_of(job, desk), n, job.terms, True,
+            desk.key_sums, None, ds, 2 * W, desk.y, job.att, job.slope, job.query, rows_of(job, desk, job.edge),
+            job.has_edge, job.edge, 0, nodes, lines_of(job, desk), n, job.key_heads, True,
         )  # fmt: skip
 
 
@@ -362,21 +366,21 @@ def take_pairs(job, desk, first, n):
 @within
 def give(job, desk, j, sums):
     """Write what source j gets; its key, where it is a product with its value, and the key's gradient go into that."""
-    H, pad, width, lanes = job.H, job.channels.pad, job.width, lanes_of(desk.value)
+    H, pad, width, lanes = job.H, job.value_heads.pad, job.width, lanes_of(desk.value)
     if job.folds:
-        take_row(desk.x, job.value, j, job.channels)
+        take_row(desk.x, job.value, j, job.value_heads)
     for f in range(job.folds):
         for h in range(H):
-            d = desk.terms[h] if f == 0 else job.dquery.data[j * job.dquery.step + h]
+            d = desk.key_sums[h] if f == 0 else job.dquery.data[j * job.dquery.step + h]
             for c in range(h * pad, (h + 1) * pad if d != 0 else 0, lanes):  # 0 of NaN that nobody saw is 0
-                change, out = splat(load(desk.x, c), d), (1 + f) * width + c
-                store(fma(change, load(job.fold, f * width + c), load(desk.value, c)), desk.value, c)
-                store(fma(change, load(desk.x, c), load(sums, out)), sums, out)
+                gradient, out = splat(load(desk.x, c), d), (FOLD + f) * width + c
+                store(fma(gradient, load(job.fold, f * width + c), load(desk.value, c)), desk.value, c)
+                store(fma(gradient, load(desk.x, c), load(sums, out)), sums, out)
     if job.rule == JOINT:
-        add(desk.value, desk.terms, width)
+        add(desk.value, desk.key_sums, width)
     elif not job.folds:
-        put_terms(job, job.dkey, j, desk.terms)
-    put_row(job.dvalue, j, desk.value, job.channels, 1.0)
+        put_key_sums(job, job.dkey, j, desk.key_sums)
+    put_row(job.dvalue, j, desk.value, job.value_heads, 1.0)
 
 
 @kernel
@@ -385,14 +389,14 @@ def backward_sources(job: NeighborJob, slot, task):
     desk = carve(job, slot)
     count_lines(job, desk)
     width = job.width
-    sums = job.sums + (job.sums_from + task) * 3 * width
+    sums = job.sums + (job.sums_from + task) * SUMS * width
     if job.mode == HUB:
         fill(desk.value, width, 0.0)
-        fill(desk.terms, width, 0.0)
+        fill(desk.key_sums, width, 0.0)
         for part in range(job.hubs[3 * task + 1], job.hubs[3 * task + 2]):
             here = job.partial + part * job.partial_step
             add(desk.value, here, width)
-            add(desk.terms, here + width, width)
+            add(desk.key_sums, here + width, width)
         give(job, desk, job.hubs[3 * task], sums)
         return
     i, end = nodes_of(job, task)
@@ -404,4 +408,4 @@ def backward_sources(job: NeighborJob, slot, task):
     if job.mode == PART:
         here = job.partial + task * job.partial_step
         copy(here, desk.value, width)
-        copy(here + width, desk.terms, width)
+        copy(here + width, desk.key_sums, width)

@@ -2,8 +2,15 @@
 
     query (B * H) x (Lq, D)   key (B * Hk) x (Lk, D)   value (B * Hk) x (Lk, Dv)   output (B * H) x (Lq, Dv)
 
-No array of Lq x Lk elements is ever formed: a task takes a block of queries past the keys, chunk by chunk. A task owns
-what it writes, and the order of every sum depends on the sizes of one head alone.
+No array of Lq x Lk elements is ever formed: a task takes a block of queries past the keys, chunk by chunk. Of each
+query it keeps m, l and o (`shift`, `total` and `output` of a block), and of each tile of scores s in base 2 it adds
+
+    m' = max(m, s)  where a score passes the bound, m + 16; else m' = m, which need not be the largest: see softmax.py
+    p  = 2^(s - m')
+    l <- l 2^(m - m') + sum p
+    o <- o 2^(m - m') + p v             in the end out = o / l
+
+A task owns what it writes, and the order of every sum depends on the sizes of one head alone.
 """
 
 import math
@@ -114,7 +121,11 @@ def apply_dropout(like, p, b, column, key, dropout):
 @apart
 def add_seen_columns(out, m, D, b, block, k0, first, last, column, lanes, nq, additive):
     """As `add_columns_times_block` where m may hold NaN or infinity in rows that some queries do not see: the same
-    sums, in the same order, without what is hidden."""
+    sums, in the same order, without what is hidden.
+
+    Not the same bits where bfloat16 is multiplied by pairs (`job.packed`): there the block is rounded and two products
+    are added at once, here neither.
+    """
     width = width_of(out)
     for query in range(column, min(nq, column + lanes)):
         for d in range(D):

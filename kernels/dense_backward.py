@@ -132,7 +132,7 @@ def hide_gradient(like, ds, b, g, column, j, live, softcap, additive, edge, of_b
 @apart
 def add_seen_rows(out, out_row, b, block, k0, n, rows, step, nq, additive):
     """As `add_block_times_rows` where rows may hold NaN or infinity for queries that do not see some keys: the same
-    sums, in the same order, without what is hidden."""
+    sums, in the same order, without what is hidden. As in `add_seen_columns` not the same bits, if `job.packed`."""
     width = width_of(block)
     for j in range(n):
         for d in range(0, step, lanes_of(block)):

@@ -32,7 +32,7 @@ def rows_of(job, desk, rows):
 
 
 @inline
-def changes_of(job, desk, rows):
+def gradients_of(job, desk, rows):
     """Where their gradients go"""
     return Rows(features_desk(job, desk).dmade, job.features.pitch) if job.features.K else Rows(rows.data, rows.step)
 
@@ -92,7 +92,7 @@ def give_rows(here, edges, dedge, features, n, task):
 
 
 @apart
-def leave_out(row, K, change, D):
+def leave_out(row, K, gradient, D):
     """Features that are NaN or infinite add nothing where no channel has a gradient."""
     odd = 0 * row[0]
     for k in range(K):
@@ -100,6 +100,6 @@ def leave_out(row, K, change, D):
     if odd != 0:
         some = False
         for d in range(D):
-            some |= change[d] != 0
+            some |= gradient[d] != 0
         for k in range(0 if some else K):
             row[k] = 0

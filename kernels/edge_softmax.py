@@ -35,11 +35,11 @@ INF = math.inf
 # --- along the edges -------------------------------------------------------------------------------------------------
 @within
 def take(job, desk, first, n):
-    """scores = s, or backward w, and changes = dw: of the n edges from `first` on"""
+    """scores = s, or backward w, and gradients = dw: of the n edges from `first` on"""
     take_edges(job, desk, first, n)
     take_numbers_of(desk.scores, job.bias, desk.edges, n, job.H, job.W)
     if job.has_grad_weights:
-        take_numbers_of(desk.changes, Rows(job.grad_weights, job.H), desk.edges, n, job.H, job.W)
+        take_numbers_of(desk.gradients, Rows(job.grad_weights, job.H), desk.edges, n, job.H, job.W)
 
 
 @within
@@ -77,18 +77,18 @@ def do_long(job, desk, task, first, last, measure, finish):
         join_parts(job, desk, task)
     else:
         clear(job, desk)
-        for p in range(first, last, EDGES):
-            n = min(EDGES, last - p)
-            take(job, desk, p, n)
-            measure(job, desk, n, p > first)
+        for at in range(first, last, EDGES):
+            n = min(EDGES, last - at)
+            take(job, desk, at, n)
+            measure(job, desk, n, at > first)
     if job.mode == PART:
         here = job.partial + task * job.partial_step
         copy(here, desk.bound, job.span)
         copy(here + job.span, desk.total, job.span)
         return
-    for p in range(first, last, EDGES):
-        n = min(EDGES, last - p)
-        take(job, desk, p, n)
+    for at in range(first, last, EDGES):
+        n = min(EDGES, last - at)
+        take(job, desk, at, n)
         finish(job, desk, n)
         put_numbers_of(job.dbias, desk.weights, desk.edges, n, job.H, job.W)
 
@@ -138,7 +138,7 @@ def add_products(job, desk, n, again):
         sum = splat(load(desk.scores, g), 0.0)
         for k in range(rounds(n, W, lanes)):
             f = g + k * job.span
-            w, dw = first_lanes(load(desk.scores, f), n * W - f, 0.0), load(desk.changes, f)
+            w, dw = first_lanes(load(desk.scores, f), n * W - f, 0.0), load(desk.gradients, f)
             sum = sum + where(w == splat(w, 0.0), splat(w, 0.0), w * dw)
         store(load(desk.total, g) + period_sum(sum, W), desk.total, g)
 
@@ -151,7 +151,7 @@ def subtract_delta(job, desk, n):
         delta = load(desk.total, g)
         for k in range(rounds(n, W, lanes)):
             f = g + k * job.span
-            w, dw = load(desk.scores, f), load(desk.changes, f)
+            w, dw = load(desk.scores, f), load(desk.gradients, f)
             store(where(w == splat(w, 0.0), w, w * (dw - delta)), desk.weights, f)
 
 

@@ -61,7 +61,7 @@ def clear_chosen(job, first, n):
 @within
 def choose(job, desk, i):
     """What target i has found, as bits of its edges"""
-    first, lanes, C, pad = begin_of(job, i), lanes_of(desk.value), job.channels.C, job.channels.pad
+    first, lanes, C, pad = begin_of(job, i), lanes_of(desk.value), job.value_heads.C, job.value_heads.pad
     for h in range(job.H):
         for c in range(h * pad, h * pad + C):
             if desk.place[c] >= 0:
@@ -81,11 +81,11 @@ def placed(place, value, top, e):
 
 @within
 def find_hidden(job, desk, n):
-    """changes[e, h] = 1 where a bias hides the edge, else 0"""
+    """gradients[e, h], which forward are none, = 1 where a bias hides the edge, else 0"""
     for e in range(n if job.has_bias else 0):
         for h in range(job.H):
             hides = job.bias.data[desk.edges[e] * job.bias.step + h] == -INF
-            desk.changes[e * job.W + h] = 1.0 if hides else 0.0
+            desk.gradients[e * job.W + h] = 1.0 if hides else 0.0
 
 
 @inline
@@ -165,28 +165,28 @@ def join_largest(job, desk, part, c, x):
 # --- backward -------------------------------------------------------------------------------------------------------
 @apart
 def dot_chosen(job, desk, edge_value, lines, first, n):
-    """changes[e, h] = sum over the channels c in which the edge was chosen of do[i, h, c] * (value + value_a), of the n
-    edges at the positions from `first` on"""
-    C, pad, lanes = job.channels.C, job.channels.pad, lanes_of(desk.changes)
+    """gradients[e, h] = sum over the channels c in which the edge was chosen of do[i, h, c] * (value + value_a), of the
+    n edges at the positions from `first` on"""
+    C, pad, lanes = job.value_heads.C, job.value_heads.pad, lanes_of(desk.gradients)
     for e in range(n):
         row = desk.nodes[e] * job.value.step
         fetch_row(job.value, desk.nodes[e + AHEAD], 0, job.H * C)
         for h in range(job.H):
-            sum = zeros_of(desk.changes)
+            sum = zeros_of(desk.gradients)
             for c in range(0, C, lanes):
                 live = min(lanes, C - c)
                 y = row_part(job.value, row + h * C + c, live, lanes)
                 if job.has_edge_value:
                     y = y + row_part(edge_value, lines[e] * edge_value.step + h * C + c, live, lanes)
                 product = y * load(desk.x, h * pad + c)
-                sum = sum + if_chosen(job, first + e, h * pad + c, product, zeros_of(desk.changes))
-            desk.changes[e * job.W + h] = lane_sum(sum)
+                sum = sum + if_chosen(job, first + e, h * pad + c, product, zeros_of(desk.gradients))
+            desk.gradients[e * job.W + h] = lane_sum(sum)
 
 
 @apart
 def add_chosen(job, desk, n):
     """desk.value[h, c] += w[e, h] * do[i, h, c], where the edge was chosen, of n edges of a source"""
-    C, pad, lanes = job.channels.C, job.channels.pad, lanes_of(desk.value)
+    C, pad, lanes = job.value_heads.C, job.value_heads.pad, lanes_of(desk.value)
     for e in range(n):
         row = desk.nodes[e] * job.grad.step
         prefetch(job.chosen, desk.positions[e + AHEAD] * job.chosen_step)
@@ -203,7 +203,7 @@ def add_chosen(job, desk, n):
 @apart
 def keep_chosen(job, rows, ids, first, n):
     """rows[ids[e], h, c] = 0 where the edge at position first + e was not chosen"""
-    C, pad, lanes = job.channels.C, job.channels.pad, lanes_of(rows.data)
+    C, pad, lanes = job.value_heads.C, job.value_heads.pad, lanes_of(rows.data)
     for e in range(n):
         for h in range(job.H):
             for c in range(0, C, lanes):

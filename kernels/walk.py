@@ -23,6 +23,9 @@ INF = math.inf
 SUM, JOINT, DOT, GIVEN = 0, 1, 2, 3  # rules for scores, see csr.py; those that are given, edge_softmax.py
 ADD, MEAN, MAX = 0, 1, 2  # aggregations
 NODES, PART, SECOND_PART, HUB = 0, 1, 2, 3  # what a task is
+# Rows of a task's `sums`, gradients of what all nodes share: by target those of `offset` and, of JOINT, of `att`; by
+# source as many from FOLD on as there are folds.
+OFFSET, ATT, FOLD, SUMS = 0, 1, 1, 3
 
 
 class Features(NamedTuple):
@@ -105,14 +108,14 @@ class NeighborJob(NamedTuple):
     wants_dbias: int
     fold: Elements  # (2, H, C), padded: key = <fold[0], value> and, of the same nodes, query = <fold[1], value>
     folds: int  # how many of them
-    sums: Elements  # (tasks, 3, H, pad): of do; of what `att` or `fold` get
+    sums: Elements  # (tasks, SUMS, H, pad): what a task adds up, a row for each of OFFSET, ATT or FOLD
     sums_from: int  # the row of task 0
     H: int
     W: int  # numbers of one edge: heads, padded as gather.py says
     span: int  # numbers that repeat as whole vectors: W, and at least a vector
     width: int  # H * pad
-    channels: Heads  # how the C channels of values lie
-    terms: Heads  # and the D of keys
+    value_heads: Heads  # how the C channels of values lie
+    key_heads: Heads  # and the D of keys
     scratch: Elements
     scratch_step: int
 
@@ -125,18 +128,18 @@ class Desk(NamedTuple):
     positions: Indices  # by target, of edges by source
     scores: Elements  # (EDGES, W)
     weights: Elements
-    changes: Elements
+    gradients: Elements  # dp, then ds; forward, of MAX, whether a bias hides the edge
     shares: Elements
     pairs: Elements  # (EDGES, 2, W)
     bound: Elements  # (span)
     total: Elements
     delta: Elements
     factor: Elements
-    value: Elements  # (H, pad): sums, and one row that is given; C channels or D
-    terms: Elements
-    x: Elements
+    value: Elements  # (H, pad), as those that follow, C channels or D: sums of values, or of what they get
+    key_sums: Elements  # backward: what the query, or by source the key, gets
+    x: Elements  # rows that are given
     y: Elements
-    place: Elements  # forward, of MAX, in the memory of x and terms: see largest.py
+    place: Elements  # forward, of MAX, in the memory of x and key_sums: see largest.py
     batch: Elements
 
 
@@ -191,25 +194,25 @@ def from_edge(desk, e, W):
     f = e * W
     return Desk(
         desk.nodes + e, desk.edges + e, desk.positions + e,
-        desk.scores + f, desk.weights + f, desk.changes + f, desk.shares + f, desk.pairs + 2 * f,
-        desk.bound, desk.total, desk.delta, desk.factor, desk.value, desk.terms, desk.x, desk.y,
+        desk.scores + f, desk.weights + f, desk.gradients + f, desk.shares + f, desk.pairs + 2 * f,
+        desk.bound, desk.total, desk.delta, desk.factor, desk.value, desk.key_sums, desk.x, desk.y,
         desk.place, desk.batch,
     )  # fmt: skip
 
 
 # --- edges ----------------------------------------------------------------------------------------------------------
 @apart
-def number(narrow, wide, p):
-    return wide[p] if narrow is None else np.int64(narrow[p])
+def number(narrow, wide, at):
+    return wide[at] if narrow is None else np.int64(narrow[at])
 
 
 @apart
-def fetch_number(narrow, wide, p):
+def fetch_number(narrow, wide, at):
     """Ask for what will be needed soon"""
     if narrow is None:
-        prefetch(wide, p)
+        prefetch(wide, at)
     else:
-        prefetch(narrow, p)
+        prefetch(narrow, at)
 
 
 @inline

@@ -39,16 +39,16 @@ def dense():
     kernels = {"forward": dense.forward, "to_query": dense_backward.to_query, "to_key": dense_backward.to_key}
     for name, kernel in kernels.items():
         for element, width in (("bfloat16", 64), ("bfloat16", 128), ("bfloat16", 256), ("float32", 64)):
-            v = plan.variant(name, element, width, plan.Terms(*NO_TERMS))
+            v = plan.variant(name, element, width, plan.HasTerms(*NO_TERMS))
             yield kernel, v._replace(makes=plan.makes(width)[0])
-        yield kernel, plan.variant(name, "float16", 32, plan.Terms(*ALL_TERMS))
-        yield kernel, plan.variant(name, "bfloat16", 64, plan.Terms(True, False, False, False, False))
-    few = plan.packed(plan.variant("forward", "bfloat16", 128, plan.Terms(*NO_TERMS)), 4)
+        yield kernel, plan.variant(name, "float16", 32, plan.HasTerms(*ALL_TERMS))
+        yield kernel, plan.variant(name, "bfloat16", 64, plan.HasTerms(True, False, False, False, False))
+    few = plan.packed(plan.variant("forward", "bfloat16", 128, plan.HasTerms(*NO_TERMS)), 4)
     yield dense.forward, few
     yield dense.merge, plan.merging("bfloat16", 64)
     yield dense_backward.prepare, plan.preparing("bfloat16", 64)
     for kernel in (pairs.weights, pairs.bias_gradient):
-        yield kernel, plan.in_pairs("bfloat16", plan.Terms(*NO_TERMS))
+        yield kernel, plan.in_pairs("bfloat16", plan.HasTerms(*NO_TERMS))
 
 
 def copying():

@@ -300,7 +300,7 @@ def test_more_heads_than_a_grid_is_high(options, monkeypatch):
 def test_a_variant_has_no_more_scores_than_there_are_bits_for_hidden_ones(monkeypatch):
     from ruvector_numba.plan import cuda_dense as plan
 
-    terms = plan.Terms(False, False, False, False, False)
+    terms = plan.HasTerms(False, False, False, False, False)
     assert all(plan.variant("forward", "bfloat16", width, terms).scores <= 64 for width in plan.WIDTHS)
     monkeypatch.setitem(plan._HALVES["forward"], 48, (128, 2, 2, 2))
     with pytest.raises(AssertionError):

@@ -21,7 +21,7 @@ def test_every_head_has_its_blocks(matrices, splits):
 
 
 def test_what_has_a_row_for_each_query_and_head_lies_along_x():
-    v = cuda_dense.in_pairs("float32", cuda_dense.Terms(False, False, False, False, False))
+    v = cuda_dense.in_pairs("float32", cuda_dense.HasTerms(False, False, False, False, False))
     for grid in (cuda_dense.weights_grid(v, 100, 70_000), cuda_dense.bias_grid(v, 9, 70_000)):
         assert 70_000 <= grid[0] <= MOST[0] and grid[1:] == (1, 1)
 

@@ -140,7 +140,7 @@ def source_passes(v):
                     d *= float32(job.scale)
                 add(job, base, w, d, value, a, edges, grads, queries, dv, dk)
                 if RULE != GIVEN and here and sub == 0:
-                    job.changes[int64(position) * job.H + head] = d
+                    job.dscores[int64(position) * job.H + head] = d
                 if EDGE_VALUE or (EDGE and RULE != SUM):
                     spread(job, id, head, sub, here, w, d, base, grads, queries, value, a, edges, more)
         return dterm
@@ -268,7 +268,7 @@ def target_passes(v):
         found = float32(0)
         for p in range(0, longest(int32(last - first)), LANES):
             if there and first + p + sub < last:
-                found += job.changes[int64(first + p + sub) * job.H + head]
+                found += job.dscores[int64(first + p + sub) * job.H + head]
         return joined(found)
 
     @device
@@ -284,7 +284,7 @@ def target_passes(v):
             for u in range(UNROLLED):
                 here, position, d = there and first + p + u < last, int32(first + p + u), float32(0)
                 if here:
-                    d = job.changes[int64(position) * job.H + head]
+                    d = job.dscores[int64(position) * job.H + head]
                 if EDGE:
                     take(edges, 0, job.edge, edge_id(job, position, here), head, sub, job.D, here)
                 for c in range(WIDTH):

@@ -83,7 +83,7 @@ class NeighborJob(NamedTuple):
     # backward
     grad: Rows = Rows()
     back_stats: Floats = NOWHERE  # (Nt, H, 4): as stats, but 1 / sum, and then delta
-    changes: Floats = NOWHERE  # (E, H): ds, by position by target
+    dscores: Floats = NOWHERE  # (E, H): ds, by position by target
     dquery: Rows = Rows()
     dkey: Rows = Rows()
     dvalue: Rows = Rows()

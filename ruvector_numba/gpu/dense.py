@@ -125,9 +125,9 @@ def gradient(name: str, x: Any, shape: Shape, element: str) -> GpuArray:
 
 
 def terms_of(c: GpuCall) -> Any:
-    from ..plan.cuda_dense import Terms
+    from ..plan.cuda_dense import HasTerms
 
-    return Terms(
+    return HasTerms(
         softcap=c.checked.softcap is not None, slopes=c.checked.slopes is not None, bias=c.bias is not None,
         mask=c.mask is not None, dropout=c.checked.dropout > 0,
     )  # fmt: skip

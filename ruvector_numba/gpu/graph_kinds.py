@@ -11,7 +11,7 @@ import numpy as np
 from .. import gpu
 from ..errors import InvalidInputError
 from .arrays import GpuArray
-from .neighbors import Past, Terms
+from .neighbors import NeighborTerms, Past
 from .projection import linear, linear_backward
 from .work import Found, Inputs, Work, columns
 
@@ -41,7 +41,7 @@ def _gat(work: Work) -> Past:
     if inputs.edge_attr is not None:  # att . (W a) = (att W) a: no array of edges is as wide as a node
         edge = linear(space, inputs.edge_attr, _by_edge(work))
     att = work.constant("att", lambda: np.concatenate([p["att_src"], p["att_dst"]]))
-    terms = Terms(plan.SUM, h, query, h, edge=edge, att=att, offset=work.offset(), **work.common())
+    terms = NeighborTerms(plan.SUM, h, query, h, edge=edge, att=att, offset=work.offset(), **work.common())
     return Past(inputs.graph, terms, space, layer.concat)
 
 
@@ -111,7 +111,7 @@ def _gatv2(work: Work) -> Past:
             (right,) = work.linears(_target(inputs), (right_name,))
     edge = _edge_rows(work)
     att = work.constant("att", lambda: p["att"][0])
-    terms = Terms(plan.JOINT, left, right, left, edge=edge, att=att, offset=work.offset(), **work.common())
+    terms = NeighborTerms(plan.JOINT, left, right, left, edge=edge, att=att, offset=work.offset(), **work.common())
     return Past(inputs.graph, terms, work.space, layer.concat)
 
 
@@ -145,7 +145,7 @@ def _transformer(work: Work) -> Past:
     else:
         key, value, query, *offset = work.linears(inputs.source, ("lin_key", "lin_value", "lin_query", *root))
     edge = _edge_rows(work)
-    terms = Terms(
+    terms = NeighborTerms(
         plan.DOT, key, query, value, edge=edge, edge_value=edge, scale=layer._scale,
         offset=offset[0] if offset else None, **work.common(),
     )  # fmt: skip

@@ -17,7 +17,7 @@ from ..graphs import edges
 from ..graphs.derived import Derived
 from ..graphs.graph import CSRGraph
 from .arrays import GpuArray, Space
-from .neighbors import Past, Terms
+from .neighbors import NeighborTerms, Past
 
 __all__ = ["loops_put_in", "loops_taken_out"]
 
@@ -50,7 +50,7 @@ def _past(space: Space, graph: CSRGraph, values: GpuArray, policy: Any, fill_val
         filled[whole.num_targets - loops :] = edges.filled(fill_value, (loops, *values.shape[1:]), filled.dtype)
         offset = _rows(space.keep(gpu.uploaded(space, filled, values.element)))
     bias = space.keep(gpu.uploaded(space, weights[:, None], values.element))
-    terms = Terms(plan.GIVEN, rows, None, rows, bias=bias, normalizes=False, offset=offset)
+    terms = NeighborTerms(plan.GIVEN, rows, None, rows, bias=bias, normalizes=False, offset=offset)
     return Past(whole, terms, space)
 
 

@@ -21,10 +21,10 @@ from .arrays import GpuArray, Space
 from .dense import gradient
 from .layouts import compact, viewed, zero
 
-__all__ = ["Made", "Past", "Terms", "rows"]
+__all__ = ["Made", "NeighborTerms", "Past", "rows"]
 
 
-class Terms(NamedTuple):
+class NeighborTerms(NamedTuple):
     """What attention over neighbours is of; see the same of plan/csr.py. Rows are those that `rows` gives.
 
     Of SUM the query is (Nt, H, C) or None, and its terms are products with att, (2, H, C).
@@ -115,7 +115,7 @@ def attend(arrays: tuple[Any, ...], graph: CSRGraph, device: str | None, *settin
     space = Space(found["query"].native)
     q, k, v = (rows(space, found[name]) for name in names[:3])
     bias, edge, edge_value, weight = (rows(space, found[name]) if name in found else None for name in names[3:])
-    terms = Terms(
+    terms = NeighborTerms(
         plan.DOT, k, q, v, edge=edge, bias=bias, scale=c.scale, dropout=c.dropout, seed=c.seed, edge_weight=weight,
         aggregation=c.aggregation, edge_value=edge_value,
     )  # fmt: skip
@@ -137,7 +137,7 @@ def edge_softmax(scores: Any, graph: CSRGraph) -> Any:
     space, H = Space(scores), s.shape[1] if len(s.shape) == 2 else 1
     bias = viewed(compact(space, s), (graph.num_edges, H))
     none = space.keep(space.empty((graph.num_sources, H, 0), s.element))
-    made = Past(graph, Terms(plan.GIVEN, none, None, none, bias=bias), space).coefficients(space)
+    made = Past(graph, NeighborTerms(plan.GIVEN, none, None, none, bias=bias), space).coefficients(space)
     return made.native if len(s.shape) == 2 else made.native.reshape(-1)
 
 
@@ -231,7 +231,7 @@ def _rows(space: Space, x: GpuArray | None) -> Any:
 class Past:
     """What a pass over the edges remembers, for its coefficients and its gradients; as `neighbors.Past`."""
 
-    def __init__(self, graph: CSRGraph, terms: Terms, space: Space, joined: bool = False) -> None:
+    def __init__(self, graph: CSRGraph, terms: NeighborTerms, space: Space, joined: bool = False) -> None:
         """The output is (Nt, H, C), or where heads are `joined` (Nt, H * C) for who sees more than its rows."""
         from ..kernels.cuda import csr
 
@@ -331,7 +331,7 @@ class Past:
         targets, sources = self._walk(space), self._walk(space, True)
         v = self._variant(grad, *(made.get(name) for name in ("value", "key", "query", "edge", "edge_value")))
         job = self._job(space)._replace(
-            grad=_rows(space, grad), back_stats=space.scratch(gpu.size(self.stats.shape)), changes=space.scratch(E * H),
+            grad=_rows(space, grad), back_stats=space.scratch(gpu.size(self.stats.shape)), dscores=space.scratch(E * H),
             dquery=_rows(space, made.get("query")), dkey=_rows(space, made.get("key")),
             dvalue=_rows(space, made["value"]), dedge=_rows(space, made.get("edge")),
             dedge_value=_rows(space, made.get("edge_value")), dbias=space.pointer(made.get("bias")),

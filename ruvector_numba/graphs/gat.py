@@ -181,7 +181,7 @@ class GAT(_Convolution):
         if inputs.edge_attr is not None:  # att . (W a) = (att W) a: no array of edges is as wide as a node
             by_edge = att_by_edge(p["att_edge"], p["lin_edge.weight"])
             edge = linear(inputs.edge_attr, by_edge)[..., None]
-        terms = plan.Terms(plan.SUM, products[0], query, h, edge=edge, fold=att, **self._common(inputs, p))
+        terms = plan.NeighborTerms(plan.SUM, products[0], query, h, edge=edge, fold=att, **self._common(inputs, p))
         return Past(inputs.graph, terms, keeps), (h_target, by_edge)
 
     def _attend_back(
@@ -350,7 +350,7 @@ class GATv2(_Convolution):
         else:
             left, right = linears(source, p, ("lin_l",), H)[0], linears(target, p, ("lin_r",), H)[0]
         edge = edge_terms(inputs, p, self.heads)
-        terms = plan.Terms(plan.JOINT, left, right, left, **edge, att=p["att"][0], **self._common(inputs, p))
+        terms = plan.NeighborTerms(plan.JOINT, left, right, left, **edge, att=p["att"][0], **self._common(inputs, p))
         return Past(inputs.graph, terms, keeps), None
 
     def _joined(self, inputs: Inputs) -> tuple[str, ...]:

@@ -261,7 +261,7 @@ class HGT(Trainable, GraphAttention):
             edge_rows = np.zeros((joined.graph.num_edges, 2, H, D), p.dtype)
             for kind, x in attr.items():
                 linear_rows(x, along(kind, p, *2 * [self._of_edges(kind, p)]), None, edge_rows[joined.edges[kind]])
-        terms = plan.Terms(
+        terms = plan.NeighborTerms(
             plan.DOT, key_value[:, 0], query, key_value[:, 1], scale=1 / math.sqrt(D), edge_weight=weight,
             edge=None if edge_rows is None else edge_rows[:, 0],
             edge_value=None if edge_rows is None else edge_rows[:, 1],

@@ -53,7 +53,7 @@ AGGREGATIONS = ("sum", "mean", "max")
 class Past:
     """A pass over the edges: its output, and all that its coefficients and gradients need."""
 
-    def __init__(self, graph: CSRGraph, terms: plan.Terms, keeps: bool = True) -> None:
+    def __init__(self, graph: CSRGraph, terms: plan.NeighborTerms, keeps: bool = True) -> None:
         from ..plan import csr as plan
 
         self.graph, self.terms = graph, terms
@@ -471,7 +471,7 @@ def _attend(
 
     c = call(arrays, graph, scale, dropout_p, aggregation, seed)
     bias, edge, edge_value, weight = (None if x is None else packed(x) for x in c[3:7])
-    terms = plan.Terms(
+    terms = plan.NeighborTerms(
         plan.DOT, packed(c.key), packed(c.query), packed(c.value), edge=edge, bias=bias, scale=c.scale,
         dropout=c.dropout, seed=c.seed, edge_weight=weight, aggregation=c.aggregation, edge_value=edge_value,
     )  # fmt: skip

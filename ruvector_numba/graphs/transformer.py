@@ -145,7 +145,7 @@ class GraphTransformer(GraphLayer):
         key, value = linears(source, p, of_source, self.heads, side_by_side=True)
         query, *root = linears(target, p, of_target, self.heads)
         edge = edge_terms(inputs, p, self.heads)
-        terms = plan.Terms(
+        terms = plan.NeighborTerms(
             plan.DOT, key, query, value, **edge, edge_value=edge.get("edge"), scale=self._scale,
             normalizes=self.normalize, dropout=inputs.dropout, seed=inputs.seed, edge_weight=inputs.edge_weight,
             aggregation=self.aggregation, offset=root[0] if root else None,

@@ -1,6 +1,6 @@
 """From a graph and arrays of its nodes and edges to the jobs of attention over neighbours (kernels/csr.py).
 
-As plan/grouping.py this one runs its jobs: how many there are, one or four, depends on the graph.
+It runs its jobs: how many there are, one or four, depends on the graph.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from ..kernels.scoring import Dropout
 from ..kernels.simd import target
 from . import memory, team
 from .dropout import threshold_and_gain
-from .layouts import NO_ROWS, NOTHING, rows
+from .layouts import NO_ROWS, NOTHING, by_width, rows
 from .schedule import Schedule, schedule
 
 __all__ = [
     "Kept",
     "Made",
+    "NeighborTerms",
     "Schedule",
-    "Terms",
     "Walk",
     "backward",
     "coefficients",
@@ -64,7 +64,7 @@ def walk_of(indptr: Array, others: Array, edge_ids: Array | None, positions: Arr
     return Walk(indptr, others, edge_ids, positions, schedule(indptr, TASK, MOST))
 
 
-class Terms(NamedTuple):
+class NeighborTerms(NamedTuple):
     """What attention over neighbours is of: nodes are (N, H, channels), edges (E, H, channels) as the caller has them.
 
     All are contiguous but for the steps from node to node, and of one dtype.
@@ -117,85 +117,28 @@ class Made(NamedTuple):
     att: Array | None  # (H, D), or (1 or 2, H, C) of a fold
 
 
-def forward(by_target: Walk, terms: Terms, keeps: bool) -> Kept:
+def forward(by_target: Walk, terms: NeighborTerms, keeps: bool) -> Kept:
     """`keeps` the scores, for the backward pass or the coefficients."""
-    dtype, nodes = terms.value.dtype, len(by_target.indptr) - 1
-    H, C = terms.value.shape[1:]
-    W, span = _numbers(H, target().lanes(dtype.itemsize))
+    sizes, nodes = _sizes(terms), len(by_target.indptr) - 1
+    kept_nodes, kept_edges = (nodes, len(by_target.others)) if keeps else (0, 0)
     kept = Kept(
-        output=memory.empty((nodes, H, C), dtype),
-        bounds=memory.empty((nodes if keeps else 0, span), dtype),
-        totals=memory.empty((nodes if keeps else 0, span), dtype),
-        scores=memory.empty((len(by_target.others) if keeps else 0, W), dtype),
-        chosen=memory.empty((len(by_target.others) if keeps else 0, _chosen_step(terms)), np.dtype(np.uint8)),
+        output=memory.empty((nodes, sizes.H, sizes.C), sizes.dtype),
+        bounds=memory.empty((kept_nodes, sizes.span), sizes.dtype),
+        totals=memory.empty((kept_nodes, sizes.span), sizes.dtype),
+        scores=memory.empty((kept_edges, sizes.W), sizes.dtype),
+        chosen=memory.empty((kept_edges, _chosen_step(terms, sizes)), np.dtype(np.uint8)),
     )
-    _run(kernels.forward, by_target, _job(by_target, terms, kept, keeps=int(keeps)), dtype)
+    _run(kernels.forward, by_target, _job(by_target, terms, kept, keeps=int(keeps)), sizes.dtype)
     return kept
 
 
-def coefficients(by_target: Walk, terms: Terms, kept: Kept) -> Array:
+def coefficients(by_target: Walk, terms: NeighborTerms, kept: Kept) -> Array:
     """(E, H) in the caller's order: after the softmax, before dropout and the edges' weights."""
     out = np.empty((len(kept.scores), terms.value.shape[1]), kept.scores.dtype)
     job = _job(by_target, terms, kept, dbias=out)
     dtype, tasks = out.dtype, len(job.starts) - 1
     _launch(kernels.coefficients, job, tasks, dtype)
     return out
-
-
-def backward(
-    by_target: Walk,
-    by_source: Walk,
-    terms: Terms,
-    kept: Kept,
-    grad: Array,
-    grad_weights: Array | None = None,
-    joined: tuple[str, ...] = (),
-) -> Made:
-    """The gradients of all that was given; `grad_weights` (E, H) is that of the coefficients, in the caller's order.
-
-    Those that `joined` names, of nodes that are the same, lie side by side.
-    """
-    dtype, pad = terms.value.dtype, _pad(terms)
-    folds = 0 if terms.fold is None else len(terms.fold)
-    makes_key = terms.rule == DOT or (terms.rule == SUM and not folds)
-
-    def like(x: Array | None) -> Array | None:
-        return None if x is None else memory.empty(x.shape, dtype)
-
-    N, H, C = terms.value.shape
-    together = memory.empty((N, len(joined), H, C), dtype)
-    made: dict[str, Any] = {name: together[:, n] for n, name in enumerate(joined)}
-    for name in ("query", "key", "value", "edge", "edge_weight", "edge_value"):
-        if name not in made:
-            made[name] = like(getattr(terms, name)) if name != "key" or makes_key else None
-    if terms.matrix is not None:
-        made["edge_value"] = None  # it is part of that of `edge`
-    is_summed = terms.rule == SUM  # where the score of an edge is a number, so is its gradient
-    scores = terms.bias if terms.bias is not None else terms.edge if is_summed else None
-    made["bias"] = like(scores)
-    fields = dict(
-        grad=rows(grad), grad_weights=_or_nothing(grad_weights), has_grad_weights=int(grad_weights is not None),
-        pairs=memory.empty((2 * kept.scores.size + target().lanes(dtype.itemsize),), dtype),
-        dquery=rows(made["query"]), dkey=rows(made["key"]),
-        dvalue=rows(made["value"]), dedge=rows(made["edge"]), dweight=_or_nothing(made["edge_weight"]),
-        dedge_value=rows(made["edge_value"]), dbias=_or_nothing(made["bias"]), wants_dbias=int(scores is not None),
-    )  # fmt: skip
-    job = _job(by_target, terms, kept, **fields)
-    of_matrix = np.zeros((_rows_of_sums(by_target), job.features.K, job.features.pitch), dtype)
-    job = job._replace(features=job.features._replace(sums=of_matrix))
-    in_parts = walk.PART, walk.SECOND_PART, walk.HUB
-    sums = _run(backwards.backward_targets, by_target, job, dtype, pad, in_parts)
-    job = _job(by_source, terms, kept, **fields, fold=_padded(terms.fold, pad), folds=folds)
-    more = _run(backwards.backward_sources, by_source, job, dtype, pad)
-    if terms.rule == SUM and terms.edge is not None:
-        made["edge"], made["bias"] = made["bias"], None
-    return Made(
-        **made,
-        matrix=None if terms.matrix is None else of_matrix.sum(axis=0)[:, : H * C].reshape(terms.matrix.shape),
-        joined=together,
-        offset=sums[0, :, :C],
-        att=more[1 : 1 + folds, :, :C] if folds else sums[1, :, : terms.key.shape[2]] if terms.rule == JOINT else None,
-    )
 
 
 def softmax(by_target: Walk, scores: Array) -> Array:
@@ -213,7 +156,7 @@ def _of_edges(kernel: Callable[..., None], by_target: Walk, numbers: Array, **mo
     H, dtype, out = numbers.shape[1], numbers.dtype, memory.empty(numbers.shape, numbers.dtype)
     none = np.zeros((0, H, 0), dtype)
     kept = Kept(none, none, none, none, np.zeros((0, 0), np.uint8))
-    job = _job(by_target, Terms(GIVEN, none, none, none, bias=numbers), kept, dbias=out, **more)
+    job = _job(by_target, NeighborTerms(GIVEN, none, none, none, bias=numbers), kept, dbias=out, **more)
     _run(kernel, by_target, job, dtype, in_parts=(walk.PART, walk.SECOND_PART))
     return out
 
@@ -232,24 +175,117 @@ def fold(value: Array, weights: Array) -> Array:
     return out
 
 
+# --- backward --------------------------------------------------------------------------------------------------------
+def backward(
+    by_target: Walk,
+    by_source: Walk,
+    terms: NeighborTerms,
+    kept: Kept,
+    grad: Array,
+    grad_weights: Array | None = None,
+    joined: tuple[str, ...] = (),
+) -> Made:
+    """The gradients of all that was given; `grad_weights` (E, H) is that of the coefficients, in the caller's order.
+
+    Those that `joined` names, of nodes that are the same, lie side by side.
+    """
+    sizes = _sizes(terms)
+    together, made = _room(terms, joined)
+    fields = _gradient_fields(terms, kept, made, grad, grad_weights)
+    # 1. by target: ds and w of each edge, and what targets and edges get
+    job = _job(by_target, terms, kept, **fields)
+    of_matrix = np.zeros((_rows_of_sums(by_target), job.features.K, job.features.pitch), sizes.dtype)
+    job = job._replace(features=job.features._replace(sums=of_matrix))
+    in_parts = walk.PART, walk.SECOND_PART, walk.HUB
+    by_targets = _run(backwards.backward_targets, by_target, job, sizes.dtype, sizes.pad, in_parts)
+    # 2. by source: what sources get
+    folds = 0 if terms.fold is None else len(terms.fold)
+    job = _job(by_source, terms, kept, **fields, fold=_padded(terms.fold, sizes.pad), folds=folds)
+    by_sources = _run(backwards.backward_sources, by_source, job, sizes.dtype, sizes.pad)
+    matrix = att = None
+    if terms.matrix is not None:
+        matrix = of_matrix.sum(axis=0)[:, : sizes.H * sizes.C].reshape(terms.matrix.shape)
+    if folds:
+        att = by_sources[walk.FOLD : walk.FOLD + folds, :, : sizes.C]
+    elif terms.rule == JOINT:
+        att = by_targets[walk.ATT, :, : sizes.D]
+    return Made(**made, matrix=matrix, joined=together, offset=by_targets[walk.OFFSET, :, : sizes.C], att=att)
+
+
+def _room(terms: NeighborTerms, joined: tuple[str, ...]) -> tuple[Array, dict[str, Any]]:
+    """The array of the gradients that lie side by side, and by their names all that nodes and edges get.
+
+    None are those of what was not given, and what is part of another: a key's that is a value or a product with it,
+    edge values' that are made of the same features as `edge`, and of SUM a bias's beside an edge's: both are ds.
+    """
+    dtype, (N, H, C) = terms.value.dtype, terms.value.shape
+    together = memory.empty((N, len(joined), H, C), dtype)
+    made: dict[str, Any] = {name: together[:, n] for n, name in enumerate(joined)}
+    is_made = {
+        "key": terms.rule == DOT or (terms.rule == SUM and terms.fold is None),
+        "edge_value": terms.matrix is None,
+        "bias": terms.rule != SUM or terms.edge is None,
+    }
+    for name in ("query", "key", "value", "edge", "bias", "edge_weight", "edge_value"):
+        x = getattr(terms, name)
+        if name not in made:
+            made[name] = memory.empty(x.shape, dtype) if x is not None and is_made.get(name, True) else None
+    return together, made
+
+
+def _gradient_fields(
+    terms: NeighborTerms, kept: Kept, made: dict[str, Any], grad: Array, grad_weights: Array | None
+) -> dict[str, Any]:
+    """What the backward passes are given and make."""
+    dtype = terms.value.dtype
+    # What an edge adds to its score has the score's gradient: the bias, or of SUM `edge`, of which a head has a number.
+    dscores = made["edge"] if terms.rule == SUM and terms.edge is not None else made["bias"]
+    has_grad_weights = grad_weights is not None
+    return dict(
+        grad=rows(grad), grad_weights=_or_nothing(grad_weights), has_grad_weights=int(has_grad_weights),
+        wants_ids=int(_wants_ids(terms) or has_grad_weights),
+        pairs=memory.empty((2 * kept.scores.size + target().lanes(dtype.itemsize),), dtype),
+        dquery=rows(made["query"]), dkey=rows(made["key"]), dvalue=rows(made["value"]),
+        dedge=rows(made["edge"]), dbias=_or_nothing(dscores), wants_dbias=int(dscores is not None),
+        dweight=_or_nothing(made["edge_weight"]), dedge_value=rows(made["edge_value"]),
+    )  # fmt: skip
+
+
 # --- jobs ----------------------------------------------------------------------------------------------------------
-def _pad(terms: Terms) -> int:
-    lanes = target().lanes(terms.value.dtype.itemsize)
-    return max(-(-n // lanes) * lanes for n in (terms.value.shape[2], terms.key.shape[2]))
+class Sizes(NamedTuple):
+    """How many there are of what, and how they are padded."""
+
+    dtype: np.dtype[Any]
+    lanes: int
+    H: int
+    C: int  # channels of a value
+    D: int  # and of a key
+    pad: int  # the larger of both, in whole vectors
+    W: int  # numbers of an edge, a head each: padded to a power of two that divides a vector, or to whole vectors
+    span: int  # the same, but a vector at least
+
+
+def _sizes(terms: NeighborTerms) -> Sizes:
+    return _sizes_of(terms.value.dtype, *terms.value.shape[1:], terms.key.shape[2])
+
+
+@functools.lru_cache(256)
+def _sizes_of(dtype: np.dtype[Any], H: int, C: int, D: int) -> Sizes:
+    lanes = target().lanes(dtype.itemsize)
+    pad = max(-(-n // lanes) * lanes for n in (C, D))
+    return Sizes(dtype, lanes, H, C, D, pad, *_numbers(H, lanes))
 
 
 def _numbers(H: int, lanes: int) -> tuple[int, int]:
-    """Numbers of one edge, a head each: padded to a power of two that divides a vector, or to whole vectors; and to
-    one vector at least."""
+    """W and span"""
     W = 1 << (H - 1).bit_length() if H < lanes else -(-H // lanes) * lanes
     return W, max(W, lanes)
 
 
-def _chosen_step(terms: Terms) -> int:
+def _chosen_step(terms: NeighborTerms, sizes: Sizes) -> int:
     """Bytes of an edge that say in which channels it was the largest."""
-    lanes = target().lanes(terms.value.dtype.itemsize)
-    vectors = terms.value.shape[1] * _pad(terms) // lanes if terms.aggregation == "max" else 0
-    return vectors * max(1, lanes // 8)
+    vectors = sizes.H * sizes.pad // sizes.lanes if terms.aggregation == "max" else 0
+    return vectors * max(1, sizes.lanes // 8)
 
 
 def _even(H: int, C: int, lanes: int) -> int:
@@ -295,7 +331,7 @@ def _padded(x: Array | None, pad: int) -> Array:
     return out
 
 
-def _features(terms: Terms, lanes: int) -> walk.Features:
+def _features(terms: NeighborTerms, lanes: int) -> walk.Features:
     if terms.matrix is None:
         return walk.Features(0, 0, 0, 0, NOTHING, NOTHING, NOTHING)
     K, D = len(terms.matrix), math.prod(terms.matrix.shape[1:])
@@ -308,46 +344,87 @@ def _or_nothing(x: Array | None) -> Array:
     return NOTHING if x is None else x
 
 
-def _job(by: Walk, terms: Terms, kept: Kept, **more: Any) -> walk.NeighborJob:
-    H, C = terms.value.shape[1:]
-    dtype, pad = terms.value.dtype, _pad(terms)
-    lanes = target().lanes(dtype.itemsize)
-    is_narrow = by.indptr.dtype == np.int32
-    numbers = [by.indptr, by.others, by.edge_ids, by.positions]
-    here = [NOTHING if x is None else x for x in numbers]
-    narrow = here if is_narrow else [None] * 4
-    wide = [NOTHING] * 4 if is_narrow else here
-    W, span = _numbers(H, lanes)
-    features = _features(terms, lanes)
-    of_edge = features.narrow + 2 * features.pitch
-    scratch = walk.scratch_elements(W, span, H * pad, of_edge, lanes, dtype.itemsize)
-    given = np.zeros((1, H, C), dtype) if terms.offset is None else terms.offset
-    offset = Rows(given, 0 if len(given) == 1 else given.strides[0] // dtype.itemsize)
-    has_shares = terms.dropout > 0 or terms.edge_weight is not None or terms.aggregation == "mean"
-    starts, parts, hubs = by.schedule
-    partial_step = walk.partial_elements(span, H * pad)
-    of_edges = [terms.edge, terms.bias, terms.edge_weight, terms.edge_value, more.get("has_grad_weights") or None]
-    wants_ids = terms.dropout > 0 or any(x is not None for x in of_edges)
-    fields = dict(
-        indptr=narrow[0], others=narrow[1], edge_ids=narrow[2], positions=narrow[3], wide_indptr=wide[0],
-        wide_others=wide[1], wide_edge_ids=wide[2], wide_positions=wide[3], has_ids=int(by.edge_ids is not None),
-        wants_ids=int(wants_ids), E=len(by.others), mode=walk.NODES, starts=starts, parts=parts, hubs=hubs, most=MOST,
-        partial=np.empty((len(parts), partial_step), dtype), partial_step=partial_step,
-        rule=terms.rule, slope=terms.slope, scale=terms.scale, key=rows(terms.key), query=rows(terms.query),
-        edge=rows(terms.edge), has_edge=int(terms.edge is not None), features=features, bias=rows(terms.bias),
-        has_bias=int(terms.bias is not None), att=_padded(terms.att, pad), normalizes=int(terms.normalizes),
-        dropout=Dropout(terms.seed, *threshold_and_gain(terms.dropout)), edge_weight=_or_nothing(terms.edge_weight),
-        has_dropout=int(terms.dropout > 0), has_weight=int(terms.edge_weight is not None), has_shares=int(has_shares),
-        aggregation=AGGREGATIONS[terms.aggregation], value=rows(terms.value), edge_value=rows(terms.edge_value),
-        has_edge_value=int(terms.edge_value is not None), offset=offset, scores=kept.scores, keeps=0,
-        bounds=kept.bounds, totals=kept.totals, chosen=kept.chosen, chosen_step=_chosen_step(terms),
-        output=rows(kept.output), grad=NO_ROWS, grad_weights=NOTHING, has_grad_weights=0,
-        pairs=NOTHING, dquery=NO_ROWS, dkey=NO_ROWS, dvalue=NO_ROWS, dedge=NO_ROWS, dbias=NOTHING, dweight=NOTHING,
-        dedge_value=NO_ROWS, wants_dbias=0, fold=NOTHING, folds=0, sums=NOTHING, sums_from=0, H=H, W=W,
-        span=span, width=H * pad, channels=_heads(H, C, pad, lanes), terms=_heads(H, terms.key.shape[2], pad, lanes),
-        scratch="scratch", scratch_step=scratch,
+def _wants_ids(terms: NeighborTerms) -> bool:
+    """Does anything lie in the caller's order of edges?"""
+    of_edges = terms.edge, terms.bias, terms.edge_weight, terms.edge_value
+    return terms.dropout > 0 or any(x is not None for x in of_edges)
+
+
+def _job(by: Walk, terms: NeighborTerms, kept: Kept, **more: Any) -> walk.NeighborJob:
+    """A forward pass that keeps nothing, but for the fields that `more` has."""
+    sizes = _sizes(terms)
+    features = _features(terms, sizes.lanes)
+    parts = (
+        _walk_fields(by, sizes), _rule_fields(terms, sizes), _weight_fields(terms), _output_fields(terms, kept, sizes),
+        _NO_GRADIENTS, _layout_fields(sizes, features), more,
     )  # fmt: skip
-    return walk.NeighborJob(**{**fields, **more})
+    fields = dict(features=features, wants_ids=int(_wants_ids(terms)))
+    for part in parts:
+        fields |= part
+    return walk.NeighborJob(**fields)
+
+
+def _walk_fields(by: Walk, sizes: Sizes) -> dict[str, Any]:
+    """Which edges there are, in whose order, and what a task is."""
+    starts, parts, hubs = by.schedule
+    partial_step = walk.partial_elements(sizes.span, sizes.H * sizes.pad)
+    indices = by_width(
+        by.indptr.dtype == np.int32,
+        indptr=by.indptr, others=by.others, edge_ids=by.edge_ids, positions=by.positions,
+    )  # fmt: skip
+    return dict(
+        **indices, has_ids=int(by.edge_ids is not None), E=len(by.others),
+        mode=walk.NODES, starts=starts, parts=parts, hubs=hubs, most=MOST,
+        partial=np.empty((len(parts), partial_step), sizes.dtype), partial_step=partial_step,
+    )  # fmt: skip
+
+
+def _rule_fields(terms: NeighborTerms, sizes: Sizes) -> dict[str, Any]:
+    """What scores are made of."""
+    return dict(
+        rule=terms.rule, slope=terms.slope, scale=terms.scale, key=rows(terms.key), query=rows(terms.query),
+        edge=rows(terms.edge), has_edge=int(terms.edge is not None),
+        bias=rows(terms.bias), has_bias=int(terms.bias is not None), att=_padded(terms.att, sizes.pad),
+    )  # fmt: skip
+
+
+def _weight_fields(terms: NeighborTerms) -> dict[str, Any]:
+    """How scores become weights, and what these are of."""
+    has_dropout, has_weight = terms.dropout > 0, terms.edge_weight is not None
+    return dict(
+        normalizes=int(terms.normalizes), dropout=Dropout(terms.seed, *threshold_and_gain(terms.dropout)),
+        has_dropout=int(has_dropout), edge_weight=_or_nothing(terms.edge_weight), has_weight=int(has_weight),
+        has_shares=int(has_dropout or has_weight or terms.aggregation == "mean"),
+        aggregation=AGGREGATIONS[terms.aggregation], value=rows(terms.value),
+        edge_value=rows(terms.edge_value), has_edge_value=int(terms.edge_value is not None),
+    )  # fmt: skip
+
+
+def _output_fields(terms: NeighborTerms, kept: Kept, sizes: Sizes) -> dict[str, Any]:
+    """The output, what it begins with, and what is kept beside it."""
+    offset = np.zeros((1, sizes.H, sizes.C), sizes.dtype) if terms.offset is None else terms.offset
+    return dict(
+        offset=Rows(offset, 0 if len(offset) == 1 else offset.strides[0] // sizes.dtype.itemsize),
+        output=rows(kept.output), keeps=0, scores=kept.scores, bounds=kept.bounds, totals=kept.totals,
+        chosen=kept.chosen, chosen_step=_chosen_step(terms, sizes),
+    )  # fmt: skip
+
+
+_NO_GRADIENTS: dict[str, Any] = dict(
+    grad=NO_ROWS, grad_weights=NOTHING, has_grad_weights=0, pairs=NOTHING, dquery=NO_ROWS, dkey=NO_ROWS, dvalue=NO_ROWS,
+    dedge=NO_ROWS, dbias=NOTHING, wants_dbias=0, dweight=NOTHING, dedge_value=NO_ROWS, fold=NOTHING, folds=0,
+    sums=NOTHING, sums_from=0,
+)  # fmt: skip
+
+
+def _layout_fields(sizes: Sizes, features: walk.Features) -> dict[str, Any]:
+    """How rows and numbers lie, and the scratch that a task needs of them."""
+    dtype, lanes, H, C, D, pad, W, span = sizes
+    of_edge = features.narrow + 2 * features.pitch
+    return dict(
+        H=H, W=W, span=span, width=H * pad, value_heads=_heads(H, C, pad, lanes), key_heads=_heads(H, D, pad, lanes),
+        scratch="scratch", scratch_step=walk.scratch_elements(W, span, H * pad, of_edge, lanes, dtype.itemsize),
+    )  # fmt: skip
 
 
 def _run(
@@ -360,7 +437,7 @@ def _run(
     rounds = [(walk.NODES, tasks, 0)]
     for mode in in_parts if len(hubs) else ():
         rounds.append((mode, len(hubs), tasks + len(parts)) if mode == walk.HUB else (mode, len(parts), tasks))
-    sums = np.zeros((_rows_of_sums(by), 3, job.H, pad), dtype)
+    sums = np.zeros((_rows_of_sums(by), walk.SUMS, job.H, pad), dtype)
     for mode, n, start in rounds:
         _launch(kernel, job._replace(mode=mode, sums=sums, sums_from=start), n, dtype)
     return sums.sum(axis=0)
@@ -374,5 +451,5 @@ def _rows_of_sums(by: Walk) -> int:
 
 def _launch(kernel: Any, job: walk.NeighborJob, tasks: int, dtype: np.dtype[Any]) -> None:
     if tasks:
-        launch = kernel.prepare(job, tasks, dtype, 4 * job.E * job.H * (job.channels.C + job.terms.C + 8))
+        launch = kernel.prepare(job, tasks, dtype, 4 * job.E * job.H * (job.value_heads.C + job.key_heads.C + 8))
         launch(scratch=memory.scratch(team.scratch(job.scratch_step, dtype)))

@@ -40,7 +40,7 @@ _FLOATS = {
 }
 
 
-class Terms(NamedTuple):
+class HasTerms(NamedTuple):
     """Which terms a score has."""
 
     softcap: bool
@@ -56,7 +56,7 @@ def width(D: int) -> int | None:
 
 
 @functools.lru_cache(256)
-def variant(kernel: str, element: str, channels: int, terms: Terms) -> Variant:
+def variant(kernel: str, element: str, channels: int, terms: HasTerms) -> Variant:
     """The variant of a kernel: "forward", "to_query" or "to_key"."""
     table = _FLOATS if element == "float32" else _HALVES
     keys, tall, resident, hold = table[kernel][channels]
@@ -103,7 +103,7 @@ def preparing(element: str, channels: int) -> Variant:
     return Variant(element, channels, 0, 1, 32 if SIMULATED else 128)
 
 
-def in_pairs(element: str, terms: Terms) -> Variant:
+def in_pairs(element: str, terms: HasTerms) -> Variant:
     """The kernels that have an entry for each pair of a query and a key."""
     return Variant(element, 0, 0, 1, 32 if SIMULATED else 128, 1, 0, *terms)
 
@@ -141,6 +141,6 @@ def bias_grid(v: Variant, entries: int, matrices: int) -> Grid:
 
 
 __all__ = [
-    "Grid", "Split", "Terms", "bias_grid", "grid", "in_pairs", "makes", "merge_grid", "merging", "packed",
+    "Grid", "HasTerms", "Split", "bias_grid", "grid", "in_pairs", "makes", "merge_grid", "merging", "packed",
     "prepare_grid", "preparing", "simulated", "split", "variant", "weights_grid", "width",
 ]  # fmt: skip

@@ -1,7 +1,7 @@
 """From the shapes of a call to jobs for the kernels. What depends on shapes, strides and terms alone is made once.
 
-A plan never looks at an element. It cuts queries into blocks and keys into tiles by the sizes of one head, so that a
-result has the same bits on any number of threads and in any company of other heads and batches.
+It looks at no element. It cuts queries into blocks and keys into tiles by the sizes of one head, so that a result has
+the same bits on any number of threads and in any company of other heads and batches.
 """
 
 from __future__ import annotations

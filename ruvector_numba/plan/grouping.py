@@ -1,6 +1,6 @@
 """From edges to jobs that group them (kernels/grouping.py), and back to arrays.
 
-Unlike other plans this one runs its jobs: what there is to do next depends on what the last one found.
+It runs its jobs: what there is to do next depends on what the last one found.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import numpy as np
 from ..arrays import Array
 from ..kernels import grouping as kernels
 from . import memory, team
-from .layouts import NOTHING
+from .layouts import NOTHING, by_width
 
 __all__ = ["EDGE_WORK", "Grouped", "Survey", "group", "is_same", "survey"]
 
@@ -46,11 +46,9 @@ def survey(keys: Array, others: Array, num_keys: int, num_others: int, dtype: np
     chunk = max(CHUNK, -(-edges // MOST_CHUNKS))
     shift = max(0, (max(num_keys, 1) - 1).bit_length() - (MOST_BUCKETS - 1).bit_length())
     chunks, buckets = -(-edges // chunk), max(1, -(-num_keys >> shift))
-    is_narrow = keys.dtype == dtype
     job = kernels.DealJob(
-        keys=keys if is_narrow else None, others=others if is_narrow else None,
-        wide_keys=NOTHING if is_narrow else keys, wide_others=NOTHING if is_narrow else others, edges=edges,
-        num_keys=num_keys, num_others=num_others, chunk=chunk, buckets=buckets, shift=shift,
+        **by_width(keys.dtype == dtype, keys=keys, others=others), edges=edges, num_keys=num_keys,
+        num_others=num_others, chunk=chunk, buckets=buckets, shift=shift,
         counts=np.zeros((chunks, buckets), np.int64), bad=np.zeros(chunks, np.int64),
         falls=np.zeros(chunks, np.int64), dealt_keys=NOTHING, dealt_others=NOTHING, dealt_ids=NOTHING,
     )  # fmt: skip

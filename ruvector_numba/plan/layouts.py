@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +22,7 @@ __all__ = [
     "Ready",
     "as_matrices",
     "broadcast",
+    "by_width",
     "contiguous",
     "layout",
     "padded",
@@ -93,6 +94,17 @@ NO_ROWS = Rows(NOTHING, 0)
 def rows(x: Array | None) -> Rows:
     """An array whose rows are contiguous, each."""
     return NO_ROWS if x is None else Rows(x, x.strides[0] // x.itemsize)
+
+
+def by_width(is_narrow: bool, **indices: Array | None) -> dict[str, Any]:
+    """Indices as kernels take them: narrow, in the integers of their job, or those None and `wide_...` ones of int64.
+
+    Kernels choose by that None while they are compiled; that an array is missing altogether, as one that is None here,
+    a flag must tell them.
+    """
+    here = {name: NOTHING if x is None else x for name, x in indices.items()}
+    narrow, wide = (here, dict.fromkeys(here, NOTHING)) if is_narrow else (dict.fromkeys(here), here)
+    return {**narrow, **{f"wide_{name}": x for name, x in wide.items()}}
 
 
 class Ready(NamedTuple):

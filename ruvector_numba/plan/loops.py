@@ -1,6 +1,6 @@
 """From a graph to jobs that put self-loops into it (kernels/loops.py), and into what belongs to its edges.
 
-As plan/grouping.py this one runs its jobs.
+It runs its jobs, as `grouping` does.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from ..arrays import Array
 from ..kernels import loops as kernels
 from . import memory
 from .grouping import EDGE_WORK, Grouped
-from .layouts import NOTHING
+from .layouts import NOTHING, by_width
 
 __all__ = ["FILLS", "Loops", "find_loops", "put_loops", "put_rows", "take_rows"]
 
@@ -86,14 +86,11 @@ def _run_rows(
     named = dict(
         indptr=given.indptr, indices=given.others, ids=given.ids, new_indptr=whole.indptr, new_ids=whole.ids
     )  # fmt: skip
-    here = {name: NOTHING if x is None else x.astype(integers, copy=False) for name, x in named.items()}
-    is_narrow = integers == np.int32
-    narrow = here if is_narrow else dict.fromkeys(here)
-    wide = {f"wide_{name}": NOTHING if is_narrow else x for name, x in here.items()}
+    of_one_type = {name: None if x is None else x.astype(integers, copy=False) for name, x in named.items()}
     targets = len(given.indptr) - 1
     job = kernels.RowsJob(
-        **narrow, **wide, has_ids=int(given.ids is not None), num_targets=targets, targets=TARGETS,
-        removes=int(removes), kept=len(more) - loops, loops=loops,
+        **by_width(integers == np.int32, **of_one_type), has_ids=int(given.ids is not None), num_targets=targets,
+        targets=TARGETS, removes=int(removes), kept=len(more) - loops, loops=loops,
         fills=FILLS[fill] if isinstance(fill, str) else kernels.CONSTANT, E=len(rows), rows=rows, more=more,
         C=rows.shape[1],
     )  # fmt: skip
