@@ -74,7 +74,7 @@ class CSRGraph:
     indices: Array
     edge_ids: Array | None
     num_sources: int
-    _derived: dict[tuple[Derived[Any], tuple[Hashable, ...]], Any]  # by `derived` alone
+    _derived: dict[tuple[Derived[Any], tuple[Hashable, ...]], Any]  # written to by `derived` alone
 
     def __init__(self, *edges: object, **more: object) -> None:
         hint = "use CSRGraph.from_edge_index, from_neighbors, from_scipy or from_networkx"

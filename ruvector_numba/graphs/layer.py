@@ -152,7 +152,8 @@ class GraphLayer(Trainable, GraphAttention):
         graph : CSRGraph, or array_like of integers (2, E)
             The edges: source j above target i, which attends to j. A `CSRGraph` is checked and grouped only once. So is
             an array that is given again, to this or another layer: as long as it lives its graph is kept (the last 64,
-            at most ``RUVECTOR_NUMBA_KEEP`` MB of arrays), and each call looks whether it still says the same.
+            at most ``RUVECTOR_NUMBA_KEEP`` MB with all that was made of them), and each call looks whether it still
+            says the same.
         edge_attr : array (E, edge_dim) or, for edge_dim 1, (E,), optional
             Features of edges, in the order of the edges as they were given.
         edge_weight : array (E,), optional
