@@ -12,15 +12,9 @@ from ..errors import InvalidConfigError
 from ..parameters import ParameterSet
 from ..projection import flattened, is_finite, linear, linear_backward, linears, linears_backward, only_seen
 from ..values import switch
-from .inputs import (
-    Inputs,
-    check_slope_range,
-    checked_filling,
-    checked_slope,
-    edge_terms,
-    edge_terms_back,
-    loop_policy,
-)
+from .edge_terms import edge_terms, edge_terms_back
+from .edges import loop_policy
+from .inputs import Inputs, check_slope_range, checked_filling, checked_slope
 from .layer import GraphLayer
 from .neighbors import Past
 from .results import Record
@@ -51,8 +45,8 @@ class _Convolution(GraphLayer):
         dtype: DTypeLike = np.float32,
     ) -> None:
         super().__init__(in_channels, out_channels, heads, concat, dropout, edge_dim, bias, aggregation, seed)
-        self.negative_slope, self.add_self_loops = checked_slope(negative_slope), loop_policy(add_self_loops)
-        self.fill_value = checked_filling(fill_value)
+        self.negative_slope, self.fill_value = checked_slope(negative_slope), checked_filling(fill_value)
+        self.add_self_loops = loop_policy("add_self_loops", add_self_loops, may_be_bool=True)
         self.residual = switch("residual", residual, InvalidConfigError)
         self.normalize = switch("normalize", normalize, InvalidConfigError)
         self._start(self._shapes(), dtype)

@@ -378,7 +378,7 @@ class CSRGraph:
         >>> graph.with_self_loops().to_edge_index().tolist()
         [[0, 1, 0, 1], [1, 0, 0, 1]]
         """
-        if edges.policy(policy) == "keep":
+        if edges.loop_policy("policy", policy) == "keep":
             return self
         return self.derived(WITH_LOOPS, lambda: self._put_loops(policy), policy)
 
@@ -417,7 +417,7 @@ class CSRGraph:
         [3.0, 7.0, 7.0, 3.0]
         """
         values = self._one_each("edge_attr", floats("edge_attr", edge_attr))
-        if edges.policy(policy) == "keep":
+        if edges.loop_policy("policy", policy) == "keep":
             return values.copy()
         return self_loops.put_in(self, values, policy, fill_value)
 

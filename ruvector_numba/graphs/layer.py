@@ -21,23 +21,14 @@ from ..projection import linear, linear_backward
 from ..protocols import GraphAttention
 from ..values import shown, switch
 from . import edges
+from .edge_terms import edge_gradients
 from .edge_values import checked_edges, edge_attributes
 from .graph import CSRGraph
-from .inputs import (
-    Inputs,
-    along_matrix,
-    check_not_swapped,
-    check_owner,
-    edge_gradients,
-    features,
-    graph_of,
-    is_pair,
-    listed,
-    size,
-    starting_parameters,
-)
+from .inputs import Inputs, check_not_swapped, check_owner, features, graph_of, is_pair, size
+from .matrices import along_matrix
 from .neighbors import Past, checked_aggregation, packed
 from .results import GraphCache, GraphGradients, Record
+from .starting import starting_parameters
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -417,7 +408,7 @@ class GraphLayer(Trainable, GraphAttention):
 
     # --- files ------------------------------------------------------------------------------------------------------
     def _file_header(self) -> dict[str, str]:
-        return {"kind": self.name(), "settings": json.dumps(self._settings(), default=listed)}
+        return {"kind": self.name(), "settings": json.dumps(self._settings(), default=_listed)}
 
     @classmethod
     def _of_file_header(cls, header: dict[str, str]) -> Self:
@@ -491,3 +482,7 @@ class GraphLayer(Trainable, GraphAttention):
         if self.edge_dim is None:
             raise InvalidInputError("the layer has no edge_dim, edge_attr was given", hint="build it with edge_dim=...")
         return edge_attributes("edge_attr", edge_attr, graph.num_edges, self.edge_dim, dtype)
+
+
+def _listed(fill_value: Any) -> Any:
+    return np.asarray(fill_value).tolist()

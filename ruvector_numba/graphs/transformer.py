@@ -13,7 +13,8 @@ from ..errors import InvalidConfigError, InvalidInputError
 from ..parameters import ParameterSet
 from ..projection import is_finite, linears, linears_backward, only_seen
 from ..values import shown, switch
-from .inputs import Inputs, edge_terms, edge_terms_back
+from .edge_terms import edge_terms, edge_terms_back
+from .inputs import Inputs
 from .layer import GraphLayer
 from .neighbors import Past
 from .results import Record
