@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -10,6 +10,9 @@ from ..arrays import Array
 from ..parameters import ParameterSet
 from . import edges, self_loops
 from .inputs import Inputs
+
+if TYPE_CHECKING:
+    from ..plan.csr import Made
 
 __all__ = ["edge_gradients", "edge_terms", "edge_terms_back"]
 
@@ -22,9 +25,11 @@ def edge_terms(inputs: Inputs, p: ParameterSet, heads: int) -> dict[str, Any]:
     return {"edge": inputs.edge_attr, "matrix": weight.T.reshape(len(weight.T), heads, -1)}
 
 
-def edge_terms_back(back: Any) -> tuple[Array, Array]:
-    """The gradients of the attributes and of lin_edge.weight."""
-    return back.edge, np.ascontiguousarray(back.matrix.reshape(len(back.matrix), -1).T)
+def edge_terms_back(made: Made) -> tuple[Array | None, dict[str, Array]]:
+    """The gradients of the attributes, and of lin_edge.weight by its name; none without attributes."""
+    if made.edge is None or made.matrix is None:
+        return None, {}
+    return made.edge, {"lin_edge.weight": np.ascontiguousarray(made.matrix.reshape(len(made.matrix), -1).T)}
 
 
 def edge_gradients(
