@@ -6,6 +6,7 @@ a number above 0.5. In the functions `attn_mask` attends, as in torch's function
 
 from __future__ import annotations
 
+import math
 import secrets
 from typing import Any, NoReturn, Protocol
 
@@ -26,6 +27,7 @@ __all__ = [
     "checked_config",
     "dropout",
     "generator",
+    "glorot_uniform",
     "hidden",
     "identity",
     "padded",
@@ -48,6 +50,12 @@ def generator(seed: object) -> np.random.Generator:
     hint = "give a whole number that is not negative, or None"
     number = None if seed is None else whole_number("seed", seed, 0, error=InvalidConfigError, hint=hint)
     return drawing.generator(number)
+
+
+def glorot_uniform(random: np.random.Generator, shape: Shape) -> Array:
+    """Initial weights (Glorot and Bengio, 2010): the last two axes are what comes in and what goes out."""
+    bound = math.sqrt(6 / (shape[-1] + shape[-2]))
+    return random.uniform(-bound, bound, shape)
 
 
 class _Drops(Protocol):

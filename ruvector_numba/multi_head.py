@@ -79,7 +79,7 @@ class MultiHeadAttention(Trainable, TrainableAttention):
         self.kdim, self.vdim = _width("kdim", kdim, d), _width("vdim", vdim, d)
         self._random, self._identity = layers.generator(seed), layers.identity()
         inputs = {"w_q": d, "w_k": self.kdim, "w_v": self.vdim, "w_o": d}
-        initial = {name: _glorot_uniform(self._random, n, d) for name, n in inputs.items()}
+        initial = {name: layers.glorot_uniform(self._random, (n, d)) for name, n in inputs.items()}
         if config.use_bias:
             initial |= {name: np.zeros(d) for name in ("b_q", "b_k", "b_v", "b_o")}
         self._parameters = ParameterSet(initial).as_type(dtype)
@@ -486,11 +486,6 @@ def _weight_gradients(x: Array, dy: Array) -> tuple[Array, Array]:
     dw, db = memory.result((n, m), x.dtype), np.empty(m, x.dtype)
     weight_gradient(x, dy, dw.reshape(*x.shape[2:], *dy.shape[2:]), db)
     return dw, db
-
-
-def _glorot_uniform(rng: np.random.Generator, fan_in: int, fan_out: int) -> Array:
-    limit = np.sqrt(6 / (fan_in + fan_out))
-    return rng.uniform(-limit, limit, (fan_in, fan_out))
 
 
 def _width(name: str, n: object, d_model: int) -> int:

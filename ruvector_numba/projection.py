@@ -134,22 +134,17 @@ def linears(
 
 
 def linears_backward(
-    grad: Array,
-    x: Array,
-    parameters: Mapping[str, Array],
-    names: tuple[str, ...],
-    gradients: dict[str, Array],
-    so_far: Array | None = None,
-) -> Array:
-    """The gradient of x, added to `so_far`; those of the parameters go into `gradients`, added to what is there."""
+    grad: Array, x: Array, parameters: Mapping[str, Array], names: tuple[str, ...], so_far: Array | None = None
+) -> tuple[Array, dict[str, Array]]:
+    """The gradients of x and, by their names, of the parameters.
+
+    That of x is added to `so_far`, in place, where that is given.
+    """
     weight = np.concatenate([parameters[f"{name}.weight"] for name in names])
     dx, dweight, dbias = linear_backward(flattened(grad), x, weight, so_far)
     kinds = {"weight": dweight, "bias": dbias} if f"{names[0]}.bias" in parameters else {"weight": dweight}
-    for kind, whole in kinds.items():
-        for name, part in zip(names, np.split(whole, len(names)), strict=True):
-            key = f"{name}.{kind}"
-            gradients[key] = gradients[key] + part if key in gradients else part
-    return dx
+    parts = {kind: np.split(whole, len(names)) for kind, whole in kinds.items()}
+    return dx, {f"{name}.{kind}": parts[kind][n] for kind in kinds for n, name in enumerate(names)}
 
 
 def flattened(x: Array) -> Array:

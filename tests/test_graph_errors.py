@@ -188,6 +188,7 @@ def test_a_bipartite_graph_has_no_num_nodes():
     assert CSRGraph.from_edge_index([[0], [1]], 5).num_nodes == 5
     bipartite = CSRGraph.from_edge_index([[0], [1]], (4, 3))
     refused(lambda: bipartite.num_nodes, "sources and targets differ", "ask for num_sources or num_targets")
+    assert not hasattr(bipartite, "num_nodes") and getattr(bipartite, "num_nodes", 7) == 7
 
 
 @pytest.mark.parametrize("shape", [(5, 2), (3, 4), (4,), (2, 2, 2), ()])

@@ -107,11 +107,34 @@ def test_lists_are_not_known():
     assert not known._known
 
 
+def step(edge_index):
+    """The graph, once all that two passes derive from it is there."""
+    output, cache = LAYER.forward_cached(X, edge_index)
+    LAYER.backward(output, cache)
+    return cache.graph
+
+
+def test_what_a_graph_holds_is_counted():
+    edge_index = drawn()
+    whole = step(edge_index)
+    one, *_ = known._known
+    parts = [(graph.indptr, graph.indices, graph.edge_ids) for graph in (one.graph, whole)]
+    by_hand = sum(x.nbytes for x in (one.said, *parts[0], *parts[1], *whole.transposed))
+    assert by_hand > 2.4 * one.said.nbytes  # what was given is less than half of it
+    assert one.size < by_hand <= known._size(one.said, one.graph) < 1.02 * by_hand
+    assert step(edge_index) is whole
+    assert known._known[0].size == known._size(one.said, one.graph)
+
+
 def test_no_more_is_kept_than_was_allowed(monkeypatch):
     *arrays, fresh = (drawn(seed=seed) for seed in range(5))
-    monkeypatch.setattr(memory, "limit", lambda: 3 * arrays[0].nbytes)
-    graphs = [graph_of(one) for one in arrays]
+    step(arrays[0])
+    limit = 3.1 * known._size(*known._known[0][1:3])
+    monkeypatch.setattr(memory, "limit", lambda: limit)
+    graphs = [step(one) for one in arrays]
+    # The last to be taken in had grown since.
     assert [graph_of(one) is graph for one, graph in zip(arrays[::-1], graphs[::-1])] == [True, True, True, False]
+    assert sum(known._size(one.said, one.graph) for one in known._known) <= limit
     monkeypatch.setattr(memory, "limit", lambda: 0)
     for _ in range(2):
         assert says(graph_of(fresh), fresh)
@@ -122,6 +145,48 @@ def test_no_more_is_kept_than_was_allowed(monkeypatch):
     for one in small:
         graph_of(one)
     assert len(known._known) == known.MOST
+
+
+def test_a_graph_that_outgrows_the_limit_is_given_up_when_it_is_asked_for(monkeypatch):
+    edge_index = drawn()
+    monkeypatch.setattr(memory, "limit", lambda: 2 * edge_index.nbytes)
+    first = step(edge_index)
+    assert known._known  # what backward derives came later
+    assert graph_of(edge_index) is first
+    assert not known._known
+    assert says(graph_of(edge_index), edge_index)
+
+
+def test_an_array_that_goes_while_its_own_thread_takes_a_graph_in(monkeypatch):
+    """Its callback may run anywhere: here after the test that the array lives, and while the thread has the lock."""
+    arrays = [drawn()]
+    graph = weakref.ref(graph_of(arrays[0]))
+    within_limit = known._within_limit
+
+    def meanwhile(entries):
+        assert len(entries) == 2
+        arrays.clear()
+        gc.collect()
+        return within_limit(entries)
+
+    other = drawn(seed=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(known, "_within_limit", meanwhile)
+        kept = graph_of(other)
+    assert graph() is None
+    assert [one.array() for one in known._known] == [other]
+    assert graph_of(other) is kept
+
+
+def test_nobody_waits_for_the_lock():
+    edge_index, other = drawn(), drawn(seed=1)
+    graph_of(edge_index)
+    with known._lock:  # as if another thread were at it
+        del edge_index
+        assert says(graph_of(other), other)
+    first = graph_of(other)  # taken in now, and what is gone left out
+    assert graph_of(other) is first
+    assert len(known._known) == 1
 
 
 def test_types_of_edges_are_joined_once():
@@ -153,3 +218,20 @@ def test_threads_with_arrays_of_their_own_get_their_own_graphs():
     for one in workers:
         one.join()
     assert not wrong
+
+
+def test_threads_whose_arrays_come_and_go_leave_nothing():
+    def work(n):
+        for _ in range(30):
+            graph_of(drawn(seed=n)[:, :500].copy())
+            holder = [drawn(seed=n)[:, :500].copy()]
+            graph_of(holder[0])
+            holder.append(holder)  # for the garbage collector, in whichever thread
+
+    workers = [threading.Thread(target=work, args=[n]) for n in range(4)]
+    for one in workers:
+        one.start()
+    for one in workers:
+        one.join()
+    gc.collect()
+    assert not known._known and not known._gone

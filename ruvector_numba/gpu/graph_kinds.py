@@ -214,4 +214,5 @@ def kind_of(layer_class: type) -> Kind | None:
     return None if is_own else kinds()[base]
 
 
-_HOOKS = ("_run", "_attend", "_finish", "_attend_back", "_finish_back", "_backward")  # that compute, on a CPU
+# that compute, on a CPU
+_HOOKS = "_run", "_attend", "_join_heads", "_finish", "_backward", "_finish_back", "_join_heads_back", "_attend_back"

@@ -131,7 +131,7 @@ def backward(grad_output: Any, record: Record) -> GraphGradients:
     attended, added = (grad, grad) if record.gate is None else gated_back(work, grad, record.gate, found)
     heads = viewed(attended, (N, H, C)) if layer.concat else _spread(work, attended)
     made, dsource, dtarget, dattr = record.kind.attend_back(work, past, heads, found)
-    if layer.bias and "bias" in record.parameters:
+    if made.offset is not None:
         _bias_gradient(work, made.offset, found)
     if inputs.target is not None:
         dtarget = _add_back(work, added, found, dtarget if inputs.is_pair else dsource)

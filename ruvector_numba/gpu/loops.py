@@ -42,12 +42,13 @@ def loops_taken_out(space: Space, graph: CSRGraph, grad: GpuArray, policy: Any, 
 def _past(space: Space, graph: CSRGraph, values: GpuArray, policy: Any, fill_value: Any) -> Past:
     from ..plan import cuda_csr as plan
 
-    whole, weights, loops = _made_of(graph, policy, fill_value if isinstance(fill_value, str) else None)
+    fill = edges.checked_fill(fill_value)
+    whole, weights, loops = _made_of(graph, policy, fill if isinstance(fill, str) else None)
     rows = _rows(values)
     offset = None
-    if not isinstance(fill_value, str):
+    if not isinstance(fill, str):
         filled = np.zeros((whole.num_targets, *values.shape[1:]), np.float32)
-        filled[whole.num_targets - loops :] = edges.filled(fill_value, (loops, *values.shape[1:]), filled.dtype)
+        filled[whole.num_targets - loops :] = edges.filled(fill, (loops, *values.shape[1:]), filled.dtype)
         offset = _rows(space.keep(gpu.uploaded(space, filled, values.element)))
     bias = space.keep(gpu.uploaded(space, weights[:, None], values.element))
     terms = NeighborTerms(plan.GIVEN, rows, None, rows, bias=bias, normalizes=False, offset=offset)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -27,16 +27,17 @@ __all__ = [
     "filled",
     "index_dtype",
     "integers",
+    "loop_policy",
     "neighbors",
     "no_node",
     "padding_hint",
-    "policy",
     "refuse_masked",
     "starts",
     "way_from",
 ]
 
 LoopPolicy = Literal["replace", "add", "keep"]
+FILL_HINT = 'give "mean", "add", a number or an array'
 NARROW = 2**31 - 1  # what int32 can count: half the memory of int64, and reading it is what takes the time
 
 
@@ -211,24 +212,30 @@ def index_dtype(*counts: int) -> np.dtype[Any]:
     return np.dtype(np.int32 if max(counts) <= NARROW else np.int64)
 
 
-def policy(name: LoopPolicy) -> LoopPolicy:
-    if not isinstance(name, str) or name not in get_args(LoopPolicy):
-        raise InvalidConfigError(f"policy is {shown(name)}", hint='give "replace", "add" or "keep"')
-    return name
+def loop_policy(name: str, policy: object, may_be_bool: bool = False) -> LoopPolicy:
+    """One of the words; or True and False, as in PyTorch Geometric."""
+    if may_be_bool and isinstance(policy, bool | np.bool_):
+        return "replace" if policy else "keep"
+    if not isinstance(policy, str) or policy not in get_args(LoopPolicy):
+        hint = f'give {"True, False, " if may_be_bool else ""}"replace", "add" or "keep"'
+        raise InvalidConfigError(f"{name} is {shown(policy)}", hint=hint)
+    return cast(LoopPolicy, policy)
 
 
-def checked_fill(fill_value: ArrayLike) -> Array:
-    """The real numbers that loops are filled with, of whichever shape."""
+def checked_fill(fill_value: str | ArrayLike) -> str | Array:
+    """What loops are filled with: a word, or real numbers of whichever shape."""
+    if isinstance(fill_value, str):
+        if fill_value not in ("mean", "add"):
+            raise InvalidConfigError(f"fill_value is {shown(fill_value)}", hint=FILL_HINT)
+        return fill_value
     array = from_sequence("fill_value", fill_value)
     if array.dtype.kind not in "iuf":
-        hint = 'give "mean", "add", a number or an array'
-        raise InvalidInputError(f"fill_value has dtype {array.dtype}, which is no real number", hint=hint)
+        raise InvalidInputError(f"fill_value has dtype {array.dtype}, which is no real number", hint=FILL_HINT)
     return array
 
 
-def filled(fill_value: ArrayLike, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
-    """The numbers in an array of this shape."""
-    array = checked_fill(fill_value)
+def filled(array: Array, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+    """The numbers that `checked_fill` found, in an array of this shape."""
     try:
         return np.broadcast_to(array.astype(dtype, copy=False), shape)
     except ValueError:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
@@ -12,24 +12,21 @@ from ..errors import InvalidConfigError
 from ..parameters import ParameterSet
 from ..projection import flattened, is_finite, linear, linear_backward, linears, linears_backward, only_seen
 from ..values import switch
-from .inputs import (
-    Inputs,
-    check_slope_range,
-    checked_filling,
-    checked_slope,
-    edge_terms,
-    edge_terms_back,
-    loop_policy,
-)
+from .edge_terms import edge_terms, edge_terms_back
+from .edges import loop_policy
+from .inputs import Inputs, check_slope_range, checked_filling, checked_slope
 from .layer import GraphLayer
 from .neighbors import Past
-from .results import Record
+from .results import Back, Record
+
+if TYPE_CHECKING:
+    from ..plan.csr import Made
 
 __all__ = ["GAT", "GATv2"]
 
 
 class _Convolution(GraphLayer):
-    """The common part of GAT and GATv2: LeakyReLU, self-loops, a residual."""
+    """The common part of GAT and GATv2: LeakyReLU, self-loops, bias and residual."""
 
     def __init__(
         self,
@@ -51,8 +48,8 @@ class _Convolution(GraphLayer):
         dtype: DTypeLike = np.float32,
     ) -> None:
         super().__init__(in_channels, out_channels, heads, concat, dropout, edge_dim, bias, aggregation, seed)
-        self.negative_slope, self.add_self_loops = checked_slope(negative_slope), loop_policy(add_self_loops)
-        self.fill_value = checked_filling(fill_value)
+        self.negative_slope, self.fill_value = checked_slope(negative_slope), checked_filling(fill_value)
+        self.add_self_loops = loop_policy("add_self_loops", add_self_loops, may_be_bool=True)
         self.residual = switch("residual", residual, InvalidConfigError)
         self.normalize = switch("normalize", normalize, InvalidConfigError)
         self._start(self._shapes(), dtype)
@@ -75,7 +72,7 @@ class _Convolution(GraphLayer):
         names = ("negative_slope", "add_self_loops", "fill_value", "residual", "normalize")
         return super()._settings() | {name: getattr(self, name) for name in names}
 
-    def _nodes_of(self, x: Array) -> Array:
+    def _heads_of(self, x: Array) -> Array:
         return x.reshape(len(x), self.heads, self.out_channels)
 
     def _common(self, inputs: Inputs, p: ParameterSet) -> dict[str, Any]:
@@ -83,6 +80,30 @@ class _Convolution(GraphLayer):
             slope=self.negative_slope, normalizes=self.normalize, dropout=inputs.dropout, seed=inputs.seed,
             edge_weight=inputs.edge_weight, aggregation=self.aggregation, offset=self._offset(p),
         )  # fmt: skip
+
+    def _offset(self, p: ParameterSet) -> Array | None:
+        """The numbers that the attention's output begins with, (1, H, C): the bias, where no heads are averaged."""
+        return self._heads_of(p["bias"][None]) if self.bias and self.concat else None
+
+    def _offset_back(self, made: Made) -> dict[str, Array]:
+        return {"bias": made.offset.reshape(-1)} if self.bias and self.concat else {}
+
+    def _finish(self, attended: Array, inputs: Inputs, p: ParameterSet) -> tuple[Array, None]:
+        """The bias of averaged heads and the residual, added to `attended` in place."""
+        if self.bias and not self.concat:
+            attended += p["bias"]
+        if self.residual and inputs.target is not None:
+            attended += linear(inputs.target, p["res.weight"])
+        return attended, None
+
+    def _finish_back(self, grad: Array, record: Record) -> tuple[Array, Array | None, dict[str, Array]]:
+        target, dtarget = record.inputs.target, None
+        found = {"bias": grad.sum(axis=0)} if self.bias and not self.concat else {}
+        if self.residual and target is not None:
+            dtarget, found["res.weight"], _ = linear_backward(grad, target, record.parameters["res.weight"])
+        elif self.residual:
+            found["res.weight"] = np.zeros_like(record.parameters["res.weight"])
+        return grad, dtarget, found
 
 
 class GAT(_Convolution):
@@ -161,11 +182,11 @@ class GAT(_Convolution):
     def _names(self) -> tuple[str, str]:
         return ("lin_src.weight", "lin_dst.weight") if self.is_bipartite else ("lin.weight", "lin.weight")
 
-    def _attend(self, inputs: Inputs, p: ParameterSet, keeps: bool) -> tuple[Past, Any]:
+    def _attend(self, inputs: Inputs, p: ParameterSet, keeps: bool) -> tuple[Past, Array | None]:
         from ..plan import csr as plan
 
         source_name, target_name = self._names()
-        h = self._nodes_of(linear(inputs.source, p[source_name]))
+        h = self._heads_of(linear(inputs.source, p[source_name]))
         shared = not inputs.is_pair and source_name == target_name
         att = np.concatenate([p["att_src"], p["att_dst"]] if shared else [p["att_src"]])
         products = plan.fold(h, att)[..., None]  # att_src . h_j, and att_dst . h_i where the nodes are the same
@@ -175,44 +196,41 @@ class GAT(_Convolution):
         elif inputs.target is None:
             query = np.zeros((inputs.graph.num_targets, self.heads, 1), h.dtype)
         else:
-            h_target = self._nodes_of(linear(inputs.target, p[target_name]))
+            h_target = self._heads_of(linear(inputs.target, p[target_name]))
             query = plan.fold(h_target, p["att_dst"])[0][..., None]
-        edge = by_edge = None
+        edge = None
         if inputs.edge_attr is not None:  # att . (W a) = (att W) a: no array of edges is as wide as a node
-            by_edge = att_by_edge(p["att_edge"], p["lin_edge.weight"])
-            edge = linear(inputs.edge_attr, by_edge)[..., None]
+            edge = linear(inputs.edge_attr, att_by_edge(p["att_edge"], p["lin_edge.weight"]))[..., None]
         terms = plan.NeighborTerms(plan.SUM, products[0], query, h, edge=edge, fold=att, **self._common(inputs, p))
-        return Past(inputs.graph, terms, keeps), (h_target, by_edge)
+        return Past(inputs.graph, terms, keeps), h_target
 
-    def _attend_back(
-        self, back: Any, record: Record, gradients: dict[str, Array], so_far: Array | None
-    ) -> tuple[Array, Array | None, Array | None]:
+    def _attend_back(self, made: Made, record: Record, so_far: Array | None) -> Back:
         inputs, p = record.inputs, record.parameters
         source_name, target_name = self._names()
-        h_target, by_edge = record.extra
-        gradients["att_src"] = back.att[:1]
-        gradients["att_dst"] = back.att[1:] if len(back.att) > 1 else np.zeros_like(back.att)
+        assert made.att is not None  # `fold` has a gradient
+        found = self._offset_back(made) | {"att_src": made.att[:1], "att_dst": made.att[1:]}
         # Where sources and targets are the same nodes, what their residual gave so far is part of the one gradient.
-        of_sources_so_far = None if inputs.is_pair else so_far
-        dsource, gradients[source_name], _ = linear_backward(
-            flattened(back.value), inputs.source, p[source_name], of_sources_so_far
+        dsource, found[source_name], _ = linear_backward(
+            flattened(made.value), inputs.source, p[source_name], None if inputs.is_pair else so_far
         )
         dtarget = so_far if inputs.is_pair else dsource
-        if h_target is not None:
-            assert inputs.target is not None  # h_target was made of it
-            gradients["att_dst"] = _weighed(back.query[..., 0], h_target)[None]
-            dh = flattened(back.query * p["att_dst"])
+        if record.projected is not None:
+            assert inputs.target is not None  # which was projected
+            found["att_dst"] = _weighed(made.query[..., 0], record.projected)[None]
+            dh = flattened(made.query * p["att_dst"])
             dtarget, dweight, _ = linear_backward(dh, inputs.target, p[target_name], dtarget)
-            gradients[target_name] = dweight + gradients[target_name] if target_name in gradients else dweight
-        elif target_name not in gradients:
-            gradients[target_name] = np.zeros_like(p[target_name])
+            found[target_name] = dweight + found[target_name] if target_name in found else dweight
+        elif inputs.target is None:
+            found["att_dst"] = np.zeros_like(p["att_dst"])
+            found.setdefault(target_name, np.zeros_like(p[target_name]))
         dattr = None
-        if by_edge is not None:
-            assert inputs.edge_attr is not None  # `by_edge` is what multiplied it
-            dattr, dby_edge, _ = linear_backward(back.edge[..., 0], inputs.edge_attr, by_edge)
+        if inputs.edge_attr is not None:
+            assert made.edge is not None
+            by_edge = att_by_edge(p["att_edge"], p["lin_edge.weight"])
+            dattr, dby_edge, _ = linear_backward(made.edge[..., 0], inputs.edge_attr, by_edge)
             datt, dweight = _att_by_edge_back(dby_edge, p["att_edge"], p["lin_edge.weight"])
-            gradients["att_edge"], gradients["lin_edge.weight"] = datt, dweight
-        return dsource, dtarget, dattr
+            found |= {"att_edge": datt, "lin_edge.weight": dweight}
+        return Back(dsource, dtarget, dattr, found)
 
 
 def _weighed(d: Array, h: Array) -> Array:
@@ -337,7 +355,7 @@ class GATv2(_Convolution):
     def _settings(self) -> dict[str, Any]:
         return super()._settings() | {"share_weights": self.share_weights}
 
-    def _attend(self, inputs: Inputs, p: ParameterSet, keeps: bool) -> tuple[Past, Any]:
+    def _attend(self, inputs: Inputs, p: ParameterSet, keeps: bool) -> tuple[Past, None]:
         from ..plan import csr as plan
 
         assert inputs.target is not None  # `needs_target`: the layer refuses a call without
@@ -353,25 +371,23 @@ class GATv2(_Convolution):
         terms = plan.NeighborTerms(plan.JOINT, left, right, left, **edge, att=p["att"][0], **self._common(inputs, p))
         return Past(inputs.graph, terms, keeps), None
 
-    def _joined(self, inputs: Inputs) -> tuple[str, ...]:
+    def _side_by_side(self, inputs: Inputs) -> tuple[str, ...]:
         return () if inputs.is_pair or self.share_weights else ("value", "query")
 
-    def _attend_back(
-        self, back: Any, record: Record, gradients: dict[str, Array], so_far: Array | None
-    ) -> tuple[Array, Array | None, Array | None]:
+    def _attend_back(self, made: Made, record: Record, so_far: Array | None) -> Back:
         inputs, p = record.inputs, record.parameters
-        assert inputs.target is not None  # `needs_target`: the layer refuses a call without
-        gradients["att"] = back.att[None]
-        right = "lin_l" if self.share_weights else "lin_r"
-        if not inputs.is_pair and self.share_weights:
-            back.value[...] += back.query
-            dsource = dtarget = linears_backward(back.value, inputs.source, p, ("lin_l",), gradients, so_far)
-        elif not inputs.is_pair:
-            dsource = dtarget = linears_backward(back.joined, inputs.source, p, ("lin_l", "lin_r"), gradients, so_far)
+        assert inputs.target is not None and made.att is not None  # `needs_target`, and scores are made with `att`
+        if inputs.is_pair:
+            dsource, found = linears_backward(made.value, inputs.source, p, ("lin_l",))
+            right = "lin_l" if self.share_weights else "lin_r"
+            dtarget, more = linears_backward(made.query, inputs.target, p, (right,), so_far)
+            found = {name: found[name] + more[name] for name in more} if self.share_weights else found | more
+        elif self.share_weights:
+            made.value[...] += made.query
+            dsource, found = linears_backward(made.value, inputs.source, p, ("lin_l",), so_far)
+            dtarget = dsource
         else:
-            dsource = linears_backward(back.value, inputs.source, p, ("lin_l",), gradients)
-            dtarget = linears_backward(back.query, inputs.target, p, (right,), gradients, so_far)
-        dattr = None
-        if inputs.edge_attr is not None:
-            dattr, gradients["lin_edge.weight"] = edge_terms_back(back)
-        return dsource, dtarget, dattr
+            dsource, found = linears_backward(made.joined, inputs.source, p, ("lin_l", "lin_r"), so_far)
+            dtarget = dsource
+        dattr, of_edges = edge_terms_back(made)
+        return Back(dsource, dtarget, dattr, self._offset_back(made) | found | of_edges | {"att": made.att[None]})

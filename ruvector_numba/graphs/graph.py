@@ -37,6 +37,10 @@ TRANSPOSED = Derived[Transposed]("the edges grouped by source")
 WITH_LOOPS: Derived[CSRGraph] = Derived("the graph with self-loops by a policy")
 
 
+class _NoNumNodes(GraphStructureError, AttributeError):
+    """A graph whose sources and targets differ has no number of nodes, and hasattr says so."""
+
+
 class CSRGraph:
     """An immutable graph, grouped by target; made by one of the `from_` methods, which check what they are given.
 
@@ -74,7 +78,7 @@ class CSRGraph:
     indices: Array
     edge_ids: Array | None
     num_sources: int
-    _derived: dict[tuple[Derived[Any], tuple[Hashable, ...]], Any]  # by `derived` alone
+    _derived: dict[tuple[Derived[Any], tuple[Hashable, ...]], Any]  # written to by `derived` alone
 
     def __init__(self, *edges: object, **more: object) -> None:
         hint = "use CSRGraph.from_edge_index, from_neighbors, from_scipy or from_networkx"
@@ -215,7 +219,7 @@ class CSRGraph:
     def num_nodes(self) -> int:
         """How many nodes there are; GraphStructureError where sources and targets are not the same ones."""
         if self.is_bipartite:
-            raise GraphStructureError("sources and targets differ", hint="ask for num_sources or num_targets")
+            raise _NoNumNodes("sources and targets differ", hint="ask for num_sources or num_targets")
         return self.num_targets
 
     @property
@@ -244,10 +248,8 @@ class CSRGraph:
         return self.derived(TRANSPOSED, self._transpose)
 
     def __repr__(self) -> str:
-        nodes = f"num_nodes={self.num_targets}"
-        if self.is_bipartite:
-            nodes = f"num_sources={self.num_sources}, num_targets={self.num_targets}"
-        return f"CSRGraph({nodes}, num_edges={self.num_edges})"
+        nodes = f"num_sources={self.num_sources}, num_targets" if self.is_bipartite else "num_nodes"
+        return f"CSRGraph({nodes}={self.num_targets}, num_edges={self.num_edges})"
 
     def by_position(self, values: ArrayLike) -> Array:
         """Values in the caller's order of edges, now as the edges stand in `indices`. See `by_edge` for an example.
@@ -376,7 +378,7 @@ class CSRGraph:
         >>> graph.with_self_loops().to_edge_index().tolist()
         [[0, 1, 0, 1], [1, 0, 0, 1]]
         """
-        if edges.policy(policy) == "keep":
+        if edges.loop_policy("policy", policy) == "keep":
             return self
         return self.derived(WITH_LOOPS, lambda: self._put_loops(policy), policy)
 
@@ -415,7 +417,7 @@ class CSRGraph:
         [3.0, 7.0, 7.0, 3.0]
         """
         values = self._one_each("edge_attr", floats("edge_attr", edge_attr))
-        if edges.policy(policy) == "keep":
+        if edges.loop_policy("policy", policy) == "keep":
             return values.copy()
         return self_loops.put_in(self, values, policy, fill_value)
 
@@ -489,8 +491,7 @@ def _grouped(sources: Array, targets: Array, num_sources: int, num_targets: int)
     dtype = edges.index_dtype(num_sources, num_targets, len(sources))
     check_memory((num_targets + 1,), dtype, "indptr", hint="it has one number for each target: is num_nodes right?")
     edges.check_num_sources(num_sources, "num_nodes")
-    is_narrow = dtype == np.int32 and sources.dtype == targets.dtype == dtype
-    integer = dtype if is_narrow else np.dtype(np.int64)
+    integer = dtype if dtype == sources.dtype == targets.dtype == np.int32 else np.dtype(np.int64)
     keys, others = (np.require(ends, integer, ["C", "A"]) for ends in (targets, sources))
     survey = plan.survey(keys, others, num_targets, num_sources, dtype)
     if survey.bad >= 0:

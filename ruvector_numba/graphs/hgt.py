@@ -34,9 +34,11 @@ from .hetero import (
     weights_of_edges,
 )
 from .hgt_products import along, along_back, flat, gate_of, linear_back, linear_rows
-from .inputs import along_matrix, check_owner, size, starting_parameters
+from .inputs import check_owner, size
+from .matrices import along_matrix
 from .neighbors import Past
 from .results import HeteroCache, HeteroGradients, HeteroRecord
+from .starting import starting_parameters
 
 __all__ = ["HGT", "HeteroCache", "HeteroGradients"]
 

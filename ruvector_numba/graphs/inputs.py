@@ -3,41 +3,31 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike, DTypeLike
+from numpy.typing import ArrayLike
 
 from .. import checks
 from ..arrays import Array
 from ..errors import DimensionMismatchError, GraphStructureError, InvalidConfigError, InvalidInputError
-from ..parameters import ParameterSet
 from ..values import check_memory, shown, whole_number
-from . import edges, self_loops
+from . import edges
 from .graph import CSRGraph
 from .known import graph_of_edges
 
 __all__ = [
     "Inputs",
-    "along_matrix",
     "check_not_swapped",
     "check_owner",
     "check_slope_range",
     "checked_filling",
     "checked_slope",
-    "edge_gradients",
-    "edge_terms",
-    "edge_terms_back",
     "features",
     "graph_in_call",
     "graph_of",
-    "initial",
     "is_pair",
-    "listed",
-    "loop_policy",
     "size",
-    "starting_parameters",
 ]
 
 
@@ -56,16 +46,6 @@ class Inputs(NamedTuple):
     seed: int
 
 
-def loop_policy(add_self_loops: object) -> edges.LoopPolicy:
-    """True and False as in PyTorch Geometric, or one of the names."""
-    if isinstance(add_self_loops, bool | np.bool_):
-        return "replace" if add_self_loops else "keep"
-    if not isinstance(add_self_loops, str) or add_self_loops not in ("replace", "add", "keep"):
-        hint = 'give True, False, "replace", "add" or "keep"'
-        raise InvalidConfigError(f"add_self_loops is {shown(add_self_loops)}", hint=hint)
-    return add_self_loops  # type: ignore[return-value]  # one of these words
-
-
 def checked_slope(negative_slope: object) -> float:
     try:
         slope = checks.scale_of(negative_slope, 1)
@@ -78,16 +58,10 @@ def checked_slope(negative_slope: object) -> float:
 
 def checked_filling(fill_value: str | ArrayLike) -> str | ArrayLike:
     """What a layer fills its self-loops' attributes with. That an array fits nodes and edges shows in a call."""
-    if isinstance(fill_value, str):
-        if fill_value not in ("mean", "add"):
-            raise InvalidConfigError(
-                f"fill_value is {shown(fill_value)}", hint='give "mean", "add", a number or an array'
-            )
-        return fill_value
     try:
         edges.checked_fill(fill_value)
     except InvalidInputError as error:
-        raise InvalidConfigError(error.details, hint='give "mean", "add", a number or an array') from None
+        raise InvalidConfigError(error.details, hint=edges.FILL_HINT) from None
     return fill_value
 
 
@@ -97,10 +71,6 @@ def check_slope_range(slope: float, dtype: np.dtype[Any]) -> None:
     if abs(slope) > float(largest):
         hint = f"{dtype} ends at {largest:.2g}: give a smaller one, or arrays of float64"
         raise InvalidInputError(f"negative_slope is {slope}", hint=hint)
-
-
-def listed(x: Any) -> Any:
-    return np.asarray(x).tolist()
 
 
 def size(name: str, n: object) -> int:
@@ -117,47 +87,6 @@ def check_owner(layer: Any, owner: Any) -> None:
         raise InvalidInputError(reason, hint=hint)
     if owner._identity != layer._identity:
         raise InvalidInputError(f"cache is that of another {layer.name()}", hint=hint)
-
-
-def along_matrix(
-    forward: Callable[..., tuple[Array, Array]], node_features: Any, adjacency: Any, takes_values: bool
-) -> tuple[Array, Any]:
-    """`sparse_forward` in terms of `graph_forward`; the entries are the edges' features if it `takes_values`."""
-    if not hasattr(adjacency, "tocsr"):
-        hint = "scipy.sparse.csr_array makes one; for an edge_index there is graph_forward"
-        raise GraphStructureError(f"adjacency is a {type(adjacency).__name__}, not a sparse matrix", hint=hint)
-    # tocsr would add up entries of a COO matrix that have one place.
-    matrix = adjacency if getattr(adjacency, "format", None) in ("csr", "csc", "coo") else adjacency.tocsr()
-    graph, attr = CSRGraph.from_scipy(matrix), None
-    if takes_values:
-        if matrix.dtype.kind not in "biuf":
-            hint = "the entries are the edges' features: take adjacency.real, or other real numbers"
-            raise GraphStructureError(f"adjacency has dtype {matrix.dtype}, which is no real number", hint=hint)
-        sources = checks.from_sequence("node_features", node_features[0] if is_pair(node_features) else node_features)
-        attr = matrix.data[: graph.num_edges, None].astype(sources.dtype)
-    output, coefficients = forward(node_features, graph, attr)
-    return output, graph.to_scipy(coefficients.mean(axis=1))
-
-
-def initial(random: np.random.Generator, name: str, shape: tuple[int, ...]) -> Array:
-    if name.endswith("bias"):
-        return np.zeros(shape)
-    bound = math.sqrt(6 / (shape[-1] + shape[-2]))
-    return random.uniform(-bound, bound, shape)
-
-
-def starting_parameters(
-    random: np.random.Generator, shapes: dict[str, tuple[int, ...]], dtype: DTypeLike, ones: tuple[str, ...] = ()
-) -> ParameterSet:
-    """A layer's initial parameters: Glorot-uniform, biases 0, and 1 where a name begins with one of `ones`."""
-    try:
-        np.dtype(dtype)
-    except (TypeError, ValueError) as error:
-        raise InvalidInputError(f"dtype is {dtype!r}: {error}", hint="give float32 or float64") from None
-    numbers = sum(map(math.prod, shapes.values()))
-    check_memory((numbers,), np.dtype(float), "parameters", hint="give fewer channels or heads")
-    arrays = {n: np.ones(s) if ones and n.startswith(ones) else initial(random, n, s) for n, s in shapes.items()}
-    return ParameterSet(arrays).as_type(dtype)
 
 
 def is_pair(x: Any) -> bool:
@@ -218,29 +147,3 @@ def graph_of(graph: Any, source: Array, target: Array | None, is_pair: bool) -> 
         )
         raise DimensionMismatchError(wanted, (sources, targets), shapes=shapes, hint=hint)
     return graph
-
-
-def edge_terms(inputs: Inputs, p: ParameterSet, heads: int) -> dict[str, Any]:
-    """What scores and values have of the edges: their attributes, and the matrix (edge_dim, H, C) that these are
-    multiplied by in the kernels, batch by batch."""
-    if inputs.edge_attr is None:
-        return {}
-    weight = p["lin_edge.weight"]
-    return {"edge": inputs.edge_attr, "matrix": weight.T.reshape(len(weight.T), heads, -1)}
-
-
-def edge_terms_back(back: Any) -> tuple[Array, Array]:
-    """The gradients of the attributes and of lin_edge.weight."""
-    return back.edge, np.ascontiguousarray(back.matrix.reshape(len(back.matrix), -1).T)
-
-
-def edge_gradients(
-    inputs: Inputs, dattr: Array | None, dweight: Array | None, policy: edges.LoopPolicy, fill_value: Any
-) -> tuple[Array | None, Array | None]:
-    """The gradients of what the caller's edges have, from those of the edges with self-loops."""
-    if inputs.graph is not inputs.given:
-        dattr = None if dattr is None else self_loops.taken_out(inputs.given, dattr, policy, fill_value)
-        dweight = None if dweight is None else self_loops.taken_out(inputs.given, dweight, policy, 1.0)
-    if dattr is not None and inputs.attr_shape is not None:
-        dattr = dattr.reshape(inputs.attr_shape)
-    return None if inputs.attr_shape is None else dattr, dweight

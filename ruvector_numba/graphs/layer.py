@@ -1,8 +1,8 @@
 """The base of the layers on graphs: nodes and edges checked, self-loops, and all that comes after the attention.
 
-A layer says how its scores and values are made of the nodes (`_attend`) and how gradients go back through that
-(`_attend_back`). The rest is here: which graph, which edge attributes, dropout, heads joined or averaged, residual and
-bias, and ruvector-attention's `graph_forward` and `sparse_forward`.
+A layer says how its scores and values are made of the nodes (`_attend`), what it adds to the heads once they are joined
+or averaged (`_finish`), and how gradients go back through both (`_finish_back`, `_attend_back`). The rest is here:
+which graph, which edge attributes, dropout, and ruvector-attention's `graph_forward` and `sparse_forward`.
 """
 
 from __future__ import annotations
@@ -17,30 +17,22 @@ from .. import checks, gpu, layers
 from ..arrays import Array
 from ..errors import DimensionMismatchError, InvalidConfigError, InvalidInputError
 from ..parameters import ParameterSet, Trainable
-from ..projection import linear, linear_backward
 from ..protocols import GraphAttention
 from ..values import shown, switch
 from . import edges
+from .edge_terms import edge_gradients
 from .edge_values import checked_edges, edge_attributes
 from .graph import CSRGraph
-from .inputs import (
-    Inputs,
-    along_matrix,
-    check_not_swapped,
-    check_owner,
-    edge_gradients,
-    features,
-    graph_of,
-    is_pair,
-    listed,
-    size,
-    starting_parameters,
-)
+from .inputs import Inputs, check_not_swapped, check_owner, features, graph_of, is_pair, size
+from .matrices import along_matrix
 from .neighbors import Past, checked_aggregation, packed
-from .results import GraphCache, GraphGradients, Record
+from .results import Back, Gated, GraphCache, GraphGradients, Record
+from .starting import starting_parameters
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+    from ..plan.csr import Made
 
 __all__ = ["GraphCache", "GraphGradients", "GraphLayer"]
 
@@ -53,7 +45,6 @@ class GraphLayer(Trainable, GraphAttention):
     fill_value: str | ArrayLike = "mean"
     add_self_loops: edges.LoopPolicy = "keep"
     needs_target = True  # whether scores are made of targets' features
-    residual = False
 
     def __init__(
         self,
@@ -152,7 +143,8 @@ class GraphLayer(Trainable, GraphAttention):
         graph : CSRGraph, or array_like of integers (2, E)
             The edges: source j above target i, which attends to j. A `CSRGraph` is checked and grouped only once. So is
             an array that is given again, to this or another layer: as long as it lives its graph is kept (the last 64,
-            at most ``RUVECTOR_NUMBA_KEEP`` MB of arrays), and each call looks whether it still says the same.
+            at most ``RUVECTOR_NUMBA_KEEP`` MB with all that was made of them), and each call looks whether it still
+            says the same.
         edge_attr : array (E, edge_dim) or, for edge_dim 1, (E,), optional
             Features of edges, in the order of the edges as they were given.
         edge_weight : array (E,), optional
@@ -241,27 +233,27 @@ class GraphLayer(Trainable, GraphAttention):
             return gpu_graph_layers.run(self, x, graph, edge_attr, edge_weight, dropout, seed, device)
         inputs = self._inputs(x, graph, edge_attr, edge_weight, *checks.dropout(dropout, seed))
         parameters = self._parameters.as_type(inputs.source.dtype)
-        past, extra = self._attend(inputs, parameters, keeps)
-        output, extra = self._finish(past.output, inputs, parameters, extra)
-        return output, Record(self, inputs, parameters, past, extra)
+        past, projected = self._attend(inputs, parameters, keeps)
+        output, gated = self._finish(self._join_heads(past.output), inputs, parameters)
+        return output, Record(self, inputs, parameters, past, projected, gated)
 
-    def _attend(self, inputs: Inputs, p: ParameterSet, keeps: bool) -> tuple[Past, Any]:
+    def _attend(self, inputs: Inputs, p: ParameterSet, keeps: bool) -> tuple[Past, Array | None]:
+        """The pass over the edges, and the record's `projected`."""
         raise NotImplementedError
 
-    def _offset(self, p: ParameterSet) -> Array | None:
-        """The numbers that the attention's output begins with, (1, H, C): the bias, where no heads are averaged."""
-        return p["bias"].reshape(1, self.heads, self.out_channels) if self.bias and self.concat else None
+    def _join_heads(self, attended: Array) -> Array:
+        """(N, width): heads (N, H, C) side by side, a view, or their mean."""
+        return attended.reshape(len(attended), self.width) if self.concat else attended.mean(axis=1)
 
-    def _finish(self, attended: Array, inputs: Inputs, p: ParameterSet, extra: Any) -> tuple[Array, Any]:
+    def _join_heads_back(self, grad: Array) -> Array:
+        """The gradient of each head, from that of what `_join_heads` gave."""
         if self.concat:
-            output = attended.reshape(len(attended), self.width)
-        else:
-            output = attended.mean(axis=1)
-            if self.bias:
-                output += p["bias"]
-        if self.residual and inputs.target is not None:
-            output += linear(inputs.target, p["res.weight"])
-        return output, extra
+            return grad.reshape(len(grad), self.heads, self.out_channels)
+        return np.repeat(grad[:, None, :] / grad.dtype.type(self.heads), self.heads, axis=1)
+
+    def _finish(self, attended: Array, inputs: Inputs, p: ParameterSet) -> tuple[Array, Gated | None]:
+        """The output, from what `_join_heads` gave, which may be written to; and the record's `gated`."""
+        raise NotImplementedError
 
     # --- backward ---------------------------------------------------------------------------------------------------
     def backward(self, grad_output: ArrayLike, cache: GraphCache) -> GraphGradients:
@@ -302,52 +294,31 @@ class GraphLayer(Trainable, GraphAttention):
             from ..gpu import graph_layers as gpu_graph_layers
 
             return gpu_graph_layers.backward(grad_output, record)
-        inputs, past = record.inputs, record.past
-        shape = (len(past.output), record.layer.width)
-        grad = checks.gradient("grad_output", grad_output, shape, past.output.dtype)
-        return record.layer._backward(grad, record, inputs)
+        output = record.past.output
+        grad = checks.gradient("grad_output", grad_output, (len(output), record.layer.width), output.dtype)
+        return record.layer._backward(grad, record)
 
-    def _backward(self, grad: Array, record: Record, inputs: Inputs) -> GraphGradients:
-        gradients: dict[str, Array] = {}
-        grad, dtarget = self._finish_back(grad, record, gradients)
-        back = record.past.backward(
-            grad.reshape(len(grad), self.heads, self.out_channels) if self.concat else self._spread(grad),
-            joined=self._joined(inputs),
-        )
-        if self.bias and self.concat and "bias" in record.parameters:
-            gradients["bias"] = back.offset.reshape(-1)
-        dsource, dtarget, dattr = self._attend_back(back, record, gradients, dtarget)
-        if dtarget is None and inputs.target is not None:
-            dtarget = np.zeros_like(inputs.target)
-        nodes: Any = (dsource, dtarget) if inputs.is_pair else dsource
-        named = {name: gradients[name] for name in record.parameters}
-        of_edges = edge_gradients(inputs, dattr, back.edge_weight, self.add_self_loops, self.fill_value)
-        return GraphGradients(named, nodes, *of_edges)
+    def _backward(self, grad: Array, record: Record) -> GraphGradients:
+        inputs = record.inputs
+        grad, dtarget, found = self._finish_back(grad, record)
+        made = record.past.backward(self._join_heads_back(grad), joined=self._side_by_side(inputs))
+        back = self._attend_back(made, record, dtarget)
+        found = found | back.parameters
+        dtarget = np.zeros_like(inputs.target) if back.target is None and inputs.target is not None else back.target
+        nodes: Any = (back.source, dtarget) if inputs.is_pair else back.source
+        of_edges = edge_gradients(inputs, back.edge_attr, made.edge_weight, self.add_self_loops, self.fill_value)
+        return GraphGradients({name: found[name] for name in record.parameters}, nodes, *of_edges)
 
-    def _spread(self, grad: Array) -> Array:
-        """The gradient of each head, where their mean was taken."""
-        return np.repeat(grad[:, None, :] / grad.dtype.type(self.heads), self.heads, axis=1)
+    def _finish_back(self, grad: Array, record: Record) -> tuple[Array, Array | None, dict[str, Array]]:
+        """The gradients of what `_finish` was given, of the targets that it added, and of its parameters by name."""
+        raise NotImplementedError
 
-    def _finish_back(self, grad: Array, record: Record, gradients: dict[str, Array]) -> tuple[Array, Array | None]:
-        """The gradient of what attention gave, and that of the targets so far."""
-        if self.bias and not self.concat:
-            gradients["bias"] = grad.sum(axis=0)
-        if not self.residual:
-            return grad, None
-        if record.inputs.target is None:
-            gradients["res.weight"] = np.zeros_like(record.parameters["res.weight"])
-            return grad, None
-        dx, gradients["res.weight"], _ = linear_backward(grad, record.inputs.target, record.parameters["res.weight"])
-        return grad, dx
-
-    def _joined(self, inputs: Inputs) -> tuple[str, ...]:
-        """Which gradients go back through one product, and so shall lie side by side."""
+    def _side_by_side(self, inputs: Inputs) -> tuple[str, ...]:
+        """Which of the attention's gradients go back through one product, and so shall lie side by side."""
         return ()
 
-    def _attend_back(
-        self, back: Any, record: Record, gradients: dict[str, Array], so_far: Array | None
-    ) -> tuple[Array, Array | None, Array | None]:
-        """The gradients of sources, targets and edge attributes. The target gradient is accumulated onto `so_far`."""
+    def _attend_back(self, made: Made, record: Record, so_far: Array | None) -> Back:
+        """The gradients through the attention, from its own. That of the targets is added to `so_far`, in place."""
         raise NotImplementedError
 
     # --- ruvector-attention's graph interface -----------------------------------------------------------------------
@@ -416,7 +387,7 @@ class GraphLayer(Trainable, GraphAttention):
 
     # --- files ------------------------------------------------------------------------------------------------------
     def _file_header(self) -> dict[str, str]:
-        return {"kind": self.name(), "settings": json.dumps(self._settings(), default=listed)}
+        return {"kind": self.name(), "settings": json.dumps(self._settings(), default=_listed)}
 
     @classmethod
     def _of_file_header(cls, header: dict[str, str]) -> Self:
@@ -490,3 +461,7 @@ class GraphLayer(Trainable, GraphAttention):
         if self.edge_dim is None:
             raise InvalidInputError("the layer has no edge_dim, edge_attr was given", hint="build it with edge_dim=...")
         return edge_attributes("edge_attr", edge_attr, graph.num_edges, self.edge_dim, dtype)
+
+
+def _listed(fill_value: Any) -> Any:
+    return np.asarray(fill_value).tolist()

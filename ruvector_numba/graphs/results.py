@@ -18,6 +18,14 @@ if TYPE_CHECKING:
 __all__ = ["GraphCache", "GraphGradients", "HeteroCache", "HeteroGradients"]
 
 
+class Gated(NamedTuple):
+    """What the gate of a `GraphTransformer` weighed, heads joined or averaged (N, width), and its weights (N,)."""
+
+    attended: Array
+    root: Array
+    gate: Array
+
+
 class Record(NamedTuple):
     """The forward pass of a layer, for its backward pass."""
 
@@ -25,7 +33,17 @@ class Record(NamedTuple):
     inputs: Inputs
     parameters: ParameterSet
     past: Past
-    extra: Any  # the layer's own
+    projected: Array | None  # (Nt, H, C): what GAT makes of targets that are not its sources
+    gated: Gated | None  # of a GraphTransformer with `beta`
+
+
+class Back(NamedTuple):
+    """The gradients that come back through a layer's attention."""
+
+    source: Array
+    target: Array | None  # that of the sources where the nodes are the same
+    edge_attr: Array | None  # of the edges with self-loops
+    parameters: dict[str, Array]
 
 
 class GraphCache:

@@ -9,8 +9,6 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from ..arrays import Array
-from ..errors import InvalidConfigError
-from ..values import shown
 from . import edges
 
 if TYPE_CHECKING:
@@ -27,13 +25,11 @@ def put_in(graph: CSRGraph, values: Array, policy: edges.LoopPolicy, fill_value:
 
     loops, whole = min(graph.num_sources, graph.num_targets), graph.with_self_loops(policy)
     out = memory.empty((whole.num_edges, *values.shape[1:]), values.dtype)
-    if not isinstance(fill_value, str):
-        out[len(out) - loops :] = edges.filled(fill_value, (loops, *values.shape[1:]), values.dtype)
-    elif fill_value not in plan.FILLS:
-        hint = 'give "mean", "add", a number or an array'
-        raise InvalidConfigError(f"fill_value is {shown(fill_value)}", hint=hint)
+    fill = edges.checked_fill(fill_value)
+    if not isinstance(fill, str):
+        out[len(out) - loops :] = edges.filled(fill, (loops, *values.shape[1:]), values.dtype)
     removes = policy == "replace"
-    plan.put_rows(parts(graph), parts(whole), removes, loops, fill_value, _rows(values), _rows(out))
+    plan.put_rows(parts(graph), parts(whole), removes, loops, fill, _rows(values), _rows(out))
     return out
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import DTypeLike
@@ -13,10 +13,14 @@ from ..errors import InvalidConfigError, InvalidInputError
 from ..parameters import ParameterSet
 from ..projection import is_finite, linears, linears_backward, only_seen
 from ..values import shown, switch
-from .inputs import Inputs, edge_terms, edge_terms_back
+from .edge_terms import edge_terms, edge_terms_back
+from .inputs import Inputs
 from .layer import GraphLayer
 from .neighbors import Past
-from .results import Record
+from .results import Back, Gated, Record
+
+if TYPE_CHECKING:
+    from ..plan.csr import Made
 
 __all__ = ["GraphTransformer"]
 
@@ -135,7 +139,7 @@ class GraphTransformer(GraphLayer):
         """Whether the attention can be added to lin_skip's result as it is written."""
         return self.concat and self.root_weight and not self.beta
 
-    def _attend(self, inputs: Inputs, p: ParameterSet, keeps: bool) -> tuple[Past, Any]:
+    def _attend(self, inputs: Inputs, p: ParameterSet, keeps: bool) -> tuple[Past, None]:
         from ..plan import csr as plan
 
         assert inputs.target is not None  # `needs_target`: the layer refuses a call without
@@ -152,52 +156,45 @@ class GraphTransformer(GraphLayer):
         )  # fmt: skip
         return Past(inputs.graph, terms, keeps), None
 
-    def _finish(self, attended: Array, inputs: Inputs, p: ParameterSet, extra: Any) -> tuple[Array, Any]:
-        output = attended.reshape(len(attended), self.width) if self.concat else attended.mean(axis=1)
+    def _finish(self, attended: Array, inputs: Inputs, p: ParameterSet) -> tuple[Array, Gated | None]:
         if self._begins_with_root or not self.root_weight:
-            return output, None
+            return attended, None
         assert inputs.target is not None  # `needs_target`: the layer refuses a call without
         root = linears(inputs.target, p, ("lin_skip",), 1)[0, :, 0]
         if not self.beta:
-            root += output
+            root += attended
             return root, None
         from ..plan import gate as plan
 
-        out, gate = plan.forward(output, root, p["lin_beta.weight"])
-        return out, (output, root, gate)
+        output, gate = plan.forward(attended, root, p["lin_beta.weight"])
+        return output, Gated(attended, root, gate)
 
-    def _finish_back(self, grad: Array, record: Record, gradients: dict[str, Array]) -> tuple[Array, Array | None]:
-        p, droot, dattended = record.parameters, grad, grad
+    def _finish_back(self, grad: Array, record: Record) -> tuple[Array, Array | None, dict[str, Array]]:
+        p, droot, dattended, found = record.parameters, grad, grad, dict[str, Array]()
         if not self.root_weight:
-            gradients |= {name: np.zeros_like(p[name]) for name in ("lin_skip.weight", "lin_skip.bias") if name in p}
-            return grad, None
-        if self.beta:
+            return grad, None, {name: np.zeros_like(x) for name, x in p.items() if name.startswith("lin_skip.")}
+        if record.gated is not None:
             from ..plan import gate as plan
 
-            output, root, gate = record.extra
-            made = plan.backward(grad, output, root, gate, p["lin_beta.weight"])
+            made = plan.backward(grad, *record.gated, p["lin_beta.weight"])
             if not is_finite(made[2]):
-                output, root, gate = (only_seen(x, grad) for x in (output, root, gate))
-                made = plan.backward(grad, output, root, gate, p["lin_beta.weight"])
-            dattended, droot, gradients["lin_beta.weight"] = made
+                seen = Gated(*(only_seen(x, grad) for x in record.gated))
+                made = plan.backward(grad, *seen, p["lin_beta.weight"])
+            dattended, droot, found["lin_beta.weight"] = made
         assert record.inputs.target is not None  # `needs_target`: the layer refuses a call without
-        return dattended, linears_backward(droot, record.inputs.target, p, ("lin_skip",), gradients)
+        dtarget, of_root = linears_backward(droot, record.inputs.target, p, ("lin_skip",))
+        return dattended, dtarget, found | of_root
 
-    def _joined(self, inputs: Inputs) -> tuple[str, ...]:
+    def _side_by_side(self, inputs: Inputs) -> tuple[str, ...]:
         return ("key", "value", "query") if not inputs.is_pair else ("key", "value")
 
-    def _attend_back(
-        self, back: Any, record: Record, gradients: dict[str, Array], so_far: Array | None
-    ) -> tuple[Array, Array | None, Array | None]:
+    def _attend_back(self, made: Made, record: Record, so_far: Array | None) -> Back:
         inputs, p = record.inputs, record.parameters
-        if not inputs.is_pair:
-            names: tuple[str, ...] = ("lin_key", "lin_value", "lin_query")
-            dsource = dtarget = linears_backward(back.joined, inputs.source, p, names, gradients, so_far)
-        else:
-            dsource = linears_backward(back.joined, inputs.source, p, ("lin_key", "lin_value"), gradients)
+        names, more = tuple(f"lin_{name}" for name in self._side_by_side(inputs)), dict[str, Array]()
+        dsource, found = linears_backward(made.joined, inputs.source, p, names, None if inputs.is_pair else so_far)
+        dtarget = dsource
+        if inputs.is_pair:
             assert inputs.target is not None  # `needs_target`: the layer refuses a call without
-            dtarget = linears_backward(back.query, inputs.target, p, ("lin_query",), gradients, so_far)
-        dattr = None
-        if inputs.edge_attr is not None:
-            dattr, gradients["lin_edge.weight"] = edge_terms_back(back)
-        return dsource, dtarget, dattr
+            dtarget, more = linears_backward(made.query, inputs.target, p, ("lin_query",), so_far)
+        dattr, of_edges = edge_terms_back(made)
+        return Back(dsource, dtarget, dattr, found | more | of_edges)
