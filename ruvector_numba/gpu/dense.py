@@ -12,9 +12,10 @@ from ..arrays import Shape
 from ..dense_call import DenseCall
 from ..errors import DimensionMismatchError, InvalidInputError, InvalidMaskError
 from ..plan.dropout import threshold_and_gain
+from ..plan.strides import broadcast
 from ..results import InputGradients
 from .arrays import GpuArray, Space
-from .layouts import aligned, broadcast, cut, named, padded, room, starts, whole, zero
+from .layouts import aligned, cut, named, padded, room, starts, whole, zero
 
 __all__ = ["GpuCall", "Past", "call", "forward", "run"]
 
