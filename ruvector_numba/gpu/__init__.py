@@ -21,18 +21,20 @@ from .arrays import (
     size,
     view,
 )
-from .moving import concerns, kept, moved, to_numpy, uploaded
+from .moving import arrived, concerns, home, kept, moved, to_numpy, uploaded
 
 __all__ = [
     "GpuArray",
     "Library",
     "Space",
     "any_on_gpu",
+    "arrived",
     "concerns",
     "contiguous_strides",
     "default",
     "describe",
     "floats",
+    "home",
     "is_on_gpu",
     "kept",
     "library",

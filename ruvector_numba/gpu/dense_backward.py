@@ -78,7 +78,7 @@ def backward(past: Past, grad_output: GpuArray, grad_lse: GpuArray | None, wants
         if bias is not None:
             _bias_gradient(c, space, job, bias)
     query, key, value = (past.home(cut(x, y.shape[-1])) for x, y in ((dq, c.query), (dk, c.key), (dv, c.value)))
-    return InputGradients(query, key, value, None if bias is None else past.home(bias.native))
+    return InputGradients(query, key, value, past.home(bias))
 
 
 def _bias_gradient(c: GpuCall, space: Space, job: Any, bias: GpuArray) -> None:

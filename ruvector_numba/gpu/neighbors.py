@@ -69,10 +69,6 @@ class NeighborRecord:
     def __init__(self, past: Past, is_moved: bool) -> None:
         self.past, self.is_moved = past, is_moved
 
-    def _home(self, x: GpuArray) -> Any:
-        """An array as the caller gets it: where the call's arrays were."""
-        return gpu.default().download(x.native) if self.is_moved else x.native
-
     def _space(self) -> Space:
         return Space(self.past.output.native)
 
@@ -82,14 +78,14 @@ class NeighborRecord:
 
     @property
     def output(self) -> Any:
-        return self._home(self.past.output)
+        return gpu.home(self.is_moved, self.past.output)
 
     @property
     def lse(self) -> Any:
-        return self._home(self.past.lse(self._space()))
+        return gpu.home(self.is_moved, self.past.lse(self._space()))
 
     def coefficients(self) -> Any:
-        return self._home(self.past.coefficients(self._space()))
+        return gpu.home(self.is_moved, self.past.coefficients(self._space()))
 
     def gradients(self, grad_output: Any) -> NeighborGradients:
         space, output = self._space(), self.past.output
@@ -97,18 +93,16 @@ class NeighborRecord:
         grad = gradient("grad_output", grad_output, output.shape, output.element)
         m = self.past.backward(space, rows(space, grad))
         made = (m.query, m.key, m.value, m.bias, m.edge, m.edge_value, m.edge_weight)
-        return NeighborGradients(*(None if x is None else self._home(x) for x in made))  # type: ignore[arg-type]
+        return NeighborGradients(*(gpu.home(self.is_moved, x) for x in made))
 
 
 def attend(arrays: tuple[Any, ...], graph: CSRGraph, device: str | None, *settings: Any) -> NeighborRecord:
     """`neighbor_attention` of its seven arrays on a GPU; those of NumPy are moved there if `device` says so."""
     from ..plan import cuda_csr as plan
 
-    is_moved = device == "cuda" and not gpu.is_on_gpu(arrays[0])
     names = ("query", "key", "value", "edge_bias", "edge_key", "edge_value", "edge_weight")
-    if device == "cuda":
-        arrays = tuple(gpu.moved(name, x) for name, x in zip(names, arrays, strict=True))
-    found = {name: gpu.floats(name, x) for name, x in zip(names, arrays, strict=True) if x is not None}
+    there, is_moved = gpu.arrived(device, **dict(zip(names, arrays, strict=True)))
+    found = {name: gpu.floats(name, x) for name, x in zip(names, there, strict=True) if x is not None}
     one_element(found)
     shadows = tuple(None if name not in found else gpu.shadow(found[name].shape) for name in names)
     c = neighbors.call(shadows, graph, *settings)
