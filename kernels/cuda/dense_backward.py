@@ -22,17 +22,17 @@ from .elements import STORAGE
 from .jit import WARP, device, kernel
 from .scoring import dice, hidden_bits, kept, scoring, sees_from, sees_to
 from .tiles import held, loading, operations, passed, pitch, storing, widen
+from .warps import adding
 
 ROWS_OF_A_WARP = 8  # in `prepare`; one takes 0.3 ms for half a million queries, four times what their bytes need
-across, exp2 = gpu.across, gpu.exp2
-commit, wait_for_all, wait_for_all_but_one = gpu.commit, gpu.wait_for_all, gpu.wait_for_all_but_one
+exp2, commit, wait_for_all_but_one = gpu.exp2, gpu.commit, gpu.wait_for_all_but_one
 
 
 @kernel(GradientJob, registers=96)
 def prepare(v):
     """shift, inverse and delta of each query: a warp has eight of them, whose loads are all under way at once."""
     widened, WARPS, QUERIES = widen(v.element), v.threads // WARP, ROWS_OF_A_WARP
-    int32, float32 = types.int32, types.float32
+    joined, int32, float32 = adding(), types.int32, types.float32
 
     def prepare_backward(job):
         lane, head = cuda.threadIdx.x & 31, head_of_block(job.matrices, 1)
@@ -48,8 +48,7 @@ def prepare(v):
                     delta[n] += widened(job.output.data[made]) * widened(job.grad_output.data[given])
                     delta[n] += widened(job.output.data[made + 1]) * widened(job.grad_output.data[given + 1])
         for n in range(QUERIES):
-            for distance in (1, 2, 4, 8, 16):
-                delta[n] += across(delta[n], distance)
+            delta[n] = joined(delta[n])
             if lane == n and i0 + n < job.Lq:
                 where = head * job.Lq + i0 + n
                 top, total = job.top[where], job.total[where]

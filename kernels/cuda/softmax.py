@@ -7,6 +7,7 @@ from numba import types
 
 from . import instructions as gpu
 from .jit import device
+from .warps import adding
 
 INF = math.inf
 across, exp2, larger = gpu.across, gpu.exp2, gpu.larger
@@ -16,7 +17,7 @@ across, exp2, larger = gpu.across, gpu.exp2, gpu.larger
 def softmax(slots, blocks, wide):
     """exponentials(s, o, top, total): s = 2**(s - top) of the new top, and o and total rescaled to it;
     join(total): the sums over the four lanes that share a row."""
-    float32 = types.float32
+    joined, float32 = adding(4), types.float32
 
     @device
     def exponentials(s, o, top, total):
@@ -44,7 +45,6 @@ def softmax(slots, blocks, wide):
     @device
     def join(total):
         for r in range(slots):
-            total[r] += across(total[r], 1)
-            total[r] += across(total[r], 2)
+            total[r] = joined(total[r])
 
     return exponentials, join
