@@ -21,7 +21,7 @@ from .elements import STORAGE
 from .jit import WARP, device, kernel
 from .scoring import LN2, hidden_bits
 from .softmax import softmax
-from .tiles import held, loading, operations, passed, pitch, storing
+from .tiles import cell, held, loading, operations, passed, pitch, storing
 from .warps import adding
 
 across, commit, exp2, larger, wait_for_all = gpu.across, gpu.commit, gpu.exp2, gpu.larger, gpu.wait_for_all
@@ -66,7 +66,7 @@ def passes(v):
                 else:
                     share = share_of(job, where, t == 0, top[r], total[r])
                 for c in range(WIDE):
-                    n, d = (r // 2 * WIDE + c) * 4 + r % 2 * 2, 8 * c + 2 * t
+                    n, d = cell(r, c, WIDE), 8 * c + 2 * t
                     if d < job.Dv:
                         if PACKED:
                             job.parts[where * job.Dv + d], job.parts[where * job.Dv + d + 1] = o[n], o[n + 1]

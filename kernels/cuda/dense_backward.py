@@ -21,7 +21,7 @@ from .blocks import INF, GradientJob, head_of_block, placing, scoring_tile
 from .elements import STORAGE
 from .jit import WARP, device, kernel
 from .scoring import dice, hidden_bits, kept, scoring, sees_from, sees_to
-from .tiles import held, loading, operations, passed, pitch, storing, widen
+from .tiles import cell, held, loading, operations, passed, pitch, storing, widen
 from .warps import adding
 
 ROWS_OF_A_WARP = 8  # in `prepare`; one takes 0.3 ms for half a million queries, four times what their bytes need
@@ -110,7 +110,7 @@ def query_passes(v):
         for r in range(SLOTS):
             for b in range(BLOCKS):
                 for e in range(2):
-                    n = (r // 2 * BLOCKS + b) * 4 + r % 2 * 2 + e
+                    n = cell(r, b, BLOCKS) + e
                     x = exp2(s[n] - shift[r]) * (ds[n] * inverse[r] - delta[r])
                     if SOFTCAP:
                         x *= cap_slopes[n]
@@ -131,7 +131,7 @@ def query_passes(v):
     def write(job, head, row0, t, at, dq):
         for r in range(SLOTS):
             for c in range(WIDE):
-                n, d = (r // 2 * WIDE + c) * 4 + r % 2 * 2, 8 * c + 2 * t
+                n, d = cell(r, c, WIDE), 8 * c + 2 * t
                 if at[r] >= 0 and d < job.D:
                     there = job.grad_query.at[head] + (row0 + 8 * r) * job.grad_query.row + d
                     put(job.grad_query.data, there, dq[n] * float32(job.slope), dq[n + 1] * float32(job.slope))
@@ -290,7 +290,7 @@ def key_passes(v):
             for e in range(2):
                 i = int32(i0 + 8 * b + 2 * t + e)
                 for r in range(SLOTS):
-                    k, j = (r // 2 * BLOCKS + b) * 4 + r % 2 * 2 + e, int32(row0 + 8 * r)
+                    k, j = cell(r, b, BLOCKS) + e, int32(row0 + 8 * r)
                     if SOFTCAP:
                         cap_slopes[k] = slope_of_cap(job.terms, s[k])
                     s[k] = score(job.terms, s[k], slope, head, i, j, j < job.Lk and i < job.Lq)
@@ -300,7 +300,7 @@ def key_passes(v):
                 for e in range(2):
                     n = int32(half + 8 * b + 2 * t + e)
                     for r in range(SLOTS):
-                        k, j = (r // 2 * BLOCKS + b) * 4 + r % 2 * 2 + e, int32(row0 + 8 * r)
+                        k, j = cell(r, b, BLOCKS) + e, int32(row0 + 8 * r)
                         if j < lo[n] or j >= hi[n]:
                             s[k] = float32(-INF)
             hidden = hidden_bits(s, SCORES)
@@ -317,7 +317,7 @@ def key_passes(v):
                 if DROPOUT:
                     thrown = dice(job.terms.seed, head, i)
                 for r in range(SLOTS):
-                    k, j = (r // 2 * BLOCKS + b) * 4 + r % 2 * 2 + e, int32(row0 + 8 * r)
+                    k, j = cell(r, b, BLOCKS) + e, int32(row0 + 8 * r)
                     p, dp = exp2(s[k] - shift[n]) * inverse[n], ds[k]
                     if DROPOUT:
                         gain = float32(job.terms.gain) if kept(thrown, j, job.terms.threshold) else float32(0)
@@ -363,7 +363,7 @@ def key_passes(v):
     def write(job, head0, row0, dk, dv):
         for r in range(SLOTS):
             for c in range(WIDE):
-                n, d = (r // 2 * WIDE + c) * 4 + r % 2 * 2, 8 * c + 2 * (cuda.threadIdx.x & 3)
+                n, d = cell(r, c, WIDE), 8 * c + 2 * (cuda.threadIdx.x & 3)
                 if TO_KEY and row0 + 8 * r < job.Lk and d < job.D:
                     there = job.grad_key.at[head0] + (row0 + 8 * r) * job.grad_key.row + d
                     put(job.grad_key.data, there, dk[n] * float32(job.slope), dk[n + 1] * float32(job.slope))

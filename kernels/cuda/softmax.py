@@ -7,6 +7,7 @@ from numba import types
 
 from . import instructions as gpu
 from .jit import device
+from .tiles import cell
 from .warps import adding
 
 INF = math.inf
@@ -24,7 +25,7 @@ def softmax(slots, blocks, wide):
         for r in range(slots):
             best = top[r]
             for b in range(blocks):
-                n = (r // 2 * blocks + b) * 4 + r % 2 * 2
+                n = cell(r, b, blocks)
                 best = larger(best, larger(s[n], s[n + 1]))
             best = larger(best, across(best, 1))
             best = larger(best, across(best, 2))
@@ -33,12 +34,12 @@ def softmax(slots, blocks, wide):
             top[r] = best
             for b in range(blocks):
                 for e in range(2):
-                    n = (r // 2 * blocks + b) * 4 + r % 2 * 2 + e
+                    n = cell(r, b, blocks) + e
                     s[n] = exp2(s[n] - shift)
                     part += s[n]
             total[r] = total[r] * factor + part
             for c in range(wide):
-                n = (r // 2 * wide + c) * 4 + r % 2 * 2
+                n = cell(r, c, wide)
                 o[n] *= factor
                 o[n + 1] *= factor
 
