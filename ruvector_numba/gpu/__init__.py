@@ -18,7 +18,6 @@ from .arrays import (
     part,
     problem,
     shadow,
-    size,
     view,
 )
 from .moving import arrived, concerns, home, kept, moved, to_numpy, uploaded
@@ -42,7 +41,6 @@ __all__ = [
     "part",
     "problem",
     "shadow",
-    "size",
     "to_numpy",
     "uploaded",
     "view",

@@ -95,7 +95,7 @@ class Past(NamedTuple):
         chosen = checks.row_indices(rows, c.query.shape[-2])
         heads = c.batch if averaged else c.query.shape[:-2]
         out = space.empty((*heads, len(chosen), c.key.shape[-2]), "float32")
-        if gpu.size(out.shape):
+        if math.prod(out.shape):
             from .dense_backward import weights
 
             weights(self, space, chosen, out, c.heads if averaged else 1)
@@ -272,7 +272,7 @@ def prepared(c: GpuCall, output: GpuArray) -> Ready | None:
 
 def forward(c: GpuCall, out: Any = None, ready: Ready | None = None) -> Past:
     """The output of a checked call, and what its gradients need."""
-    a, space, n = c.checked, c.space(), gpu.size(c.checked.query.shape[:-1])
+    a, space, n = c.checked, c.space(), math.prod(c.checked.query.shape[:-1])
     if not isinstance(out, GpuArray):
         out = room(space, a.output_shape, c.query.element) if out is None else _out(out, c)
     output: GpuArray = out

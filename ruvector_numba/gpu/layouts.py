@@ -82,7 +82,7 @@ def zero(space: Space, x: GpuArray, value: float) -> None:
     from ..kernels.cuda import copying
     from ..plan import cuda_copying as plan
 
-    v, n = plan.variant(x.element), gpu.size(x.shape)
+    v, n = plan.variant(x.element), math.prod(x.shape)
     if n:
         job = copying.FillJob(data=space.pointer(x), count=n, value=value)
         copying.fill(v, job, plan.fill_grid(v, n), space.stream)
@@ -102,7 +102,7 @@ def compact(space: Space, x: GpuArray, inverted: bool = False) -> GpuArray:
         source=space.pointer(x), at=starts(space, rows.shape[:-2], rows.strides[:-2]), row=rows.strides[-2], col=1,
         copy=space.pointer(made), rows=rows.shape[-2], columns=1, width=1, blocks=blocks,
     )  # fmt: skip
-    if gpu.size(x.shape):
+    if math.prod(x.shape):
         copying.pack(v, job, (blocks * math.prod(rows.shape[:-2]), 1, 1), space.stream)
     return made
 

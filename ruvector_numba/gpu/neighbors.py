@@ -5,6 +5,7 @@ A graph stays where it is, on the CPU; what kernels need of it is uploaded once 
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -143,11 +144,11 @@ def edge_softmax_backward(grad_weights: Any, weights: Any, graph: CSRGraph) -> A
     neighbors.edge_numbers("weights", gpu.shadow(p.shape), neighbors.checked_graph(graph))
     grad, space = gradient("grad_weights", grad_weights, p.shape, p.element), Space(weights)
     made, w = space.empty(p.shape, p.element), _walk(graph, space, False)
-    if gpu.size(p.shape):
+    if math.prod(p.shape):
         job = backwards.SoftmaxJob(
             indptr=space.pointer(w.indptr), edge_ids=space.pointer(w.edge_ids), has_ids=int(w.edge_ids is not None),
             weights=space.pointer(compact(space, p)), grad=space.pointer(compact(space, grad)),
-            out=space.pointer(made), nodes=w.nodes, H=gpu.size(p.shape[1:]),
+            out=space.pointer(made), nodes=w.nodes, H=math.prod(p.shape[1:]),
         )  # fmt: skip
         v = plan.flat(p.element)
         backwards.softmax_backward(v, job, plan.by_warps(v, w.nodes), space.stream)
@@ -254,7 +255,7 @@ class Past:
         from ..plan import cuda_csr as plan
 
         shape = self.stats.shape[:2]
-        made, n, v = space.keep(space.empty(shape, "float32")), gpu.size(shape), plan.flat("float32")
+        made, n, v = space.keep(space.empty(shape, "float32")), math.prod(shape), plan.flat("float32")
         if n:
             job = csr.LseJob(stats=space.pointer(self.stats), lse=space.pointer(made), count=n)
             csr.lse(v, job, plan.by_threads(v, n), space.stream)
@@ -325,8 +326,8 @@ class Past:
         targets, sources = self._walk(space), self._walk(space, True)
         v = self._variant(grad, *(made.get(name) for name in ("value", "key", "query", "edge", "edge_value")))
         job = self._job(space)._replace(
-            grad=_rows(space, grad), back_stats=space.scratch(gpu.size(self.stats.shape)), changes=space.scratch(E * H),
-            dquery=_rows(space, made.get("query")), dkey=_rows(space, made.get("key")),
+            grad=_rows(space, grad), back_stats=space.scratch(math.prod(self.stats.shape)),
+            changes=space.scratch(E * H), dquery=_rows(space, made.get("query")), dkey=_rows(space, made.get("key")),
             dvalue=_rows(space, made["value"]), dedge=_rows(space, made.get("edge")),
             dedge_value=_rows(space, made.get("edge_value")), dbias=space.pointer(made.get("bias")),
             wants_dbias=int("bias" in made), dweight=space.scratch(E * H if t.edge_weight is not None else 1),
