@@ -231,45 +231,20 @@ def to_query(v):
 
 
 # --- by key ----------------------------------------------------------------------------------------------------------
-class KeyPasses(NamedTuple):
-    begin_rows: object
-    fetch: object
+class KeyScores(NamedTuple):
     look: object
     finish: object
     weigh: object
     clear: object
-    add: object
-    write: object
 
 
 @functools.cache
-def key_passes(v):
-    """What `to_key` is made of. Rows are keys, from row0 on; columns are queries, from i0 on. What is known of a tile's
-    queries lies in shared memory, in lo, hi, shift, inverse and delta from `half` on."""
-    QUERIES, SLOTS, SCORES, BLOCKS, WIDE = v.keys, 2 * v.tall, v.scores, v.keys // 8, v.width // 8
-    DROPOUT, SOFTCAP, SLOPES = v.dropout, v.softcap, v.slopes
-    TO_KEY, TO_VALUE = v.makes != "value", v.makes != "key"
-    times, add_row = operations(v.element, v.width, v.tall, QUERIES, v.hold > 0)[2:]
-    begin, take_out, forget = loading(v.element, v.width, QUERIES, v.threads)
+def key_scores(v):
+    """What `to_key` does with a tile's scores. Rows are keys, from row0 on; columns are queries, from i0 on. What is
+    known of the queries lies in shared memory, in lo, hi, shift, inverse and delta from `half` on."""
+    SLOTS, SCORES, BLOCKS, DROPOUT, SOFTCAP, SLOPES = 2 * v.tall, v.scores, v.keys // 8, v.dropout, v.softcap, v.slopes
     score, slope_of_cap = scoring(v.element, v.softcap, v.slopes, v.bias, v.mask)
-    put, int32, float32 = storing(v.element), types.int32, types.float32
-
-    @device
-    def begin_rows(job, head0, row0, at, value_at):
-        """Where the keys and values of this lane's rows begin, -1 where there are none."""
-        for r in range(SLOTS):
-            at[r], value_at[r] = -1, -1
-            if row0 + 8 * r < job.Lk:
-                at[r] = job.key.at[head0] + (row0 + 8 * r) * job.key.row
-                value_at[r] = job.value.at[head0] + (row0 + 8 * r) * job.value.row
-
-    @device
-    def fetch(job, queries, grads, to, head, i0):
-        """Begin to copy a tile of queries and one of output gradients."""
-        row, live = job.query.row, job.Lq - i0
-        begin(queries, to, job.query.data, job.query.at[head] + i0 * row, row, live, job.D)
-        row = job.grad_output.row
-        begin(grads, to, job.grad_output.data, job.grad_output.at[head] + i0 * row, row, live, job.Dv)
+    int32, float32 = types.int32, types.float32
 
     @device
     def look(job, batch, head, i):
@@ -336,6 +311,41 @@ def key_passes(v):
                 if DROPOUT:
                     thinned[k] = float32(0)
 
+    return KeyScores(look, finish, weigh, clear)
+
+
+class KeySums(NamedTuple):
+    begin_rows: object
+    fetch: object
+    add: object
+    write: object
+
+
+@functools.cache
+def key_sums(v):
+    """The tiles that `to_key` reads, and the sums that it makes; rows and columns as in `key_scores`."""
+    QUERIES, SLOTS, WIDE, TO_KEY, TO_VALUE = v.keys, 2 * v.tall, v.width // 8, v.makes != "value", v.makes != "key"
+    times, add_row = operations(v.element, v.width, v.tall, QUERIES, v.hold > 0)[2:]
+    begin, take_out, forget = loading(v.element, v.width, QUERIES, v.threads)
+    put, float32 = storing(v.element), types.float32
+
+    @device
+    def begin_rows(job, head0, row0, at, value_at):
+        """Where the keys and values of this lane's rows begin, -1 where there are none."""
+        for r in range(SLOTS):
+            at[r], value_at[r] = -1, -1
+            if row0 + 8 * r < job.Lk:
+                at[r] = job.key.at[head0] + (row0 + 8 * r) * job.key.row
+                value_at[r] = job.value.at[head0] + (row0 + 8 * r) * job.value.row
+
+    @device
+    def fetch(job, queries, grads, to, head, i0):
+        """Begin to copy a tile of queries and one of output gradients."""
+        row, live = job.query.row, job.Lq - i0
+        begin(queries, to, job.query.data, job.query.at[head] + i0 * row, row, live, job.D)
+        row = job.grad_output.row
+        begin(grads, to, job.grad_output.data, job.grad_output.at[head] + i0 * row, row, live, job.Dv)
+
     @device
     def add(job, dk, dv, ds, p, queries, grads, now, shared, odd, odd_grads, hidden, edge, head, i0):
         """dv += p^T do, dk += ds^T q. Rows with NaN or infinity are added to those that see them."""
@@ -371,7 +381,7 @@ def key_passes(v):
                     there = job.grad_value.at[head0] + (row0 + 8 * r) * job.grad_value.row + d
                     put(job.grad_value.data, there, dv[n], dv[n + 1])
 
-    return KeyPasses(begin_rows, fetch, look, finish, weigh, clear, add, write)
+    return KeySums(begin_rows, fetch, add, write)
 
 
 @kernel(GradientJob, registers=255, stack={128: 200, 256: 640})  # of 128, smaller tiles spill less and are slower
@@ -388,7 +398,8 @@ def to_key(v):
     load_rows, times_transposed, _, _ = operations(v.element, v.width, TALL, QUERIES, v.hold > 0)
     load_values, values_times_transposed, _, _ = operations(v.element, v.width, TALL, QUERIES, v.hold > 1)
     _, _, forget = loading(v.element, v.width, QUERIES, v.threads)
-    begin_rows, fetch, look, finish, weigh, clear, add, write = key_passes(v)
+    look, finish, weigh, clear = key_scores(v)
+    begin_rows, fetch, add, write = key_sums(v)
     int32, float32 = types.int32, types.float32
 
     def backward_to_key(job):
