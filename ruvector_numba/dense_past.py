@@ -175,9 +175,7 @@ def _backward(past: Past, grad_output: Array, grad_lse: Array, wants_bias: bool)
         wide_past = past._replace(call=_with_channels(c), exact=output if Dv else none)
         wide = _backward(wide_past, grad_output if Dv else none.astype(c.query.dtype), grad_lse, wants_bias)
         return InputGradients(wide.query[..., :D], wide.key[..., :D], wide.value[..., :Dv], wide.bias)
-    if grad_output.dtype != c.query.dtype:
-        grad_output = plan.rounded(grad_output, c.query.dtype)
-    elif c.query.dtype == halves.BITS and not plan.is_in_pairs(plan.layout(grad_output)):
+    if c.query.dtype == halves.BITS and not plan.is_in_pairs(plan.layout(grad_output)):
         grad_output = np.ascontiguousarray(grad_output)
     problem, layout, again = plan.problem(c, output), plan.layout(grad_output), _by_tiles(past)
     ready, *others = plan.backward(problem, layout, plan.threads())

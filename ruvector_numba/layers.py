@@ -169,14 +169,16 @@ def hidden(mask: Any, scores: tuple[int, int, int, int], per_head: bool) -> mask
     return _attending("mask", array if array.ndim != 3 else array[:, None])
 
 
-def with_padding(mask: Any, key_padding_mask: Any, scores: tuple[int, int, int, int]) -> Any:
-    """A layer's `mask` and `key_padding_mask` in one, as `mask` takes it: what a cache keeps."""
-    if key_padding_mask is None:
+def with_padding(
+    mask: Any, key_padding_mask: Any, seen: masks.Mask | Array | None, scores: tuple[int, int, int, int]
+) -> Any:
+    """A layer's `mask` and `key_padding_mask`, of which `padded` made `seen`, in one, as `mask` takes it: what a cache
+    keeps."""
+    if seen is None:
         return mask
-    (B, _, _, Lk), there = scores, gpu.is_on_gpu(key_padding_mask)
-    seen = padded(gpu.library(key_padding_mask).download(key_padding_mask) if there else key_padding_mask, B, Lk)
     if mask is None and not isinstance(seen, masks.Mask):
-        return (key_padding_mask if there else np.asarray(key_padding_mask)).reshape(B, 1, Lk)
+        hides = key_padding_mask if gpu.is_on_gpu(key_padding_mask) else np.asarray(key_padding_mask)
+        return hides.reshape(scores[0], 1, scores[3])
     return masks.All([hidden(mask, scores, per_head=True), seen])
 
 

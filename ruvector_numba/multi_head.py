@@ -222,12 +222,7 @@ class MultiHeadAttention(Trainable, TrainableAttention):
         record = self._attend(query, key, value, mask, key_padding_mask, dropout, seed, device)
         output, lse = record.output, record.lse
         q, k, v = record.inputs
-        if isinstance(record, gpu_layers.Record):
-            scores = (q.shape[0], self.config.num_heads, q.shape[1], k.shape[1])
-            mask = layers.with_padding(mask, key_padding_mask, scores)
-        else:
-            mask = record.mask
-        kept = read_only(output)
+        kept, mask = read_only(output), record.mask
         return output, AttentionCache(q, k, v, mask=mask, output=kept, lse=lse, record=record, owner=self._identity)
 
     def _attend(
@@ -257,7 +252,7 @@ class MultiHeadAttention(Trainable, TrainableAttention):
         (B, Lq, _), Lk = inputs[0].shape, inputs[1].shape[1]
         for x in inputs:
             check_memory((*x.shape[:2], config.d_model), x.dtype, "projection", "use a smaller batch")
-        mask = layers.with_padding(mask, key_padding_mask, (B, H, Lq, Lk))
+        mask = layers.with_padding(mask, key_padding_mask, layers.padded(key_padding_mask, B, Lk), (B, H, Lq, Lk))
         seen = layers.hidden(mask, (B, H, Lq, Lk), per_head=True)
         parameters = self._parameters.as_type(inputs[0].dtype)
         q, k, v = _heads(inputs, parameters, H)

@@ -62,7 +62,7 @@ def copying():
 
 
 def projections():
-    from ruvector_numba.kernels.cuda import folding, gate, projection, projection_halves
+    from ruvector_numba.kernels.cuda import folding, gate, jit, projection, projection_halves
 
     def plain(element, threads=128, wide=True, paired=False, cut=False, over_rows=False):
         resident = (3 if wide and not over_rows else 2) * 128 // threads
@@ -79,13 +79,13 @@ def projections():
     yield projection_halves.project_halves, by_rows._replace(left_rows=False, cut=True, selects=True)
     yield projection.project, plain("float16", wide=False, paired=True, cut=True, over_rows=True)
     for kernel in (gate.forward, gate.backward):
-        yield kernel, gate.Variant("bfloat16", 128)
-    yield folding.fold_back, folding.Variant("bfloat16", 128)
+        yield kernel, jit.Flat("bfloat16", 128)
+    yield folding.fold_back, jit.Flat("bfloat16", 128)
 
 
 def neighbors():
     """GAT, GATv2 and the graph transformer of four heads of 16 channels; and all terms, wide heads, single elements."""
-    from ruvector_numba.kernels.cuda import csr, csr_backward, sums
+    from ruvector_numba.kernels.cuda import csr, csr_backward, jit, sums
 
     from ruvector_numba.plan import cuda_csr as plan
 
@@ -103,7 +103,7 @@ def neighbors():
         yield csr_backward.backward_targets, v
     yield csr.coefficients, kinds[-1]
     yield csr_backward.prepare, kinds[-1]
-    flat = sums.SumVariant("float32", 256)
+    flat = jit.Flat("float32", 256)
     for kernel in (csr.lse, sums.add_heads, csr_backward.softmax_backward, sums.add_up):
         yield kernel, flat
 

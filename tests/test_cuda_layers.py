@@ -127,6 +127,28 @@ def test_arrays_of_numpy_are_moved_only_when_asked(kind):
     assert got.parameters.keys() == made.parameters.keys()
 
 
+@pytest.mark.parametrize("of_numpy", [0, 1])
+def test_results_are_where_the_first_array_was(of_numpy):
+    arrays = [x if n == of_numpy else cuda.to_device(x) for n, x in enumerate(inputs()[:3])]
+    for call in (
+        rv.MultiHeadAttention(rv.AttentionConfig(D, H), seed=0),
+        rv.ScaledDotProductAttention(rv.AttentionConfig(D, 1)),
+        rv.scaled_dot_product_attention,
+    ):
+        assert (type(call(*arrays, device="cuda")) is np.ndarray) == (of_numpy == 0)
+
+
+def test_padding_is_downloaded_once(monkeypatch):
+    from ruvector_numba import gpu
+
+    kept, seen = type(gpu.default()).download, []
+    monkeypatch.setattr(type(gpu.default()), "download", lambda library, x: seen.append(x) or kept(library, x))
+    padding = cuda.to_device(np.arange(LK) >= np.array([3, 11])[:, None])
+    layer = rv.MultiHeadAttention(rv.AttentionConfig(D, H), seed=0)
+    layer.forward_cached(*map(cuda.to_device, inputs()[:3]), key_padding_mask=padding)
+    assert len(seen) == 1 and seen[0] is padding
+
+
 def test_bad_inputs_are_named():
     layer = rv.MultiHeadAttention(rv.AttentionConfig(D, H), seed=0)
     x, y = (cuda.to_device(np.zeros((B, LQ, n), np.float32)) for n in (D, D + 1))

@@ -9,6 +9,7 @@ from numba import cuda, types
 from . import instructions as gpu
 from .jit import WARP, Elements, Floats, Indices, device
 from .scoring import Sight, Terms, dice, kept, scoring, sees_from, sees_to
+from .tiles import cell
 
 INF = math.inf
 FAR = 1 << 30
@@ -200,13 +201,13 @@ def scoring_tile(v):
                 slope = job.terms.slopes[head]
             for b in range(BLOCKS):
                 for e in range(2):
-                    n, j = (r // 2 * BLOCKS + b) * 4 + r % 2 * 2 + e, int32(key + 8 * b + e)
+                    n, j = cell(r, b, BLOCKS) + e, int32(key + 8 * b + e)
                     s[n] = score(job.terms, s[n], slope, head, i, j, there and j < job.Lk)
         if edge:  # a loop of its own, which most tiles skip: a test inside the other costs every score
             for r in range(SLOTS):
                 for b in range(BLOCKS):
                     for e in range(2):
-                        n, j = (r // 2 * BLOCKS + b) * 4 + r % 2 * 2 + e, int32(key + 8 * b + e)
+                        n, j = cell(r, b, BLOCKS) + e, int32(key + 8 * b + e)
                         if j < lo[r] or j >= hi[r]:
                             s[n] = float32(-INF)
 
@@ -218,7 +219,7 @@ def scoring_tile(v):
             thrown = dice(job.terms.seed, head, i)
             for b in range(BLOCKS):
                 for e in range(2):
-                    n, j = (r // 2 * BLOCKS + b) * 4 + r % 2 * 2 + e, int32(key + 8 * b + e)
+                    n, j = cell(r, b, BLOCKS) + e, int32(key + 8 * b + e)
                     s[n] = s[n] * float32(job.terms.gain) if kept(thrown, j, job.terms.threshold) else float32(0)
 
     return finish, thin

@@ -36,12 +36,55 @@ def leaky(z, slope):
 
 
 @device
+def slope_of_leaky(z, slope):
+    return types.float32(1) if z > 0 else types.float32(slope)
+
+
+@device
 def power(x):
     """e**x"""
     return exp2(x * types.float32(LOG2E))
 
 
 # --- scores ----------------------------------------------------------------------------------------------------------
+@functools.cache
+def rule_of(v):
+    """rule(job, id, head, here, term, a, value, j, key, k, query, i, edges): the score of an edge, if it is `here`, and
+    of SUM the slope of its LeakyReLU. What its ends bring begins at value[j], key[k] and query[i], or is SUM's term."""
+    RULE, WIDTH, EDGE, BIAS = v.rule, v.width, v.edge, v.bias
+    joined, one, int64, float32 = walking(v).joined, gpu.one[v.element], types.int64, types.float32
+
+    @device
+    def rule(job, id, head, here, term, a, value, j, key, k, query, i, edges):
+        s, slope = float32(0), float32(1)
+        if RULE == SUM:
+            s = term
+            if EDGE:
+                s += one(job.edge.data, int64(id) * job.edge.step + head, here)
+            slope = slope_of_leaky(s, job.slope)
+            s = leaky(s, float32(job.slope))
+        elif RULE == JOINT:
+            for c in range(WIDTH):
+                z = value[j + c] + query[i + c]
+                if EDGE:
+                    z += edges[c]
+                s += a[c] * leaky(z, float32(job.slope))
+            s = joined(s)
+        elif RULE == DOT:
+            for c in range(WIDTH):
+                x = key[k + c]
+                if EDGE:
+                    x += edges[c]
+                s += query[i + c] * x
+            s = joined(s) * float32(job.scale)
+        if BIAS:
+            x = one(job.bias, int64(id) * job.H + head, here)
+            s = float32(-INF) if x == -INF else s + x
+        return s, slope
+
+    return rule
+
+
 class Scoring(NamedTuple):
     prepare: object
     look: object
@@ -56,9 +99,8 @@ def scoring(v):
     look(job, u, node, head, sub, here, values, keys): the rows of a source, to the u-th place
     score(job, u, id, head, sub, here, q, a, term, values, keys, edges): from the rows at the u-th place
     """
-    RULE, WIDTH, EDGE, BIAS = v.rule, v.width, v.edge, v.bias
-    take, joined, one = gathering(v).take, walking(v).joined, gpu.one[v.element]
-    int64, float32 = types.int64, types.float32
+    RULE, WIDTH, EDGE = v.rule, v.width, v.edge
+    take, joined, rule, float32 = gathering(v).take, walking(v).joined, rule_of(v), types.float32
 
     @device
     def prepare(job, node, head, sub, there, q, a, b):
@@ -86,27 +128,8 @@ def scoring(v):
         if RULE == SUM:
             for c in range(WIDTH):
                 s += values[base + c] * a[c]
-            s = joined(s) + term
-            if EDGE:
-                s += one(job.edge.data, int64(id) * job.edge.step + head, here)
-            s = leaky(s, float32(job.slope))
-        elif RULE == JOINT:
-            for c in range(WIDTH):
-                z = values[base + c] + q[c]
-                if EDGE:
-                    z += edges[c]
-                s += a[c] * leaky(z, float32(job.slope))
-            s = joined(s)
-        elif RULE == DOT:
-            for c in range(WIDTH):
-                k = keys[base + c]
-                if EDGE:
-                    k += edges[c]
-                s += q[c] * k
-            s = joined(s) * float32(job.scale)
-        if BIAS:
-            x = one(job.bias, int64(id) * job.H + head, here)
-            s = float32(-INF) if x == -INF else s + x
+            term += joined(s)
+        s, _ = rule(job, id, head, here, term, a, values, base, keys, base, q, 0, edges)
         return s if here else float32(-INF)
 
     return Scoring(prepare, look, score)

@@ -15,15 +15,16 @@ from typing import NamedTuple
 from numba import cuda, types
 
 from . import instructions as gpu
-from .csr import INF, attention_vectors, leaky, power
+from .csr import INF, attention_vectors, leaky, power, slope_of_leaky
 from .csr_edge import edge_passes
 from .gather import gathering, totals
 from .jit import WARP, Elements, Ints, device, kernel
 from .projection import writing
 from .tiles import widen
 from .walk import DOT, GIVEN, JOINT, SUM, NeighborJob, edge_id, walking
+from .warps import adding
 
-across, number = gpu.across, gpu.number
+number = gpu.number
 
 
 # --- by target, before -----------------------------------------------------------------------------------------------
@@ -293,7 +294,7 @@ def target_passes(v):
                         k += edges[c]
                     if RULE == JOINT:
                         z = k + q[c]
-                        dq[c] += d * a[c] * (float32(1) if z > 0 else float32(job.slope))
+                        dq[c] += d * a[c] * slope_of_leaky(z, job.slope)
                         sums[c] += d * leaky(z, float32(job.slope))
                     elif SELECTS:
                         dq[c] += d * k if d != 0 else float32(0)
@@ -403,7 +404,7 @@ class SoftmaxJob(NamedTuple):
 def softmax_backward(v):
     """out = weights * (grad - the sum over the target's edges of weights * grad): a warp for a target. Where a weight
     is 0 nobody saw the edge, and its gradient may be NaN: such products are left out, not multiplied."""
-    WARPS, write, widened = v.threads // WARP, writing(v.element), widen(v.element)
+    WARPS, write, widened, joined = v.threads // WARP, writing(v.element), widen(v.element), adding()
     int32, int64, float32 = types.int32, types.int64, types.float32
 
     @device
@@ -421,8 +422,7 @@ def softmax_backward(v):
                 total = float32(0)
                 for p in range(first + (t & 31), last, WARP):
                     total += share(job, int64(edge_id(job, int32(p), True)) * job.H + h, float32(0))
-                for b in range(5):
-                    total += across(total, 1 << b)
+                total = joined(total)
                 for p in range(first + (t & 31), last, WARP):
                     at = int64(edge_id(job, int32(p), True)) * job.H + h
                     write(job.out, at, share(job, at, total))

@@ -6,10 +6,10 @@ from typing import NamedTuple
 from numba import types
 
 from . import instructions as gpu
-from .csr import INF, leaky
+from .csr import rule_of, slope_of_leaky
 from .gather import gathering
 from .jit import device
-from .walk import DOT, JOINT, SUM, share_of, walking
+from .walk import DOT, JOINT, share_of, walking
 
 number = gpu.number
 
@@ -30,7 +30,7 @@ def edge_passes(v):
     WIDTH, UNROLLED, LANES, RULE = v.width, v.unrolled, v.lanes, v.rule
     EDGE, EDGE_VALUE, BIAS, MAX = v.edge, v.edge_value, v.bias, v.maximum
     joined, one, four = walking(v).joined, gpu.one[v.element], gpu.four["float32"]
-    take, put = gathering(v)[:2]
+    (take, put), rule = gathering(v)[:2], rule_of(v)
     int32, int64, float32 = types.int32, types.int64, types.float32
 
     @device
@@ -48,31 +48,7 @@ def edge_passes(v):
     @device
     def score(job, u, id, head, here, value, key, a, edges, queries, term, target_term):
         """As forward makes it, but from the source's side; and what a LeakyReLU's slope was, of SUM."""
-        s, slope, base = float32(0), float32(1), u * WIDTH
-        if RULE == SUM:
-            s = term + target_term
-            if EDGE:
-                s += one(job.edge.data, int64(id) * job.edge.step + head, here)
-            slope = float32(1) if s > 0 else float32(job.slope)
-            s = leaky(s, float32(job.slope))
-        elif RULE == JOINT:
-            for c in range(WIDTH):
-                z = value[c] + queries[base + c]
-                if EDGE:
-                    z += edges[c]
-                s += a[c] * leaky(z, float32(job.slope))
-            s = joined(s)
-        elif RULE == DOT:
-            for c in range(WIDTH):
-                k = key[c]
-                if EDGE:
-                    k += edges[c]
-                s += queries[base + c] * k
-            s = joined(s) * float32(job.scale)
-        if BIAS:
-            x = one(job.bias, int64(id) * job.H + head, here)
-            s = float32(-INF) if x == -INF else s + x
-        return s, slope
+        return rule(job, id, head, here, term + target_term, a, value, 0, key, 0, queries, u * WIDTH, edges)
 
     @device
     def weight_gradient(job, base, position, target, id, head, sub, here, value, more, grads):
@@ -117,7 +93,7 @@ def edge_passes(v):
                 z = value[c] + queries[base + c]
                 if EDGE:
                     z += edges[c]
-                dk[c] += d * a[c] * (float32(1) if z > 0 else float32(job.slope))
+                dk[c] += d * a[c] * slope_of_leaky(z, job.slope)
 
     @device
     def spread(job, id, head, sub, here, w, d, base, grads, queries, value, a, edges, more):
@@ -133,7 +109,7 @@ def edge_passes(v):
         if EDGE and RULE == JOINT:
             for c in range(WIDTH):
                 z = value[c] + queries[base + c] + edges[c]
-                edges[c] = d * a[c] * (float32(1) if z > 0 else float32(job.slope))
+                edges[c] = d * a[c] * slope_of_leaky(z, job.slope)
             put(job.dedge, id, head, sub, job.D, edges, 0, here)
 
     return EdgePasses(look, score, weight_gradient, thin, add, spread)

@@ -21,7 +21,8 @@ from .elements import STORAGE
 from .jit import WARP, device, kernel
 from .scoring import LN2, hidden_bits
 from .softmax import softmax
-from .tiles import held, loading, operations, passed, pitch, storing
+from .tiles import cell, held, loading, operations, passed, pitch, storing
+from .warps import adding
 
 across, commit, exp2, larger, wait_for_all = gpu.across, gpu.commit, gpu.exp2, gpu.larger, gpu.wait_for_all
 
@@ -65,7 +66,7 @@ def passes(v):
                 else:
                     share = share_of(job, where, t == 0, top[r], total[r])
                 for c in range(WIDE):
-                    n, d = (r // 2 * WIDE + c) * 4 + r % 2 * 2, 8 * c + 2 * t
+                    n, d = cell(r, c, WIDE), 8 * c + 2 * t
                     if d < job.Dv:
                         if PACKED:
                             job.parts[where * job.Dv + d], job.parts[where * job.Dv + d + 1] = o[n], o[n + 1]
@@ -168,7 +169,7 @@ def merge(v):
     queries), and took 14 to 62 one after the other."""
     THREADS, WARPS, WIDTH, put = v.threads, v.threads // WARP, v.width, storing(v.element)
     SUMS = WARPS * WIDTH
-    float32 = types.float32
+    joined, float32 = adding(), types.float32
 
     def merge_parts(job):
         sums = cuda.shared.array(SUMS, types.float32)
@@ -184,8 +185,7 @@ def merge(v):
         shift = best if best > -INF else float32(0)
         for n in range(lane, job.splits, WARP):
             total += exp2(job.top[first + n * step] - shift) * job.total[first + n * step]
-        for b in range(5):
-            total += across(total, 1 << b)
+        total = joined(total)
         seen = best > -INF or total != 0
         total += float32(job.epsilon)
         share = float32(1) / total if seen else float32(0)

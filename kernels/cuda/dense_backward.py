@@ -21,18 +21,18 @@ from .blocks import INF, GradientJob, head_of_block, placing, scoring_tile
 from .elements import STORAGE
 from .jit import WARP, device, kernel
 from .scoring import dice, hidden_bits, kept, scoring, sees_from, sees_to
-from .tiles import held, loading, operations, passed, pitch, storing, widen
+from .tiles import cell, held, loading, operations, passed, pitch, storing, widen
+from .warps import adding
 
 ROWS_OF_A_WARP = 8  # in `prepare`; one takes 0.3 ms for half a million queries, four times what their bytes need
-across, exp2 = gpu.across, gpu.exp2
-commit, wait_for_all, wait_for_all_but_one = gpu.commit, gpu.wait_for_all, gpu.wait_for_all_but_one
+exp2, commit, wait_for_all_but_one = gpu.exp2, gpu.commit, gpu.wait_for_all_but_one
 
 
 @kernel(GradientJob, registers=96)
 def prepare(v):
     """shift, inverse and delta of each query: a warp has eight of them, whose loads are all under way at once."""
     widened, WARPS, QUERIES = widen(v.element), v.threads // WARP, ROWS_OF_A_WARP
-    int32, float32 = types.int32, types.float32
+    joined, int32, float32 = adding(), types.int32, types.float32
 
     def prepare_backward(job):
         lane, head = cuda.threadIdx.x & 31, head_of_block(job.matrices, 1)
@@ -48,8 +48,7 @@ def prepare(v):
                     delta[n] += widened(job.output.data[made]) * widened(job.grad_output.data[given])
                     delta[n] += widened(job.output.data[made + 1]) * widened(job.grad_output.data[given + 1])
         for n in range(QUERIES):
-            for distance in (1, 2, 4, 8, 16):
-                delta[n] += across(delta[n], distance)
+            delta[n] = joined(delta[n])
             if lane == n and i0 + n < job.Lq:
                 where = head * job.Lq + i0 + n
                 top, total = job.top[where], job.total[where]
@@ -111,7 +110,7 @@ def query_passes(v):
         for r in range(SLOTS):
             for b in range(BLOCKS):
                 for e in range(2):
-                    n = (r // 2 * BLOCKS + b) * 4 + r % 2 * 2 + e
+                    n = cell(r, b, BLOCKS) + e
                     x = exp2(s[n] - shift[r]) * (ds[n] * inverse[r] - delta[r])
                     if SOFTCAP:
                         x *= cap_slopes[n]
@@ -132,7 +131,7 @@ def query_passes(v):
     def write(job, head, row0, t, at, dq):
         for r in range(SLOTS):
             for c in range(WIDE):
-                n, d = (r // 2 * WIDE + c) * 4 + r % 2 * 2, 8 * c + 2 * t
+                n, d = cell(r, c, WIDE), 8 * c + 2 * t
                 if at[r] >= 0 and d < job.D:
                     there = job.grad_query.at[head] + (row0 + 8 * r) * job.grad_query.row + d
                     put(job.grad_query.data, there, dq[n] * float32(job.slope), dq[n + 1] * float32(job.slope))
@@ -232,45 +231,20 @@ def to_query(v):
 
 
 # --- by key ----------------------------------------------------------------------------------------------------------
-class KeyPasses(NamedTuple):
-    begin_rows: object
-    fetch: object
+class KeyScores(NamedTuple):
     look: object
     finish: object
     weigh: object
     clear: object
-    add: object
-    write: object
 
 
 @functools.cache
-def key_passes(v):
-    """What `to_key` is made of. Rows are keys, from row0 on; columns are queries, from i0 on. What is known of a tile's
-    queries lies in shared memory, in lo, hi, shift, inverse and delta from `half` on."""
-    QUERIES, SLOTS, SCORES, BLOCKS, WIDE = v.keys, 2 * v.tall, v.scores, v.keys // 8, v.width // 8
-    DROPOUT, SOFTCAP, SLOPES = v.dropout, v.softcap, v.slopes
-    TO_KEY, TO_VALUE = v.makes != "value", v.makes != "key"
-    times, add_row = operations(v.element, v.width, v.tall, QUERIES, v.hold > 0)[2:]
-    begin, take_out, forget = loading(v.element, v.width, QUERIES, v.threads)
+def key_scores(v):
+    """What `to_key` does with a tile's scores. Rows are keys, from row0 on; columns are queries, from i0 on. What is
+    known of the queries lies in shared memory, in lo, hi, shift, inverse and delta from `half` on."""
+    SLOTS, SCORES, BLOCKS, DROPOUT, SOFTCAP, SLOPES = 2 * v.tall, v.scores, v.keys // 8, v.dropout, v.softcap, v.slopes
     score, slope_of_cap = scoring(v.element, v.softcap, v.slopes, v.bias, v.mask)
-    put, int32, float32 = storing(v.element), types.int32, types.float32
-
-    @device
-    def begin_rows(job, head0, row0, at, value_at):
-        """Where the keys and values of this lane's rows begin, -1 where there are none."""
-        for r in range(SLOTS):
-            at[r], value_at[r] = -1, -1
-            if row0 + 8 * r < job.Lk:
-                at[r] = job.key.at[head0] + (row0 + 8 * r) * job.key.row
-                value_at[r] = job.value.at[head0] + (row0 + 8 * r) * job.value.row
-
-    @device
-    def fetch(job, queries, grads, to, head, i0):
-        """Begin to copy a tile of queries and one of output gradients."""
-        row, live = job.query.row, job.Lq - i0
-        begin(queries, to, job.query.data, job.query.at[head] + i0 * row, row, live, job.D)
-        row = job.grad_output.row
-        begin(grads, to, job.grad_output.data, job.grad_output.at[head] + i0 * row, row, live, job.Dv)
+    int32, float32 = types.int32, types.float32
 
     @device
     def look(job, batch, head, i):
@@ -291,7 +265,7 @@ def key_passes(v):
             for e in range(2):
                 i = int32(i0 + 8 * b + 2 * t + e)
                 for r in range(SLOTS):
-                    k, j = (r // 2 * BLOCKS + b) * 4 + r % 2 * 2 + e, int32(row0 + 8 * r)
+                    k, j = cell(r, b, BLOCKS) + e, int32(row0 + 8 * r)
                     if SOFTCAP:
                         cap_slopes[k] = slope_of_cap(job.terms, s[k])
                     s[k] = score(job.terms, s[k], slope, head, i, j, j < job.Lk and i < job.Lq)
@@ -301,7 +275,7 @@ def key_passes(v):
                 for e in range(2):
                     n = int32(half + 8 * b + 2 * t + e)
                     for r in range(SLOTS):
-                        k, j = (r // 2 * BLOCKS + b) * 4 + r % 2 * 2 + e, int32(row0 + 8 * r)
+                        k, j = cell(r, b, BLOCKS) + e, int32(row0 + 8 * r)
                         if j < lo[n] or j >= hi[n]:
                             s[k] = float32(-INF)
             hidden = hidden_bits(s, SCORES)
@@ -318,7 +292,7 @@ def key_passes(v):
                 if DROPOUT:
                     thrown = dice(job.terms.seed, head, i)
                 for r in range(SLOTS):
-                    k, j = (r // 2 * BLOCKS + b) * 4 + r % 2 * 2 + e, int32(row0 + 8 * r)
+                    k, j = cell(r, b, BLOCKS) + e, int32(row0 + 8 * r)
                     p, dp = exp2(s[k] - shift[n]) * inverse[n], ds[k]
                     if DROPOUT:
                         gain = float32(job.terms.gain) if kept(thrown, j, job.terms.threshold) else float32(0)
@@ -336,6 +310,41 @@ def key_passes(v):
                 s[k], ds[k] = float32(0), float32(0)
                 if DROPOUT:
                     thinned[k] = float32(0)
+
+    return KeyScores(look, finish, weigh, clear)
+
+
+class KeySums(NamedTuple):
+    begin_rows: object
+    fetch: object
+    add: object
+    write: object
+
+
+@functools.cache
+def key_sums(v):
+    """The tiles that `to_key` reads, and the sums that it makes; rows and columns as in `key_scores`."""
+    QUERIES, SLOTS, WIDE, TO_KEY, TO_VALUE = v.keys, 2 * v.tall, v.width // 8, v.makes != "value", v.makes != "key"
+    times, add_row = operations(v.element, v.width, v.tall, QUERIES, v.hold > 0)[2:]
+    begin, take_out, forget = loading(v.element, v.width, QUERIES, v.threads)
+    put, float32 = storing(v.element), types.float32
+
+    @device
+    def begin_rows(job, head0, row0, at, value_at):
+        """Where the keys and values of this lane's rows begin, -1 where there are none."""
+        for r in range(SLOTS):
+            at[r], value_at[r] = -1, -1
+            if row0 + 8 * r < job.Lk:
+                at[r] = job.key.at[head0] + (row0 + 8 * r) * job.key.row
+                value_at[r] = job.value.at[head0] + (row0 + 8 * r) * job.value.row
+
+    @device
+    def fetch(job, queries, grads, to, head, i0):
+        """Begin to copy a tile of queries and one of output gradients."""
+        row, live = job.query.row, job.Lq - i0
+        begin(queries, to, job.query.data, job.query.at[head] + i0 * row, row, live, job.D)
+        row = job.grad_output.row
+        begin(grads, to, job.grad_output.data, job.grad_output.at[head] + i0 * row, row, live, job.Dv)
 
     @device
     def add(job, dk, dv, ds, p, queries, grads, now, shared, odd, odd_grads, hidden, edge, head, i0):
@@ -364,7 +373,7 @@ def key_passes(v):
     def write(job, head0, row0, dk, dv):
         for r in range(SLOTS):
             for c in range(WIDE):
-                n, d = (r // 2 * WIDE + c) * 4 + r % 2 * 2, 8 * c + 2 * (cuda.threadIdx.x & 3)
+                n, d = cell(r, c, WIDE), 8 * c + 2 * (cuda.threadIdx.x & 3)
                 if TO_KEY and row0 + 8 * r < job.Lk and d < job.D:
                     there = job.grad_key.at[head0] + (row0 + 8 * r) * job.grad_key.row + d
                     put(job.grad_key.data, there, dk[n] * float32(job.slope), dk[n + 1] * float32(job.slope))
@@ -372,7 +381,7 @@ def key_passes(v):
                     there = job.grad_value.at[head0] + (row0 + 8 * r) * job.grad_value.row + d
                     put(job.grad_value.data, there, dv[n], dv[n + 1])
 
-    return KeyPasses(begin_rows, fetch, look, finish, weigh, clear, add, write)
+    return KeySums(begin_rows, fetch, add, write)
 
 
 @kernel(GradientJob, registers=255, stack={128: 200, 256: 640})  # of 128, smaller tiles spill less and are slower
@@ -389,7 +398,8 @@ def to_key(v):
     load_rows, times_transposed, _, _ = operations(v.element, v.width, TALL, QUERIES, v.hold > 0)
     load_values, values_times_transposed, _, _ = operations(v.element, v.width, TALL, QUERIES, v.hold > 1)
     _, _, forget = loading(v.element, v.width, QUERIES, v.threads)
-    begin_rows, fetch, look, finish, weigh, clear, add, write = key_passes(v)
+    look, finish, weigh, clear = key_scores(v)
+    begin_rows, fetch, add, write = key_sums(v)
     int32, float32 = types.int32, types.float32
 
     def backward_to_key(job):

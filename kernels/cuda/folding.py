@@ -20,12 +20,6 @@ class FoldJob(NamedTuple):
     rows: int  # H * C
 
 
-class Variant(NamedTuple):
-    element: str
-    threads: int
-    resident: int = 1
-
-
 @kernel(FoldJob, registers=64)
 def fold_back(v):
     """A thread for each head and channel."""

@@ -13,8 +13,9 @@ from .jit import NOWHERE, WARP, Elements, Floats, kernel
 from .projection import writing
 from .scoring import LOG2E
 from .tiles import widen
+from .warps import adding
 
-across, exp2 = gpu.across, gpu.exp2
+exp2, joined = gpu.exp2, adding()
 
 
 class GateJob(NamedTuple):
@@ -33,12 +34,6 @@ class GateJob(NamedTuple):
     dgate: Elements = NOWHERE  # (N): of w . [o, r, o - r]
 
 
-class Variant(NamedTuple):
-    element: str
-    threads: int
-    resident: int = 1
-
-
 @kernel(GateJob, registers=64)
 def forward(v):
     WARPS, put, widened = v.threads // WARP, writing(v.element), widen(v.element)
@@ -52,8 +47,7 @@ def forward(v):
                 o, r = widened(job.output[row * C + c]), widened(job.root[row * C + c])
                 z += o * widened(job.weight[c]) + r * widened(job.weight[C + c])
                 z += (o - r) * widened(job.weight[2 * C + c])
-            for b in range(5):
-                z += across(z, 1 << b)
+            z = joined(z)
             g = one / (one + exp2(z * float32(-LOG2E)))
             for c in range(lane, C, WARP):
                 o, r = widened(job.output[row * C + c]), widened(job.root[row * C + c])
@@ -76,8 +70,7 @@ def backward(v):
             for c in range(lane, C, WARP):
                 o, r = widened(job.output[row * C + c]), widened(job.root[row * C + c])
                 d += widened(job.grad[row * C + c]) * (r - o)
-            for b in range(5):
-                d += across(d, 1 << b)
+            d = joined(d)
             g = job.gate[row]
             d *= g * (one - g)
             for c in range(lane, C, WARP):

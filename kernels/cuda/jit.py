@@ -48,10 +48,18 @@ _KERNELS: dict[str, "Kernel"] = {}
 _COMPILING = threading.RLock()
 
 
+class Flat(typing.NamedTuple):
+    """The variant of kernels that give each thread a number, or each warp a row."""
+
+    element: str
+    threads: int
+    resident: int = 1
+
+
 def device(function):
     """A function of the kernels: inlined, so that arrays handed to it stay in registers."""
-    if SIMULATED:
-        return cuda.jit(device=True)(function)
+    if SIMULATED:  # what names no cuda.threadIdx or the like is called as it is, for a call through Numba takes long
+        return cuda.jit(device=True)(function) if "cuda" in function.__code__.co_names else function
     return cuda.jit(device=True, forceinline=True, fastmath=FAST)(function)
 
 

@@ -2,6 +2,7 @@
 float32 and one product at a time: the twin of the CPU's pairs.py, and no faster than it must be.
 """
 
+import functools
 from typing import NamedTuple
 
 from numba import cuda, types
@@ -11,8 +12,9 @@ from .blocks import INF, GradientJob, dealt
 from .jit import NOWHERE, WARP, Floats, Indices, device, kernel
 from .scoring import dice, kept, scoring, sees_from, sees_to
 from .tiles import widen
+from .warps import adding
 
-across, exp2 = gpu.across, gpu.exp2
+exp2 = gpu.exp2
 
 
 class PairJob(NamedTuple):
@@ -31,25 +33,48 @@ class PairJob(NamedTuple):
     C: int = 0
 
 
+class Parts(NamedTuple):
+    product: object
+    score: object
+    weight: object
+
+
+@functools.cache
+def parts(v):
+    """product(x, i, y, j, head, n): of row i of x and row j of y, n numbers each.
+    score(a, head, i, j): in base 2, -inf where query i does not see key j. weight(a, head, i, s): p from it."""
+    widened, SLOPES = widen(v.element), v.slopes
+    finish, _ = scoring(v.element, v.softcap, v.slopes, v.bias, v.mask)
+    float32 = types.float32
+
+    @device
+    def product(x, i, y, j, head, n):
+        x_at, y_at, found = x.at[head] + i * x.row, y.at[head] + j * y.row, float32(0)
+        for d in range(n):
+            found += widened(x.data[x_at + d]) * widened(y.data[y_at + d])
+        return found
+
+    @device
+    def score(a, head, i, j):
+        batch = head // a.H
+        if j < sees_from(a.sight, batch, i) or j >= sees_to(a.sight, batch, i):
+            return float32(-INF)
+        slope = a.terms.slopes[head] if SLOPES else float32(0)
+        return finish(a.terms, product(a.query, i, a.key, j, head, a.D), slope, head, i, j, True)
+
+    @device
+    def weight(a, head, i, s):
+        where = head * a.Lq + i
+        return exp2(s - a.shift[where]) * a.inverse[where] if s != -INF else float32(0)
+
+    return Parts(product, score, weight)
+
+
 @kernel(PairJob, registers=64)
 def weights(v):
     """out[m, n, j] = the mean p of query rows[n] and key j over the m-th so many heads"""
-    widened, SLOPES, THREADS = widen(v.element), v.slopes, v.threads
-    score, _ = scoring(v.element, v.softcap, v.slopes, v.bias, v.mask)
+    THREADS, (_, score, weight) = v.threads, parts(v)
     int32, float32 = types.int32, types.float32
-
-    @device
-    def weight(a, head, i, j):
-        batch = head // a.H
-        if j < sees_from(a.sight, batch, i) or j >= sees_to(a.sight, batch, i):
-            return float32(0)
-        q_at, k_at, s = a.query.at[head] + i * a.query.row, a.key.at[head] + j * a.key.row, float32(0)
-        for d in range(a.D):
-            s += widened(a.query.data[q_at + d]) * widened(a.key.data[k_at + d])
-        slope = a.terms.slopes[head] if SLOPES else float32(0)
-        s = score(a.terms, s, slope, head, i, j, True)
-        where = head * a.Lq + i
-        return exp2(s - a.shift[where]) * a.inverse[where] if s != -INF else float32(0)
 
     def attention_weights(job):
         a, (row, block) = job.attention, dealt(job.attention.Lk, THREADS)
@@ -58,7 +83,8 @@ def weights(v):
         if j < a.Lk:
             total = float32(0)
             for h in range(job.averaged):
-                total += weight(a, int32(m * job.averaged + h), i, j)
+                head = int32(m * job.averaged + h)
+                total += weight(a, head, i, score(a, head, i, j))
             job.out[(m * job.count + n) * a.Lk + j] = total / float32(job.averaged)
 
     return attention_weights
@@ -68,8 +94,7 @@ def weights(v):
 def bias_gradient(v):
     """out[m, r, c] = the sum of ds over the heads of matrix m, and over the queries or keys where it has one row or
     column: a warp has one entry."""
-    widened, SLOPES, DROPOUT, WARPS = widen(v.element), v.slopes, v.dropout, v.threads // WARP
-    score, _ = scoring(v.element, v.softcap, v.slopes, v.bias, v.mask)
+    DROPOUT, WARPS, (product, score, weight), joined = v.dropout, v.threads // WARP, parts(v), adding()
     int32, float32 = types.int32, types.float32
 
     def gradient_of_bias(job):
@@ -83,28 +108,14 @@ def bias_gradient(v):
             for n in range(cuda.threadIdx.x & 31, heads * rows * columns, WARP):
                 head = job.members[first + n // (rows * columns)]
                 i, j = int32(r + n // columns % rows), int32(c + n % columns)
-                batch = head // a.H
-                if sees_from(a.sight, batch, i) <= j and j < sees_to(a.sight, batch, i):
-                    q_at, k_at, s = a.query.at[head] + i * a.query.row, a.key.at[head] + j * a.key.row, float32(0)
-                    for d in range(a.D):
-                        s += widened(a.query.data[q_at + d]) * widened(a.key.data[k_at + d])
-                    slope = a.terms.slopes[head] if SLOPES else float32(0)
-                    s = score(a.terms, s, slope, head, i, j, True)
-                    if s != -INF:
-                        g_at, v_at, dp = (
-                            a.grad_output.at[head] + i * a.grad_output.row,
-                            a.value.at[head] + j * a.value.row,
-                            float32(0),
-                        )
-                        for d in range(a.Dv):
-                            dp += widened(a.grad_output.data[g_at + d]) * widened(a.value.data[v_at + d])
-                        if DROPOUT:
-                            keep = kept(dice(a.terms.seed, head, i), j, a.terms.threshold)
-                            dp = dp * float32(a.terms.gain) if keep else float32(0)
-                        where = head * a.Lq + i
-                        found += exp2(s - a.shift[where]) * a.inverse[where] * (dp - a.delta[where])
-            for distance in (1, 2, 4, 8, 16):
-                found += across(found, distance)
+                s = score(a, head, i, j)
+                if s != -INF:
+                    dp = product(a.grad_output, i, a.value, j, head, a.Dv)
+                    if DROPOUT:
+                        keep = kept(dice(a.terms.seed, head, i), j, a.terms.threshold)
+                        dp = dp * float32(a.terms.gain) if keep else float32(0)
+                    found += weight(a, head, i, s) * (dp - a.delta[head * a.Lq + i])
+            found = joined(found)
             if cuda.threadIdx.x & 31 == 0:
                 job.out[(matrix * job.R + r) * job.C + c] = found
 

@@ -11,7 +11,7 @@ from . import instructions as gpu
 from .elements import ELEMENTS, STORAGE
 from .jit import device, kernel
 from .projection import COLS, ProjectionJob, column_at, lane_passes, place_of_block, row_at
-from .tiles import storing, widen
+from .tiles import cell, storing, widen
 
 STEP = 32  # of K at a time
 
@@ -160,13 +160,13 @@ def tensor_passes(v):
             for r in range(4):
                 for b in range(8):
                     if rows[r] >= 0 and cols[b] >= 0:
-                        n, at = (r // 2 * 8 + b) * 4 + r % 2 * 2, rows[r] + cols[b]
+                        n, at = cell(r, b, 8), rows[r] + cols[b]
                         sums[n] += widened(job.out.data[at])
                         sums[n + 1] += widened(job.out.data[at + 1])
         for r in range(4):
             for b in range(8):
                 if rows[r] >= 0 and cols[b] >= 0:
-                    n, at = (r // 2 * 8 + b) * 4 + r % 2 * 2, rows[r] + cols[b]
+                    n, at = cell(r, b, 8), rows[r] + cols[b]
                     if CUT:
                         job.parts[at], job.parts[at + 1] = sums[n], sums[n + 1]
                     else:

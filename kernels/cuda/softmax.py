@@ -7,6 +7,8 @@ from numba import types
 
 from . import instructions as gpu
 from .jit import device
+from .tiles import cell
+from .warps import adding
 
 INF = math.inf
 across, exp2, larger = gpu.across, gpu.exp2, gpu.larger
@@ -16,14 +18,14 @@ across, exp2, larger = gpu.across, gpu.exp2, gpu.larger
 def softmax(slots, blocks, wide):
     """exponentials(s, o, top, total): s = 2**(s - top) of the new top, and o and total rescaled to it;
     join(total): the sums over the four lanes that share a row."""
-    float32 = types.float32
+    joined, float32 = adding(4), types.float32
 
     @device
     def exponentials(s, o, top, total):
         for r in range(slots):
             best = top[r]
             for b in range(blocks):
-                n = (r // 2 * blocks + b) * 4 + r % 2 * 2
+                n = cell(r, b, blocks)
                 best = larger(best, larger(s[n], s[n + 1]))
             best = larger(best, across(best, 1))
             best = larger(best, across(best, 2))
@@ -32,19 +34,18 @@ def softmax(slots, blocks, wide):
             top[r] = best
             for b in range(blocks):
                 for e in range(2):
-                    n = (r // 2 * blocks + b) * 4 + r % 2 * 2 + e
+                    n = cell(r, b, blocks) + e
                     s[n] = exp2(s[n] - shift)
                     part += s[n]
             total[r] = total[r] * factor + part
             for c in range(wide):
-                n = (r // 2 * wide + c) * 4 + r % 2 * 2
+                n = cell(r, c, wide)
                 o[n] *= factor
                 o[n + 1] *= factor
 
     @device
     def join(total):
         for r in range(slots):
-            total[r] += across(total[r], 1)
-            total[r] += across(total[r], 2)
+            total[r] = joined(total[r])
 
     return exponentials, join

@@ -15,12 +15,6 @@ class SumJob(NamedTuple):
     columns: int
 
 
-class SumVariant(NamedTuple):
-    element: str
-    threads: int
-    resident: int = 1
-
-
 @kernel(SumJob, registers=40)
 def add_up(v):
     """out = the sum of all rows: those of each warp, and then the warps', in their order"""

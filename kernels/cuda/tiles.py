@@ -43,6 +43,12 @@ def passed(element, tall, columns, threads):
     return threads // WARP * 16 * tall * (columns + 1) if element == "float32" else 1
 
 
+@device
+def cell(r, b, blocks):
+    """Where a lane has row slot r of block b, the first of its two columns: the second is behind it."""
+    return (r // 2 * blocks + b) * 4 + r % 2 * 2
+
+
 class Operations(NamedTuple):
     load_rows: object
     times_transposed: object
@@ -141,7 +147,7 @@ def _by_lanes(element, width, tall, columns, hold):
             for r in range(SLOTS):
                 x = pointer[at[r] + k] if at[r] >= 0 else float32(0)
                 for b in range(BLOCKS):
-                    i, there = ((r // 2) * BLOCKS + b) * 4 + r % 2 * 2, int32(mine + b * 8 * PITCH + k)
+                    i, there = cell(r, b, BLOCKS), int32(mine + b * 8 * PITCH + k)
                     sums[i] += x * tile[there]
                     sums[i + 1] += x * tile[there + PITCH]
 
@@ -153,13 +159,13 @@ def _by_lanes(element, width, tall, columns, hold):
         for r in range(SLOTS):
             for b in range(BLOCKS):
                 for e in range(2):
-                    shared[line + r * 8 * LINE + 8 * b + 2 * t + e] = x[((r // 2) * BLOCKS + b) * 4 + r % 2 * 2 + e]
+                    shared[line + r * 8 * LINE + 8 * b + 2 * t + e] = x[cell(r, b, BLOCKS) + e]
         warp_waits()
         for j in range(columns):
             for r in range(SLOTS):
                 p = shared[line + r * 8 * LINE + j]
                 for c in range(WIDE):
-                    i, there = ((r // 2) * WIDE + c) * 4 + r % 2 * 2, int32(offset + j * PITCH + 8 * c + 2 * t)
+                    i, there = cell(r, c, WIDE), int32(offset + j * PITCH + 8 * c + 2 * t)
                     sums[i] += p * tile[there]
                     sums[i + 1] += p * tile[there + 1]
 
@@ -179,13 +185,13 @@ def _add_row(element, width, tall, columns):
             p, mark = types.float32(0), types.int32(0)
             for b in range(BLOCKS):
                 for e in range(2):
-                    i = ((r // 2) * BLOCKS + b) * 4 + r % 2 * 2 + e
+                    i = cell(r, b, BLOCKS) + e
                     if b == j // 8 and e == j % 2:
                         p, mark = x[i], types.int32(hidden >> i & 1)
             p, mark = of_lane(p, owner), of_lane(mark, owner)
             for c in range(WIDE):
                 for e in range(2):
-                    i, d = ((r // 2) * WIDE + c) * 4 + r % 2 * 2 + e, 8 * c + 2 * t + e
+                    i, d = cell(r, c, WIDE) + e, 8 * c + 2 * t + e
                     if mark == 0 and d < D:
                         sums[i] += p * widened(pointer[at + d])
 

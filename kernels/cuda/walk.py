@@ -18,6 +18,7 @@ from numba import cuda, types
 from . import instructions as gpu
 from .jit import NOWHERE, Elements, Floats, Ints, device
 from .scoring import dice
+from .warps import adding
 
 SUM, JOINT, DOT, GIVEN = 0, 1, 2, 3  # rules for scores, see csr.py
 number, across = gpu.number, gpu.across
@@ -155,7 +156,7 @@ def walking(v):
     longest(count): the largest count of the warp, so that all its lanes go on together.
     joined(x): the sum over the lanes of a head."""
     GROUP, LANES, HEADS = v.group, v.lanes, v.heads
-    WITHIN, BEYOND, FIRST = LANES.bit_length() - 1, (32 // GROUP).bit_length() - 1, GROUP
+    BEYOND, FIRST = (32 // GROUP).bit_length() - 1, GROUP
     int32 = types.int32
 
     @device
@@ -184,13 +185,7 @@ def walking(v):
             count = max(count, across(count, FIRST << b))
         return count
 
-    @device
-    def joined(x):
-        for b in range(WITHIN):
-            x += across(x, 1 << b)
-        return x
-
-    return Walk(place, item, longest, joined)
+    return Walk(place, item, longest, adding(LANES))
 
 
 @device

@@ -18,21 +18,22 @@ from .arrays import (
     part,
     problem,
     shadow,
-    size,
     view,
 )
-from .moving import concerns, kept, moved, to_numpy, uploaded
+from .moving import arrived, concerns, home, kept, moved, to_numpy, uploaded
 
 __all__ = [
     "GpuArray",
     "Library",
     "Space",
     "any_on_gpu",
+    "arrived",
     "concerns",
     "contiguous_strides",
     "default",
     "describe",
     "floats",
+    "home",
     "is_on_gpu",
     "kept",
     "library",
@@ -40,7 +41,6 @@ __all__ = [
     "part",
     "problem",
     "shadow",
-    "size",
     "to_numpy",
     "uploaded",
     "view",

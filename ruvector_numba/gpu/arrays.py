@@ -9,7 +9,6 @@ stream.
 from __future__ import annotations
 
 import functools
-import math
 import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -453,7 +452,3 @@ def enter() -> None:
 def shadow(shape: Shape, dtype: Any = np.float32) -> Array:
     """An array of NumPy of this shape and next to no memory, for checks that ask for shapes alone."""
     return np.broadcast_to(np.zeros((), dtype), shape)
-
-
-def size(shape: Shape) -> int:
-    return math.prod(shape)

@@ -12,9 +12,10 @@ from ..arrays import Shape
 from ..dense_call import DenseCall
 from ..errors import DimensionMismatchError, InvalidInputError, InvalidMaskError
 from ..plan.dropout import threshold_and_gain
+from ..plan.strides import broadcast
 from ..results import InputGradients
 from .arrays import GpuArray, Space
-from .layouts import aligned, broadcast, cut, named, padded, room, starts, whole, zero
+from .layouts import aligned, cut, named, padded, room, starts, whole, zero
 
 __all__ = ["GpuCall", "Past", "call", "forward", "run"]
 
@@ -32,7 +33,7 @@ class GpuCall(NamedTuple):
     value: GpuArray
     bias: GpuArray | None
     mask: GpuArray | None
-    is_moved: bool = False  # inputs came from NumPy, so results are copied back
+    is_moved: bool = False  # results go back to NumPy: see `gpu.arrived`
 
     def space(self) -> Space:
         return Space(self.query.native)
@@ -86,7 +87,7 @@ class Past(NamedTuple):
 
     def home(self, x: Any) -> Any:
         """An array as the caller gets it: where the call's arrays were."""
-        return gpu.default().download(x) if self.call.is_moved and x is not None else x
+        return gpu.home(self.call.is_moved, x)
 
     def weights(self, rows: Any = None, averaged: bool = False) -> Any:
         """Of the queries `rows`, in float32; averaged over the heads if that is wanted."""
@@ -94,11 +95,11 @@ class Past(NamedTuple):
         chosen = checks.row_indices(rows, c.query.shape[-2])
         heads = c.batch if averaged else c.query.shape[:-2]
         out = space.empty((*heads, len(chosen), c.key.shape[-2]), "float32")
-        if gpu.size(out.shape):
+        if math.prod(out.shape):
             from .dense_backward import weights
 
             weights(self, space, chosen, out, c.heads if averaged else 1)
-        return self.home(out.native)
+        return self.home(out)
 
     def backward(self, grad_output: Any, grad_lse: Any = None, wants_bias: bool = True) -> InputGradients:
         c, shape = self.call, self.call.checked.output_shape
@@ -181,9 +182,8 @@ def run(
             raise InvalidInputError("out is given, and device='cuda'", hint="results come back as new arrays")
         if not (attn_mask is None or isinstance(attn_mask, masks.Mask) or gpu.is_on_gpu(attn_mask)):
             attn_mask = gpu.moved("attn_mask", mask_arrays.as_mask(attn_mask, may_be_bits=dtype is not None))
-        q, k, v = (gpu.moved(name, x) for name, x in (("query", query), ("key", key), ("value", value)))
-        c = call(q, k, v, attn_mask, dtype=dtype, **options)
-        return forward(c._replace(is_moved=not gpu.is_on_gpu(query)))
+        (q, k, v), is_moved = gpu.arrived(device, query=query, key=key, value=value)
+        return forward(call(q, k, v, attn_mask, dtype=dtype, **options)._replace(is_moved=is_moved))
     dropout_p = options["dropout_p"]
     drops = type(dropout_p) is not float or dropout_p != 0
     if attn_mask is not None or out is not None or drops or options["alibi_slopes"] is not None:
@@ -272,7 +272,7 @@ def prepared(c: GpuCall, output: GpuArray) -> Ready | None:
 
 def forward(c: GpuCall, out: Any = None, ready: Ready | None = None) -> Past:
     """The output of a checked call, and what its gradients need."""
-    a, space, n = c.checked, c.space(), gpu.size(c.checked.query.shape[:-1])
+    a, space, n = c.checked, c.space(), math.prod(c.checked.query.shape[:-1])
     if not isinstance(out, GpuArray):
         out = room(space, a.output_shape, c.query.element) if out is None else _out(out, c)
     output: GpuArray = out

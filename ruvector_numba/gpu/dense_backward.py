@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from ..plan.strides import sharing
 from ..results import InputGradients
 from .arrays import GpuArray, Space
 from .dense import GpuCall, Past, score_terms, terms_of
@@ -77,7 +78,7 @@ def backward(past: Past, grad_output: GpuArray, grad_lse: GpuArray | None, wants
         if bias is not None:
             _bias_gradient(c, space, job, bias)
     query, key, value = (past.home(cut(x, y.shape[-1])) for x, y in ((dq, c.query), (dk, c.key), (dv, c.value)))
-    return InputGradients(query, key, value, None if bias is None else past.home(bias.native))
+    return InputGradients(query, key, value, past.home(bias))
 
 
 def _bias_gradient(c: GpuCall, space: Space, job: Any, bias: GpuArray) -> None:
@@ -87,10 +88,7 @@ def _bias_gradient(c: GpuCall, space: Space, job: Any, bias: GpuArray) -> None:
 
     a = c.checked
     shape = (1,) * (len(a.batch) + 3 - len(bias.shape)) + bias.shape
-    matrices = math.prod(shape[:-2])
-    owner = np.broadcast_to(np.arange(matrices).reshape(shape[:-2]), (*a.batch, a.heads)).reshape(-1)
-    members = np.argsort(owner, kind="stable").astype(np.int64)
-    begins = np.searchsorted(owner[members], np.arange(matrices + 1)).astype(np.int64)
+    matrices, members, begins = sharing(shape[:-2], (*a.batch, a.heads))
     v, (R, C) = plan.in_pairs(c.query.element, terms_of(c)), shape[-2:]
     more = pairs.PairJob(
         attention=job, out=space.pointer(bias), begins=space.upload(begins), members=space.upload(members), R=R, C=C

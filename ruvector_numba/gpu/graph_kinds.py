@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from .. import gpu
 from ..errors import InvalidInputError
 from .arrays import GpuArray
 from .neighbors import NeighborTerms, Past
@@ -58,7 +58,7 @@ def _gat_back(
     layer, inputs, p = work.layer, work.inputs, work.parameters
     of_source, of_target = (name.removesuffix(".weight") for name in layer._names())
     made: Any = past.backward(work.space, grad, wants_offset=layer.bias)
-    shape, half = p["att_src"].shape, gpu.size(p["att_src"].shape)
+    shape, half = p["att_src"].shape, math.prod(p["att_src"].shape)
     flat = made.att.native.reshape(-1)
     found.named["att_src"], found.named["att_dst"] = flat[:half].reshape(shape), flat[half:].reshape(shape)
 

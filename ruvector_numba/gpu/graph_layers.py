@@ -5,6 +5,7 @@ The layer checks a call, of arrays that have shapes and nothing else.
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -47,8 +48,7 @@ class _Coefficients(NamedTuple):
 
     def coefficients(self) -> Any:
         space = Space(self.past.output.native)
-        made = self.past.coefficients(space).native
-        return gpu.default().download(made) if self.is_moved else made
+        return gpu.home(self.is_moved, self.past.coefficients(space))
 
 
 # --- calls -----------------------------------------------------------------------------------------------------------
@@ -66,26 +66,23 @@ def run(
     if is_pair and len(x) != 2:
         raise InvalidInputError(f"x is a tuple of {len(x)}", hint="give (x_source, x_target)")
     sources = list(x) if is_pair else [x]
-    is_moved = device == "cuda" and not gpu.any_on_gpu(*sources)
     names = ("x_source", "x_target") if is_pair else ("x",)
-    more = {"edge_attr": edge_attr, "edge_weight": edge_weight}
-    if device == "cuda":
-        sources = [gpu.moved(name, a) for name, a in zip(names, sources, strict=True)]
-        more = {name: gpu.moved(name, a) for name, a in more.items()}
-    nodes = [None if a is None else gpu.floats(name, a) for name, a in zip(names, sources, strict=True)]
-    of_edges = {name: gpu.floats(name, a) for name, a in more.items() if a is not None}
-    one_element({**{n: a for n, a in zip(names, nodes, strict=True) if a is not None}, **of_edges})
+    given = dict(zip(names, sources, strict=True)) | {"edge_attr": edge_attr, "edge_weight": edge_weight}
+    there, is_moved = gpu.arrived(device, **given)
+    found = {name: gpu.floats(name, a) for name, a in zip(given, there, strict=True) if a is not None}
+    one_element(found)
+    nodes = [found.get(name) for name in names]
     shadows = [None if a is None else gpu.shadow(a.shape) for a in nodes]
-    attr, weight = (gpu.shadow(of_edges[name].shape) if name in of_edges else None for name in more)
+    attr, weight = (gpu.shadow(found[name].shape) if name in found else None for name in ("edge_attr", "edge_weight"))
     checked = layer._checked(
         tuple(shadows) if is_pair else shadows[0], graph, attr, weight, *checks.dropout(dropout, seed)
     )
-    space = Space(sources[0])
-    work = Work(layer, layer.parameters.as_type(np.float32), space, inputs_of(layer, checked, space, nodes, of_edges))
+    space = Space(there[0])
+    work = Work(layer, layer.parameters.as_type(np.float32), space, inputs_of(layer, checked, space, nodes, found))
     past = kind.attend(work)
     output, gate = _finish(work, past)
     record = Record(layer, kind, work.inputs, work.parameters, _Coefficients(past, is_moved), gate, is_moved)
-    return gpu.default().download(output.native) if is_moved else output.native, record
+    return gpu.home(is_moved, output), record
 
 
 # --- after attention -------------------------------------------------------------------------------------------------
@@ -140,18 +137,16 @@ def backward(grad_output: Any, record: Record) -> GraphGradients:
         dattr = None if dattr is None else _without_loops(work, dattr, layer.fill_value)
         dweight = None if dweight is None else _without_loops(work, dweight, 1.0)
 
-    def result(x: Any) -> Any:
-        return gpu.default().download(x) if record.is_moved and x is not None else x
-
-    nodes: Any = result(dsource.native)
+    result = functools.partial(gpu.home, record.is_moved)
+    nodes: Any = result(dsource)
     if inputs.is_pair:
         if dtarget is None and inputs.target is not None:
             dtarget = space.keep(space.empty(inputs.target.shape, inputs.target.element))
             zero(space, dtarget, 0.0)
-        nodes = nodes, result(None if dtarget is None else dtarget.native)
+        nodes = nodes, result(dtarget)
     named = {name: result(found.of(name)) for name in record.parameters}
     attr = None if dattr is None or inputs.attr_shape is None else dattr.native.reshape(inputs.attr_shape)
-    return GraphGradients(named, nodes, result(attr), result(None if dweight is None else dweight.native))
+    return GraphGradients(named, nodes, result(attr), result(dweight))
 
 
 def _spread(work: Work, grad: GpuArray) -> GpuArray:

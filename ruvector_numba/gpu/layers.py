@@ -23,12 +23,13 @@ from .projection import product, turned
 __all__ = ["Inputs", "OneHead", "Record", "batch", "multi_head", "one_head", "uploaded"]
 
 Inputs = tuple[GpuArray, GpuArray, GpuArray]
+NAMES = "query", "key", "value"
 
 
 # --- what a layer is given ---------------------------------------------------------------------------------------
 def batch(query: Any, key: Any, value: Any, widths: tuple[int, int, int | None], longest: int | None) -> Inputs:
     """The three arrays where they lie, of these widths and of one type; see `layers.batch`."""
-    q, k, v = (gpu.floats(name, x) for name, x in (("query", query), ("key", key), ("value", value)))
+    q, k, v = (gpu.floats(name, x) for name, x in zip(NAMES, (query, key, value), strict=True))
     if not q.element == k.element == v.element:
         dtypes = {"query.dtype": q.element, "key.dtype": k.element, "value.dtype": v.element}
         raise InvalidInputError("query, key and value differ in dtype", shapes=dtypes, hint="cast them to one")
@@ -38,15 +39,9 @@ def batch(query: Any, key: Any, value: Any, widths: tuple[int, int, int | None],
 
 
 def hidden(
-    space: Space, mask: Any, key_padding_mask: Any, scores: tuple[int, int, int, int], per_head: bool,
-    device: str | None,
+    space: Space, mask: Any, padded: Any, scores: tuple[int, int, int, int], per_head: bool, device: str | None
 ) -> masks.Mask | GpuArray | None:  # fmt: skip
-    """What the engine is told of a layer's `mask`, which hides, and of its `key_padding_mask`."""
-    padded: Any = None
-    if key_padding_mask is not None:
-        if gpu.is_on_gpu(key_padding_mask):  # its lengths must be known here
-            key_padding_mask = gpu.library(key_padding_mask).download(key_padding_mask)
-        padded = layers.padded(key_padding_mask, scores[0], scores[3])
+    """What the engine is told of a layer's `mask`, which hides, and of what `layers.padded` made of its padding."""
     if device == "cuda" and not gpu.is_on_gpu(mask):  # numbers hide as they do on the CPU
         mask = layers.hidden(mask, scores, per_head)
         if isinstance(mask, np.ndarray):
@@ -77,21 +72,8 @@ def uploaded(space: Space, parameters: ParameterSet, element: str) -> dict[str, 
     }
 
 
-def _moved(device: str | None, arrays: tuple[Any, Any, Any]) -> tuple[tuple[Any, Any, Any], bool]:
-    """Arrays of NumPy on the GPU, if the caller wants that; and do results go back?"""
-    if device != "cuda":
-        return arrays, False
-    query, key, value = (gpu.moved(name, x) for name, x in zip(("query", "key", "value"), arrays, strict=True))
-    return (query, key, value), not gpu.any_on_gpu(*arrays)
-
-
-def _home(is_moved: bool, x: Any) -> Any:
-    """A result where the caller's arrays were."""
-    return gpu.default().download(x) if is_moved and x is not None else x
-
-
 def _all_home(is_moved: bool, g: AttentionGradients) -> AttentionGradients:
-    return AttentionGradients(**{f.name: _home(is_moved, getattr(g, f.name)) for f in fields(g)}) if is_moved else g
+    return AttentionGradients(**{f.name: gpu.home(is_moved, getattr(g, f.name)) for f in fields(g)})
 
 
 # --- axes --------------------------------------------------------------------------------------------------------
@@ -125,14 +107,14 @@ class OneHead(NamedTuple):
 
     @property
     def output(self) -> Any:
-        return _home(self.is_moved, self.past.result[:, 0])
+        return gpu.home(self.is_moved, self.past.result[:, 0])
 
     @property
     def lse(self) -> Any:
-        return _home(self.is_moved, self.past.lse[:, 0])
+        return gpu.home(self.is_moved, self.past.lse[:, 0])
 
     def weights(self, rows: Any = None) -> Any:
-        return _home(self.is_moved, self.past.weights(rows, averaged=True))
+        return gpu.home(self.is_moved, self.past.weights(rows, averaged=True))
 
     def backward(self, grad_output: Any) -> AttentionGradients:
         B, _, Lq, Dv = self.past.call.checked.output_shape
@@ -148,8 +130,8 @@ def one_head(
     device: str | None,
 ) -> OneHead:  # fmt: skip
     """The pass of ScaledDotProductAttention."""
-    there, is_moved = _moved(device, arrays)
-    q, k, v = batch(*there, (config.d_model, config.d_model, None), config.max_seq_len)
+    (query, key, value), is_moved = gpu.arrived(device, **dict(zip(NAMES, arrays, strict=True)))
+    q, k, v = batch(query, key, value, (config.d_model, config.d_model, None), config.max_seq_len)
     space = Space(q.native)
     seen = hidden(space, mask, None, (q.shape[0], 1, q.shape[1], k.shape[1]), per_head=False, device=device)
     q, k, v = (_expanded(x, 1) for x in (q, k, v))
@@ -168,18 +150,19 @@ class Record(NamedTuple):
     past: dense.Past
     joined: GpuArray  # (B, Lq, heads, d_k): what w_o is applied to
     output: Any
+    mask: Any  # of the layer, its key_padding_mask included
     is_moved: bool
 
     @property
     def lse(self) -> Any:
-        return _home(self.is_moved, self.past.lse)
+        return gpu.home(self.is_moved, self.past.lse)
 
     def weights(self, rows: Any = None) -> Any:
         """Averaged over the heads: (B, rows, Lk), in float32."""
-        return _home(self.is_moved, self.past.weights(rows, averaged=True))
+        return gpu.home(self.is_moved, self.past.weights(rows, averaged=True))
 
     def head_weights(self, rows: Any = None) -> Any:
-        return _home(self.is_moved, self.past.weights(rows))
+        return gpu.home(self.is_moved, self.past.weights(rows))
 
     def backward(self, grad_output: Any) -> AttentionGradients:
         grad_output = gpu.moved("grad_output", grad_output) if self.is_moved else grad_output
@@ -231,11 +214,15 @@ def multi_head(
 ) -> Record:  # fmt: skip
     """The pass of MultiHeadAttention."""
     H, d, d_k = config.num_heads, config.d_model, config.d_k
-    moved, is_moved = _moved(device, arrays)
-    inputs = batch(*moved, widths, config.max_seq_len)
+    (query, key, value), is_moved = gpu.arrived(device, **dict(zip(NAMES, arrays, strict=True)))
+    inputs = batch(query, key, value, widths, config.max_seq_len)
     (B, Lq, _), Lk, element = inputs[0].shape, inputs[1].shape[1], inputs[0].element
-    space = Space(inputs[0].native)
-    seen = hidden(space, mask, key_padding_mask, (B, H, Lq, Lk), per_head=True, device=device)
+    space, padding = Space(inputs[0].native), key_padding_mask
+    if gpu.is_on_gpu(padding):  # its lengths must be known here
+        padding = gpu.library(padding).download(padding)
+    padded = layers.padded(padding, B, Lk)
+    seen = hidden(space, mask, padded, (B, H, Lq, Lk), per_head=True, device=device)
+    mask = layers.with_padding(mask, key_padding_mask, padded, (B, H, Lq, Lk))
     there = uploaded(space, parameters, element)
     heads = []
     for x, name in zip(inputs, "qkv", strict=True):
@@ -250,4 +237,4 @@ def multi_head(
     output, w = space.empty((B, Lq, d), element), there["w_o"]
     rows = w._replace(shape=(H, d_k, 1, d), strides=(d_k * d, d, 0, 1))
     product(space, joined, rows, _expanded(output, 2), there.get("b_o"))
-    return Record(arrays, inputs, parameters, past, joined, _home(is_moved, output.native), is_moved)
+    return Record(arrays, inputs, parameters, past, joined, gpu.home(is_moved, output), mask, is_moved)

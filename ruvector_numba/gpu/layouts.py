@@ -5,15 +5,13 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import numpy as np
-
 from .. import gpu
 from ..arrays import Shape
+from ..plan import strides as strides_of
 from .arrays import GpuArray, Space
 
 __all__ = [
-    "aligned", "broadcast", "compact", "cut", "inverted", "matrices", "named", "padded", "room", "starts", "viewed",
-    "whole", "zero",
+    "aligned", "compact", "cut", "inverted", "matrices", "named", "padded", "room", "starts", "viewed", "whole", "zero",
 ]  # fmt: skip
 
 
@@ -36,21 +34,7 @@ def named(space: Space, name: str, x: GpuArray, repeat: int = 1) -> Any:
 
 def starts(space: Space, shape: Shape, strides: tuple[int, ...], repeat: int = 1) -> Any:
     """The address of where each matrix of a stack begins, the last axis `repeat` times."""
-    return space.constant((shape, strides, repeat), lambda: _starts(shape, strides, repeat))
-
-
-def _starts(shape: Shape, strides: tuple[int, ...], repeat: int = 1) -> Any:
-    at = np.zeros((), np.int64)
-    for axis, (n, stride) in enumerate(zip(shape, strides, strict=True)):
-        steps = np.arange(n, dtype=np.int64) * stride
-        at = at[..., None] + (np.repeat(steps, repeat) if axis == len(shape) - 1 else steps)
-    return np.ascontiguousarray(at.reshape(-1))
-
-
-def broadcast(x: GpuArray, shape: Shape) -> GpuArray:
-    missing = len(shape) - len(x.shape)
-    strides = (0,) * missing + tuple(0 if n == 1 else s for n, s in zip(x.shape, x.strides, strict=True))
-    return x._replace(shape=shape, strides=strides)
+    return space.constant((shape, strides, repeat), lambda: strides_of.starts(shape, strides, repeat))
 
 
 def aligned(space: Space, x: GpuArray) -> GpuArray:
@@ -98,7 +82,7 @@ def zero(space: Space, x: GpuArray, value: float) -> None:
     from ..kernels.cuda import copying
     from ..plan import cuda_copying as plan
 
-    v, n = plan.variant(x.element), gpu.size(x.shape)
+    v, n = plan.variant(x.element), math.prod(x.shape)
     if n:
         job = copying.FillJob(data=space.pointer(x), count=n, value=value)
         copying.fill(v, job, plan.fill_grid(v, n), space.stream)
@@ -118,7 +102,7 @@ def compact(space: Space, x: GpuArray, inverted: bool = False) -> GpuArray:
         source=space.pointer(x), at=starts(space, rows.shape[:-2], rows.strides[:-2]), row=rows.strides[-2], col=1,
         copy=space.pointer(made), rows=rows.shape[-2], columns=1, width=1, blocks=blocks,
     )  # fmt: skip
-    if gpu.size(x.shape):
+    if math.prod(x.shape):
         copying.pack(v, job, (blocks * math.prod(rows.shape[:-2]), 1, 1), space.stream)
     return made
 

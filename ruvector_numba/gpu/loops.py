@@ -7,6 +7,7 @@ neighbours with given weights.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -57,7 +58,7 @@ def _past(space: Space, graph: CSRGraph, values: GpuArray, policy: Any, fill_val
 
 def _rows(x: GpuArray) -> GpuArray:
     """(E, ...) as (E, 1, channels)"""
-    shape = (x.shape[0], 1, gpu.size(x.shape[1:]))
+    shape = (x.shape[0], 1, math.prod(x.shape[1:]))
     return x._replace(shape=shape, strides=gpu.contiguous_strides(shape))
 
 

@@ -14,7 +14,7 @@ from ..errors import InvalidInputError
 from ..values import shown
 from .arrays import ELEMENTS, GpuArray, Space, any_on_gpu, default, enter, is_on_gpu, library
 
-__all__ = ["concerns", "kept", "moved", "to_numpy", "uploaded"]
+__all__ = ["arrived", "concerns", "home", "kept", "moved", "to_numpy", "uploaded"]
 
 
 def concerns(device: object, *arrays: object) -> bool:
@@ -39,6 +39,21 @@ def moved(name: str, x: Any) -> Any:
         raise InvalidInputError(f"{name} has dtype {array.dtype}", hint=f"cast it to one of {', '.join(ELEMENTS)}")
     enter()
     return default().upload(array)
+
+
+def arrived(device: str | None, **arrays: Any) -> tuple[list[Any], bool]:
+    """A call's arrays, those of NumPy moved to the GPU if `device` says so; and do results go back? They are where the
+    first array was: `query`, or the features of the nodes that edges come from."""
+    if device != "cuda":
+        return list(arrays.values()), False
+    first = next(iter(arrays.values()))
+    return [moved(name, x) for name, x in arrays.items()], not is_on_gpu(first)
+
+
+def home(is_moved: bool, x: Any) -> Any:
+    """A result as the caller gets it, back in NumPy if the call's first array was `moved`; None stays None."""
+    found = x.native if isinstance(x, GpuArray) else x
+    return default().download(found) if is_moved and found is not None else found
 
 
 def kept(copies: dict[Any, Any], space: Space, name: Any, element: str, make: Callable[[], Array]) -> GpuArray:

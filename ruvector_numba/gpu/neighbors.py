@@ -5,6 +5,7 @@ A graph stays where it is, on the CPU; what kernels need of it is uploaded once 
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -69,10 +70,6 @@ class NeighborRecord:
     def __init__(self, past: Past, is_moved: bool) -> None:
         self.past, self.is_moved = past, is_moved
 
-    def _home(self, x: GpuArray) -> Any:
-        """An array as the caller gets it: where the call's arrays were."""
-        return gpu.default().download(x.native) if self.is_moved else x.native
-
     def _space(self) -> Space:
         return Space(self.past.output.native)
 
@@ -82,14 +79,14 @@ class NeighborRecord:
 
     @property
     def output(self) -> Any:
-        return self._home(self.past.output)
+        return gpu.home(self.is_moved, self.past.output)
 
     @property
     def lse(self) -> Any:
-        return self._home(self.past.lse(self._space()))
+        return gpu.home(self.is_moved, self.past.lse(self._space()))
 
     def coefficients(self) -> Any:
-        return self._home(self.past.coefficients(self._space()))
+        return gpu.home(self.is_moved, self.past.coefficients(self._space()))
 
     def gradients(self, grad_output: Any) -> NeighborGradients:
         space, output = self._space(), self.past.output
@@ -97,18 +94,16 @@ class NeighborRecord:
         grad = gradient("grad_output", grad_output, output.shape, output.element)
         m = self.past.backward(space, rows(space, grad))
         made = (m.query, m.key, m.value, m.bias, m.edge, m.edge_value, m.edge_weight)
-        return NeighborGradients(*(None if x is None else self._home(x) for x in made))  # type: ignore[arg-type]
+        return NeighborGradients(*(gpu.home(self.is_moved, x) for x in made))
 
 
 def attend(arrays: tuple[Any, ...], graph: CSRGraph, device: str | None, *settings: Any) -> NeighborRecord:
     """`neighbor_attention` of its seven arrays on a GPU; those of NumPy are moved there if `device` says so."""
     from ..plan import cuda_csr as plan
 
-    is_moved = device == "cuda" and not gpu.is_on_gpu(arrays[0])
     names = ("query", "key", "value", "edge_bias", "edge_key", "edge_value", "edge_weight")
-    if device == "cuda":
-        arrays = tuple(gpu.moved(name, x) for name, x in zip(names, arrays, strict=True))
-    found = {name: gpu.floats(name, x) for name, x in zip(names, arrays, strict=True) if x is not None}
+    there, is_moved = gpu.arrived(device, **dict(zip(names, arrays, strict=True)))
+    found = {name: gpu.floats(name, x) for name, x in zip(names, there, strict=True) if x is not None}
     one_element(found)
     shadows = tuple(None if name not in found else gpu.shadow(found[name].shape) for name in names)
     c = neighbors.call(shadows, graph, *settings)
@@ -149,11 +144,11 @@ def edge_softmax_backward(grad_weights: Any, weights: Any, graph: CSRGraph) -> A
     neighbors.edge_numbers("weights", gpu.shadow(p.shape), neighbors.checked_graph(graph))
     grad, space = gradient("grad_weights", grad_weights, p.shape, p.element), Space(weights)
     made, w = space.empty(p.shape, p.element), _walk(graph, space, False)
-    if gpu.size(p.shape):
+    if math.prod(p.shape):
         job = backwards.SoftmaxJob(
             indptr=space.pointer(w.indptr), edge_ids=space.pointer(w.edge_ids), has_ids=int(w.edge_ids is not None),
             weights=space.pointer(compact(space, p)), grad=space.pointer(compact(space, grad)),
-            out=space.pointer(made), nodes=w.nodes, H=gpu.size(p.shape[1:]),
+            out=space.pointer(made), nodes=w.nodes, H=math.prod(p.shape[1:]),
         )  # fmt: skip
         v = plan.flat(p.element)
         backwards.softmax_backward(v, job, plan.by_warps(v, w.nodes), space.stream)
@@ -260,7 +255,7 @@ class Past:
         from ..plan import cuda_csr as plan
 
         shape = self.stats.shape[:2]
-        made, n, v = space.keep(space.empty(shape, "float32")), gpu.size(shape), plan.flat("float32")
+        made, n, v = space.keep(space.empty(shape, "float32")), math.prod(shape), plan.flat("float32")
         if n:
             job = csr.LseJob(stats=space.pointer(self.stats), lse=space.pointer(made), count=n)
             csr.lse(v, job, plan.by_threads(v, n), space.stream)
@@ -331,8 +326,8 @@ class Past:
         targets, sources = self._walk(space), self._walk(space, True)
         v = self._variant(grad, *(made.get(name) for name in ("value", "key", "query", "edge", "edge_value")))
         job = self._job(space)._replace(
-            grad=_rows(space, grad), back_stats=space.scratch(gpu.size(self.stats.shape)), dscores=space.scratch(E * H),
-            dquery=_rows(space, made.get("query")), dkey=_rows(space, made.get("key")),
+            grad=_rows(space, grad), back_stats=space.scratch(math.prod(self.stats.shape)),
+            dscores=space.scratch(E * H), dquery=_rows(space, made.get("query")), dkey=_rows(space, made.get("key")),
             dvalue=_rows(space, made["value"]), dedge=_rows(space, made.get("edge")),
             dedge_value=_rows(space, made.get("edge_value")), dbias=space.pointer(made.get("bias")),
             wants_dbias=int("bias" in made), dweight=space.scratch(E * H if t.edge_weight is not None else 1),

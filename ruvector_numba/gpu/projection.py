@@ -7,11 +7,11 @@ stream of a `Space`, and what is allocated on the way stays as long as that does
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .. import gpu
 from .arrays import GpuArray, Space
 from .layouts import zero
 
@@ -43,7 +43,7 @@ def product(
     from ..kernels.cuda.projection_halves import project_halves
     from ..plan import cuda_projection as plan
 
-    if not gpu.size(out.shape):
+    if not math.prod(out.shape):
         if sums is not None and not adds:
             zero(space, sums, 0.0)
         return

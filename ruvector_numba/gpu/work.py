@@ -5,6 +5,7 @@ Parameters are uploaded once for each set of them: a set never changes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -110,7 +111,7 @@ class Work:
 
 def columns(x: GpuArray, first: int, shape: Shape) -> GpuArray:
     """(N, *shape): some columns, from `first` on, of a contiguous (N, ...)."""
-    n, row = x.shape[0], gpu.size(x.shape[1:])
+    n, row = x.shape[0], math.prod(x.shape[1:])
     at = gpu.part(x, first, 0)
     return at._replace(shape=(n, *shape), strides=(row, *gpu.contiguous_strides(shape)))
 
@@ -150,4 +151,4 @@ class Found:
 
 
 def flattened(x: GpuArray) -> GpuArray:
-    return x._replace(shape=(x.shape[0], gpu.size(x.shape[1:])), strides=(x.strides[0], 1))
+    return x._replace(shape=(x.shape[0], math.prod(x.shape[1:])), strides=(x.strides[0], 1))

@@ -15,6 +15,7 @@ from numpy.typing import ArrayLike
 from .. import dense, masks
 from ..arrays import Array, Shape
 from ..errors import InvalidConfigError, InvalidInputError
+from ..visibility import broadcasts
 from . import onnx_checks as checks
 from .onnx import _engine_type
 from .onnx_masks import ABSORBING, joined
@@ -251,7 +252,7 @@ class _Reader:
             ends = {a.name: a.i for a in node.attribute}
             return np.array(self.shape[ends.get("start", 0) : ends.get("end")], np.int64)
         for x in others:
-            if not _broadcasts(np.shape(x), self.shape):
+            if not broadcasts(np.shape(x), self.shape):
                 raise _Refusal(f"combined with an array of the shape {np.shape(x)}")
         if sum(at) > 1:
             raise _Refusal("combined with itself")
@@ -278,7 +279,3 @@ class _Reader:
         """Is this the cast to what the scores are anyway, or to more?"""
         to = next(a.i for a in node.attribute if a.name == "to")
         return np.dtype(helper.tensor_dtype_to_np_dtype(to)) in (np.dtype(self.dtype), np.dtype(np.float64))
-
-
-def _broadcasts(shape: Shape, target: Shape) -> bool:
-    return len(shape) <= len(target) and all(n in (1, m) for n, m in zip(shape[::-1], target[::-1], strict=False))

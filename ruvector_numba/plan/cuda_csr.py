@@ -5,8 +5,7 @@ from __future__ import annotations
 import functools
 from typing import NamedTuple
 
-from ..kernels.cuda import folding, sums
-from ..kernels.cuda.jit import SIMULATED, WARP
+from ..kernels.cuda.jit import SIMULATED, WARP, Flat
 from ..kernels.cuda.walk import DOT, GIVEN, JOINT, SUM, Variant
 
 __all__ = [
@@ -83,18 +82,18 @@ def blocks(v: Variant, items: int, each: int) -> int:
     return -(-items // (v.groups * each))
 
 
-def adding(element: str) -> sums.SumVariant:
+def adding(element: str) -> Flat:
     """The kernel that adds up rows of sums."""
-    return sums.SumVariant(element, 64 if SIMULATED else 1024)
+    return Flat(element, 64 if SIMULATED else 1024)
 
 
-def flat(element: str) -> sums.SumVariant:
+def flat(element: str) -> Flat:
     """Kernels that give each thread a number, or each warp a node."""
-    return sums.SumVariant(element, 32 if SIMULATED else 256)
+    return Flat(element, 32 if SIMULATED else 256)
 
 
-def fold(element: str) -> folding.Variant:
-    return folding.Variant(element, 32 if SIMULATED else 128)
+def fold(element: str) -> Flat:
+    return Flat(element, 32 if SIMULATED else 128)
 
 
 # --- grids -----------------------------------------------------------------------------------------------------------
@@ -103,12 +102,12 @@ def grid(v: Variant, items: int, each: int, H: int) -> Grid:
     return blocks(v, items, each), -(-H // v.heads), 1
 
 
-def by_threads(v: sums.SumVariant | folding.Variant, numbers: int) -> Grid:
+def by_threads(v: Flat, numbers: int) -> Grid:
     """A thread for each number."""
     return max(1, -(-numbers // v.threads)), 1, 1
 
 
-def by_warps(v: sums.SumVariant, nodes: int) -> Grid:
+def by_warps(v: Flat, nodes: int) -> Grid:
     """A warp for each node."""
     return -(-nodes // (v.threads // WARP)), 1, 1
 

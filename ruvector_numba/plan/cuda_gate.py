@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from ..kernels.cuda.gate import Variant
-from ..kernels.cuda.jit import SIMULATED, WARP
+from ..kernels.cuda.jit import SIMULATED, WARP, Flat
 
 __all__ = ["grid", "variant"]
 
 
-def variant(element: str) -> Variant:
-    return Variant(element, 32 if SIMULATED else 128)
+def variant(element: str) -> Flat:
+    return Flat(element, 32 if SIMULATED else 128)
 
 
-def grid(v: Variant, rows: int) -> tuple[int, int, int]:
+def grid(v: Flat, rows: int) -> tuple[int, int, int]:
     """A warp for a row."""
     return -(-rows // (v.threads // WARP)), 1, 1

@@ -10,8 +10,9 @@ from ..arrays import Shape
 from ..kernels.cuda.jit import SIMULATED
 from ..kernels.cuda.projection import COLS, Variant
 from ..kernels.cuda.projection_halves import STEP
+from .strides import Sides, sides
 
-__all__ = ["Layout", "Plan", "Sides", "plan"]
+__all__ = ["Layout", "Plan", "plan"]
 
 # Sums over rows are cut into parts of at least PART, only as many as have room in so many numbers: dW = x^T dy of a
 # graph's 100,000 nodes is one small matrix, which would otherwise be one block's work.
@@ -25,17 +26,6 @@ class Layout(NamedTuple):
     shape: Shape
     strides: tuple[int, ...]
     aligned: int  # how many elements can be read at once where it begins: 1, 4 or 8
-
-
-class Sides(NamedTuple):
-    """What a kernel is told of a matrix, but for its address: see `Pairs` of the kernels."""
-
-    outer_row: int
-    row: int
-    outer_col: int
-    col: int
-    rows: int
-    cols: int
 
 
 class Plan(NamedTuple):
@@ -77,31 +67,21 @@ def plan(element: str, left: Layout, right: Layout, out: Layout, over_rows: bool
         part = max(64 if SIMULATED else PART, -(-K // count))
         part = -(-part // STEP) * STEP
     count = max(1, -(-K // part))
-    sides = [_sides(x) for x in (left, right, out)]
+    made = [sides(x.shape, x.strides, least=1) for x in (left, right, out)]
     by_rows = [int(x.strides[3] == 1 or x.strides[1] != 1) for x in (left, right)]
-    wide = all(_lie_by(4, x, s, n) for x, s, n in zip((left, right), sides, by_rows, strict=False))
-    eights = all(_lie_by(8, x, s, n) for x, s, n in zip((left, right), sides, by_rows, strict=False))
+    wide = all(_lie_by(4, x, s, n) for x, s, n in zip((left, right), made, by_rows, strict=False))
+    eights = all(_lie_by(8, x, s, n) for x, s, n in zip((left, right), made, by_rows, strict=False))
     paired = any(s.rows < x.shape[0] * x.shape[1] or s.cols < x.shape[2] * x.shape[3]
-                 for x, s in zip((left, right), sides, strict=False))  # fmt: skip
+                 for x, s in zip((left, right), made, strict=False))  # fmt: skip
     threads = 64 if SIMULATED or I <= 64 else 128
-    cut = count > 1 or not _lie_by(4, out, sides[2], 1)
+    cut = count > 1 or not _lie_by(4, out, made[2], 1)
     resident = (3 if wide and not over_rows else 2) * 128 // threads  # as the registers allow
     variant = Variant(element, threads, wide, paired, cut, over_rows, resident)
     halves = element != "float32" and eights
     if halves:
         sides_by_rows = dict(left_rows=bool(by_rows[0]), right_rows=bool(by_rows[1]))
         variant = variant._replace(resident=2 * 128 // threads, **sides_by_rows)
-    return Plan(variant, halves, sides[0], sides[1], sides[2], by_rows[0], by_rows[1], I, J, K, line, part, count)
-
-
-def _sides(x: Layout) -> Sides:
-    outer_row, row, outer_col, col = x.strides
-    rows, cols = max(1, x.shape[1]), max(1, x.shape[3])
-    if outer_row == rows * row or x.shape[0] == 1:
-        rows *= max(1, x.shape[0])  # one even run: no pairs
-    if outer_col == cols * col or x.shape[2] == 1:
-        cols *= max(1, x.shape[2])
-    return Sides(outer_row, row, outer_col, col, rows, cols)
+    return Plan(variant, halves, made[0], made[1], made[2], by_rows[0], by_rows[1], I, J, K, line, part, count)
 
 
 def _lie_by(n: int, x: Layout, sides: Sides, by_rows: int) -> bool:

@@ -25,7 +25,8 @@ from ..kernels.softmax import LN2, LOG2E
 from ..kernels.tiles import SUMMED, StoredMatrices
 from . import halves, memory, team
 from .dropout import threshold_and_gain
-from .layouts import NOTHING, NOWHERE, Layout, as_matrices, broadcast, contiguous, layout, padded, with_heads
+from .layouts import NOTHING, NOWHERE, Layout, as_matrices, contiguous, layout, padded, with_heads
+from .strides import broadcast, sharing
 
 FORWARD_KEYS = 128  # in a chunk: 128 x 64 scores are 32 KiB and stay near the core; 64 and 96 measured the same
 BACKWARD_KEYS = 128
@@ -318,10 +319,7 @@ def bias_backward(p: Problem, grad_output: Layout) -> BiasPlan:
     job, itemsize = _backward_job(p), p.arithmetic.itemsize
     batch, H = with_heads(p.query, 3).shape[:-3], job.H
     shape = (1,) * (len(batch) + 3 - len(p.bias.shape)) + p.bias.shape
-    matrices = math.prod(shape[:-2])
-    owner = np.broadcast_to(np.arange(matrices).reshape(shape[:-2]), (*batch, H)).reshape(-1)
-    members = np.argsort(owner, kind="stable").astype(np.int64)
-    begins = np.searchsorted(owner[members], np.arange(matrices + 1)).astype(np.int64)
+    matrices, members, begins = sharing(shape[:-2], (*batch, H))
     by_query, by_key = int(shape[-2] != 1 or job.Lq == 1), int(shape[-1] != 1 or job.Lk == 1)
     made = (
         matrices,

@@ -15,7 +15,8 @@ from ..kernels.scoring import ByteMatrices
 from ..kernels.simd import target
 from ..kernels.tiles import Matrices
 from . import team
-from .layouts import NOWHERE, Layout, Ready, as_matrices, broadcast, contiguous, layout, padded
+from .layouts import NOWHERE, Layout, Ready, as_matrices, contiguous, layout, padded
+from .strides import broadcast
 
 SOFT_WORK = 32  # what an element of a softmax costs, in multiply-adds
 MASK_WORK = 8

@@ -6,13 +6,13 @@ import functools
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ..arrays import Array, Shape
 from ..kernels import blocks, jit
 from ..kernels.gather import Rows
 from ..kernels.tiles import Matrices
 from . import memory
+from .strides import starts
 
 __all__ = [
     "NOTHING",
@@ -21,7 +21,6 @@ __all__ = [
     "Layout",
     "Ready",
     "as_matrices",
-    "broadcast",
     "by_width",
     "contiguous",
     "layout",
@@ -54,29 +53,10 @@ def with_heads(layout: Layout, rank: int) -> Layout:
 
 
 @functools.lru_cache(1024)
-def _starts(layout: Layout, itemsize: int, repeat: int) -> NDArray[np.int64]:
-    """Where each matrix of a stack begins, in elements, each head `repeat` times."""
-    at = np.zeros((), np.int64)
-    for axis, (n, stride) in enumerate(zip(layout.shape[:-2], layout.strides[:-2], strict=True)):
-        steps = np.arange(n, dtype=np.int64) * (stride // itemsize)
-        if axis == len(layout.shape) - 3:
-            steps = np.repeat(steps, repeat)
-        at = at[..., None] + steps
-    return np.ascontiguousarray(at.reshape(-1))
-
-
 def as_matrices(name: str, layout: Layout, itemsize: int, repeat: int = 1) -> Matrices:
+    """Each head `repeat` times."""
     steps = layout.strides[-2] // itemsize, layout.strides[-1] // itemsize
-    return Matrices(name, _starts(layout, itemsize, repeat), *steps)
-
-
-def broadcast(layout: Layout, shape: Shape) -> Layout:
-    """The layout of numpy.broadcast_to(array, shape)."""
-    missing = len(shape) - len(layout.shape)
-    strides = (0,) * missing + tuple(
-        0 if n == 1 else stride for n, stride in zip(layout.shape, layout.strides, strict=True)
-    )
-    return Layout(shape, strides)
+    return Matrices(name, starts(layout.shape[:-2], layout.strides[:-2], repeat, itemsize), *steps)
 
 
 def contiguous(shape: Shape, itemsize: int) -> Layout:

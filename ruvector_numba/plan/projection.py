@@ -13,6 +13,7 @@ from ..kernels.projection import Pairs
 from ..kernels.simd import target
 from . import team
 from .layouts import Layout, Ready
+from .strides import sides
 
 # Of out, what one task makes: each reads its rows of `left` and columns of `right` once, so large tasks read less. With
 # 384 x 384 for 192 x 384, and `left` where it lies, layers of 512 and 768 are multiplied 1.03 to 1.07 times as fast
@@ -60,7 +61,7 @@ def _plan(
 ) -> Ready:
     itemsize = dtype.itemsize
     width, lanes = target().width(itemsize), target().lanes(itemsize)
-    out = _pairs("out", Layout(out_shape, out_strides), itemsize)
+    out = Pairs("out", *sides(out_shape, out_strides, itemsize))
     left, left_transposed = _lines("left", Layout(left_shape, left_strides), itemsize)
     right, right_transposed = _lines("right", Layout(right_shape, right_strides), itemsize)
     I, J, K = (a * b for a, b in (out_shape[:2], out_shape[2:], left_shape[2:]))
@@ -139,19 +140,9 @@ def _evenly(n: int, most: int, unit: int) -> int:
     return -(-part // unit) * unit
 
 
-def _pairs(name: str, layout: Layout, itemsize: int) -> Pairs:
-    outer_row, row, outer_col, col = (s // itemsize for s in layout.strides)
-    rows, cols = layout.shape[1], layout.shape[3]
-    if outer_row == rows * row or layout.shape[0] == 1:
-        rows *= layout.shape[0]  # one even run: no pairs
-    if outer_col == cols * col or layout.shape[2] == 1:
-        cols *= layout.shape[2]
-    return Pairs(name, outer_row, row, outer_col, col, rows, cols)
-
-
 def _lines(name: str, layout: Layout, itemsize: int) -> tuple[Pairs, int]:
     """The matrix, or its transpose if its rows are the axis that lies contiguous; 1 if so."""
     if layout.strides[3] != itemsize and layout.strides[1] == itemsize:
         swapped = Layout(*((x[2], x[3], x[0], x[1]) for x in layout))
-        return _pairs(name, swapped, itemsize), 1
-    return _pairs(name, layout, itemsize), 0
+        return Pairs(name, *sides(*swapped, itemsize)), 1
+    return Pairs(name, *sides(*layout, itemsize)), 0
