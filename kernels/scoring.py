@@ -17,15 +17,16 @@ from .simd import (
     absolute,
     at_least,
     fma,
+    nearest,
     polynomial,
-    power_of_two,
     prefetch,
     splat,
     tile_load,
     tile_shown,
+    times_power_of_two,
     where,
 )
-from .softmax import DOUBLE, ROUNDER_DOUBLE, ROUNDER_SINGLE, SINGLE
+from .softmax import DOUBLE, SINGLE
 
 INF = math.inf
 AHEAD = 128  # keys, one chunk
@@ -61,9 +62,9 @@ def tanh(x):
     high, low = polynomial(x, _HIGH_SINGLE, _HIGH_DOUBLE), polynomial(x, _LOW_SINGLE, _LOW_DOUBLE)
     zero, one = splat(x, 0.0), splat(x, 1.0)
     y = at_least(zero - absolute(x), splat(x, -_LARGEST))
-    rounder = polynomial(x, ROUNDER_SINGLE, ROUNDER_DOUBLE)
-    shifted = fma(y, high, rounder)
-    r, power = fma(y, low, fma(y, high, rounder - shifted)), power_of_two(shifted)
+    whole = nearest(y * high)
+    r = fma(y, low, fma(y, high, zero - whole))
+    power = times_power_of_two(one, whole)
     u = fma(r * polynomial(r, SINGLE, DOUBLE), power, power - one)
     t = (zero - u) / (u + splat(x, 2.0))
     return where(x < zero, zero - t, t)

@@ -13,13 +13,14 @@ import math
 from .jit import apart, inline
 from .simd import (
     at_least,
+    nearest,
     polynomial,
-    power_of_two,
     splat,
     tile_column_max,
     tile_map,
     tile_row,
     tile_store,
+    times_power_of_two,
     where,
     width_of,
 )
@@ -43,8 +44,6 @@ DOUBLE = (
     1.0178047531180677829e-7, 7.0548148367630282563e-9, 4.4572393137403012724e-10, 2.5855238444590038444e-11,
 )  # fmt: skip
 _ONE_SINGLE, _ONE_DOUBLE = (1.0, *SINGLE), (1.0, *DOUBLE)  # 2**r itself, exactly 1 at 0
-# x + ROUNDER has no digits behind the point left: it is x rounded to a whole number, beside the bias of exponents.
-ROUNDER_SINGLE, ROUNDER_DOUBLE = (1.5 * 2**23 + 127,), (1.5 * 2**52 + 1023,)
 _LOWEST_SINGLE, _LOWEST_DOUBLE = (-127.0,), (-1023.0,)  # where the exponent's bits run out, and the result is 0
 
 
@@ -52,13 +51,11 @@ _LOWEST_SINGLE, _LOWEST_DOUBLE = (-127.0,), (-1023.0,)  # where the exponent's b
 def exp2(x):
     """2**x for x <= HEADROOM: exactly 1 at 0, exactly 0 from the lowest exponent down (-inf too), NaN for NaN.
 
-    The last subnormal results are 0, not 2**x: as weights they count for nothing.
+    Subnormal results are something between 0 and the least normal number, not 2**x: as weights they count for nothing.
     """
     x = at_least(x, polynomial(x, _LOWEST_SINGLE, _LOWEST_DOUBLE))
-    rounder = polynomial(x, ROUNDER_SINGLE, ROUNDER_DOUBLE)
-    shifted = x + rounder
-    part = x - (shifted - rounder)
-    return polynomial(part, _ONE_SINGLE, _ONE_DOUBLE) * power_of_two(shifted)
+    whole = nearest(x)
+    return times_power_of_two(polynomial(x - whole, _ONE_SINGLE, _ONE_DOUBLE), whole)
 
 
 @inline

@@ -294,19 +294,31 @@ def absolute(context, x):
 
 
 @intrinsic
-def power_of_two(context, shifted):
-    """2**n, of n + ROUNDER (softmax.py), whose last bits are the exponent of that: they are moved to where it belongs.
+def nearest(context, x):
+    """x rounded to the nearest whole number."""
+    return x(x), lambda cx, b, sig, args: emit.call(b, "llvm.rint" + emit.suffix(x.llvm), x.llvm, *args)
 
-    No conversion to whole numbers: LLVM leaves open what becomes of NaN and of what is too large, and AVX2 has none for
-    doubles. Here that is some number, which must not count: NaN times it is NaN.
+
+@intrinsic
+def times_power_of_two(context, y, n):
+    """y * 2**n for a normal result and whole n: n is added to the exponent's bits; NaN for NaN in y.
+
+    Whatever n is of a NaN must leave it one. LLVM's conversion to whole numbers does not say: x86's own makes the
+    lowest one of it, of which nothing is left once it is shifted. Where that is not to be had, as for doubles with
+    AVX2, 2**n is a number to multiply by, made of the last bits of n + 1.5 * 2**mantissa. (Doubles converted one by one
+    took 1.02 to 1.04 times as long.)
     """
+    mantissa, bias = (23, 127) if y.element == types.float32 else (52, 1023)
 
     def build(cx, b, sig, args):
-        mantissa = 23 if shifted.element == types.float32 else 52
-        bits = ir.VectorType(ir.IntType(shifted.element.bitwidth), shifted.lanes)
-        return b.bitcast(b.shl(b.bitcast(args[0], bits), emit.fill(bits, mantissa)), shifted.llvm)
+        bits = ir.VectorType(ir.IntType(y.element.bitwidth), y.lanes)
+        place = emit.fill(bits, mantissa)
+        if (whole := emit.whole(b, args[1])) is not None:
+            return b.bitcast(b.add(b.bitcast(args[0], bits), b.shl(whole, place)), y.llvm)
+        shifted = b.fadd(args[1], emit.fill(y.llvm, 1.5 * 2.0**mantissa + bias))
+        return b.fmul(args[0], b.bitcast(b.shl(b.bitcast(shifted, bits), place), y.llvm))
 
-    return shifted(shifted), build
+    return y(y, n), build
 
 
 @intrinsic
