@@ -4,7 +4,7 @@ from llvmlite import ir
 
 from . import rounding
 from .kinds import I16, I32, I64
-from .target import CHECKED, halves, is_x86, target
+from .target import CHECKED, halves, target
 
 
 def count(n):
@@ -123,15 +123,14 @@ def masked(b, name, pointer, offset, vector, live, *value, is_raw=False):
 
 
 def whole(b, x):
-    """Numbers of 32 bits as x86 rounds them to whole ones, NaN to the lowest; None where that is not to be had."""
+    """Numbers of 32 bits as AVX rounds them to whole ones, NaN to the lowest; None where that is not to be had."""
     kind = ir.VectorType(I32, x.type.count)
-    if x.type.element != ir.FloatType() or not is_x86() or 4 * kind.count > target().vector_bytes:
+    if x.type.element != ir.FloatType() or target().vector_bytes < 32 or kind.count not in (8, 16):
         return None
-    if kind.count == 16:
-        everywhere, as_set = ir.Constant(ir.IntType(16), -1), ir.Constant(I32, 4)  # the mode of rounding
-        return call(b, "llvm.x86.avx512.mask.cvtps2dq.512", kind, x, ir.Constant(kind, None), everywhere, as_set)
-    name = {4: "llvm.x86.sse2.cvtps2dq", 8: "llvm.x86.avx.cvt.ps2dq.256"}.get(kind.count)
-    return call(b, name, kind, x) if name else None
+    if kind.count == 8:
+        return call(b, "llvm.x86.avx.cvt.ps2dq.256", kind, x)
+    everywhere, as_set = ir.Constant(ir.IntType(16), -1), ir.Constant(I32, 4)  # lanes, and the mode of rounding
+    return call(b, "llvm.x86.avx512.mask.cvtps2dq.512", kind, x, ir.Constant(kind, None), everywhere, as_set)
 
 
 def unit(cx):

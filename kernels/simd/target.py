@@ -37,12 +37,6 @@ def _assembly(text: str) -> str:
 
 
 @functools.cache
-def is_x86() -> bool:
-    triple: str = cpu_target.target_context.codegen().magic_tuple()[0]
-    return triple.startswith(("x86_64", "i686", "i386"))
-
-
-@functools.cache
 def target() -> Target:
     """Ask LLVM what a 16-lane multiply-add becomes (10 ms, once): the list of features may be empty, or the host's.
 

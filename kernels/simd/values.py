@@ -303,7 +303,7 @@ def nearest(context, x):
 def times_power_of_two(context, y, n):
     """y * 2**n for a normal result and whole n: n is added to the exponent's bits; NaN for NaN in y.
 
-    Whatever n is of a NaN must leave it one. LLVM's conversion to whole numbers does not say: x86's own makes the
+    Whatever n is of a NaN must leave it one. LLVM's conversion to whole numbers does not say: that of AVX makes the
     lowest one of it, of which nothing is left once it is shifted. Where that is not to be had, as for doubles with
     AVX2, 2**n is a number to multiply by, made of the last bits of n + 1.5 * 2**mantissa. (Doubles converted one by one
     took 1.02 to 1.04 times as long.)
