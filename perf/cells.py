@@ -65,6 +65,7 @@ GROUPS = (
     Group("layer-training", _square(LAYER_SIZES, layer=True, backward=True), ("torch",), 1.0),
     Group("step", tuple(Work(1, heads, 1, 512, 64, layer=True) for heads in (8, 12, 16)), ("torch",), 1.0),
     Group("decode", (Work(1, 8, 1, 65536, 64),), INFERENCE, 1.0, 0.90),
+    Group("decode-grouped", (Work(1, 32, 1, 8192, 128, group=4),), INFERENCE[:2], 1.0),
     Group("bfloat16", _square(SIZES, dtype="bfloat16"), ("torch", "openvino"), 1.0, 0.70),
     Group("bfloat16-training", _square(SIZES, dtype="bfloat16", backward=True), ("torch",), 2.0),
     Group("bfloat16-decode", (Work(1, 8, 1, 65536, 64, dtype="bfloat16"),), ("torch", "openvino"), 1.0, 0.90),

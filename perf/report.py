@@ -26,6 +26,7 @@ KINDS = {  # groups of cells.py, as the summary calls them
     "layer-training": "`MultiHeadAttention`, forward + backward",
     "step": "one step of `MultiHeadAttention`, 512 positions",
     "decode": "one query over 65,536 keys",
+    "decode-grouped": "one query of 32 heads over 8192 keys of 8 heads",
     "bfloat16": "forward, bfloat16",
     "bfloat16-training": "forward + backward, bfloat16",
     "bfloat16-decode": "one query over 65,536 keys, bfloat16",

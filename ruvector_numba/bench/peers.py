@@ -31,6 +31,7 @@ def _ruvector(work: Work, threads: int) -> Runner:
     query, key, value, grad = (x if kind is None else halves.rounded(x, kind) for x in work.inputs())
     mask = None if work.window is None else rv.masks.Window(left=work.window - 1, right=0)
     terms: dict[str, Any] = {"is_causal": work.causal, "dtype": work.dtype if kind == halves.BITS else None}
+    terms["enable_gqa"] = work.group > 1
 
     def results(found: list[np.ndarray]) -> list[np.ndarray]:
         return [halves.widened(x) for x in found]
@@ -104,7 +105,7 @@ def _torch(work: Work, threads: int) -> Runner:
 
     torch.set_num_threads(threads)
     query, key, value, grad = (torch.from_numpy(x).to(getattr(torch, work.dtype)) for x in work.inputs())
-    terms: dict[str, Any] = {"is_causal": work.causal}
+    terms: dict[str, Any] = {"is_causal": work.causal, "enable_gqa": work.group > 1}
     if work.window is not None:
         terms = {"attn_mask": torch.from_numpy(_visible(work))}
     attention = torch.nn.functional.scaled_dot_product_attention
@@ -187,7 +188,8 @@ def _onnxruntime(work: Work, threads: int) -> Runner:
     _refuse_halves(work)
     if work.backward or work.window is not None:
         raise Unsupported("no gradients" if work.backward else "its operators for float32 have no window")
-    candidates = [_onnx_attention(work, threads, packed) for packed in (True, False)]
+    operators = (True, False) if work.group == 1 else (False,)  # MultiHeadAttention has no shared heads
+    candidates = [_onnx_attention(work, threads, packed) for packed in operators]
     return min(candidates, key=lambda runner: runner.time(3))
 
 

@@ -101,6 +101,7 @@ class Work:
     keys, so that rows are dominated by one weight: a trick that is free on random data may not be free there. `layer`
     is self-attention of heads * dim channels between its four projections; gradients are then of the input and of all
     parameters. Few queries of a layer are a step: the last positions, after keys and values of those before are kept.
+    `group` heads share those of one key head, forward.
     """
 
     batch: int
@@ -113,6 +114,7 @@ class Work:
     backward: bool = False
     spiky: bool = False
     layer: bool = False
+    group: int = 1
     dtype: str = "float32"
 
     @property
@@ -125,6 +127,7 @@ class Work:
             f"window {self.window}" if self.window is not None else "",
             "spiky" if self.spiky else "",
             "layer" if self.layer else "",
+            f"{self.group} heads on a key head" if self.group > 1 else "",
             self.dtype if self.dtype != "float32" else "",
         ]
         return f"({self.batch}, {self.heads}, {lengths}, {self.dim}) " + ", ".join(t for t in terms if t)
@@ -159,7 +162,7 @@ class Work:
     @property
     def bytes_read(self) -> float:
         """Keys and values, once each, and a layer's weights: what a decode has to read at least."""
-        cached = 2.0 * self.batch * self.keys * self.channels
+        cached = 2.0 * self.batch * self.keys * self.channels / self.group
         return self.itemsize * (cached + self.layer * 4.0 * self.channels**2)
 
     @property
@@ -210,14 +213,14 @@ class Work:
     def tiny(self) -> Work:
         length, keys = (1, 4096) if self.is_decode else (48, 48)
         window = None if self.window is None else 9
-        return dataclasses.replace(self, batch=1, heads=2, queries=length, keys=keys, window=window)
+        return dataclasses.replace(self, batch=1, heads=2 * self.group, queries=length, keys=keys, window=window)
 
     def inputs(self) -> list[np.ndarray]:
         """query, key, value and the output's gradient: the same numbers in every process, float32 arrays of such as are
         in `dtype` too."""
         rng = np.random.default_rng(0)
         few = (self.batch, self.heads, self.queries, self.dim)
-        many = (self.batch, self.heads, self.keys, self.dim)
+        many = (self.batch, self.heads // self.group, self.keys, self.dim)
         query, key, value, grad = (rng.standard_normal(s, dtype=np.float32) for s in (few, many, many, few))
         if self.spiky:
             query = np.resize(key, few)
@@ -266,7 +269,8 @@ def _attention(work: Work, inputs: list[np.ndarray], slab: int) -> list[np.ndarr
     """Head by head and a slab of queries at a time."""
     found = [np.zeros(x.shape) for x in (inputs[0], *inputs[:3])[: 4 if work.backward else 1]]
     for head in np.ndindex(work.batch, work.heads):
-        doubles = [x[head].astype(np.float64) for x in inputs]
+        shared = head[0], head[1] // work.group
+        doubles = [x[shared if n in (1, 2) else head].astype(np.float64) for n, x in enumerate(inputs)]
         for start in range(0, work.queries, slab):
             rows = slice(start, start + slab)
             output, *gradients = _slab(work, doubles, rows)
