@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 
-from . import drawing
+from . import generators
 from .arrays import Array, Shape
 from .errors import DimensionMismatchError, InvalidConfigError, InvalidInputError
 
@@ -121,7 +121,7 @@ def described(path: str | os.PathLike[str], kind: str, make: Callable[[dict[str,
         size = os.fstat(file.fileno()).st_size - len(start)
     _check_size(path, size, _claimed(path, header))
     try:
-        with drawing.at_most(size // min(ITEM_SIZES.values())):
+        with generators.at_most(size // min(ITEM_SIZES.values())):
             return make(texts)
     except Exception as error:
         hint = f"give a file that {kind}.save wrote, with the arrays of these settings"

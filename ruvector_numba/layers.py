@@ -13,7 +13,7 @@ from typing import Any, NoReturn, Protocol
 import numpy as np
 from numpy.typing import ArrayLike
 
-from . import drawing, gpu, halves, mask_arrays, masks
+from . import generators, gpu, halves, mask_arrays, masks
 from .arrays import Array, Shape
 from .checks import KNOWN, floats, from_sequence
 from .config import AttentionConfig
@@ -49,7 +49,7 @@ def generator(seed: object) -> np.random.Generator:
     """What a layer draws from: its initial parameters, if it has some, and the seeds of its dropout."""
     hint = "give a whole number that is not negative, or None"
     number = None if seed is None else whole_number("seed", seed, 0, error=InvalidConfigError, hint=hint)
-    return drawing.generator(number)
+    return generators.generator(number)
 
 
 def glorot_uniform(random: np.random.Generator, shape: Shape) -> Array:

@@ -3,7 +3,9 @@
 import numba
 import numpy as np
 import pytest
+import reference
 from cases import MASKS, TERMS, draw, make
+from ruvector_numba.kernels import jit
 from ruvector_numba.kernels.simd import target
 
 import ruvector_numba as rv
@@ -208,3 +210,36 @@ def test_dropout_of_nothing_and_of_all():
     assert not cache.output.any() and np.array_equal(cache.lse, case.forward().lse)
     g = rv.attention_backward(case.grad_output, cache)
     assert not any(x.any() for x in (g.query, g.key, g.value))
+
+
+@pytest.mark.skipif(MOST == 1, reason="there is one thread to run on")
+def test_a_long_call_in_pieces(monkeypatch):
+    """Between which Python hears Ctrl-C: no bit tells of them, on any number of threads."""
+    case = make([], (700, 300, 16, 16), np.float32, lead=(2, 4), Hk=4)
+    wanted, ends, run_to = results(case), [], jit._run_to
+    monkeypatch.setattr(jit, "PATIENCE", 1.0)
+    monkeypatch.setattr(jit, "_run_to", lambda f, job, end, work: (ends.append(end), run_to(f, job, end, work)))
+    for n in (1, MOST):
+        with rv.threads(n):
+            same_bits(results(case), wanted)
+    assert len(ends) > 20
+
+
+@pytest.mark.parametrize("group", [2, 3, 8])
+@pytest.mark.parametrize("D", [16, 19])
+def test_heads_that_share_keys_do_not_see_what_is_hidden(group, D):
+    """One query of each, past 300 keys and NaN behind them, and among them where a mask hides it."""
+    rng = np.random.default_rng(group)
+    query = rng.standard_normal((1, 2 * group, 1, D), dtype=np.float32)
+    key, value = rng.standard_normal((2, 1, 2, 310, D), dtype=np.float32)
+    visible = rng.random((1, 310)) < 0.8
+    visible[:, 300:] = False
+    found = []
+    for hidden in (0, np.nan):
+        key[..., ~visible[0], :], value[..., ~visible[0], :] = hidden, hidden
+        for n in {1, MOST}:
+            with rv.threads(n):
+                found += [rv.scaled_dot_product_attention(query, key, value, visible, enable_gqa=True)]
+    assert all(np.array_equal(one.view(np.uint32), found[0].view(np.uint32)) for one in found)
+    exact = reference.attention(query, np.repeat(key, group, 1), np.repeat(value, group, 1), visible=visible)[0]
+    np.testing.assert_allclose(found[0], exact, rtol=1e-5, atol=1e-6)
